@@ -1,0 +1,1 @@
+"""Pre-trained models: shapes without weights, loading, and our own decoder."""

@@ -1,0 +1,1 @@
+"""Placements and search spaces: which layer kind stands where. Imports no torch."""
