@@ -1,0 +1,59 @@
+"""What several commands share: printing JSON and tables, choosing a device and a data type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nasbench.errors import MachineError, unknown
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+def print_json(data: Any) -> None:
+    """Prints one JSON object on standard output, and nothing else."""
+    sys.stdout.write(json.dumps(data) + "\n")
+
+
+def log(message: str) -> None:
+    """One line for the person who waits, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """A table on standard output; numbers to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[index], (int, float)) or row[index] == "" for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console().print(table)
+
+
+def torch_device(name: str) -> str:
+    """`auto` -> `cuda` where there is one, else `cpu`. Raises for names that are no device and devices not there."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.split(":")[0] not in ("cpu", "cuda"):
+        raise unknown("torch device", name, ("auto", "cpu", "cuda"))
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise MachineError(f"device {name!r} is not there: this machine has no CUDA GPU that torch can use")
+    return name
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of `fp32`, `bf16` or `fp16`. Raises UserError."""
+    import torch
+
+    table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in table:
+        raise unknown("dtype", name, table)
+    return table[name]
