@@ -1,0 +1,90 @@
+"""What a search asks of the world: the loss of placements, and their speed on the target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from nasbench.search.trials import Target
+from nasbench.spaces.placement import Placement
+from nasbench.spaces.space import Space
+
+if TYPE_CHECKING:
+    from nasbench.cost import CostModel
+    from nasbench.evaluation.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean loss of a token, nats, its standard error, and the KL divergence from the teacher (NaN if unknown)."""
+
+    value: float
+    stderr: float = math.nan
+    kl: float = math.nan
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What the cost model says of a placement on the target."""
+
+    decode_tok_s: float
+    prefill_tok_s: float
+    step_ms: float
+    cache_bytes: int
+    source: str
+
+
+class Objective(Protocol):
+    """The world as strategies see it. Both measures are deterministic for a given `version`."""
+
+    space: Space
+    target: Target
+    version: str
+    """Of the weights: losses of different versions are never compared."""
+    reference_loss: float
+    """Loss of guessing, the hypervolume's reference, nats."""
+
+    def losses(self, placements: Sequence[Placement]) -> list[Loss]:
+        """On the search split. The expensive one: many placements in one call share work."""
+
+    def speed(self, placement: Placement) -> Speed:
+        """On the target. Cheap."""
+
+    def importance(self) -> Mapping[tuple[int, str], float]:
+        """Loss increase of putting one name in one layer of the otherwise unchanged model."""
+
+
+class RunObjective:
+    """The objective of a run folder: its supernet's losses, and rows of a device's profile.
+
+    Args:
+        evaluator: of the run's supernet.
+        cost: of the target device, model and dtype.
+        vocab_size: of the model; guessing costs its logarithm.
+    """
+
+    def __init__(self, space: Space, target: Target, evaluator: Evaluator, cost: CostModel, vocab_size: int) -> None:
+        self.space = space
+        self.target = target
+        self.version: str = evaluator.version
+        self.reference_loss = math.log(vocab_size)
+        self._evaluator = evaluator
+        self._cost = cost
+        self._speeds: dict[Placement, Speed] = {}
+
+    def losses(self, placements: Sequence[Placement]) -> list[Loss]:
+        scores = self._evaluator.losses(list(placements), split="search")
+        return [Loss(score.value, score.stderr, getattr(score, "kl", math.nan)) for score in scores]
+
+    def speed(self, placement: Placement) -> Speed:
+        if placement not in self._speeds:
+            cost = self._cost.decode(placement, self.target.context, self.target.batch)
+            self._speeds[placement] = Speed(
+                cost.decode_tok_s, cost.prefill_tok_s, cost.step_ms, cost.cache_bytes, cost.source
+            )
+        return self._speeds[placement]
+
+    def importance(self) -> Mapping[tuple[int, str], float]:
+        return self._evaluator.importance()

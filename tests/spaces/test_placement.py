@@ -1,0 +1,83 @@
+"""Placements: the grammar, its canonical form, and the uniform baseline."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nasbench.errors import UserError
+from nasbench.spaces.placement import (
+    args_of,
+    count_kind,
+    format_placement,
+    kind_of,
+    parse_placement,
+    uniform_placement,
+)
+from nasbench.spaces.space import Space, full_attention_layers
+
+NAMES = st.sampled_from(["A", "W", "J", "G", "W1152", "J@12x96x256"])
+
+
+def test_jet_nemotron_2b():
+    placement = parse_placement("14J A 4J A 2W 6J", 28)
+    assert placement == parse_placement("14JA4JA2W6J")
+    assert full_attention_layers(placement) == {14, 19}
+    assert [i for i, name in enumerate(placement) if name == "W"] == [20, 21]
+    assert format_placement(placement) == "14J A 4J A 2W 6J"
+
+
+@given(st.lists(NAMES, min_size=1, max_size=60))
+def test_format_then_parse_is_identity(layers):
+    assert parse_placement(format_placement(tuple(layers)), len(layers)) == tuple(layers)
+
+
+def test_a_number_before_a_letter_always_repeats():
+    assert parse_placement("2W6J") == ("W",) * 2 + ("J",) * 6
+    assert parse_placement("2W1152 J") == ("W1152", "W1152", "J")
+    assert parse_placement("W1152,J@12x96x256") == ("W1152", "J@12x96x256")
+    assert (kind_of("J@12x96x256"), args_of("J@12x96x256"), args_of("W64"), args_of("W")) == (
+        "J",
+        "12x96x256",
+        "64",
+        "",
+    )
+
+
+@pytest.mark.parametrize("text", ["", "  ", "a", "3", "A-J", "0A", "2", "J@", "A?", "99999999A"])
+def test_bad_text_is_one_line(text):
+    with pytest.raises(UserError) as caught:
+        parse_placement(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_layer_count_names_both():
+    with pytest.raises(UserError, match="has 27 layers, the model has 28"):
+        parse_placement("27A", 28)
+
+
+@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
+def test_uniform_has_exactly_k_evenly_spread(shape):
+    layers, k = shape
+    placement = uniform_placement(layers, k, "J")
+    assert len(placement) == layers
+    assert count_kind(placement) == k
+    chosen = sorted(full_attention_layers(placement))
+    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_uniform_refuses_more_than_the_layers():
+    with pytest.raises(UserError, match="choose 0 to 4"):
+        uniform_placement(4, 5, "J")
+
+
+def test_space_keeps_the_original_first_and_checks():
+    space = Space.uniform(3, ("J", "W", "A", "J"))
+    assert space.choices[0] == ("A", "J", "W")
+    assert space.original == ("A", "A", "A")
+    assert space.fillers(0) == ("J", "W")
+    assert space.with_full_attention(("J", "J", "W"), frozenset({1})) == ("J", "A", "W")
+    with pytest.raises(UserError, match="layer kind at layer 2"):
+        space.check(("A", "J", "G"))
+    with pytest.raises(UserError, match="choose 0 to 3"):
+        space.check_full_attention(4)
