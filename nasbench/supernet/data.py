@@ -1,0 +1,254 @@
+"""Text for training and evaluation: reading, splitting, tokenising once, packing into equal sequences.
+
+Everything is a pure function of the text, the tokenizer, the sequence length and the seed, so that a run that stops
+and starts again sees the same batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nasbench.config import cache_dir
+from nasbench.errors import UserError, unknown
+from nasbench.files import atomic_path, machine_errors
+
+SPLITS = ("train", "search", "test")
+HELD_OUT = 0.1
+"""Share of the characters that each of the two held-out splits gets."""
+HELD_OUT_CHARACTERS = 8 << 20
+"""More than this is not held out, however large the data."""
+PIECE_CHARACTERS = 6000
+"""Documents are cut at blank lines into pieces of about this size before they are split, so that few long documents
+still give three splits of like content."""
+_FORMAT = 1
+
+
+class TextTokenizer(Protocol):
+    """What this module needs of nasbench.backbone.tokenizer.Tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+def default_documents() -> list[str]:
+    """The text that every Python installation has: the topics of `help()`, about 0.4 MB once repeats are gone.
+
+    Topics repeat sections of each other; a paragraph is kept where it comes first (longest topic first), so that
+    nothing held out was also trained on.
+    """
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = []
+    for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
+        fresh = [part for part in re.split(r"\n\s*\n", text) if part.strip() not in seen]
+        seen.update(part.strip() for part in fresh)
+        documents.append("\n\n".join(fresh))
+    return [text for text in documents if len(text) > 200]
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    yield path.read_text(encoding="utf-8")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f'{path}:{number}: not a JSON object with a string "text"')
+            yield text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if "text" not in names:
+                raise UserError(f"{path} has no column 'text', only: {', '.join(names)}")
+            for batch in file.iter_batches(columns=["text"]):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def read_documents(data: str) -> list[str]:
+    """The documents of `--data`: a .txt (one document), .jsonl or .parquet (one per `text`), a folder of these, or
+    "" for the default corpus. Raises UserError for what cannot be read or holds no text."""
+    if not data:
+        return default_documents()
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
+    elif path.is_file():
+        if path.suffix not in READERS:
+            raise unknown(f"data format of {path}", path.suffix, READERS)
+        files = [path]
+    else:
+        raise UserError(f"no such data: {data}: give a file ({', '.join(READERS)}) or a folder of them")
+    documents: list[str] = []
+    for file in files:
+        try:
+            with machine_errors(f"reading {file}"):
+                documents.extend(READERS[file.suffix](file))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not UTF-8 text: {error}") from None
+    documents = list(dict.fromkeys(text for text in documents if text.strip()))
+    if not documents:
+        raise UserError(f"{data} holds no text: give {', '.join(READERS)} with some")
+    return documents
+
+
+def cut(document: str, size: int = PIECE_CHARACTERS) -> list[str]:
+    """The document in pieces of about `size` characters that end at blank lines, or at line ends where a paragraph
+    is longer. Joining the pieces gives the document."""
+    pieces, start = [], 0
+    while len(document) - start > 1.5 * size:
+        end = document.find("\n\n", start + size, start + 2 * size)
+        end = end if end >= 0 else document.find("\n", start + size, start + 2 * size)
+        end = end + 1 if end >= 0 else start + size
+        pieces.append(document[start:end])
+        start = end
+    return [*pieces, document[start:]]
+
+
+def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
+    """Pieces of the documents for training, for searching and for reported numbers only, by the hash of their text."""
+    pieces = [piece for document in documents for piece in cut(document) if piece.strip()]
+    total = sum(map(len, pieces))
+    held_out = min(HELD_OUT * total, HELD_OUT_CHARACTERS)
+    splits: dict[str, list[str]] = {name: [] for name in SPLITS}
+    taken = 0
+    for piece in sorted(pieces, key=lambda piece: (hashlib.sha256(piece.encode()).digest(), piece)):
+        splits["search" if taken < held_out else "test" if taken < 2 * held_out else "train"].append(piece)
+        taken += len(piece)
+    return splits
+
+
+def _fingerprint(documents: list[str], tokenizer: TextTokenizer) -> str:
+    probe = "The 3 quick foxes, 1024 of them:\n\n\tdef f(x):\n    return x['é→']  # 中文 1)"
+    digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.encode(probe)]).encode())
+    for text in documents:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _tokenise(documents: list[str], tokenizer: TextTokenizer) -> dict[str, np.ndarray]:
+    """One stream of int32 token ids per split, the end-of-text token behind every piece."""
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    streams = {}
+    for name, pieces in split_documents(documents).items():
+        ids: list[int] = []
+        for piece in pieces:
+            ids.extend(tokenizer.encode(piece))
+            ids.extend(end)
+        streams[name] = np.asarray(ids, dtype=np.int32)
+    return streams
+
+
+def _streams(documents: list[str], tokenizer: TextTokenizer, fingerprint: str) -> dict[str, np.ndarray]:
+    """The token streams, from the user's cache when this text was tokenised before."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file, save_file
+
+    path = cache_dir() / "tokens" / f"{fingerprint}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError):
+            path.unlink(missing_ok=True)
+    streams = _tokenise(documents, tokenizer)
+    with atomic_path(path) as temporary:
+        save_file(streams, temporary)
+    return streams
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token sequences of one length, [N, T] int64, in three splits that share no text.
+
+    Attributes:
+        train: for training only.
+        search: held out; scores placements while searching.
+        test: held out; only for numbers that are reported.
+        fingerprint: of the text and the tokenizer.
+    """
+
+    train: Tensor
+    search: Tensor
+    test: Tensor
+    fingerprint: str
+
+    @classmethod
+    def load(cls, data: str, tokenizer: TextTokenizer, sequence: int) -> Corpus:
+        """Reads, tokenises (once: kept in the user's cache) and packs. Raises UserError for bad or too little text."""
+        documents = read_documents(data)
+        fingerprint = _fingerprint(documents, tokenizer)
+        streams = _streams(documents, tokenizer, fingerprint)
+        splits = {name: pack(torch.from_numpy(streams[name]), sequence) for name in SPLITS}
+        for name, packed in splits.items():
+            if len(packed) == 0:
+                raise UserError(
+                    f"too little text in {data or 'the default corpus'}: {len(streams[name])} tokens for split {name}, "
+                    f"one sequence takes {sequence}: give more text or a smaller --sequence"
+                )
+        return cls(**splits, fingerprint=fingerprint)
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of one sequence."""
+        return self.train.shape[1]
+
+    def held_out(self, split: str, tokens: int | None = None) -> Tensor:
+        """The first sequences of a split, [N, T], as many as fit into `tokens` (at least one; None: all)."""
+        if split not in SPLITS:
+            raise unknown("split", split, SPLITS)
+        packed: Tensor = getattr(self, split)
+        return packed if tokens is None else packed[: max(1, tokens // self.sequence)]
+
+    def batch(self, index: int, size: int, seed: int) -> Tensor:
+        """Training batch number `index`, [size, T]: each epoch is one permutation of the sequences, made from the
+        seed and the epoch's number, so that any batch can be had without those before it."""
+        rows = range(index * size, (index + 1) * size)
+        orders = {epoch: self._order(epoch, seed) for epoch in {row // len(self.train) for row in rows}}
+        return self.train[torch.stack([orders[row // len(self.train)][row % len(self.train)] for row in rows])]
+
+    def _order(self, epoch: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        return torch.randperm(len(self.train), generator=generator)
+
+
+def pack(stream: Tensor, sequence: int) -> Tensor:
+    """[n] -> [n // sequence, sequence] int64; the remainder is dropped."""
+    count = len(stream) // sequence
+    return stream[: count * sequence].reshape(count, sequence).long()
