@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from filelock import FileLock
 
@@ -91,6 +91,47 @@ class Row:
     def key(self) -> tuple[Any, ...]:
         """What the row measures; unique in a database, and the order of its rows."""
         return tuple(getattr(self, name) for name in KEY)
+
+
+class Sizes(Protocol):
+    """What block_cells reads of a model's shape."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def layer(self) -> Any: ...
+
+
+SIZE_COLUMNS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+_SHARED_SIZES = {
+    "embedding": ("hidden_size", "vocab_size"),
+    "norm": ("hidden_size",),
+    "mlp": ("hidden_size", "intermediate_size"),
+    "head": ("hidden_size", "vocab_size"),
+}
+
+
+def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
+    """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
+
+    Args:
+        shape: the model's (nasbench.backbone.shapes.ModelShape).
+        block: a shared block, or a layer kind's letter with its complete `args`.
+    """
+    relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
+    sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
+    variant = "" if block in _SHARED_SIZES else shape.layer.variant
+    return {"block": block, "args": args, **sizes, "variant": variant}
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -197,15 +238,13 @@ def read_db(path: Path) -> list[Row]:
             a key that appears twice, a last line that was cut.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such profile database: {path}")
     try:
         with machine_errors(f"reading {path}"):
             text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a profile database: it is not UTF-8 text") from None
-    except Exception:
-        if not path.exists():
-            raise UserError(f"no such profile database: {path}") from None
-        raise
     reader = csv.reader(io.StringIO(text), strict=True)
     rows: list[Row] = []
     lines: dict[tuple[Any, ...], int] = {}
@@ -306,3 +345,18 @@ class Database:
 def select(rows: Iterable[Row], **cells: Any) -> list[Row]:
     """The rows whose cells equal the given ones: `select(rows, mode="decode", status="ok")`."""
     return [row for row in rows if all(getattr(row, name) == value for name, value in cells.items())]
+
+
+def default_db_dir() -> Path:
+    """Where this user's measurements go: ./profiles in a checkout of nasbench, else the user's data folder."""
+    here = Path.cwd()
+    if (here / "nasbench" / "__init__.py").is_file() and (here / "pyproject.toml").is_file():
+        return here / "profiles"
+    from platformdirs import user_data_path
+
+    return user_data_path("nasbench") / "profiles"
+
+
+def db_path(device: str, folder: Path | None = None) -> Path:
+    """The database file of a device, in `folder` or the default one."""
+    return (folder or default_db_dir()) / f"{device}.csv"
