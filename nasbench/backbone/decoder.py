@@ -23,18 +23,6 @@ from nasbench.errors import UserError
 from nasbench.spaces.placement import Placement
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; the mean is taken in fp32 whatever x's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), the feed-forward of every family here."""
 
@@ -51,7 +39,7 @@ class GatedMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, norm: RMSNorm, mixer: TokenMixer, mlp_norm: RMSNorm, mlp: GatedMLP) -> None:
+    def __init__(self, norm: nn.RMSNorm, mixer: TokenMixer, mlp_norm: nn.RMSNorm, mlp: GatedMLP) -> None:
         super().__init__()
         self.input_layernorm = norm
         self.self_attn = mixer
@@ -142,7 +130,7 @@ class _RotaryMemo:
 class _Body(nn.Module):
     """What published checkpoints call `model`."""
 
-    def __init__(self, embed_tokens: nn.Embedding, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
+    def __init__(self, embed_tokens: nn.Embedding, layers: Sequence[DecoderLayer], norm: nn.RMSNorm) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(layers)
@@ -161,15 +149,15 @@ class Decoder(nn.Module):
         self.placement = placement
         layers = [
             DecoderLayer(
-                RMSNorm(shape.hidden_size, shape.rms_eps),
+                nn.RMSNorm(shape.hidden_size, shape.rms_eps),
                 config.build(),
-                RMSNorm(shape.hidden_size, shape.rms_eps),
+                nn.RMSNorm(shape.hidden_size, shape.rms_eps),
                 GatedMLP(shape),
             )
             for config in shape.mixers(placement)
         ]
         embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.model = _Body(embed, layers, RMSNorm(shape.hidden_size, shape.rms_eps))
+        self.model = _Body(embed, layers, nn.RMSNorm(shape.hidden_size, shape.rms_eps))
         # Tied models have no `lm_head` in their checkpoints, and a second name for one tensor breaks safetensors.
         self.lm_head = None if shape.tie_embeddings else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self._rotary = _RotaryMemo(shape)
