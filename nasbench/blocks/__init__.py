@@ -1,5 +1,6 @@
 """Layer kinds. Importing this package registers the built-in ones and imports no torch."""
 
+import nasbench.blocks.kernel_path  # noqa: F401  (the mixers import nasbench_kernels)
 from nasbench.blocks.base import BLOCKS, LayerShape, MixerConfig, mixer_config
 from nasbench.blocks.full_attention import FullAttentionConfig
 from nasbench.blocks.gated_delta import GatedDeltaNetConfig, JetBlockConfig

@@ -1,4 +1,4 @@
-"""A with weights: grouped-query attention over a static cache. The sliding window shares all of it but the cache size."""
+"""A with weights: grouped-query attention over a static cache. The sliding window shares it all but the cache size."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The operations of linear attention, a folder each: `naive.py` is the token-by-token truth, README.md the maths."""

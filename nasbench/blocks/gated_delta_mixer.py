@@ -1,0 +1,143 @@
+"""What G and J share: projections, gates, the gated delta rule over an fp32 state, the gated output norm."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nasbench.blocks.full_attention_mixer import FullAttention
+from nasbench.blocks.gated_delta import GatedDeltaConfig
+from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
+
+NORM_EPS = 1e-5
+"""Of the output norm, in published checkpoints."""
+L2_EPS = 1e-6
+FP32_PARAMETERS = ("A_log", "dt_bias")
+"""Kept in fp32 whatever the model's dtype: bf16 would round the slowest decays to one another."""
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 4.0, 512.0
+"""Tokens after which a head's memory has halved, at the start of training; heads are spread in between."""
+
+
+class GatedDeltaMixer(TokenMixer):
+    """Linear attention whose memory is one matrix per head. Subclasses say how queries, keys and values are made."""
+
+    config: GatedDeltaConfig
+
+    def __init__(self, config: GatedDeltaConfig) -> None:
+        super().__init__(config)
+        hidden, heads = config.shape.hidden_size, config.num_heads
+        self.heads, self.key_dim, self.value_dim = heads, config.key_dim, config.value_dim
+        self.q_proj = nn.Linear(hidden, config.keys, bias=False)
+        self.k_proj = nn.Linear(hidden, config.keys, bias=False)
+        self.v_proj = nn.Linear(hidden, config.values, bias=False)
+        self.b_proj = nn.Linear(hidden, heads, bias=False)
+        self.a_proj = nn.Linear(hidden, heads, bias=False)
+        self.g_proj = nn.Linear(hidden, config.values, bias=False)
+        self.o_proj = nn.Linear(config.values, hidden, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.o_norm = nn.RMSNorm(config.value_dim, eps=NORM_EPS)
+        self.spread_decays()
+
+    def spread_decays(self) -> None:
+        """Half-lives from a few to hundreds of tokens, evenly in the logarithm, at a step size softplus(dt_bias) of
+        0.1: small enough for a_proj to shorten or lengthen any head's memory by an order of magnitude."""
+        step_size = 0.1
+        share = torch.linspace(0, 1, self.heads) if self.heads > 1 else torch.full((1,), 0.5)
+        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share
+        with torch.no_grad():
+            self.A_log.copy_((math.log(2) / half_lives / step_size).log())
+            self.dt_bias.fill_(math.log(math.expm1(step_size)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, except that a change to a half-precision dtype leaves the decay parameters fp32."""
+        kept = {name: getattr(self, name).detach() for name in FP32_PARAMETERS}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < value.dtype.itemsize:
+                parameter.data = value.to(parameter.device)
+        return self
+
+    @abstractmethod
+    def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Empty histories of the short convolutions, [B, W-1, channels]."""
+
+    @abstractmethod
+    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, C] -> q, k [B, T, H, K] of norm 1 and v [B, T, H, V]; a history is advanced in place.
+
+        `single` says that T is 1 and a history is there: the decode step.
+        """
+
+    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
+        """The state [B, H, K, V] fp32 and the convolutions' histories."""
+        size = (batch, self.heads, self.key_dim, self.value_dim)
+        state = {"state": torch.zeros(size, device=device, dtype=torch.float32)}
+        return MixerCache(context, state, self.new_history(batch, device=device, dtype=dtype))
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay and writing strength, [B, T, H] fp32 each."""
+        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
+        return decay, self.b_proj(x).float().sigmoid()
+
+    def finish(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """Output norm per head, output gate, output projection: [B, T, H, V] -> [B, T, C]."""
+        normed = self.o_norm(mixed.to(x.dtype)).flatten(2)
+        return self.o_proj(normed * F.silu(self.g_proj(x)))
+
+    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
+        q, k, v = self.inputs(x, cache.history if cache else None, single=False)
+        decay, beta = self.gates(x)
+        state = cache.state["state"] if cache else None
+        mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
+        if state is not None:
+            state.copy_(new_state)
+        return self.finish(mixed, x)
+
+    def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
+        q, k, v = self.inputs(x, cache.history, single=True)
+        decay, beta = self.gates(x)
+        mixed = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], decay[:, 0], beta[:, 0], cache.state["state"])
+        return self.finish(mixed[:, None], x)
+
+    @classmethod
+    def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
+        """Projections from the attention's, key/value heads repeated for their group; the rest as built.
+
+        A head whose dimension differs copies the leading channels; further channels start small and random, with
+        zeros in the output projection.
+        """
+        weight = attention.q_proj.weight
+        mixer = cls(config).to(device=weight.device, dtype=weight.dtype)
+        source_heads, dim, group = attention.num_heads, attention.head_dim, attention.group
+        with torch.no_grad():
+            for ours, theirs, size, repeat in (
+                (mixer.q_proj, attention.q_proj, mixer.key_dim, 1),
+                (mixer.k_proj, attention.k_proj, mixer.key_dim, group),
+                (mixer.v_proj, attention.v_proj, mixer.value_dim, group),
+            ):
+                source = theirs.weight.unflatten(0, (-1, dim)).repeat_interleave(repeat, 0)
+                copy_heads(ours.weight.view(mixer.heads, size, -1), source)
+            output = mixer.o_proj.weight.zero_().view(-1, mixer.heads, mixer.value_dim).permute(1, 2, 0)
+            copy_heads(output, attention.o_proj.weight.view(-1, source_heads, dim).permute(1, 2, 0))
+        return mixer
+
+
+def copy_heads(ours: Tensor, source: Tensor) -> None:
+    """Copies the leading part of [H, D, C] into [H', D', C]; the rest of `ours` stays."""
+    heads, dim = min(ours.shape[0], source.shape[0]), min(ours.shape[1], source.shape[1])
+    ours[:heads, :dim] = source[:heads, :dim]
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the last dimension, computed and returned in fp32."""
+    x = x.float()
+    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()

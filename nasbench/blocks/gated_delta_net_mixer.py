@@ -1,0 +1,60 @@
+"""G with weights: Gated DeltaNet (arXiv 2412.06464), static short convolutions on queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from nasbench_kernels.causal_conv import causal_conv, causal_conv_step
+from torch import Tensor, nn
+
+from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.full_attention_mixer import FullAttention
+from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
+from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer, l2_norm
+
+
+class ShortConvolution(nn.Module):
+    """Weights of a causal depthwise convolution, [C, 1, W] as published; the arithmetic is in nasbench_kernels."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        bound = taps**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps).uniform_(-bound, bound))
+
+
+class GatedDeltaNet(GatedDeltaMixer):
+    """q, k, v = SiLU(conv(x W)); the parameter names are flash-linear-attention's."""
+
+    config_class: ClassVar[type[MixerConfig]] = GatedDeltaNetConfig
+
+    def __init__(self, config: GatedDeltaConfig) -> None:
+        super().__init__(config)
+        self.q_conv1d = ShortConvolution(config.keys, config.conv_size)
+        self.k_conv1d = ShortConvolution(config.keys, config.conv_size)
+        self.v_conv1d = ShortConvolution(config.values, config.conv_size)
+
+    def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        channels = 2 * self.config.keys + self.config.values
+        return {"qkv": torch.zeros(batch, self.config.conv_size - 1, channels, device=device, dtype=dtype)}
+
+    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, Tensor, Tensor]:
+        # One convolution over the channels of all three: a third of the small operations.
+        projected = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
+        if single and history is not None:
+            mixed = causal_conv_step(projected, weight, history["qkv"])
+        else:
+            mixed = causal_conv(projected, weight, history["qkv"] if history else None)
+        q, k, v = mixed.split((self.config.keys, self.config.keys, self.config.values), dim=-1)
+        q, k = (l2_norm(part.unflatten(-1, (self.heads, self.key_dim))) for part in (q, k))
+        return q, k, v.unflatten(-1, (self.heads, self.value_dim))
+
+    @classmethod
+    def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
+        """As every gated-delta mixer; the convolutions start as the identity, tap W-1 being the current token."""
+        mixer = super().init_from_attention(config, attention)
+        with torch.no_grad():
+            for convolution in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
+                convolution.weight.zero_()[..., -1] = 1.0
+        return mixer
