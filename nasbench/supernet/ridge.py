@@ -1,0 +1,83 @@
+"""The readout of every linear mixer in closed form.
+
+A mixer's output is a linear map (`o_proj`) of its features, so the readout that is nearest to the attention's output
+on the teacher's own activations is a ridge regression: with features X [N, F], targets Y [N, C] and the present W,
+
+    W' = W + argmin_D ||X D - (Y - X W)||^2 + lam ||D||^2,     lam = ridge * mean energy of a feature * N.
+
+One pass over some thousands of tokens does what thousands of gradient steps on the readout would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nasbench.backbone.decoder import Decoder
+from nasbench.blocks.mixer import Chunk, TokenMixer
+
+
+def readout(mixer: TokenMixer) -> nn.Linear | None:
+    """The mixer's output projection, None for a kind that has none by this name."""
+    projection = getattr(mixer, "o_proj", None)
+    return projection if isinstance(projection, nn.Linear) and projection.bias is None else None
+
+
+@torch.no_grad()
+def features(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
+    """What the mixer's readout sees, [B * T, F] fp32: caught on its way into `o_proj`."""
+    caught: list[Tensor] = []
+    projection = readout(mixer)
+    assert projection is not None
+    handle = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        mixer(x, chunk)
+    finally:
+        handle.remove()
+    return caught[0].flatten(0, -2).float()
+
+
+@torch.no_grad()
+def solve_readouts(
+    teacher: Decoder,
+    mixers: list[dict[str, TokenMixer]],
+    batches: Iterable[Tensor],
+    ridge: float,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Sets every mixer's `o_proj` to the ridge solution on the teacher's activations.
+
+    Args:
+        mixers: per layer, by name.
+        batches: token batches [B, T] on the teacher's device.
+        progress: called with the tokens of each batch.
+    """
+    sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+    rows = 0
+    for tokens in batches:
+        x, chunk = teacher.embed(tokens), teacher.chunk(0, tokens.shape[1])
+        for i, layer in enumerate(teacher.layers):
+            inputs = layer.attention_input(x)
+            target = layer.self_attn(inputs, chunk)
+            for name, mixer in mixers[i].items():
+                projection = readout(mixer)
+                if projection is None:
+                    continue
+                seen = features(mixer, inputs, chunk)
+                error = target.flatten(0, -2).float() - seen @ projection.weight.float().T
+                gram, cross = seen.T @ seen, seen.T @ error
+                old = sums.get((i, name))
+                sums[i, name] = (gram, cross) if old is None else (old[0].add_(gram), old[1].add_(cross))
+            x = layer.finish(x, target)
+        rows += tokens.numel()
+        progress(tokens.numel())
+    for (i, name), (gram, cross) in sums.items():
+        projection = readout(mixers[i][name])
+        assert projection is not None
+        # float64: the features of neighbouring channels are nearly dependent.
+        gram, cross = gram.double(), cross.double()
+        gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+        change = torch.linalg.solve(gram, cross).T
+        projection.weight.copy_(projection.weight.double() + change)

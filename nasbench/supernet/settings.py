@@ -1,0 +1,85 @@
+"""The settings of a distillation: a frozen dataclass, optionally read from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nasbench.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How the supernet is trained. Budgets are in tokens, so that the result does not depend on the machine's speed.
+
+    Attributes:
+        ridge_tokens: tokens from which every readout (`o_proj`) is solved in closed form, before and after alignment.
+        ridge: strength of the pull to the present readout, relative to the mean energy of the features.
+        align_tokens: tokens of block-wise alignment to the attention's outputs.
+        supernet_tokens: tokens of random sub-networks trained by distillation.
+        align_batch_tokens, supernet_batch_tokens: tokens of a step (rounded to whole sequences, at least one).
+        align_lr, supernet_lr: peak learning rates of AdamW; cosine to a tenth after a linear warm-up.
+        warmup: share of a stage's steps that warm up.
+        clip: largest gradient norm of one mixer; each is clipped alone.
+        frozen: letters of the kinds that are not trained. The window's weights are the attention's.
+        least_full, most_full: shares of the layers between which the sampled number of full-attention layers varies.
+        hidden_weight: weight of the relative L2 loss on the last hidden state beside the KL.
+        kl_chunk: tokens whose logits are held at once.
+        log_every: steps between two rows of losses.csv.
+        checkpoint_every_s: seconds between two checkpoints.
+    """
+
+    ridge_tokens: int = 8192
+    ridge: float = 0.01
+    align_tokens: int = 16384
+    supernet_tokens: int = 16384
+    align_batch_tokens: int = 1024
+    supernet_batch_tokens: int = 1024
+    align_lr: float = 1e-3
+    supernet_lr: float = 5e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    frozen: tuple[str, ...] = ("W",)
+    least_full: float = 0.0
+    most_full: float = 0.6
+    hidden_weight: float = 0.0
+    kl_chunk: int = 512
+    log_every: int = 5
+    checkpoint_every_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "frozen":
+                object.__setattr__(self, "frozen", tuple(value))
+                continue
+            whole = field.type == "int"
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                raise UserError(f"bad {field.name} {value!r}: write a {'whole ' if whole else ''}number")
+            least = 1 if field.name.endswith(("batch_tokens", "chunk", "log_every")) else 0
+            if not value >= least:
+                raise UserError(f"bad {field.name} {value!r}: at least {least}")
+        if not 0 <= self.least_full <= self.most_full <= 1:
+            raise UserError(f"bad least_full {self.least_full}, most_full {self.most_full}: 0 <= least <= most <= 1")
+
+    @classmethod
+    def read(cls, path: Path) -> DistillConfig:
+        """From a TOML file whose keys are the attributes. Raises UserError for an unknown key or a bad value."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"no such file: {path}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid TOML: {error}") from None
+        return cls().updated(data)
+
+    def updated(self, changes: dict[str, Any]) -> DistillConfig:
+        """With some attributes changed. Raises UserError for one that does not exist."""
+        legal = [field.name for field in fields(self)]
+        for key in changes:
+            if key not in legal:
+                raise unknown("setting", key, legal)
+        return replace(self, **changes)
