@@ -29,7 +29,7 @@ FAMILIES = {
 """model_type -> architecture. A hybrid of another family is written as model_type `nasbench`, its family beside it."""
 
 _JET_KINDS = {"attn": "A", "swa": "W", "jet": "J"}
-# What a configuration may not ask for, because the decoder would silently compute something else: field -> legal values.
+# What the decoder would silently compute otherwise, so that a configuration may not ask for it: field -> legal values.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None, "silu"),
     "mlp_bias": (None, False),
@@ -94,7 +94,7 @@ def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSha
     )
     if heads % shape.num_kv_heads or shape.head_dim % 2:
         raise UserError(
-            f"{where}: {heads} query heads, {shape.num_kv_heads} key/value heads of {shape.head_dim} do not fit together"
+            f"{where}: {heads} query heads and {shape.num_kv_heads} key/value heads of {shape.head_dim} do not fit"
         )
     try:
         shape.parse(shape.published_placement or f"{shape.num_layers}A")

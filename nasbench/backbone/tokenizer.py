@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ class Tokenizer:
 
 
 def tokenizer_from_json(path: Path, config: dict[str, Any]) -> Tokenizer:
-    """Reads a tokenizer.json; the special ids are those of the model's config.json. Raises UserError naming the file."""
+    """Reads a tokenizer.json; special ids are those of the model's config.json. Raises UserError naming the file."""
     import tokenizers
 
     if not path.is_file():
@@ -91,7 +91,7 @@ def byte_level_bpe(tokens: list[str], kinds: list[int], merges: list[str], pre_t
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    table = {
+    table: dict[str, Callable[[], list[Any]]] = {
         "smollm": lambda: [digits, byte_level],
         "gpt-2": lambda: [byte_level],
         "llama-bpe": lambda: [pre_tokenizers.Split(Regex(pattern.format("{1,3}")), "isolated"), plain_bytes],
@@ -99,7 +99,7 @@ def byte_level_bpe(tokens: list[str], kinds: list[int], merges: list[str], pre_t
     }
     if pre_tokenizer not in table:
         raise unknown("GGUF pre-tokenizer", pre_tokenizer, table)
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.Sequence(table[pre_tokenizer]())
     backend.decoder = decoders.ByteLevel()

@@ -1,0 +1,67 @@
+"""Small random models of every family, written by transformers."""
+
+import torch
+
+SIZES = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 12345.0}
+
+# name -> (family, configuration beyond SIZES)
+TINY = {
+    "llama-tied": ("Llama", {"num_key_value_heads": 2, "rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True}),
+    "llama-untied": ("Llama", {"num_key_value_heads": 4, "rope_parameters": DEFAULT_ROPE, "rms_norm_eps": 1e-3}),
+    "llama-head-dim": ("Llama", {"num_key_value_heads": 1, "head_dim": 24, "rope_parameters": DEFAULT_ROPE}),
+    "llama3-rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "tie_word_embeddings": True}),
+    "qwen2-tied": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2", {"num_key_value_heads": 1, "rope_parameters": DEFAULT_ROPE}),
+    "qwen3-tied": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 32, "rope_parameters": DEFAULT_ROPE, "tie_word_embeddings": True},
+    ),
+    "qwen3-untied": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 16, "rope_parameters": DEFAULT_ROPE}),
+}
+
+
+def make_tokenizer(folder, vocab_size=211):
+    """A byte-level tokenizer of `vocab_size` ids, enough for a model folder to be whole."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:vocab_size]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def save_tiny(name, folder):
+    """A random transformers model of `TINY[name]`, saved with a tokenizer; norms and biases are random too."""
+    import transformers
+
+    family, extra = TINY[name]
+    torch.manual_seed(sum(name.encode()))
+    config = getattr(transformers, f"{family}Config")(**SIZES, **extra)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "norm" in parameter_name:
+                parameter.uniform_(0.5, 1.5)
+            if parameter_name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return model
