@@ -157,7 +157,9 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
 
 def _fingerprint(documents: list[str], tokenizer: TextTokenizer) -> str:
     probe = "The 3 quick foxes, 1024 of them:\n\n\tdef f(x):\n    return x['é→']  # 中文 1)"
-    digest = hashlib.sha256(json.dumps([_FORMAT, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.encode(probe)]).encode())
+    digest = hashlib.sha256(
+        json.dumps([_FORMAT, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.encode(probe)]).encode()
+    )
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()[:32]

@@ -35,7 +35,8 @@ class MasterAdamW:
         self.groups = {group: dict(parameters) for group, parameters in groups.items()}
         self.working = {f"{group}.{name}": p for group, ps in self.groups.items() for name, p in ps.items()}
         self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in self.working.items()
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+            for name, p in self.working.items()
         }
         self.adam = torch.optim.AdamW(
             list(self.masters.values()), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
@@ -57,8 +58,7 @@ class MasterAdamW:
             names = [f"{group_name}.{name}" for name, p in parameters.items() if p.grad is not None]
             if not names:
                 continue
-            gradients = [self.working[name].grad for name in names]
-            gradients = [gradient.float() for gradient in gradients if gradient is not None]
+            gradients = [g.float() for name in names if (g := self.working[name].grad) is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
             for name, gradient in zip(names, gradients, strict=True):

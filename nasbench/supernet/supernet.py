@@ -100,9 +100,7 @@ class Supernet:
         self.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 
     @classmethod
-    def load(
-        cls, run: Run, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> Supernet:
+    def load(cls, run: Run, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Supernet:
         """The newest supernet of a run, finished or not. Raises UserError when there is none or it is damaged."""
         saved = checkpoint.latest(run.supernet)
         if saved is None:

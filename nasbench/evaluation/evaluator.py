@@ -1,0 +1,173 @@
+"""Scores of a run's placements, measured once and kept in evals.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nasbench.backbone.decoder import Decoder
+from nasbench.evaluation.evals_file import EvalsFile, Key
+from nasbench.evaluation.importance import Importance, layer_importance
+from nasbench.evaluation.score import Score
+from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, summarise
+from nasbench.runs import Run
+from nasbench.spaces.placement import Placement, format_placement
+from nasbench.supernet.data import Corpus
+from nasbench.supernet.losses import output_weight, token_losses
+from nasbench.supernet.supernet import Supernet
+
+SEARCH_TOKENS = 2048
+"""Held-out tokens that score a placement while searching."""
+SHARED_TOKENS = 4096
+"""Tokens that `losses` forwards at once: its memory is layers x these x hidden size."""
+
+Progress = Callable[[int, int], None]
+"""Called with how many placements are done, and of how many."""
+
+
+class Evaluator:
+    """Scores placements of one supernet.
+
+    Args:
+        search_tokens: held-out tokens for split "search" (evenly many for every placement).
+        test_tokens: the same for split "test", None for all there are.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        supernet: Supernet,
+        corpus: Corpus,
+        *,
+        search_tokens: int = SEARCH_TOKENS,
+        test_tokens: int | None = None,
+    ) -> None:
+        self.run, self.supernet, self.corpus = run, supernet, corpus
+        self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
+        self.cache = EvalsFile(run.evals)
+        self._teacher_hidden: dict[tuple[str, int], Tensor] = {}
+
+    @classmethod
+    def open(
+        cls,
+        run: Run,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        search_tokens: int = SEARCH_TOKENS,
+        test_tokens: int | None = None,
+    ) -> Evaluator:
+        """Loads the run's supernet and corpus. `dtype` None: bf16, in which the supernet was trained."""
+        supernet = Supernet.load(run, dtype=dtype or torch.bfloat16, device=device)
+        corpus = Corpus.load(run.spec.data, supernet.tokenizer, run.spec.sequence)
+        return cls(run, supernet, corpus, search_tokens=search_tokens, test_tokens=test_tokens)
+
+    def context(self, split: str) -> Context:
+        """What tasks see, for a split of the held-out text."""
+        return Context(self.supernet.tokenizer, self.corpus, self.supernet.teacher, split, self.tokens[split])
+
+    def key(self, placement: Placement, task: str, detail: str) -> Key:
+        """A score's key in evals.csv."""
+        dtype = str(self.supernet.teacher.dtype).removeprefix("torch.")
+        return Key(format_placement(placement), task, detail, self.supernet.version, dtype)
+
+    def scores(self, placement: Placement, tasks: Sequence[str | Task], split: str = "test") -> dict[str, Score]:
+        """The scores of one placement by task label, measured where evals.csv has none yet. Raises UserError."""
+        context = self.context(split)
+        parsed = [parse_task(task) if isinstance(task, str) else task for task in tasks]
+        result: dict[str, Score] = {}
+        decoder: Decoder | None = None
+        for task in parsed:
+            key = self.key(placement, task.label, task.key(context))
+            score = self.cache.get(key)
+            if score is None and task.label in ("loss", "kl"):
+                score = self.measure([placement], split)[0][task.label]
+            elif score is None:
+                decoder = decoder or self.supernet.select(placement)
+                score = task.score(decoder, context)
+                self.cache.merge({key: score})
+            result[task.label] = score
+        return result
+
+    def losses(
+        self, placements: Sequence[Placement], split: str = "search", progress: Progress | None = None
+    ) -> list[Score]:
+        """Held-out loss of every placement, in order; see `measure`."""
+        return [scores["loss"] for scores in self.measure(placements, split, progress)]
+
+    def divergences(
+        self, placements: Sequence[Placement], split: str = "search", progress: Progress | None = None
+    ) -> list[Score]:
+        """KL to the teacher of every placement, in order; see `measure`."""
+        return [scores["kl"] for scores in self.measure(placements, split, progress)]
+
+    @torch.inference_mode()
+    def measure(
+        self, placements: Sequence[Placement], split: str = "search", progress: Progress | None = None
+    ) -> list[dict[str, Score]]:
+        """Held-out loss and KL to the teacher of every placement, as {"loss": Score, "kl": Score}, in order.
+
+        Placements are walked in sorted order, and the hidden states of the layers that a placement shares with the
+        one before it are not computed again: neighbours in a search cost a fraction of a forward each.
+        Known scores come from evals.csv.
+        """
+        detail = held_out_key(self.context(split))
+        wanted = sorted({p for p in placements if self.cache.get(self.key(p, "kl", detail)) is None})
+        for placement in wanted:
+            self.supernet.space.check(placement)
+        sequences = self.corpus.held_out(split, self.tokens[split]).to(self.supernet.teacher.device)
+        values: dict[Placement, list[tuple[Tensor, Tensor]]] = {placement: [] for placement in wanted}
+        batches = sequences.split(max(1, SHARED_TOKENS // sequences.shape[1]))
+        done, total = 0, len(wanted) * len(batches)
+        for index, tokens in enumerate(batches if wanted else ()):
+            reference = self._teacher(split, index, tokens)
+            for placement, hidden in self._shared_prefixes(wanted, tokens):
+                nll, kl = token_losses(hidden, tokens, output_weight(self.supernet.teacher), reference)
+                assert kl is not None
+                values[placement].append((nll.mean(1), kl.mean(1)))
+                done += 1
+                if progress:
+                    progress(done * len(wanted) // total, len(wanted))
+        new: dict[Key, Score] = {}
+        for placement, parts in values.items():
+            for task, columns in zip(("loss", "kl"), zip(*parts, strict=True), strict=True):
+                score = summarise(task, "nats", torch.cat(columns).cpu(), False)
+                new[self.key(placement, task, detail)] = score
+        self.cache.merge(new)
+        return [
+            {task: self.cache.scores[self.key(placement, task, detail)] for task in ("loss", "kl")}
+            for placement in placements
+        ]
+
+    def _teacher(self, split: str, index: int, tokens: Tensor) -> Tensor:
+        """The teacher's final hidden states of a batch, kept: its logits are made again from them, chunk by chunk."""
+        key = (split, index)
+        if key not in self._teacher_hidden:
+            self._teacher_hidden[key] = self.supernet.teacher.hidden(tokens)
+        return self._teacher_hidden[key]
+
+    def _shared_prefixes(self, placements: Sequence[Placement], tokens: Tensor) -> Iterator[tuple[Placement, Tensor]]:
+        """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""
+        teacher = self.supernet.teacher
+        chunk = teacher.chunk(0, tokens.shape[1])
+        states = [teacher.embed(tokens)]
+        last: Placement = ()
+        for placement in placements:
+            shared = next(
+                (i for i, pair in enumerate(zip(placement, last, strict=False)) if pair[0] != pair[1]), len(last)
+            )
+            del states[shared + 1 :]
+            for i in range(shared, len(placement)):
+                layer = teacher.layers[i].with_mixer(self.supernet.mixer(i, placement[i]))
+                states.append(layer(states[-1], chunk))
+            last = placement
+            yield placement, teacher.model.norm(states[-1])
+
+    def importance(self, names: Sequence[str] | None = None, progress: Progress | None = None) -> list[Importance]:
+        """How much every layer is needed: the loss when it alone is replaced by each alternative, on split "search".
+
+        Writes runs/NAME/importance.csv. Sorted by layer, then name.
+        """
+        return layer_importance(self, names, progress)

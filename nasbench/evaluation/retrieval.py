@@ -1,0 +1,122 @@
+"""Key-value retrieval with a length dial: a generated text of `@length` tokens hides facts of one form among ordinary
+prose, then asks for one of them. Greedy decoding must give the whole value.
+
+What full attention does and a state of constant size does not: loss on ordinary text hardly shows it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from nasbench.backbone.decoder import Decoder
+from nasbench.config import format_size
+from nasbench.errors import UserError
+from nasbench.evaluation.score import Score
+from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length, summarise
+
+NAMES = (
+    "Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
+    "Nathan", "Olivia", "Peter", "Rachel", "Simon", "Teresa", "Victor", "Wendy", "Walter", "Julia", "Oscar",
+)  # fmt: skip
+ITEMS = 32
+"""Questions of one score."""
+FACT_TOKENS = 64
+"""One fact for about this many tokens of the text."""
+_SHORTEST = 64
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and the answer that must follow it, as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Accuracy of greedy retrieval.
+
+    Attributes:
+        length: tokens of prompt and answer together.
+        items: questions, each with its own text.
+    """
+
+    length: int = 512
+    items: int = ITEMS
+    name: ClassVar[str] = "retrieval"
+
+    @classmethod
+    def parse(cls, length: str, argument: str) -> Self:
+        tokens = parse_length(cls.name, length, 512)
+        if tokens < _SHORTEST:
+            raise UserError(f"task {cls.name}@{length}: at least {_SHORTEST} tokens")
+        if argument and not (argument.isdecimal() and int(argument) > 0):
+            raise UserError(f"bad number of items {argument!r}: write {cls.name}@{length or 512}:ITEMS")
+        return cls(tokens, int(argument) if argument else ITEMS)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{format_size(self.length)}" + (f":{self.items}" if self.items != ITEMS else "")
+
+    def key(self, context: Context) -> str:
+        return f"v1/{self.items}/{context.corpus.fingerprint[:8]}"
+
+    @torch.inference_mode()
+    def score(self, decoder: Decoder, context: Context) -> Score:
+        if self.length > decoder.shape.max_context:
+            raise UserError(f"task {self.label}: {decoder.shape.name} has a context of {decoder.shape.max_context}")
+        items = make_items(context, self.length, self.items)
+        return summarise(self.label, "accuracy", Tensor([float(hit) for hit in _answers(decoder, items)]), True)
+
+
+def make_items(context: Context, length: int, count: int, seed: int = 0) -> list[Item]:
+    """`count` items whose prompt and answer are `length` tokens at most, and all but a few of them."""
+    encode = context.tokenizer.encode
+    prose = context.corpus.held_out("test")
+    return [_make_item(encode, prose, length, random.Random(f"{seed}/{index}/{length}")) for index in range(count)]
+
+
+def _make_item(encode: Callable[[str], list[int]], prose: Tensor, length: int, generator: random.Random) -> Item:
+    facts_count = max(2, min(len(NAMES), length // FACT_TOKENS))
+    names = generator.sample(NAMES, facts_count)
+    values = [str(generator.randrange(1000, 10_000)) for _ in names]
+    facts = [encode(f"\nThe secret number of {name} is {value}.\n") for name, value in zip(names, values, strict=True)]
+    asked = generator.randrange(facts_count)
+    question = encode(f"\nThe secret number of {names[asked]} is")
+    answer = encode(f" {values[asked]}")
+    room = length - len(question) - len(answer) - sum(map(len, facts))
+    prompt: list[int] = []
+    for index, fact in enumerate(facts):
+        size = max(0, room * (index + 1) // facts_count - room * index // facts_count)
+        prompt += _prose(prose, size, generator) + fact
+    return Item(prompt + question, answer)
+
+
+def _prose(prose: Tensor, size: int, generator: random.Random) -> list[int]:
+    """`size` tokens of ordinary text from a random place."""
+    first = generator.randrange(len(prose))
+    rows = [(first + i) % len(prose) for i in range(size // prose.shape[1] + 2)]
+    start = generator.randrange(prose.shape[1])
+    return prose[rows].flatten()[start : start + size].tolist()
+
+
+def _answers(decoder: Decoder, items: list[Item]) -> list[bool]:
+    """Whether greedy decoding gives each answer. Reading the answer at once is the same: a token is only reached when
+    all before it were right."""
+    hits = []
+    for item in items:
+        tokens = torch.tensor([item.prompt + item.answer[:-1]], device=decoder.device)
+        hidden = decoder.hidden(tokens)[0, -len(item.answer) :]
+        greedy = decoder.logits(hidden).argmax(-1)
+        hits.append(greedy.tolist() == item.answer)
+    return hits
+
+
+TASKS.register(Retrieval.name, Retrieval)
