@@ -33,7 +33,7 @@ def front(points: ArrayLike, maximise: Sequence[bool]) -> NDArray[np.bool_]:
         [N] bool. Equal points are on the front together; a point with a NaN never is.
     """
     costs = _costs(points, maximise)
-    mask: NDArray[np.bool_] = ~np.isnan(costs).any(axis=1)
+    mask = np.array(~np.isnan(costs).any(axis=1))
     for index in np.flatnonzero(mask):
         rivals = costs[mask]
         beaten = (rivals <= costs[index]).all(axis=1) & (rivals < costs[index]).any(axis=1)

@@ -27,7 +27,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Speed:
-    """What the cost model says of a placement on the target."""
+    """What the cost model says of a placement on the target. `prefill_tok_s` is NaN where it is not measured."""
 
     decode_tok_s: float
     prefill_tok_s: float
@@ -80,10 +80,11 @@ class RunObjective:
 
     def speed(self, placement: Placement) -> Speed:
         if placement not in self._speeds:
-            cost = self._cost.decode(placement, self.target.context, self.target.batch)
-            self._speeds[placement] = Speed(
-                cost.decode_tok_s, cost.prefill_tok_s, cost.step_ms, cost.cache_bytes, cost.source
-            )
+            cost = self._cost.cost(placement, self.target.context, self.target.batch)
+            assert cost.decode_tok_s is not None, "CostModel.cost has rows or raises"
+            assert cost.step_ms is not None
+            prefill = math.nan if cost.prefill_tok_s is None else cost.prefill_tok_s
+            self._speeds[placement] = Speed(cost.decode_tok_s, prefill, cost.step_ms, cost.cache_bytes, cost.source)
         return self._speeds[placement]
 
     def importance(self) -> Mapping[tuple[int, str], float]:

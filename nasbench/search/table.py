@@ -35,7 +35,9 @@ def format_cell(value: object) -> str:
     return str(value)
 
 
-def read_columns(path: Path, types: Mapping[str, type], optional: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
+def read_columns(
+    path: Path, types: Mapping[str, type], optional: Mapping[str, type] | None = None
+) -> list[dict[str, Any]]:
     """Reads the named columns of a CSV; other columns are ignored.
 
     Args:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
+from nasbench.errors import UserError
 from nasbench.files import machine_errors
 from nasbench.pareto import front as pareto_front
 from nasbench.pareto import hypervolume
@@ -139,8 +141,11 @@ def _locked(path: Path) -> FileLock:
 def read_trials(path: Path) -> list[Trial]:
     """All trials of a run, none if there is no file yet. Raises UserError with file, line and column of a bad cell."""
     trials = read_rows(path, Trial)
-    for trial in trials:
-        parse_placement(trial.placement)
+    for line, trial in enumerate(trials, 2):
+        try:
+            parse_placement(trial.placement)
+        except UserError as error:
+            raise UserError(f"{path}:{line}:placement: {error}") from None
     return trials
 
 
@@ -197,16 +202,20 @@ def front_rows(trials: Sequence[Trial], reference_loss: float, scores: TestScore
     """
     candidates = sorted(unique(trials), key=lambda trial: (trial.loss, -trial.decode_tok_s, trial.placement))
     points = [(trial.loss, trial.decode_tok_s) for trial in candidates]
-    mask = pareto_front(points, SENSES) if points else []
-    chosen = [trial for trial, on_front in zip(candidates, mask, strict=True) if on_front]
+    chosen = [trial for trial, best in zip(candidates, pareto_front(points, SENSES), strict=True) if best]
     volume = hypervolume(points, (reference_loss, 0.0), SENSES)
     rows = []
     for rank, trial in enumerate(chosen, 1):
         test, stderr, retrieval = scores(trial.layers) if scores else (math.nan, math.nan, math.nan)
-        shared = {name: getattr(trial, name) for name in FrontRow.__dataclass_fields__ if hasattr(trial, name)}
-        own = {"loss_test": test, "loss_test_stderr": stderr, "retrieval": retrieval}
-        bounds = {"hypervolume": volume, "reference_loss": reference_loss, "reference_tok_s": 0.0}
-        rows.append(FrontRow(rank=rank, **shared, **own, **bounds))
+        shared: dict[str, Any] = {
+            name: getattr(trial, name) for name in FrontRow.__dataclass_fields__ if hasattr(trial, name)
+        }
+        rows.append(
+            FrontRow(
+                rank=rank, loss_test=test, loss_test_stderr=stderr, retrieval=retrieval, hypervolume=volume,
+                reference_loss=reference_loss, reference_tok_s=0.0, **shared,
+            )
+        )  # fmt: skip
     return rows
 
 

@@ -1,0 +1,131 @@
+"""An Optuna study of loss against tokens/s, in a storage that resumes and that many workers can share.
+
+A trial is one category a layer; NSGA-II combines placements layer by layer. Where K is given, a trial with another
+number of full layers is repaired: the least (or most) important layers change until a wanted K is met, so that no
+evaluation goes to a placement that was not asked for. The study starts from every trial that the run already has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from typing import TYPE_CHECKING
+
+from nasbench.errors import MachineError, UserError
+from nasbench.search.session import BATCH, STRATEGIES, Search
+from nasbench.search.trials import best_of, front_rows
+from nasbench.spaces.placement import Placement
+
+if TYPE_CHECKING:
+    import optuna
+
+NAME = "optuna"
+POPULATION = 24
+PATIENCE = 10
+"""Rounds without a placement that was not seen before, after which the study ends: the sampler has converged."""
+
+
+def _layer(index: int) -> str:
+    return f"layer_{index:03d}"
+
+
+def distributions(search: Search) -> dict[str, optuna.distributions.BaseDistribution]:
+    """One categorical a layer: its legal names, or full attention and the filler asked for."""
+    from optuna.distributions import CategoricalDistribution
+
+    filler = search.options.filler
+    return {
+        _layer(index): CategoricalDistribution(("A", filler) if filler else names)
+        for index, names in enumerate(search.space.choices)
+    }
+
+
+def decode(search: Search, names: Placement) -> Placement:
+    """The placement that a trial's names stand for: itself, or the nearest one with a wanted K."""
+    counts = search.options.full_attention
+    full = {layer for layer, name in enumerate(names) if name == "A"}
+    if not counts or len(full) in counts:
+        return names
+    wanted = min(counts, key=lambda count: (abs(count - len(full)), count))
+    by_worth = sorted(range(len(names)), key=lambda layer: (search.worth[layer], layer))
+    while len(full) > wanted:
+        full.remove(next(layer for layer in by_worth if layer in full))
+    while len(full) < wanted:
+        full.add(next(layer for layer in reversed(by_worth) if layer not in full))
+    fillers = tuple(name if name != "A" else search.base[layer] for layer, name in enumerate(names))
+    return search.space.with_full_attention(fillers, frozenset(full))
+
+
+def open_study(search: Search) -> optuna.Study:
+    """The study of this target, these weights and this space: opened again if the storage has it.
+
+    Raises UserError for a storage that cannot be opened.
+    """
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    options, objective = search.options, search.objective
+    identity = repr((objective.target, objective.version, search.space, options.full_attention, options.filler))
+    name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    try:
+        if options.storage:
+            storage = optuna.storages.get_storage(options.storage)
+        else:
+            backend = JournalFileBackend(str(search.folder / "optuna.journal"))
+            storage = optuna.storages.JournalStorage(backend)
+        study = optuna.create_study(
+            study_name=name, storage=storage, directions=["minimize", "maximize"], load_if_exists=True
+        )
+        # The seed moves with the trials that are there, so that a study that goes on does not repeat itself.
+        seed = options.seed + len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
+    except OSError as error:
+        raise MachineError(f"Optuna storage of {search.folder}: {error.strerror or error}") from error
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"Optuna storage {options.storage or 'optuna.journal'!r} does not open: {first}") from error
+    return study
+
+
+def seeds(search: Search) -> list[Placement]:
+    """Placements that the study starts from: the front of all trials so far, and the best of every wanted K."""
+    trials = search.trials()
+    best = [row.layers for row in front_rows(trials, search.objective.reference_loss)]
+    for count in search.options.full_attention:
+        best.extend(search.uniforms(count))
+        mine = [trial for trial in trials if trial.k == count]
+        best.extend([best_of(mine).layers] if mine else [])
+    filler = search.options.filler
+    legal = [p for p in dict.fromkeys(best) if not filler or set(p) <= {"A", filler}]
+    return legal[:POPULATION]
+
+
+def optuna_study(search: Search) -> None:
+    """The strategy: asks a batch of trials, evaluates the placements, tells their loss and speed."""
+    import optuna
+
+    study, space = open_study(search), distributions(search)
+    for placement in seeds(search):
+        names = {_layer(layer): name for layer, name in enumerate(placement)}
+        study.enqueue_trial(names, skip_if_exists=True)
+    earlier = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
+    done = {decode(search, tuple(trial.params[name] for name in space)) for trial in earlier}
+    search.evaluate(sorted(done), NAME)
+    idle = 0
+    while search.remaining(NAME) > 0 and idle < PATIENCE:
+        before = search.remaining(NAME)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+            trials = [study.ask(fixed_distributions=space) for _ in range(BATCH)]
+        placements = [decode(search, tuple(trial.params[name] for name in space)) for trial in trials]
+        losses = search.evaluate(placements, NAME)
+        for trial, placement in zip(trials, placements, strict=True):
+            if placement in losses:
+                study.tell(trial, (losses[placement], search.objective.speed(placement).decode_tok_s))
+            else:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        idle = idle + 1 if search.remaining(NAME) == before else 0
+
+
+STRATEGIES.register(NAME, optuna_study)

@@ -1,0 +1,43 @@
+"""The strategies that look at no loss: evenly spread placements, and random ones. What any search has to beat."""
+
+from __future__ import annotations
+
+import random
+
+from nasbench.errors import UserError
+from nasbench.search.session import STRATEGIES, Search
+from nasbench.search.trials import UNIFORM
+from nasbench.spaces.placement import Placement
+
+RANDOM = "random"
+
+
+def uniform(search: Search) -> None:
+    """Evaluates the uniform placements of every wanted K; all of 0..layers if none is named."""
+    counts = search.options.full_attention or range(search.space.num_layers)
+    search.evaluate([placement for count in counts for placement in search.uniforms(count)], UNIFORM)
+
+
+def random_placements(search: Search) -> None:
+    """Evaluates random placements: full layers drawn evenly for every wanted K, each filler drawn for its layer."""
+    if search.options.evaluations > 100_000:
+        raise UserError(f"{search.options.evaluations} evaluations are too many: choose at most 100000")
+    source, space = random.Random(search.options.seed), search.space
+    counts = search.options.full_attention or tuple(range(space.num_layers + 1))
+
+    def draw(count: int) -> Placement:
+        full = frozenset(source.sample(range(space.num_layers), count))
+        filler = search.options.filler
+        fill = tuple(filler or source.choice(space.fillers(layer)) for layer in range(space.num_layers))
+        return space.with_full_attention(fill, full)
+
+    wanted: dict[Placement, None] = {}
+    for attempt in range(20 * search.options.evaluations):
+        if len(wanted) >= search.options.evaluations:
+            break
+        wanted.setdefault(draw(counts[attempt % len(counts)]))
+    search.evaluate(wanted, RANDOM)
+
+
+STRATEGIES.register(UNIFORM, uniform)
+STRATEGIES.register(RANDOM, random_placements)

@@ -1,0 +1,201 @@
+"""Every strategy on an objective whose best placements are known by enumeration."""
+
+import itertools
+
+import pytest
+from search.synthetic import SyntheticObjective
+
+from nasbench.errors import UserError
+from nasbench.search.exact import solve
+from nasbench.search.session import Options, Search, run_search
+from nasbench.search.strategies import STRATEGIES
+from nasbench.search.trials import TEACHER, UNIFORM, read_trials
+from nasbench.spaces.placement import count_kind
+
+
+def search(tmp_path, objective=None, **options):
+    return Search(tmp_path, objective or SyntheticObjective(), Options(**options))
+
+
+def enumerate_best(run, count):
+    """The least loss over every set of `count` full layers with the base's fillers."""
+    layers = range(run.space.num_layers)
+    return min(run.objective.loss(run.with_full(full)) for full in itertools.combinations(layers, count))
+
+
+@pytest.mark.parametrize("strategy", ["beam", "optuna", "exact", "uniform", "random"])
+def test_every_strategy_meets_the_contract(tmp_path, strategy):
+    """Legal placements of the wanted K, within the budget, baselines included, and a second run asks nothing new."""
+    run = search(tmp_path, full_attention=(2, 4), evaluations=30)
+    compared = run_search(run, strategy)
+    assert [row.k for row in compared] == [2, 4]
+    assert all(row.searched.loss <= row.uniform.loss for row in compared)
+    trials = read_trials(run.path)
+    assert {TEACHER, UNIFORM, strategy} <= {trial.strategy for trial in trials}
+    mine = [trial for trial in trials if trial.strategy == strategy != UNIFORM]
+    assert len(mine) <= 30
+    if strategy != "beam":  # the beam passes through every smaller K
+        assert {trial.k for trial in mine} <= {2, 4}
+    for trial in trials:
+        run.space.check(trial.layers)
+        assert trial.loss == run.objective.loss(trial.layers)
+        assert trial.k == count_kind(trial.layers)
+
+    again = search(tmp_path, full_attention=(2, 4), evaluations=30)
+    run_search(again, strategy)
+    assert again.objective.asked == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_finds_the_optimum_or_comes_close(tmp_path, seed):
+    run = search(tmp_path, SyntheticObjective(seed=seed), full_attention=(2, 4, 6), evaluations=150)
+    for row in run_search(run, "beam"):
+        least = enumerate_best(run, row.k)
+        assert row.searched.loss - least <= 0.1 * (row.uniform.loss - least)
+
+
+@pytest.mark.parametrize("evaluations", [1, 5, 20])
+def test_beam_is_never_above_uniform_however_small_the_budget(tmp_path, evaluations):
+    run = search(tmp_path, SyntheticObjective(seed=3), full_attention=(3, 5), evaluations=evaluations)
+    for row in run_search(run, "beam"):
+        assert row.searched.loss <= row.uniform.loss
+    assert sum(trial.strategy == "beam" for trial in run.trials()) <= evaluations
+
+
+def test_beam_beats_random_with_the_same_budget(tmp_path):
+    wins = 0
+    for seed in range(5):
+        losses = {}
+        for strategy in ("beam", "random"):
+            run = search(
+                tmp_path / f"{strategy}{seed}", SyntheticObjective(20, seed=seed), full_attention=(6,), evaluations=60
+            )
+            run_search(run, strategy)
+            losses[strategy] = min(t.loss for t in run.trials() if t.strategy == strategy and t.k == 6)
+        wins += losses["beam"] < losses["random"]
+    assert wins == 5
+
+
+def test_a_stopped_search_goes_on_where_it_stopped(tmp_path):
+    """The trials of a search that stopped half-way and ran again are those of one that did not stop."""
+
+    class Stopping(SyntheticObjective):
+        def losses(self, placements):
+            if len(self.asked) + len(placements) > 25:
+                raise KeyboardInterrupt
+            return super().losses(placements)
+
+    whole = search(tmp_path / "whole", full_attention=(2, 4), evaluations=60)
+    run_search(whole, "beam")
+    with pytest.raises(KeyboardInterrupt):
+        run_search(search(tmp_path / "halves", Stopping(), full_attention=(2, 4), evaluations=60), "beam")
+    second = search(tmp_path / "halves", full_attention=(2, 4), evaluations=60)
+    run_search(second, "beam")
+    assert [(t.strategy, t.placement, t.loss) for t in second.trials()] == [
+        (t.strategy, t.placement, t.loss) for t in whole.trials()
+    ]
+    assert len(second.objective.asked) < len(whole.objective.asked)
+
+
+def test_optuna_study_resumes_in_its_storage(tmp_path):
+    first = search(tmp_path, evaluations=20)
+    run_search(first, "optuna")
+    seen = {t.placement for t in first.trials() if t.strategy == "optuna"}
+    second = search(tmp_path, evaluations=40)
+    run_search(second, "optuna")
+    after = {t.placement for t in second.trials() if t.strategy == "optuna"}
+    assert seen < after
+    assert len(after) <= 40
+    assert len(second.objective.asked) == len(after - seen)
+
+
+def test_optuna_starts_from_the_beams_placements(tmp_path):
+    run_search(search(tmp_path, full_attention=(4,), evaluations=40), "beam")
+    run = search(tmp_path, full_attention=(4,), evaluations=10)
+    run_search(run, "optuna")
+    best = min((t for t in run.trials() if t.strategy == "beam" and t.k == 4), key=lambda t: t.loss)
+    assert best.placement in {t.placement for t in run.trials() if t.strategy == "optuna"}
+
+
+def test_optuna_without_k_covers_speeds(tmp_path):
+    run = search(tmp_path, evaluations=60)
+    run_search(run, "optuna")
+    assert len({t.k for t in run.trials() if t.strategy == "optuna"}) >= 4
+
+
+def test_bad_storage_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="nosuch"):
+        run_search(search(tmp_path, evaluations=5, storage="nosuch://x"), "optuna")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6])
+def test_exact_is_the_least_sum(count):
+    objective = SyntheticObjective(6)
+    increases = dict(objective.importance())
+
+    def total(placement):
+        return sum(increases.get(key, 0.0) for key in enumerate(placement))
+
+    legal = (p for p in itertools.product("AWJ", repeat=6) if p.count("A") == count)
+    least = min(total(p) for p in legal)
+    assert total(solve(objective.space, increases, count)) == pytest.approx(least)
+
+
+def test_exact_keeps_the_step_time(tmp_path):
+    run = search(tmp_path, step_ms=8.0)
+    run_search(run, "exact")
+    (mine,) = [t for t in run.trials() if t.strategy == "exact"]
+    assert mine.step_ms <= 8.0
+    with pytest.raises(UserError, match=r"1 ms.*takes 5\.6 to 14 ms"):
+        run_search(search(tmp_path, step_ms=1.0), "exact")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"full_attention": (13,)}, "13 full-attention layers asked of 12"),
+        ({"filler": "X"}, "unknown filler 'X': choose from J, W"),
+        ({"filler": "A"}, "unknown filler"),
+        ({"evaluations": 0}, "evaluations is 0"),
+        ({"beam_width": 0}, "beam width is 0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        search(tmp_path, **options)
+
+
+def test_unknown_strategy_and_missing_k(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'beam'"):
+        run_search(search(tmp_path), "beems")
+    for strategy in ("beam", "exact"):
+        with pytest.raises(UserError, match="--full-attention"):
+            run_search(search(tmp_path), strategy)
+
+
+def test_a_filler_asked_for_is_the_only_one(tmp_path):
+    for strategy in ("beam", "optuna", "exact", "random"):
+        run = search(tmp_path / strategy, full_attention=(3,), filler="J", evaluations=15)
+        run_search(run, strategy)
+        assert {name for t in run.trials() for name in t.layers} == {"A", "J"}
+
+
+def test_strategies_extend_by_registering(tmp_path):
+    def everything_fast(run):
+        run.evaluate([run.base], "fast")
+
+    STRATEGIES.register("fast", everything_fast)
+    try:
+        run = search(tmp_path, full_attention=(1,))
+        run_search(run, "fast")
+        assert "fast" in {t.strategy for t in run.trials()}
+    finally:
+        del STRATEGIES._items["fast"]
+
+
+def test_new_weights_are_evaluated_anew(tmp_path):
+    run_search(search(tmp_path, full_attention=(2,)), "uniform")
+    run = search(tmp_path, SyntheticObjective(version="v2"), full_attention=(2,))
+    run_search(run, "uniform")
+    assert len(run.objective.asked) > 0
+    assert {t.supernet for t in run.trials()} == {"v2"}
