@@ -12,6 +12,7 @@ from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention import FullAttentionConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
 from nasbench.blocks.rotary import apply_rotary
+from nasbench.blocks.stacked import StackedProjections
 
 
 class FullAttention(TokenMixer):
@@ -32,6 +33,7 @@ class FullAttention(TokenMixer):
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
+        self.stacked = StackedProjections((self.q_proj, self.k_proj, self.v_proj))
 
     def slots(self, context: int) -> int:
         """Keys that a cache for `context` tokens holds."""
@@ -43,15 +45,20 @@ class FullAttention(TokenMixer):
         state = {name: torch.zeros(size, device=device, dtype=dtype) for name in ("keys", "values")}
         return MixerCache(context, state)
 
+    def slot(self, positions: Tensor, slots: int) -> Tensor:
+        """Which of a cache's slots holds the key of each position."""
+        return positions
+
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> q [B, H, T, D], k and v [B, Hkv, T, D], q and k normed and rotated.
 
-        cos and sin broadcast to [B, heads, T, D].
+        cos and sin broadcast to [B, T, D].
         """
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.stacked(x))
+        # Queries and keys are rotated together: half as many small operations in a decode step.
+        rotated = apply_rotary(torch.cat((self.q_norm(q), self.k_norm(k)), dim=2), cos[..., None, :], sin[..., None, :])
+        q, k = rotated.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
+        return q, k, v.transpose(1, 2)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """[B, H, T, D] -> [B, T, C]."""
@@ -69,17 +76,16 @@ class FullAttention(TokenMixer):
         return self.merge(causal_attention(q, k, v))
 
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        q, k, v = self.project(x, step.cos[:, None], step.sin[:, None])
+        q, k, v = self.project(x, step.cos, step.sin)
         keys, values = cache.state["keys"], cache.state["values"]
         slots = keys.shape[2]
-        index = (step.positions % slots)[:, None, None, None].expand_as(k)
+        index = self.slot(step.positions, slots)[:, None, None, None].expand_as(k)
         keys.scatter_(2, index, k)
         values.scatter_(2, index, v)
         seen = min(step.span, slots)
         # Slot s holds a key of this sequence from its position s on, in a ring as in a plain cache.
         mask = None if step.uniform else torch.arange(seen, device=x.device) <= step.positions[:, None]
-        mixed = decode_attention(q[:, :, 0], keys[:, :, :seen], values[:, :, :seen], mask)
-        return self.o_proj(mixed.flatten(1)[:, None])
+        return self.merge(decode_attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
 
     @classmethod
     def init_from_attention(cls, config: MixerConfig, attention: FullAttention) -> Self:
@@ -93,19 +99,29 @@ class FullAttention(TokenMixer):
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, H, T, D] of the last T of N positions, k and v [B, Hkv, N, D] -> [B, H, T, D]."""
     queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:
+        return decode_attention(q, k, v, None)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
+LONG_ON_CPU = 1536
+"""Keys from which two bf16 products beat SDPA on a CPU (2.3 times at 8192 keys, 0.8 at 1024; EPYC with AVX512-BF16)."""
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """One query per head over all keys: q [B, H, D], k and v [B, Hkv, N, D], mask [B, N] or None -> [B, H, D].
+    """One query per head over all keys: q [B, H, 1, D], k and v [B, Hkv, N, D], mask [B, N] or None -> [B, H, 1, D].
 
     The query heads of a group stand as rows of one product, so that its keys and values are read once and never
-    repeated in memory.
+    repeated in memory. SDPA with grouped heads and a single query is ten times slower than this on a CPU in bf16.
     """
-    batch, kv_heads, _, dim = k.shape
-    grouped = q.view(batch, kv_heads, -1, dim)
-    mixed = F.scaled_dot_product_attention(grouped, k, v, attn_mask=None if mask is None else mask[:, None, None])
-    return mixed.reshape(q.shape)
+    grouped = q.reshape(k.shape[0], k.shape[1], -1, k.shape[3])
+    mask = None if mask is None else mask[:, None, None]
+    if k.device.type == "cpu" and k.dtype == torch.bfloat16 and k.shape[2] >= LONG_ON_CPU:
+        scores = (grouped * k.shape[3] ** -0.5) @ k.mT
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1) @ v).view(q.shape)
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
+from nasbench.blocks.stacked import StackedProjections
 
 NORM_EPS = 1e-5
 """Of the output norm, in published checkpoints."""
@@ -70,12 +72,37 @@ class GatedDeltaMixer(TokenMixer):
     def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Empty histories of the short convolutions, [B, W-1, channels]."""
 
-    @abstractmethod
-    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, C] -> q, k [B, T, H, K] of norm 1 and v [B, T, H, V]; a history is advanced in place.
+    def further_projections(self) -> Sequence[nn.Linear]:
+        """Projections of the layer's input that a subclass adds to those of every gated-delta mixer."""
+        return ()
 
-        `single` says that T is 1 and a history is there: the decode step.
-        """
+    @cached_property
+    def stacked(self) -> StackedProjections:
+        """Every projection of the input, the wide ones first so that rows stay aligned."""
+        wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.further_projections())
+        return StackedProjections((*wide, self.a_proj, self.b_proj))
+
+    @abstractmethod
+    def convolve(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        further: Sequence[Tensor],
+        history: dict[str, Tensor] | None,
+        single: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Short convolutions and SiLU of the projected q, k [B, T, H * K] and v [B, T, H * V], a history advanced in
+        place -> q and k side by side [B, T, 2 * H * K], v. `single`: T is 1 and a history is there, a decode step."""
+
+    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, ...]:
+        """x [B, T, C] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and writing strength [B, T, H], fp32
+        but for v, and the output gate before its SiLU [B, T, H * V]."""
+        q, k, v, gate, *further, decay, beta = self.stacked(x)
+        both, v = self.convolve(q, k, v, further, history, single)
+        q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).chunk(2, dim=2)
+        decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta.float().sigmoid(), gate
 
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
         """The state [B, H, K, V] fp32 and the convolutions' histories."""
@@ -83,30 +110,23 @@ class GatedDeltaMixer(TokenMixer):
         state = {"state": torch.zeros(size, device=device, dtype=torch.float32)}
         return MixerCache(context, state, self.new_history(batch, device=device, dtype=dtype))
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Log decay and writing strength, [B, T, H] fp32 each."""
-        decay = -self.A_log.float().exp() * F.softplus(self.a_proj(x).float() + self.dt_bias.float())
-        return decay, self.b_proj(x).float().sigmoid()
-
-    def finish(self, mixed: Tensor, x: Tensor) -> Tensor:
-        """Output norm per head, output gate, output projection: [B, T, H, V] -> [B, T, C]."""
-        normed = self.o_norm(mixed.to(x.dtype)).flatten(2)
-        return self.o_proj(normed * F.silu(self.g_proj(x)))
+    def finish(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """Output norm per head, output gate, output projection: [B, T, H, V] and [B, T, H * V] -> [B, T, C]."""
+        return self.o_proj(self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate))
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v = self.inputs(x, cache.history if cache else None, single=False)
-        decay, beta = self.gates(x)
+        q, k, v, decay, beta, gate = self.inputs(x, cache.history if cache else None, single=False)
         state = cache.state["state"] if cache else None
         mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
         if state is not None:
             state.copy_(new_state)
-        return self.finish(mixed, x)
+        return self.finish(mixed, gate)
 
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        q, k, v = self.inputs(x, cache.history, single=True)
-        decay, beta = self.gates(x)
-        mixed = gated_delta_step(q[:, 0], k[:, 0], v[:, 0], decay[:, 0], beta[:, 0], cache.state["state"])
-        return self.finish(mixed[:, None], x)
+        *rule, gate = self.inputs(x, cache.history, single=True)
+        q, k, v, decay, beta = (tensor[:, 0] for tensor in rule)
+        mixed = gated_delta_step(q, k, v, decay, beta, cache.state["state"])
+        return self.finish(mixed[:, None], gate)
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

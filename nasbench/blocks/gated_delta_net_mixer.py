@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
-from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer, l2_norm
+from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer
 
 
 class ShortConvolution(nn.Module):
@@ -38,17 +39,24 @@ class GatedDeltaNet(GatedDeltaMixer):
         channels = 2 * self.config.keys + self.config.values
         return {"qkv": torch.zeros(batch, self.config.conv_size - 1, channels, device=device, dtype=dtype)}
 
-    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def convolve(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        further: Sequence[Tensor],
+        history: dict[str, Tensor] | None,
+        single: bool,
+    ) -> tuple[Tensor, Tensor]:
         # One convolution over the channels of all three: a third of the small operations.
-        projected = torch.cat((self.q_proj(x), self.k_proj(x), self.v_proj(x)), dim=-1)
+        projected = torch.cat((q, k, v), dim=-1)
         weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
         if single and history is not None:
             mixed = causal_conv_step(projected, weight, history["qkv"])
         else:
             mixed = causal_conv(projected, weight, history["qkv"] if history else None)
-        q, k, v = mixed.split((self.config.keys, self.config.keys, self.config.values), dim=-1)
-        q, k = (l2_norm(part.unflatten(-1, (self.heads, self.key_dim))) for part in (q, k))
-        return q, k, v.unflatten(-1, (self.heads, self.value_dim))
+        both, values = mixed.split((2 * self.config.keys, self.config.values), dim=-1)
+        return both, values
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import JetBlockConfig
-from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer, l2_norm
+from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer
 
 
 class KernelGenerator(nn.Module):
@@ -29,9 +30,9 @@ class KernelGenerator(nn.Module):
         nn.init.zeros_(self.w2.weight)
         nn.init.uniform_(self.w2.bias, -(taps**-0.5), taps**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, C] -> [B, T, channels, taps]."""
-        return self.w2(F.silu(self.w1(x))).unflatten(-1, (-1, self.taps))
+    def forward(self, middle: Tensor) -> Tensor:
+        """w1's output [B, T, size] -> kernels [B, T, channels, taps]. The mixer computes w1 with its projections."""
+        return self.w2(F.silu(middle)).unflatten(-1, (-1, self.taps))
 
 
 class DynamicConvolution(nn.Module):
@@ -58,17 +59,24 @@ class JetBlock(GatedDeltaMixer):
         size = (batch, self.config.conv_size - 1, self.config.values)
         return {"values": torch.zeros(size, device=device, dtype=dtype)}
 
-    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = (
-            l2_norm(F.silu(project(x)).unflatten(-1, (self.heads, self.key_dim)))
-            for project in (self.q_proj, self.k_proj)
-        )
-        values, kernels = self.v_proj(x), self.dynamic_conv1d.kernel_generator(x)
+    def further_projections(self) -> Sequence[nn.Linear]:
+        return (self.dynamic_conv1d.kernel_generator.w1,)
+
+    def convolve(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        further: Sequence[Tensor],
+        history: dict[str, Tensor] | None,
+        single: bool,
+    ) -> tuple[Tensor, Tensor]:
+        kernels = self.dynamic_conv1d.kernel_generator(further[0])
         if single and history is not None:
-            v = dynamic_conv_step(values, kernels, history["values"])
+            values = dynamic_conv_step(v, kernels, history["values"])
         else:
-            v = dynamic_conv(values, kernels, history["values"] if history else None)
-        return q, k, v.unflatten(-1, (self.heads, self.value_dim))
+            values = dynamic_conv(v, kernels, history["values"] if history else None)
+        return F.silu(torch.cat((q, k), dim=-1)), values
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

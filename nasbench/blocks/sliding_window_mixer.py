@@ -24,18 +24,21 @@ class SlidingWindow(FullAttention):
     def slots(self, context: int) -> int:
         return min(self.config.window, context)
 
+    def slot(self, positions: Tensor, slots: int) -> Tensor:
+        return positions % slots
+
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
         q, k, v = self.project(x, chunk.cos, chunk.sin)
         if cache is None:
             return self.merge(windowed_attention(q, k, v, self.config.window))
         rings, tokens, end = (cache.state["keys"], cache.state["values"]), x.shape[1], chunk.start + x.shape[1]
         slots = rings[0].shape[2]
-        past = torch.arange(chunk.start - min(chunk.start, slots - 1), chunk.start, device=x.device) % slots
+        past = self.slot(torch.arange(max(0, chunk.start - slots + 1), chunk.start, device=x.device), slots)
         all_k, all_v = (
             torch.cat((ring[:, :, past].to(new.dtype), new), 2) for ring, new in zip(rings, (k, v), strict=True)
         )
         kept = min(tokens, slots)
-        target = torch.arange(end - kept, end, device=x.device) % slots
+        target = self.slot(torch.arange(end - kept, end, device=x.device), slots)
         for ring, new in zip(rings, (k, v), strict=True):
             ring.index_copy_(2, target, new[:, :, tokens - kept :].to(ring.dtype))
         return self.merge(windowed_attention(q, all_k, all_v, self.config.window))

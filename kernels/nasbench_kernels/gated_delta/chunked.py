@@ -15,46 +15,53 @@ def chunked_gated_delta(
     beta: Tensor,
     state: Tensor | None = None,
     scale: float | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and results as `naive_gated_delta`; T is any size, the last chunk is padded with empty tokens.
 
-    Computes in fp32. Decays enter only as exp of differences that are never positive, so strong decays underflow to
-    zero instead of overflowing. README.md derives the equations, whose names the variables have.
+    `chunk` defaults to 64, on a CPU to 32, which is a third faster there. Computes in fp32. Decays enter only as exp
+    of differences that are never positive, so strong decays underflow to zero instead of overflowing. README.md
+    derives the equations.
     """
     batch, tokens, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
-    dtype = v.dtype
-    chunk = min(chunk, tokens)
-    q, k, v, g, beta = (_split(tensor.float(), chunk) for tensor in (q, k, v, g[..., None], beta[..., None]))
-    q = q * scale
+    dtype, value_dim = v.dtype, v.shape[-1]
+    chunk = min(chunk or (32 if q.device.type == "cpu" else 64), tokens)
+    q, k, v, g, beta = (_split(tensor, chunk) for tensor in (q, k, v, g[..., None], beta[..., None]))
+    count = -(-tokens // chunk)
 
-    total = g.cumsum(dim=-2)  # [B, H, N, C, 1]
-    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
-    decay = (total - total.mT).masked_fill(~lower, -torch.inf).exp()  # [B, H, N, C, C], row: later token
-    keys_t = k.mT
-    coupling = (beta * k @ keys_t * decay).tril(-1)
-    scores = (q @ keys_t) * decay
+    total = g.cumsum(dim=1)  # [M, C, 1], log decay from the chunk's start; M = B * H * N
     grown = total.exp()
-    # U0 and W of (I + A) U = beta (V - exp(G) K S): one triangular solve serves both.
-    right = torch.cat((beta * v, beta * grown * k), dim=-1)
-    solved = torch.linalg.solve_triangular(coupling, right, upper=False, unitriangular=True)
-    writes, reads = solved.split((v.shape[-1], key_dim), dim=-1)
-    last = total[..., -1:, :]
-    kept_keys = (k * (last - total).exp()).mT  # [B, H, N, K, C]
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    decay = (total - total.mT).masked_fill(~lower, -torch.inf).exp()  # [M, C, C], row: the later token
+    weighted = beta * k
+    coupling = (torch.bmm(weighted, k.mT) * decay).tril(-1)
+    # The inverse first: LAPACK solves for C unit columns several times faster than for K + V dense ones.
+    unit = torch.eye(chunk, device=q.device).expand_as(coupling)
+    inverse = torch.linalg.solve_triangular(coupling, unit, upper=False, unitriangular=True)
+    writes = torch.bmm(inverse, beta * v)
+    reads = torch.bmm(inverse, weighted * grown)
+    last = total[:, -1:]
+    kept_keys = k * (last - total).exp()
     kept_state = last.exp()
 
-    state = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if state is None else state.float()
+    steps = zip(*(x.unflatten(0, (-1, count)).unbind(1) for x in (writes, reads, kept_keys, kept_state)), strict=True)
+    state = q.new_zeros(batch, heads, key_dim, value_dim) if state is None else state.float()
+    state = state.flatten(0, 1)  # [B * H, K, V]
     states, updates = [], []
-    for n in range(q.shape[2]):
+    for write, read, kept_key, kept in steps:
         states.append(state)
-        updates.append(writes[:, :, n] - reads[:, :, n] @ state)
-        state = state * kept_state[:, :, n] + kept_keys[:, :, n] @ updates[-1]
-    output = (q * grown) @ torch.stack(states, dim=2) + scores @ torch.stack(updates, dim=2)
-    return output.flatten(2, 3)[:, :, :tokens].transpose(1, 2).to(dtype), state
+        updates.append(torch.baddbmm(write, read, state, alpha=-1))
+        state = torch.baddbmm(state * kept, kept_key.mT, updates[-1])
+    all_states, all_updates = (torch.stack(tensors, dim=1).flatten(0, 1) for tensors in (states, updates))
+    scores = torch.bmm(q, k.mT) * decay
+    output = torch.baddbmm(torch.bmm(q * grown, all_states), scores, all_updates) * scale
+    output = output.view(batch, heads, count * chunk, value_dim)[:, :, :tokens].transpose(1, 2)
+    return output.to(dtype), state.unflatten(0, (batch, heads))
 
 
 def _split(x: Tensor, chunk: int) -> Tensor:
-    """[B, T, H, D] -> [B, H, N, chunk, D], padded with zeros: a zero key, value, beta and log decay change nothing."""
-    x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
-    return x.transpose(1, 2).unflatten(2, (-1, chunk))
+    """[B, T, H, D] -> fp32 [B * H * N, chunk, D], contiguous, padded with zeros: a token whose key, value, beta and
+    log decay are zero changes nothing."""
+    x = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.transpose(1, 2).reshape(-1, chunk, x.shape[-1])

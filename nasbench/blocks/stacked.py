@@ -1,0 +1,58 @@
+"""Several projections of one input as one matrix product, without changing parameter names or doubling memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class StackedProjections:
+    """Computes `[linear(x) for linear in linears]`, in one product when nothing needs a gradient.
+
+    The first such call moves the weights into one matrix and makes every parameter a view of its rows: state
+    dictionaries, optimisers and in-place updates see what they saw before. When a parameter has been replaced since
+    (moved to a device, cast, loaded by assignment), they are stacked again. A decode step is a row of small
+    products, and each costs more to start (a kernel launch, a oneDNN primitive) than to compute.
+
+    A plain object, not a module: it owns no parameters. The projections all have a bias, or none has.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = tuple(linears)
+        self.sizes = [linear.out_features for linear in self.linears]
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        if torch.is_grad_enabled():
+            return [linear(x) for linear in self.linears]
+        self.weight = _stacked(self.weight, [linear.weight for linear in self.linears])
+        if self.linears[0].bias is not None:
+            self.bias = _stacked(self.bias, [linear.bias for linear in self.linears])
+        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+
+
+def _stacked(known: Tensor | None, parameters: list[Tensor]) -> Tensor:
+    """`known` if every parameter still is a view of its rows, else the parameters stacked anew."""
+    if known is None or known.dtype != parameters[0].dtype:
+        return _stack(parameters)
+    pointer = known.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != pointer:
+            return _stack(parameters)
+        pointer += parameter.nbytes
+    return known
+
+
+# Never in inference mode: parameters must not become inference tensors, which could not be trained again.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _stack(parameters: list[Tensor]) -> Tensor:
+    """Concatenates parameters along the first dimension and makes each a view of its part."""
+    stacked = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, stacked.split([p.shape[0] for p in parameters]), strict=True):
+        parameter.data = part
+    return stacked
