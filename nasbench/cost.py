@@ -21,7 +21,7 @@ import numpy as np
 from nasbench.backbone.shapes import ModelShape
 from nasbench.config import format_size, profiles_dir
 from nasbench.errors import UserError, unknown
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Database, Row, block_cells, default_db_dir, read_db, replaces
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -77,7 +77,7 @@ def _bracket(known: Sequence[int], at: int, extrapolate: bool) -> tuple[int, int
 
 
 class Table:
-    """Times of one block over batch and context."""
+    """Times of one block over context and batch."""
 
     def __init__(self) -> None:
         self.points: dict[int, dict[int, Time]] = {}
@@ -86,31 +86,37 @@ class Table:
         """Keeps the faster one where two implementations measured the same point, measured before estimated."""
         assert row.p50_us is not None
         new = Time(row.p50_us, row.source == "estimated")
-        old = self.points.setdefault(row.batch, {}).get(row.context)
+        old = self.points.setdefault(row.context, {}).get(row.batch)
         if old is None or (new.estimated, new.us) < (old.estimated, old.us):
-            self.points[row.batch][row.context] = new
+            self.points[row.context][row.batch] = new
 
     def at(self, context: int, batch: int, extrapolate: bool) -> Time | None:
-        """The time at a point, or None outside of what was measured."""
+        """The time at a point, or None outside of what was measured.
+
+        Batches first, because the largest batch that fits, and so is measured, differs between contexts.
+        """
         for beyond in (False, True) if extrapolate else (False,):
-            lines = {size: self._along(size, context, beyond) for size in sorted(self.points)}
-            found = {size: time for size, time in lines.items() if time is not None}
-            bracket = _bracket(list(found), batch, beyond)
-            if bracket:
-                return _blend(found[bracket[0]], found[bracket[1]], bracket[2])
+            lines = {size: _along(self.points[size], batch, beyond) for size in sorted(self.points)}
+            time = _along({size: line for size, line in lines.items() if line is not None}, context, beyond)
+            if time:
+                return time
         return None
 
-    def _along(self, batch: int, context: int, extrapolate: bool) -> Time | None:
-        line = self.points[batch]
-        bracket = _bracket(sorted(line), context, extrapolate)
-        return _blend(line[bracket[0]], line[bracket[1]], bracket[2]) if bracket else None
-
     def measured(self) -> str:
-        """The points, for an error message: `batch 1: 1k, 2k; batch 4: 1k`."""
-        lines = (
-            f"batch {size}: {', '.join(map(format_size, sorted(line)))}" for size, line in sorted(self.points.items())
+        """The points, for an error message: `batch 1, 4 at context 1k; batch 1 at 4k`."""
+        lines = {size: ", ".join(map(str, sorted(line))) for size, line in sorted(self.points.items())}
+        by_batches: dict[str, list[str]] = {}
+        for size, batches in lines.items():
+            by_batches.setdefault(batches, []).append(format_size(size))
+        return "; ".join(
+            f"batch {batches}" + (f" at context {', '.join(sizes)}" if sizes != ["0"] else "")
+            for batches, sizes in by_batches.items()
         )
-        return "; ".join(lines)
+
+
+def _along(line: dict[int, Time], at: int, extrapolate: bool) -> Time | None:
+    bracket = _bracket(sorted(line), at, extrapolate)
+    return _blend(line[bracket[0]], line[bracket[1]], bracket[2]) if bracket else None
 
 
 def _blend(low: Time, high: Time, weight: float) -> Time:
@@ -277,7 +283,7 @@ class CostModel:
         return time
 
     def _command(self, mode: str, context: int, batch: int, name: str = "") -> str:
-        blocks = f" --blocks {kind_of(name)}" if name and name not in SHARED_BLOCKS else ""
+        blocks = f" --blocks {name}" if name and name not in SHARED_BLOCKS else ""
         contexts = f" --contexts {format_size(context)}" if context else ""
         modes = "decode" if mode == "decode" else "decode,prefill"
         return (

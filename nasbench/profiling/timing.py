@@ -1,0 +1,103 @@
+"""Timing a function on the CPU or a GPU: warm-up, synchronisation, as many repeats as the spread asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+SPREAD = 0.03
+"""Repeats stop once p20 and p80 lie within this share of p50."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one row may take: at least `least` repeats, then until the spread is small or `seconds` are over."""
+
+    seconds: float = 0.6
+    least: int = 7
+    most: int = 200
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles in microseconds over `repeats` runs."""
+
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    repeats: int
+
+    def scaled(self, factor: float) -> Timing:
+        return Timing(self.p20_us * factor, self.p50_us * factor, self.p80_us * factor, self.repeats)
+
+
+def summarise(samples_us: list[float]) -> Timing:
+    """Percentiles of measured durations."""
+    low, middle, high = np.percentile(samples_us, [20, 50, 80])
+    return Timing(float(low), float(middle), float(high), len(samples_us))
+
+
+def repeat(sample_us: Callable[[], float], budget: Budget) -> Timing:
+    """Samples durations within the budget, after one sample that is thrown away.
+
+    Args:
+        sample_us: does the work once and returns its duration in microseconds.
+    """
+    began = time.perf_counter()
+    sample_us()
+    samples: list[float] = []
+    while len(samples) < budget.most:
+        samples.append(sample_us())
+        if len(samples) >= budget.least:
+            timing = summarise(samples)
+            calm = len(samples) >= 2 * budget.least and timing.p80_us - timing.p20_us <= SPREAD * timing.p50_us
+            if calm or time.perf_counter() - began > budget.seconds:
+                break
+    return summarise(samples)
+
+
+def time_cpu(work: Callable[[], object], budget: Budget) -> Timing:
+    """Wall-clock time of `work` on the CPU."""
+
+    def sample_us() -> float:
+        began = time.perf_counter_ns()
+        work()
+        return (time.perf_counter_ns() - began) / 1e3
+
+    return repeat(sample_us, budget)
+
+
+def time_cuda(work: Callable[[], object], budget: Budget, graph: bool) -> Timing:
+    """Device time of `work` between two events on the current GPU.
+
+    Args:
+        graph: capture `work` in a CUDA graph and time its replays, as the decode loop runs; without it, `work` is
+            launched kernel by kernel and its launches count where they are the bottleneck.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    launch = work
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            work()
+        launch = captured.replay
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample_us() -> float:
+        begin.record()
+        launch()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+    return repeat(sample_us, budget)

@@ -1,0 +1,205 @@
+"""The work that a row times: several instances of a block, called one after another on random data.
+
+In a model every layer has weights and a cache of its own, so each finds the last-level cache full of its predecessors'.
+One instance called again and again would find its own there. A workload therefore goes round instances that together
+are larger than twice the last-level cache, and calls the very modules that the decoder is made of.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nasbench.backbone.decoder import Decoder, GatedMLP
+from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks.mixer import Chunk, MixerCache, Step
+from nasbench.profiling.plan import Point
+
+FEWEST, MOST = 4, 64
+"""Instances that a workload goes round, unless memory allows fewer."""
+MOST_PREFILL = 4
+"""Instances of a prefill workload, whose time is arithmetic, not the fetching of weights."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where workloads run.
+
+    Attributes:
+        llc_bytes: last-level cache that instances must not fit in.
+        memory_bytes: most that the instances of one workload may take.
+        uniform: whether decode steps run without a mask over the keys, as the engine does on this device.
+    """
+
+    shape: ModelShape
+    device: str
+    dtype: torch.dtype
+    llc_bytes: int
+    memory_bytes: int
+    uniform: bool
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`run` does the block's work `instances` times.
+
+    Attributes:
+        moved_bytes: least bytes that one instance reads and writes.
+        flops: floating-point operations of one instance.
+        cache_bytes, history_bytes: what the allocator gave to one instance's cache; None without a cache.
+    """
+
+    run: Callable[[], object]
+    instances: int
+    moved_bytes: int
+    flops: int
+    cache_bytes: int | None = None
+    cache_formula_bytes: int | None = None
+    history_bytes: int | None = None
+
+
+def build(bench: Bench, point: Point) -> Workload:
+    """The workload of a point; raises what torch raises when the memory is not enough."""
+    return _SHARED[point.block](bench, point) if point.shared else _mixer(bench, point)
+
+
+def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
+    wanted = max(FEWEST, min(MOST, -(-2 * bench.llc_bytes // max(1, instance_bytes))))
+    if point.mode == "prefill":
+        wanted = min(wanted, MOST_PREFILL)
+    return max(1, min(wanted, bench.memory_bytes // max(1, instance_bytes)))
+
+
+def _instances(bench: Bench, module: nn.Module, count: int) -> list[Any]:
+    """The module and copies of it that share no memory; parameters that start as zeros get values."""
+    module = module.to(device=bench.device, dtype=bench.dtype).requires_grad_(False)
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+
+
+def _activations(bench: Bench, point: Point, size: int) -> Tensor:
+    return torch.randn(point.batch, point.chunk or 1, size, device=bench.device, dtype=bench.dtype)
+
+
+def _round(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    def run() -> object:
+        result = None
+        for call in calls:
+            result = call()
+        return result
+
+    return run
+
+
+def rootless_decoder(shape: ModelShape) -> Decoder:
+    """A decoder without layers: embedding, rotary tables, final norm and head."""
+    return Decoder(replace(shape, num_layers=0, published_placement=""), ())
+
+
+def _step(bench: Bench, decoder: Decoder, point: Point) -> Step:
+    chunk = decoder.chunk(point.context - 1, 1)
+    positions = torch.full((point.batch,), point.context - 1, device=bench.device)
+    rows = (point.batch, 1, chunk.cos.shape[-1])
+    return Step(positions, point.context, bench.uniform, chunk.cos.expand(rows), chunk.sin.expand(rows))
+
+
+def _caches(bench: Bench, mixers: list[Any], point: Point) -> list[MixerCache]:
+    """A cache per mixer, full to the context. One is filled with random numbers, the others copy it: faster."""
+    size = {"device": bench.device, "dtype": bench.dtype}
+    caches = [mixer.new_cache(point.batch, point.context, **size) for mixer in mixers]
+    caches[0].fill_random()
+    for cache in caches[1:]:
+        for ours, first in ((cache.state, caches[0].state), (cache.history, caches[0].history)):
+            for name, tensor in ours.items():
+                tensor.copy_(first[name])
+    return caches
+
+
+def _mixer(bench: Bench, point: Point) -> Workload:
+    config = bench.shape.mixer(point.block)
+    width = bench.dtype.itemsize
+    formula = config.cache_bytes(point.batch, point.context, width)
+    count = _count(bench, point, config.parameters() * width + formula)
+    mixers = _instances(bench, config.build(), count)
+    caches = _caches(bench, mixers, point)
+    decoder = rootless_decoder(bench.shape).to(bench.device)
+    x = _activations(bench, point, bench.shape.hidden_size)
+    where: Step | Chunk
+    if point.mode == "decode":
+        where = _step(bench, decoder, point)
+        calls = [partial(mixer.step, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
+        moved = config.decode_bytes(point.batch, point.context, width)
+        flops = point.batch * config.flops(1, point.context - 1)
+    else:
+        start = point.context - point.chunk
+        where = decoder.chunk(start, point.chunk)
+        calls = [partial(mixer, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
+        moved = config.decode_bytes(point.batch, point.context, width) + 2 * x.nbytes
+        flops = point.batch * config.flops(point.chunk, start)
+    sizes = (caches[0].nbytes, formula, caches[0].history_nbytes)
+    return Workload(_round(calls), count, moved, flops, *sizes)
+
+
+def _mlp(bench: Bench, point: Point) -> Workload:
+    parameters = bench.shape.mlp_parameters()
+    nbytes = parameters * bench.dtype.itemsize
+    count = _count(bench, point, nbytes)
+    x = _activations(bench, point, bench.shape.hidden_size)
+    calls = [partial(mlp, x) for mlp in _instances(bench, GatedMLP(bench.shape), count)]
+    tokens = point.batch * (point.chunk or 1)
+    return Workload(_round(calls), count, nbytes + 2 * x.nbytes, 2 * tokens * parameters)
+
+
+def _norm(bench: Bench, point: Point) -> Workload:
+    """Residual addition and RMSNorm, twice in every layer."""
+    size = bench.shape.hidden_size
+    x, y = (_activations(bench, point, size) for _ in range(2))
+    norms = _instances(bench, nn.RMSNorm(size, bench.shape.rms_eps), 2 * bench.shape.num_layers)
+
+    def call(norm: nn.Module) -> Tensor:
+        return norm(x + y)
+
+    tokens = point.batch * (point.chunk or 1)
+    calls = [partial(call, norm) for norm in norms]
+    return Workload(_round(calls), len(norms), 4 * x.nbytes, 6 * tokens * size)
+
+
+def _embedding(bench: Bench, point: Point) -> Workload:
+    """The look-up and, in a decode step, the rotary tables that all layers share."""
+    decoder = rootless_decoder(bench.shape).to(device=bench.device, dtype=bench.dtype)
+    tokens = torch.randint(bench.shape.vocab_size, (FEWEST, point.batch, point.chunk or 1), device=bench.device)
+    where = replace(point, context=1)
+
+    def call(ids: Tensor) -> Tensor:
+        if point.mode == "decode":
+            _step(bench, decoder, where)
+        return decoder.embed(ids)
+
+    calls = [partial(call, ids) for ids in tokens]
+    moved = 2 * tokens[0].numel() * bench.shape.hidden_size * bench.dtype.itemsize
+    return Workload(_round(calls), FEWEST, moved, 0)
+
+
+def _head(bench: Bench, point: Point) -> Workload:
+    """Logits of one token per sequence and the greedy choice."""
+    parameters = bench.shape.vocab_size * bench.shape.hidden_size
+    nbytes = parameters * bench.dtype.itemsize
+    count = _count(bench, point, nbytes) if nbytes < 2 * bench.llc_bytes else 1
+    x = _activations(bench, replace(point, chunk=0), bench.shape.hidden_size)
+
+    def call(decoder: Decoder) -> Tensor:
+        return decoder.logits(x)[:, 0].argmax(-1)
+
+    calls = [partial(call, decoder) for decoder in _instances(bench, rootless_decoder(bench.shape), count)]
+    return Workload(_round(calls), count, nbytes, 2 * point.batch * parameters)
+
+
+_SHARED = {"mlp": _mlp, "norm": _norm, "embedding": _embedding, "head": _head}
