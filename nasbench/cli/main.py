@@ -22,6 +22,7 @@ COMMANDS = (
     "db",
     "cost",
     "throughput",
+    "validate",
     "distill",
     "search",
     "eval",

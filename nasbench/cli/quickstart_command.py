@@ -1,0 +1,147 @@
+"""`nasbench quickstart`: the whole loop on one model and this machine, every stage the command that a person would type."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What fits the time of a first look on a kind of device.
+
+    Attributes:
+        contexts, batches: of the profile; the target of the search lies among them.
+        context, batch: the target.
+        ridge_tokens, align_tokens, supernet_tokens: budget of the distillation.
+        evaluations: placements that the beam and the Optuna study may look at, each.
+        search_tokens, test_tokens: held-out tokens that score a placement, while searching and at the end.
+    """
+
+    contexts: str
+    batches: str
+    context: str
+    batch: str
+    chunk: str
+    ridge_tokens: str
+    align_tokens: str
+    supernet_tokens: str
+    beam_evaluations: int
+    optuna_evaluations: int
+    search_tokens: str
+    test_tokens: str
+
+
+PRESETS = {
+    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "8k", "16k", "16k", 110, 40, "2k", "8k"),
+    "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "64k", "2M", "1M", 400, 200, "16k", "64k"),
+}
+"""By the device's kind: a GPU does in the same minutes many times of what two CPU cores do."""
+
+BLOCKS = "AWJG"
+FULL_ATTENTION = "1,2,4,8,15"
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/quickstart"),
+    model: Annotated[str, typer.Option(help="Model to search; see nasbench models.")] = "default",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    context: Annotated[str, typer.Option(help="Context to be fast at; default by device.")] = "",
+    batch: Annotated[str, typer.Option(help="Batch to be fast at; default by device.")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    full_attention: Annotated[str, typer.Option(help="Numbers of full-attention layers to search.")] = FULL_ATTENTION,
+    scale: Annotated[float, typer.Option(help="Multiplies every budget: 0.1 for a smoke test, 4 for a better front.")] = 1.0,
+) -> None:
+    """Profile, distil, search, validate and report; about 10 minutes on 2 CPU cores.
+
+    Stopped at any moment, the same command continues.
+    """
+    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.cli.common import log, torch_device
+    from nasbench.cli.main import run
+    from nasbench.cost import check_context
+
+    if not 0 < scale <= 1000:
+        raise UserError(f"bad scale {scale}: choose a number above 0 and up to 1000")
+    device = torch_device(device)
+    shape = resolve_shape(model)
+    preset = PRESETS[device.split(":")[0]]
+    target = (context or preset.context, batch or preset.batch)
+    check_context(shape, parse_size(target[0]))
+    began = time.perf_counter()
+    stages = _stages(preset, out, model, device, target, dtype, full_attention, scale)
+    for number, (title, arguments) in enumerate(stages, 1):
+        log(f"\n[{number}/{len(stages)}] {title}\n      nasbench {' '.join(arguments)}")
+        stage_began = time.perf_counter()
+        code = run(arguments)
+        if code:
+            raise typer.Exit(code)
+        log(f"      {title}: {time.perf_counter() - stage_began:.0f} s")
+    _summary(out, time.perf_counter() - began)
+
+
+def _stages(
+    preset: Preset,
+    out: Path,
+    model: str,
+    device: str,
+    target: tuple[str, str],
+    dtype: str,
+    full_attention: str,
+    scale: float,
+) -> list[tuple[str, list[str]]]:
+    """(title, command line) of every stage. Each finds what an earlier run of it has done, and goes on from there."""
+    from nasbench.config import format_size
+
+    def tokens(text: str, least: int = 1024) -> str:
+        return format_size(max(least, int(parse_size(text) * scale)))
+
+    def count(value: int) -> str:
+        return str(max(8, int(value * scale)))
+
+    folder, db = str(out), str(out / "profiles")
+    contexts = ",".join(dict.fromkeys([*preset.contexts.split(","), target[0]]))
+    batches = ",".join(dict.fromkeys([*preset.batches.split(","), target[1]]))
+    goal = ["--context", target[0], "--batch", target[1], "--dtype", dtype, "--db", db, "--on", device]
+    held_out = ["--search-tokens", tokens(preset.search_tokens), "--test-tokens", tokens(preset.test_tokens)]
+    profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
+    search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
+    return [
+        (
+            "profile: every layer kind on this device",
+            [*profile, "--chunk", preset.chunk, "--device", device, "--dtype", dtype, "--db", db],
+        ),
+        (
+            "distill: the alternatives of every layer",
+            ["distill", "--model", model, "--out", folder, "--device", device]
+            + ["--ridge-tokens", tokens(preset.ridge_tokens), "--align-tokens", tokens(preset.align_tokens)]
+            + ["--supernet-tokens", tokens(preset.supernet_tokens)],
+        ),
+        (
+            "search: beam over the full-attention layers",
+            [*search, "--strategy", "beam", "--evaluations", count(preset.beam_evaluations)],
+        ),
+        (
+            "search: Optuna over all layers and kinds",
+            [*search, "--strategy", "optuna", "--evaluations", count(preset.optuna_evaluations)],
+        ),
+        (
+            "validate: the front end to end on this device",
+            ["validate", folder, "--context", target[0], "--batch", target[1], "--dtype", dtype, "--db", db]
+            + ["--device", device],
+        ),
+        ("report: one HTML file", ["report", folder, "--db", db]),
+    ]
+
+
+def _summary(out: Path, seconds: float) -> None:
+    from nasbench.cli.common import log
+
+    log(f"\nDone in {seconds / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")
