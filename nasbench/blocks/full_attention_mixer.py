@@ -79,9 +79,9 @@ class FullAttention(TokenMixer):
         q, k, v = self.project(x, step.cos, step.sin)
         keys, values = cache.state["keys"], cache.state["values"]
         slots = keys.shape[2]
-        index = self.slot(step.positions, slots)[:, None, None, None].expand_as(k)
-        keys.scatter_(2, index, k)
-        values.scatter_(2, index, v)
+        slot = self.slot(step.positions, slots)
+        for stored, new in ((keys, k), (values, v)):
+            write_slots(stored, new.to(stored.dtype), slot, step.uniform)
         seen = min(step.span, slots)
         # Slot s holds a key of this sequence from its position s on, in a ring as in a plain cache.
         mask = None if step.uniform else torch.arange(seen, device=x.device) <= step.positions[:, None]
@@ -94,6 +94,17 @@ class FullAttention(TokenMixer):
         mixer = cls(config).to(device=weight.device, dtype=weight.dtype)
         mixer.load_state_dict(attention.state_dict())
         return mixer
+
+
+def write_slots(stored: Tensor, new: Tensor, slot: Tensor, uniform: bool) -> None:
+    """stored[b, :, slot[b]] = new[b, :, 0] in place: stored [B, Hkv, N, D], new [B, Hkv, 1, D], slot [B] on the device.
+
+    `scatter_` would copy the whole of `stored` on a CPU.
+    """
+    if uniform:
+        stored.index_copy_(2, slot[:1], new)
+    else:
+        stored[torch.arange(slot.shape[0], device=slot.device), :, slot] = new[:, :, 0]
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
