@@ -125,3 +125,12 @@ def latest(folder: Path) -> Checkpoint | None:
     except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_remedy(folder)}") from None
     return Checkpoint(target, state)
+
+
+def discard(folder: Path) -> None:
+    """Removes the checkpoints of a training that is over; losses.csv stays."""
+    (folder / LATEST).unlink(missing_ok=True)
+    if folder.is_dir():
+        for old in folder.iterdir():
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,70 @@
+"""nasbench distill: train the once-for-all supernet of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+_SET_BY_OPTION = {"align_tokens": "--align-tokens", "supernet_tokens": "--supernet-tokens"}
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="The run's folder, as runs/NAME.")],
+    model: Annotated[
+        str, typer.Option(help="`default`, a Hugging Face folder, a GGUF file or a hub name.")
+    ] = "default",
+    names: Annotated[str, typer.Option(help="Layer kinds beside full attention, as W,J,G or W1152,J.")] = "W,J",
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
+    data: Annotated[str, typer.Option(help="Text: .txt, .jsonl, .parquet or a folder; default: Python's help.")] = "",
+    align_tokens: Annotated[
+        str | None, typer.Option(help="Tokens of block-wise alignment, as 16k; 0 for none.")
+    ] = None,
+    supernet_tokens: Annotated[str | None, typer.Option(help="Tokens of random sub-networks; 0 for none.")] = None,
+    sequence: Annotated[str, typer.Option(help="Tokens of a training sequence.")] = "256",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped."""
+    from nasbench.backbone.load import resolve_shape
+    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
+    from nasbench.cli.training_progress import training_progress
+    from nasbench.runs import Run, RunSpec
+    from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.train import distill
+
+    if dtype == "fp16":
+        raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
+    settings = DistillConfig.read(config) if config else DistillConfig()
+    budgets = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
+    changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
+    settings = settings.updated(changes)
+    shape = resolve_shape(model)
+    spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
+    if spec.sequence > shape.max_context:
+        raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
+    chosen, kind = torch_device(device), torch_dtype(dtype)
+    run = Run.create(out, spec)
+    with training_progress() as progress:
+        net = distill(run, settings, device=chosen, dtype=kind, progress=progress)
+    log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {net.source}")
+    if as_json:
+        print_json({"run": str(out), "names": list(run.spec.space.names), "version": net.version})
+
+
+def parse_names(text: str, shape) -> tuple[str, ...]:  # type: ignore[no-untyped-def]
+    """`W,J` or `WJ` -> ("A", "W", "J"), each checked against the model. Raises UserError."""
+    from nasbench.spaces.placement import parse_placement
+
+    names = tuple(dict.fromkeys(("A", *parse_placement(text))))
+    for name in names:
+        shape.mixer(name)
+    if len(names) < 2:
+        raise UserError(f"no layer kind beside full attention in {text!r}: name at least one, as W,J")
+    return names

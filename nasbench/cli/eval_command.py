@@ -1,0 +1,98 @@
+"""nasbench eval: scores of a placement of a run, or of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from nasbench.evaluation.score import Score
+    from nasbench.evaluation.tasks import Task
+
+
+def command(
+    target: Annotated[str, typer.Argument(help="A run folder, a finalised hybrid, a model folder or name.")],
+    tasks: Annotated[str, typer.Option(help="As loss,kl,retrieval@512,mc:FILE.jsonl.")] = "loss",
+    placement: Annotated[str | None, typer.Option(help="Of a run: default full attention.")] = None,
+    split: Annotated[str, typer.Option(help="Held-out text: test, or search (what searches see).")] = "test",
+    data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",
+    sequence: Annotated[str, typer.Option(help="Tokens of a held-out sequence for a checkpoint.")] = "256",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score a placement of a run (kept in its evals.csv), or a checkpoint, on tasks."""
+    from nasbench.cli.common import print_json, print_table, torch_device, torch_dtype
+    from nasbench.evaluation.tasks import parse_tasks
+
+    parsed = parse_tasks(tasks)
+    if split not in ("search", "test"):
+        raise unknown("split", split, ("search", "test"))
+    where, kind = torch_device(device), torch_dtype(dtype)
+    if (Path(target) / "run.json").is_file():
+        if data:
+            raise UserError("--data is the run's own: leave it out, or evaluate a checkpoint")
+        scored, scores = _score_run(Path(target), placement, parsed, split, where, kind)
+    else:
+        scored, scores = _score_checkpoint(target, placement, parsed, split, data, parse_size(sequence), where, kind)
+    if as_json:
+        rows = {
+            name: {"metric": s.metric, "value": s.value, "stderr": None if s.n < 2 else s.stderr, "n": s.n}
+            for name, s in scores.items()
+        }
+        print_json({"target": target, "placement": scored, "split": split, "dtype": dtype, "scores": rows})
+        return
+    table = [(name, s.metric, f"{s.value:.4f}", f"{s.stderr:.4f}", s.n) for name, s in scores.items()]
+    print_table(("task", "metric", "value", "stderr", "n"), table, title=f"{target}: {scored}")
+
+
+def _score_run(  # type: ignore[no-untyped-def]
+    path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype
+) -> tuple[str, dict[str, Score]]:
+    from nasbench.backbone.load import resolve_shape
+    from nasbench.evaluation.evaluator import Evaluator
+    from nasbench.runs import Run
+    from nasbench.spaces.placement import format_placement
+
+    run = Run.open(path)
+    shape = resolve_shape(run.spec.model)
+    chosen = run.spec.space.check(shape.parse(placement) if placement else run.spec.space.original)
+    evaluator = Evaluator.open(run, device=device, dtype=dtype)
+    return format_placement(chosen), evaluator.scores(chosen, tasks, split)
+
+
+def _score_checkpoint(  # type: ignore[no-untyped-def]
+    target: str,
+    placement: str | None,
+    tasks: list[Task],
+    split: str,
+    data: str,
+    sequence: int,
+    device: str,
+    dtype,
+) -> tuple[str, dict[str, Score]]:
+    from nasbench.backbone.load import load_model
+    from nasbench.evaluation.tasks import Context
+    from nasbench.spaces.placement import format_placement
+    from nasbench.supernet.data import Corpus
+    from nasbench.supernet.finalize import is_final, load_final, teacher_name
+
+    teacher = None
+    if is_final(Path(target)):
+        loaded = load_final(Path(target), dtype=dtype, device=device)
+        if any(task.label == "kl" for task in tasks):
+            teacher = load_model(teacher_name(Path(target)), dtype=dtype, device=device).decoder
+    else:
+        loaded = load_model(target, dtype=dtype, device=device)
+    own = loaded.decoder.placement
+    if placement and loaded.shape.parse(placement) != own:
+        raise UserError(f"{target} has the placement {format_placement(own)}: others need a run folder")
+    if sequence > loaded.shape.max_context:
+        raise UserError(f"sequence {sequence} is beyond the context of {loaded.shape.name}, {loaded.shape.max_context}")
+    context = Context(loaded.tokenizer, Corpus.load(data, loaded.tokenizer, sequence), teacher, split)
+    return format_placement(own), {task.label: task.score(loaded.decoder, context) for task in tasks}

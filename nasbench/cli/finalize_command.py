@@ -1,0 +1,43 @@
+"""nasbench finalize: distil one chosen placement further."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="A run folder with a supernet.")],
+    placement: Annotated[str, typer.Option(help="One letter per layer, as 14J A 4J A 2W 6J.")],
+    tokens: Annotated[str, typer.Option(help="Tokens to distil, as 64k; 0 takes the supernet's weights.")] = "16k",
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Distil one placement from the supernet's weights on. Run again after a stop, it continues."""
+    from nasbench.backbone.load import resolve_shape
+    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
+    from nasbench.cli.training_progress import training_progress
+    from nasbench.runs import Run
+    from nasbench.spaces.placement import format_placement
+    from nasbench.supernet.finalize import finalize
+    from nasbench.supernet.settings import DistillConfig
+
+    if dtype == "fp16":
+        raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
+    opened = Run.open(run)
+    chosen = opened.spec.space.check(resolve_shape(opened.spec.model).parse(placement))
+    settings = DistillConfig.read(config) if config else DistillConfig()
+    budget = 0 if tokens == "0" else parse_size(tokens)
+    where = torch_device(device)
+    with training_progress() as progress:
+        folder = finalize(opened, chosen, settings, budget, device=where, dtype=torch_dtype(dtype), progress=progress)
+    log(f"finalised {format_placement(chosen)} in {folder}")
+    if as_json:
+        print_json({"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget})
