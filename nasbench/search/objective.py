@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -62,21 +62,28 @@ class RunObjective:
     Args:
         evaluator: of the run's supernet.
         cost: of the target device, model and dtype.
-        vocab_size: of the model; guessing costs its logarithm.
+        progress: called with (what, done, total) while the layers' importance is measured.
     """
 
-    def __init__(self, space: Space, target: Target, evaluator: Evaluator, cost: CostModel, vocab_size: int) -> None:
-        self.space = space
+    def __init__(
+        self,
+        target: Target,
+        evaluator: Evaluator,
+        cost: CostModel,
+        progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    ) -> None:
+        self.space = evaluator.supernet.space
         self.target = target
-        self.version: str = evaluator.version
-        self.reference_loss = math.log(vocab_size)
+        self.version: str = evaluator.supernet.version
+        self.reference_loss = math.log(cost.shape.vocab_size)
         self._evaluator = evaluator
         self._cost = cost
+        self._progress = progress
         self._speeds: dict[Placement, Speed] = {}
 
     def losses(self, placements: Sequence[Placement]) -> list[Loss]:
-        scores = self._evaluator.losses(list(placements), split="search")
-        return [Loss(score.value, score.stderr, getattr(score, "kl", math.nan)) for score in scores]
+        measured = self._evaluator.measure(list(placements), "search")
+        return [Loss(scores["loss"].value, scores["loss"].stderr, scores["kl"].value) for scores in measured]
 
     def speed(self, placement: Placement) -> Speed:
         if placement not in self._speeds:
@@ -88,4 +95,5 @@ class RunObjective:
         return self._speeds[placement]
 
     def importance(self) -> Mapping[tuple[int, str], float]:
-        return self._evaluator.importance()
+        rows = self._evaluator.importance(progress=lambda done, total: self._progress("layer importance", done, total))
+        return {(row.layer, row.name): row.loss_increase for row in rows}

@@ -96,7 +96,6 @@ class Search:
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
         """Loss increase of each (layer, name) alone; full attention is 0."""
-        self.progress("layer importance", 0, self.options.evaluations)
         return self.objective.importance()
 
     @cached_property

@@ -1,0 +1,190 @@
+"""`nasbench search`: placements ranked by the supernet's loss and the profiled speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+if TYPE_CHECKING:
+    from nasbench.search.run_folder import Outcome
+    from nasbench.search.session import Progress
+    from nasbench.search.trials import FrontRow, Target
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder with a distilled supernet, e.g. runs/NAME.")],
+    strategy: Annotated[str, typer.Option(help="beam, optuna, exact, uniform or random.")] = "beam",
+    full_attention: Annotated[
+        str, typer.Option("--full-attention", "-k", help="Layers with full attention, e.g. 4 or 4,8,15.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="Device to be fast on; default: the one found here.")] = "",
+    context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "4k",
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the speeds; default: what was profiled.")] = "",
+    filler: Annotated[str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best.")] = "",
+    evaluations: Annotated[int, typer.Option(help="Placements that the strategy may look at.")] = 120,
+    beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
+    candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
+    step_ms: Annotated[float, typer.Option(help="Longest decode step, for exact; 0: no limit.")] = 0.0,
+    storage: Annotated[str, typer.Option(help="Optuna storage URL; default: a journal file in the run.")] = "",
+    search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement.")] = "2k",
+    test_tokens: Annotated[str, typer.Option(help="Other held-out tokens for what was found; 0: none.")] = "4k",
+    on: Annotated[str, typer.Option(help="Where the losses are measured: auto, cpu or cuda.")] = "auto",
+    db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Rank placements by accuracy (supernet) and tokens/s (profiles); writes trials.csv and front.csv.
+
+    The same command again continues where it stopped; what was evaluated once costs nothing.
+    """
+    from nasbench.cli.common import print_json, torch_device
+    from nasbench.runs import Run
+    from nasbench.search.session import Options
+    from nasbench.search.strategies import STRATEGIES
+
+    opened = Run.open(run)
+    STRATEGIES[strategy]
+    options = Options(
+        full_attention=parse_counts(full_attention),
+        evaluations=evaluations,
+        beam_width=beam_width,
+        candidates=candidates,
+        filler=filler,
+        seed=seed,
+        step_ms=step_ms,
+        storage=storage,
+    )
+    options.check(opened.spec.space)
+    sizes = parse_size(context), parse_size(batch), parse_size(search_tokens)
+    held_out = parse_size(test_tokens) if test_tokens != "0" else None
+
+    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.cost import check_context, find_profiles
+    from nasbench.search.run_folder import choose_dtype, search_run
+    from nasbench.search.trials import Target
+
+    torch_name = torch_device(on)
+    shape = resolve_shape(opened.spec.model)
+    check_context(shape, sizes[0])
+    device = device or _device_here(torch_name)
+    rows = find_profiles(device, db)
+    target = Target(device, sizes[0], sizes[1], choose_dtype(rows, dtype, device))
+
+    from nasbench.evaluation.evaluator import Evaluator
+
+    evaluator = Evaluator.open(opened, device=torch_name, search_tokens=sizes[2], test_tokens=held_out)
+    with progress_bar() as progress:
+        outcome = search_run(
+            opened, evaluator, rows, shape, target, strategy, options, test=held_out is not None, progress=progress
+        )
+    if json:
+        print_json(as_json(outcome, target, opened.front))
+    else:
+        print_outcome(outcome, target)
+
+
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`"4,8,15"` -> (4, 8, 15), ascending. Raises UserError for anything but whole numbers."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"bad --full-attention {text!r}: write whole numbers of layers, as 4 or 4,8,15")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _device_here(torch_name: str) -> str:
+    from nasbench.devices import detect
+
+    return detect(torch_name).slug
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """One bar a stage on standard error, with the time that is left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
+
+
+def print_outcome(outcome: Outcome, target: Target) -> None:
+    """Searched against uniform for every K, then the front."""
+    from nasbench.cli.common import print_table
+
+    if outcome.comparisons:
+        columns = ("K", "uniform loss", "searched loss", "gain", "by", "tok/s", "searched placement")
+        print_table(
+            columns, [_comparison(pair) for pair in outcome.comparisons], f"Searched against uniform ({target})"
+        )
+        print()
+    head = ("#", "K", "loss", "±", "test loss", "KL", "tok/s", "speed-up", "cache MiB", "found by", "placement")
+    full = next((row for row in outcome.front if row.k == len(row.layers)), outcome.front[0])
+    print_table(head, [_front(row, full.decode_tok_s) for row in outcome.front], f"Pareto front ({target})")
+    first = outcome.front[0]
+    bounds = f"(reference: loss {first.reference_loss:.2f}, 0 tokens/s)"
+    print(f"\nhypervolume {first.hypervolume:.4g} nats x tokens/s {bounds}")
+    if any(row.source == "estimated" for row in outcome.front):
+        print("speeds marked ~ rest on estimated, not on measured rows")
+
+
+def _comparison(pair: Any) -> tuple[object, ...]:
+    searched, uniform = pair.searched, pair.uniform
+    gain = uniform.loss - searched.loss
+    speed = _speed(searched)
+    return (
+        pair.k,
+        f"{uniform.loss:.4f}",
+        f"{searched.loss:.4f}",
+        f"{gain:.4f}",
+        searched.strategy,
+        speed,
+        searched.placement,
+    )
+
+
+def _front(row: FrontRow, full_tok_s: float) -> tuple[object, ...]:
+    losses = f"{row.loss:.4f}", f"{row.loss_stderr:.4f}", _known(row.loss_test, ".4f"), _known(row.kl, ".4f")
+    gain = f"{row.decode_tok_s / full_tok_s:.2f}"
+    return row.rank, row.k, *losses, _speed(row), gain, f"{row.cache_bytes / 2**20:.2f}", row.strategy, row.placement
+
+
+def _speed(row: Any) -> str:
+    return f"{'~' if row.source == 'estimated' else ''}{row.decode_tok_s:,.1f}"
+
+
+def _known(value: float, form: str) -> str:
+    return "" if value != value else format(value, form)
+
+
+def as_json(outcome: Outcome, target: Target, path: Path) -> dict[str, Any]:
+    """The outcome as plain data; unknown numbers are null."""
+    from dataclasses import asdict
+
+    def plain(row: Any) -> dict[str, Any]:
+        return {key: None if value != value else value for key, value in asdict(row).items()}
+
+    return {
+        "target": asdict(target),
+        "front_csv": str(path),
+        "comparisons": [
+            {"k": pair.k, "searched": plain(pair.searched), "uniform": plain(pair.uniform)}
+            for pair in outcome.comparisons
+        ],
+        "front": [plain(row) for row in outcome.front],
+    }

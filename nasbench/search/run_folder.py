@@ -1,0 +1,103 @@
+"""A search of a run folder: what the command line and the quickstart call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nasbench.backbone.shapes import ModelShape
+from nasbench.cost import CostModel
+from nasbench.errors import UserError
+from nasbench.runs import Run
+from nasbench.search import strategies
+from nasbench.search.objective import RunObjective
+from nasbench.search.session import Comparison, Options, Progress, Search, compare, run_search
+from nasbench.search.trials import FrontRow, Target, front_rows, unique, write_front
+from nasbench.spaces.placement import Placement, format_placement
+from nasbench.store import Row
+
+if TYPE_CHECKING:
+    from nasbench.evaluation.evaluator import Evaluator
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found: the comparison of every wanted K, and the front over all trials of the target."""
+
+    comparisons: list[Comparison]
+    front: list[FrontRow]
+
+
+def choose_dtype(rows: Sequence[Row], asked: str, device: str) -> str:
+    """The dtype of the speeds: the one asked for, else bf16 where the device has rows of it, else the one it has.
+
+    Raises UserError where the device has no decode rows (of that dtype).
+    """
+    known = sorted({row.dtype for row in rows if row.mode == "decode" and row.status == "ok"})
+    if asked and asked in known:
+        return asked
+    if not known or asked:
+        raise UserError(
+            f"no decode rows of dtype {asked or 'any'} on {device} (there are: {', '.join(known) or 'none'}): "
+            "measure them there with `nasbench profile`"
+        )
+    return "bf16" if "bf16" in known else known[0]
+
+
+def search_run(
+    run: Run,
+    evaluator: Evaluator,
+    rows: Sequence[Row],
+    shape: ModelShape,
+    target: Target,
+    strategy: str,
+    options: Options,
+    *,
+    test: bool = True,
+    progress: Progress = lambda what, done, total: None,
+) -> Outcome:
+    """Runs one strategy, adds its trials to trials.csv and writes the target's front to front.csv.
+
+    Args:
+        rows: profile rows of the target's device.
+        test: score the front, and the compared placements, on the test split as well (kept in evals.csv).
+
+    Raises:
+        UserError: unknown strategy, bad options, rows that are missing for the target.
+    """
+    if strategy not in strategies.STRATEGIES:
+        strategies.STRATEGIES[strategy]
+    cost = CostModel(rows, shape, target.dtype)
+    # Missing rows are the user's to fix: say so before the first loss is measured.
+    for name in evaluator.supernet.space.names:
+        cost.decode((name,) * shape.num_layers, target.context, target.batch)
+    objective = RunObjective(target, evaluator, cost, progress)
+    search = Search(run.path, objective, options, progress)
+    run_search(search, strategy)
+    trials = search.trials()
+    comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))
+    if test:
+        fast = [row.layers for row in front_rows(trials, objective.reference_loss)]
+        pairs = [trial.layers for pair in comparisons for trial in (pair.searched, pair.uniform)]
+        evaluator.measure(
+            list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
+        )
+    front = front_rows(unique(trials), objective.reference_loss, lambda layers: held_out_scores(evaluator, layers))
+    write_front(run.front, target, front)
+    return Outcome(comparisons, front)
+
+
+def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, float, float]:
+    """(test loss, its standard error, retrieval accuracy at the longest length) as far as evals.csv has them."""
+    loss, stderr, retrieval, items, length = math.nan, math.nan, math.nan, 0, 0
+    for key, score in evaluator.cache.scores.items():
+        if key.placement != format_placement(placement) or key.version != evaluator.supernet.version:
+            continue
+        if key.task == "loss" and key.detail.startswith("test/") and score.n > items:
+            loss, stderr, items = score.value, score.stderr, score.n
+        name, _, at = key.task.partition("@")
+        if name == "retrieval" and int(at or 0) >= length:
+            retrieval, length = score.value, int(at or 0)
+    return loss, stderr, retrieval

@@ -1,0 +1,150 @@
+"""Exported folders load again and compute the same; what a format cannot say is refused; nothing is half written."""
+
+import json
+
+import pytest
+import torch
+from supernet_tiny import LAYERS, save_tiny
+
+from nasbench.backbone.load import load_model
+from nasbench.errors import UserError
+from nasbench.export import export
+from nasbench.runs import Run, RunSpec
+from nasbench.spaces.placement import format_placement, parse_placement
+from nasbench.supernet.supernet import Supernet
+
+TOKENS = torch.randint(1, 250, (2, 23), generator=torch.Generator().manual_seed(0))
+
+
+def cli(arguments):
+    from nasbench.cli.main import run
+
+    return run(arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a supernet that was never trained, its mixers moved away from where they start."""
+    torch.set_num_threads(1)
+    model = save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+    run = Run.create(tmp_path_factory.mktemp("runs") / "run", RunSpec(str(model), ("A", "W8", "J", "G"), LAYERS))
+    net = Supernet.build(load_model(str(model)), run.spec.space)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for mixer in net.trained().values():
+            for parameter in mixer.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    net.save(run.supernet)
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("format", "placement"), [("hf", "4A"), ("hf", "J A W8 G"), ("jet-nemotron", "J A W8 J"), ("jet-nemotron", "4A")]
+)
+def test_an_exported_folder_computes_the_same(run, tmp_path, format, placement, dtype):
+    layers = parse_placement(placement)
+    out = export(run, layers, tmp_path / "out", format, dtype=dtype)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", "model.safetensors", "nasbench.json", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    loaded = load_model(str(out), dtype=dtype)
+    assert [config.kind for config in loaded.shape.mixers(loaded.decoder.placement)] == [name[0] for name in layers]
+    with torch.no_grad():
+        expected = Supernet.load(run, dtype=dtype).select(layers)(TOKENS)
+        assert torch.equal(loaded.decoder(TOKENS), expected)
+    assert json.loads((out / "nasbench.json").read_text())["placement"] == format_placement(layers)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 0
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_transformers_loads_full_attention(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from tolerances import LOGITS_FP32, relative_rmse
+
+    out = export(run, run.spec.space.original, tmp_path / "out", "hf", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.config.model_type == "llama"
+    with torch.no_grad():
+        expected = Supernet.load(run).teacher(TOKENS)
+        assert relative_rmse(model(TOKENS).logits, expected) <= LOGITS_FP32
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("abc")["input_ids"] == Supernet.load(run).tokenizer.encode("abc")
+
+
+def test_jet_nemotron_layout(run, tmp_path):
+    """layer_types and tensor names of the published format; biases that the family lacks are zeros."""
+    from safetensors.torch import load_file
+
+    out = export(run, parse_placement("J A W8 J"), tmp_path / "out", "jet-nemotron")
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["JetNemotronForCausalLM"]
+    assert config["layer_types"] == ["jet", "attn", "swa", "jet"]
+    assert config["efficient_attention_config"]["swa"]["window_size"] == 8
+    assert config["torch_dtype"] == "bfloat16"
+    tensors = load_file(out / "model.safetensors")
+    names = {name.removeprefix("model.layers.0.self_attn.") for name in tensors if ".layers.0.self_attn." in name}
+    assert names == {
+        *(f"{name}_proj.weight" for name in "qkvbago"), "A_log", "dt_bias", "o_norm.weight",
+        *(f"dynamic_conv1d.kernel_generator.{name}" for name in ("w1.weight", "w2.weight", "w2.bias")),
+    }  # fmt: skip
+    for layer in (1, 2):
+        for name in "qkv":
+            assert not tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"].any()
+    assert tensors["model.layers.0.self_attn.A_log"].dtype == torch.float32
+
+
+def test_a_kind_that_the_format_lacks_is_refused(run, tmp_path):
+    with pytest.raises(UserError, match="no layer kind G: it has A, W and J"):
+        export(run, parse_placement("G A W8 J"), tmp_path / "out", "jet-nemotron")
+    with pytest.raises(UserError, match="did you mean 'hf'"):
+        export(run, parse_placement("4A"), tmp_path / "out", "hff")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(run, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    export(run, parse_placement("4A"), out)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    with pytest.raises(UserError, match="not empty"):
+        export(run, parse_placement("4A"), out)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
+    from nasbench import export as module
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(Exception, match="no space left on the disk"):
+        export(run, parse_placement("4A"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--placement", "5A"], "has 5 layers, the model has 4"),
+        (["--placement", "3A Q"], "Q"),
+        (["--placement", "3A W16"], "layer kind at layer 3 'W16'"),
+        (["--placement", "4A", "--format", "gguf"], "unknown export format 'gguf'"),
+        (["--placement", "4A", "--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, arguments, message):
+    assert cli(["export", str(run.path), "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_prints_the_folder(run, tmp_path, capsys):
+    out = tmp_path / "a" / "out"
+    assert cli(["export", str(run.path), "--placement", "J A 2W8", "--out", str(out), "--format", "jet-nemotron"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert (out / "config.json").is_file()
