@@ -1,0 +1,93 @@
+"""Fast forms of the gated delta rule against the token-by-token truth: outputs, states and every gradient."""
+
+import pytest
+import torch
+from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step, naive_gated_delta
+from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
+from torch.nn import functional as F
+
+NAMES = ("q", "k", "v", "g", "beta", "state")
+
+
+def make(tokens, batch=2, heads=3, key_dim=16, value_dim=24, decay=1.0, seed=0):
+    torch.manual_seed(seed)
+    q, k = (F.normalize(torch.randn(batch, tokens, heads, key_dim), dim=-1) for _ in range(2))
+    v = torch.randn(batch, tokens, heads, value_dim)
+    g = -decay * torch.rand(batch, tokens, heads)
+    return [q, k, v, g, torch.rand(batch, tokens, heads), torch.randn(batch, heads, key_dim, value_dim)]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("chunk", [None, 16, 64])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_chunked_forward_and_gradients(tokens, chunk, with_state):
+    results = []
+    for form in (naive_gated_delta, lambda *args: chunked_gated_delta(*args, chunk=chunk)):
+        leaves = [tensor.requires_grad_() for tensor in make(tokens)][: 6 if with_state else 5]
+        output, state = form(*leaves)
+        weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(7))
+        ((output * weight).sum() + state.square().sum()).backward()
+        results.append((output, state, [leaf.grad for leaf in leaves]))
+    (output, state, gradients), (fast_output, fast_state, fast_gradients) = results
+    assert relative_rmse(fast_output, output) < CHUNKED_FP32
+    assert relative_rmse(fast_state, state) < CHUNKED_FP32
+    for name, gradient, fast in zip(NAMES, gradients, fast_gradients, strict=False):
+        assert relative_rmse(fast, gradient) < GRADIENT_FP32, name
+
+
+@pytest.mark.parametrize("decay", [0.0, 30.0, 1000.0])
+def test_strong_decays_stay_finite(decay):
+    leaves = [tensor.requires_grad_() for tensor in make(150, decay=decay)]
+    output, state = chunked_gated_delta(*leaves)
+    (output.sum() + state.sum()).backward()
+    expected, expected_state = naive_gated_delta(*leaves)
+    assert relative_rmse(output, expected) < CHUNKED_FP32
+    assert relative_rmse(state, expected_state) < CHUNKED_FP32
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+def test_one_key_over_and_over_stays_stable():
+    """Every token writes to the same key at full strength: the hardest triangular system that can occur."""
+    q, k, v, g, beta, state = make(130)
+    k = k[:, :1].expand_as(k)
+    case = (q, k, v, torch.zeros_like(g), torch.ones_like(beta), state)
+    for fast, expected in zip(chunked_gated_delta(*case), naive_gated_delta(*case), strict=True):
+        assert relative_rmse(fast, expected) < CHUNKED_FP32
+
+
+def test_bf16_inputs_compute_in_fp32():
+    case = [tensor.bfloat16() for tensor in make(70)]
+    output, state = chunked_gated_delta(*case)
+    expected, expected_state = naive_gated_delta(*(tensor.float() for tensor in case))
+    assert (output.dtype, state.dtype) == (torch.bfloat16, torch.float32)
+    assert relative_rmse(output, expected) < BF16
+    assert relative_rmse(state, expected_state) < CHUNKED_FP32
+
+
+def test_inputs_are_not_written():
+    case = make(40)
+    before = [tensor.clone() for tensor in case]
+    chunked_gated_delta(*case)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(case, before, strict=True))
+
+
+def test_continuing_from_a_state_is_going_on():
+    q, k, v, g, beta, state = make(100)
+    expected, expected_state = chunked_gated_delta(q, k, v, g, beta, state)
+    parts = []
+    for span in (slice(0, 37), slice(37, 38), slice(38, 100)):
+        part, state = chunked_gated_delta(*(tensor[:, span] for tensor in (q, k, v, g, beta)), state)
+        parts.append(part)
+    assert relative_rmse(torch.cat(parts, 1), expected) < CHUNKED_FP32
+    assert relative_rmse(state, expected_state) < CHUNKED_FP32
+
+
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_steps_write_the_state_in_place(scale):
+    *case, state = make(9)
+    expected, expected_state = naive_gated_delta(*case, state, scale)
+    pointer = state.data_ptr()
+    outputs = [gated_delta_step(*(tensor[:, t] for tensor in case), state, scale) for t in range(9)]
+    assert state.data_ptr() == pointer
+    assert relative_rmse(torch.stack(outputs, 1), expected) < CHUNKED_FP32
+    assert relative_rmse(state, expected_state) < CHUNKED_FP32
