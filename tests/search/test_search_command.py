@@ -1,0 +1,128 @@
+"""`nasbench search` on a tiny run with made-up profile rows."""
+
+import json
+
+import pytest
+import torch
+from supernet_tiny import LAYERS, SHAPE, save_tiny
+
+from nasbench.backbone.load import load_model
+from nasbench.runs import Run, RunSpec
+from nasbench.search.trials import read_front, read_trials
+from nasbench.store import SHARED_BLOCKS, Database, Row, block_cells
+from nasbench.supernet.supernet import Supernet
+
+US = {"A": 100.0, "W": 30.0, "J": 20.0, "norm": 1.0, "mlp": 10.0, "embedding": 1.0, "head": 5.0}
+
+
+def profile_rows(source="measured", device="test-device"):
+    """Decode rows of every block of the tiny model at contexts 64 and 256, batch 1 and 4, growing with both."""
+    rows = []
+    for name, us in US.items():
+        shared = name in SHARED_BLOCKS
+        config = None if shared else SHAPE.mixer({"W": "W8"}.get(name, name))
+        cells = block_cells(SHAPE, name) if config is None else block_cells(SHAPE, config.kind, config.args)
+        for batch in (1, 4):
+            for context in (0,) if shared else (64, 256):
+                time = us * (1 + batch / 4) * (1 + (context / 64 if name == "A" else 0))
+                times = {"p20_us": time, "p50_us": time, "p80_us": time}
+                rows.append(
+                    Row(device=device, **cells, batch=batch, context=context, dtype="bf16", source=source, **times)
+                )
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """(run with an untrained supernet, folder of profile databases)."""
+    model = save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+    text = tmp_path_factory.mktemp("text") / "words.txt"
+    text.write_text("\n\n".join(f"the state of layer {i} holds a key and a value of token {i * 7}" for i in range(900)))
+    run = Run.create(
+        tmp_path_factory.mktemp("runs") / "run", RunSpec(str(model), ("A", "W8", "J"), LAYERS, str(text), 32)
+    )
+    Supernet.build(load_model(str(model)), run.spec.space).save(run.supernet)
+    db = tmp_path_factory.mktemp("db")
+    Database(db / "test-device.csv").merge(profile_rows())
+    Database(db / "guess.csv").merge(profile_rows("estimated", "guess"))
+    return run, db
+
+
+def search(prepared, *arguments, device="test-device"):
+    from nasbench.cli.main import run
+
+    folder, db = prepared
+    shared = ["--device", device, "--db", str(db), "--context", "128", "--batch", "2", "--on", "cpu"]
+    sizes = ["--search-tokens", "256", "--test-tokens", "256"]
+    return run(["search", str(folder.path), *shared, *sizes, *arguments])
+
+
+def test_beam_then_optuna(prepared, capsys):
+    run = prepared[0]
+    assert search(prepared, "--strategy", "beam", "-k", "1,2", "--evaluations", "12", "--json") == 0
+    captured = capsys.readouterr()
+    data = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert [pair["k"] for pair in data["comparisons"]] == [1, 2]
+    assert all(pair["searched"]["loss"] <= pair["uniform"]["loss"] for pair in data["comparisons"])
+    assert data["target"] == {"device": "test-device", "context": 128, "batch": 2, "dtype": "bf16"}
+    front = read_front(run.front)
+    assert [row.placement for row in front] == [row["placement"] for row in data["front"]]
+    assert all(row.loss_test > 0 for row in front)
+    assert {"teacher", "uniform", "beam"} <= {trial.strategy for trial in read_trials(run.trials)}
+    assert (run.path / "importance.csv").is_file()
+    full = next(trial for trial in read_trials(run.trials) if trial.placement == "4A")
+    assert full.cache_bytes == SHAPE.cache_bytes(("A",) * 4, 2, 128)
+
+    assert search(prepared, "--strategy", "optuna", "-k", "1,2", "--evaluations", "10") == 0
+    text = capsys.readouterr().out
+    assert "Searched against uniform" in text
+    assert "Pareto front" in text
+    assert "hypervolume" in text
+
+
+def test_estimated_rows_are_marked(prepared, capsys):
+    assert search(prepared, "--strategy", "uniform", "-k", "2", device="guess") == 0
+    text = capsys.readouterr().out
+    assert "~" in text
+    assert "estimated" in text
+    assert {row.source for row in read_front(prepared[0].front) if row.device == "guess"} == {"estimated"}
+    assert any(row.device == "test-device" for row in read_front(prepared[0].front))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-k", "5"], "5 full-attention layers asked of 4"),
+        (["-k", "x"], "bad --full-attention 'x'"),
+        ([], "needs the number of full-attention layers"),
+        (["-k", "1", "--strategy", "beems"], "did you mean 'beam'"),
+        (["-k", "1", "--filler", "W9"], "unknown filler 'W9': choose from J, W8"),
+        (["-k", "1", "--device", "test-devise"], "did you mean 'test-device'"),
+        (["-k", "1", "--context", "1k"], "context 1024 is not of tiny"),
+        (["-k", "1", "--context", "512"], "nasbench profile"),
+        (["-k", "1", "--dtype", "fp16"], "no decode rows of dtype fp16"),
+        (["-k", "1", "--db", "/nonexistent"], "/nonexistent"),
+        (["-k", "1", "--evaluations", "0"], "evaluations is 0"),
+    ],
+)
+def test_bad_input_is_one_line(prepared, capsys, arguments, message):
+    before = prepared[0].trials.read_bytes() if prepared[0].trials.exists() else b""
+    assert search(prepared, *arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nasbench:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert (prepared[0].trials.read_bytes() if prepared[0].trials.exists() else b"") == before
+
+
+def test_a_folder_that_is_no_run(tmp_path, capsys):
+    from nasbench.cli.main import run
+
+    assert run(["search", str(tmp_path), "-k", "1"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
