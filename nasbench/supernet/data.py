@@ -56,8 +56,11 @@ def default_documents() -> list[str]:
     seen: set[str] = set()
     documents = []
     for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        fresh = [part for part in re.split(r"\n\s*\n", text) if part.strip() not in seen]
-        seen.update(part.strip() for part in fresh)
+        fresh = []
+        for part in re.split(r"\n\s*\n", text):
+            if part.strip() not in seen:
+                seen.add(part.strip())
+                fresh.append(part)
         documents.append("\n\n".join(fresh))
     return [text for text in documents if len(text) > 200]
 

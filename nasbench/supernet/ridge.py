@@ -1,4 +1,4 @@
-"""The readout of every linear mixer in closed form.
+"""What of a linear mixer can be had in closed form: its readout, and a gentle start of its writing strength.
 
 A mixer's output is a linear map (`o_proj`) of its features, so the readout that is nearest to the attention's output
 on the teacher's own activations is a ridge regression: with features X [N, F], targets Y [N, C] and the present W,
@@ -17,6 +17,33 @@ from torch import Tensor, nn
 
 from nasbench.backbone.decoder import Decoder
 from nasbench.blocks.mixer import Chunk, TokenMixer
+
+WRITING_LOGIT = -2.0
+"""Where the logit of the writing strength starts. Softmax attention averages over many tokens; at the strength of 1/2
+that a random projection gives, the delta rule soon overwrites what like keys wrote. On SmolLM2-135M with readouts
+solved, the error over layers was 0.417 with random logits, and 0.397, 0.387, 0.390, 0.406 at -1, -2, -3, -4."""
+
+
+@torch.no_grad()
+def calibrate_writing(
+    teacher: Decoder, mixers: list[dict[str, TokenMixer]], tokens: Tensor, logit: float = WRITING_LOGIT
+) -> None:
+    """Sets every mixer's `b_proj`, which has no bias, so that its output is about `logit` on the layer's inputs.
+
+    The inputs have a common direction, so that a constant is a linear function of them, nearly; it is found by least
+    squares. Kinds without a `b_proj` of this form are left alone.
+    """
+    x, chunk = teacher.embed(tokens), teacher.chunk(0, tokens.shape[1])
+    for layer, alternatives in zip(teacher.layers, mixers, strict=True):
+        inputs = layer.attention_input(x).flatten(0, -2).double()
+        gram = inputs.T @ inputs
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        constant = torch.linalg.solve(gram, inputs.sum(0))
+        for mixer in alternatives.values():
+            projection = getattr(mixer, "b_proj", None)
+            if isinstance(projection, nn.Linear) and projection.bias is None:
+                projection.weight.copy_((logit * constant).expand_as(projection.weight))
+        x = layer(x, chunk)
 
 
 def readout(mixer: TokenMixer) -> nn.Linear | None:

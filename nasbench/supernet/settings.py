@@ -32,11 +32,11 @@ class DistillConfig:
     """
 
     ridge_tokens: int = 8192
-    ridge: float = 0.01
+    ridge: float = 0.1
     align_tokens: int = 16384
     supernet_tokens: int = 16384
-    align_batch_tokens: int = 1024
-    supernet_batch_tokens: int = 1024
+    align_batch_tokens: int = 256
+    supernet_batch_tokens: int = 512
     align_lr: float = 1e-3
     supernet_lr: float = 5e-4
     warmup: float = 0.1
@@ -47,7 +47,7 @@ class DistillConfig:
     most_full: float = 0.6
     hidden_weight: float = 0.0
     kl_chunk: int = 512
-    log_every: int = 5
+    log_every: int = 10
     checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:

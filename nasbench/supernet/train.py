@@ -1,6 +1,6 @@
 """Distilling the supernet: closed-form readouts, block-wise alignment, then random sub-networks.
 
-1. ridge: every readout is solved on the teacher's activations (nasbench.supernet.ridge).
+1. ridge: every readout is solved on the teacher's activations (nasbench.supernet.ridge), the writing strength set.
 2. align: one pass of the teacher gives every layer's input and the attention's output; every alternative of every layer
    learns that map by itself. No gradient crosses a layer, so a step costs the mixers' forward and backward only.
    The readouts are solved again at the end.
@@ -30,11 +30,13 @@ from nasbench.supernet.data import Corpus
 from nasbench.supernet.loop import Loop, LossSums, Progress, no_progress, stop_on_signal
 from nasbench.supernet.losses import distillation_kl, output_weight, relative_error
 from nasbench.supernet.optimizer import MasterAdamW
-from nasbench.supernet.ridge import solve_readouts
+from nasbench.supernet.ridge import calibrate_writing, solve_readouts
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 
 STAGES = ("align", "supernet")
+SOLVE_BATCH_TOKENS = 2048
+"""Tokens of one forward while readouts are solved; without gradients more fit at once."""
 _FREE_TO_CHANGE = ("log_every", "checkpoint_every_s")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
@@ -193,7 +195,8 @@ class Distiller:
         return self.corpus.batch(index, rows, seed).to(self.device, non_blocking=True)
 
     def _solve(self, stage: str) -> None:
-        rows = self._rows(self.config.align_batch_tokens)
+        rows = self._rows(SOLVE_BATCH_TOKENS)
+        rows = min(rows, self.config.ridge_tokens // self.corpus.sequence) or 1
         batches = self.config.ridge_tokens // (rows * self.corpus.sequence)
         total = batches * rows * self.corpus.sequence
         if not batches:
@@ -212,6 +215,8 @@ class Distiller:
             {name: trained[key] for name in self.net.space.fillers(i) if (key := f"layers.{i}.{name}") in trained}
             for i in range(self.net.space.num_layers)
         ]
+        if stage == "ridge":
+            calibrate_writing(self.net.teacher, mixers, self._batch(stage, 0, rows))
         texts = (self._batch(stage, index, rows) for index in range(batches))
         solve_readouts(self.net.teacher, mixers, texts, self.config.ridge, progress)
 

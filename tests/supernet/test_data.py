@@ -1,0 +1,115 @@
+"""Reading, splitting, tokenising and packing text."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from nasbench.backbone.load import load_model
+from nasbench.errors import UserError
+from nasbench.supernet.data import Corpus, cut, default_documents, pack, read_documents, split_documents
+
+
+@pytest.fixture
+def tokenizer(tiny_model):
+    return load_model(str(tiny_model)).tokenizer
+
+
+def test_default_corpus_repeats_no_paragraph():
+    paragraphs = [part.strip() for text in default_documents() for part in text.split("\n\n") if part.strip()]
+    assert len(paragraphs) == len(set(paragraphs)) > 1000
+
+
+def test_splits_share_no_piece_and_lose_none():
+    documents = default_documents()
+    splits = split_documents(documents)
+    characters = {name: sum(map(len, pieces)) for name, pieces in splits.items()}
+    assert characters["search"] + characters["test"] < 0.3 * sum(characters.values())
+    assert min(characters.values()) > 0.05 * sum(characters.values())
+    assert not set(splits["train"]) & (set(splits["search"]) | set(splits["test"]))
+    assert sum(characters.values()) == sum(map(len, documents))
+    assert split_documents(reversed(documents)) == splits
+
+
+@pytest.mark.parametrize("text", ["", "abc", "line\n" * 9000, "x" * 50_000, "para\n\n" * 5000])
+def test_cut_loses_nothing(text):
+    pieces = cut(text)
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) <= 12_001
+
+
+def test_formats_read_alike(tmp_path):
+    texts = ["first text", "second\n\ntext"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
+    assert read_documents(str(tmp_path / "a.jsonl")) == texts
+    assert read_documents(str(tmp_path / "b.parquet")) == texts
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "x.txt").write_text(texts[0])
+    (folder / "y.txt").write_text(texts[1])
+    assert read_documents(str(folder)) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"x", ".csv"),
+        ("a.jsonl", b'{"text": "fine"}\n{"txt": 1}\n', "a.jsonl:2"),
+        ("a.jsonl", b"not json\n", "a.jsonl:1"),
+        ("a.txt", b"  \n", "holds no text"),
+        ("a.txt", b"\xff\xfe\x00bad", "UTF-8"),
+        ("a.parquet", b"not parquet", "Parquet"),
+    ],
+)
+def test_bad_data_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_documents(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_text_names_its_columns(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="'text', only: body"):
+        read_documents(str(tmp_path / "a.parquet"))
+
+
+def test_missing_data():
+    with pytest.raises(UserError, match="no such data: nowhere"):
+        read_documents("nowhere")
+
+
+def test_too_little_text(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("only a few words")
+    with pytest.raises(UserError, match="too little text"):
+        Corpus.load(str(tmp_path / "a.txt"), tokenizer, 64)
+
+
+def test_batches_are_epochs_of_permutations(text_file, tokenizer):
+    corpus = Corpus.load(str(text_file), tokenizer, 64)
+    size, count = 7, len(corpus.train)
+    rows = torch.cat([corpus.batch(index, size, seed=3) for index in range(-(-2 * count // size))])
+    for epoch in range(2):
+        seen = rows[epoch * count : (epoch + 1) * count]
+        assert torch.equal(seen.unique(dim=0), corpus.train.unique(dim=0))
+    assert not torch.equal(rows[:count], rows[count : 2 * count])
+    assert torch.equal(corpus.batch(5, size, seed=3), rows[5 * size : 6 * size])
+    assert not torch.equal(corpus.batch(5, size, seed=4), rows[5 * size : 6 * size])
+
+
+def test_token_cache_is_used_and_survives_damage(text_file, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path))
+    first = Corpus.load(str(text_file), tokenizer, 64)
+    (cached,) = (tmp_path / "tokens").glob("*.safetensors")
+    whole = cached.read_bytes()
+    cached.write_bytes(whole[:100])
+    again = Corpus.load(str(text_file), tokenizer, 64)
+    assert torch.equal(first.train, again.train)
+    assert cached.read_bytes() == whole
+
+
+def test_pack_drops_the_remainder():
+    assert pack(torch.arange(11, dtype=torch.int32), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
