@@ -193,7 +193,9 @@ class Decoder(nn.Module):
     def new_cache(self, batch: int, context: int) -> DecoderCache:
         """An empty cache of `batch` sequences of at most `context` tokens. Raises UserError beyond the model's."""
         self._check_context(context)
-        caches = [mixer.new_cache(batch, context, device=self.device, dtype=self.dtype) for mixer in self.mixers]
+        # Tensors made under inference_mode could not be written outside of it.
+        with torch.inference_mode(False):
+            caches = [mixer.new_cache(batch, context, device=self.device, dtype=self.dtype) for mixer in self.mixers]
         return DecoderCache(caches, batch, context)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -211,9 +213,8 @@ class Decoder(nn.Module):
         """tokens [B, T] -> final normalised hidden states [B, T, C]; with a cache, continues after its tokens."""
         start = 0
         if cache is not None:
+            self.check_room(cache, tokens.shape[1])
             start = cache.length
-            if start + tokens.shape[1] > cache.context:
-                raise UserError(f"{start + tokens.shape[1]} tokens do not fit in a cache of {cache.context}")
         chunk = self.chunk(start, tokens.shape[1])
         x = self.embed(tokens)
         for i, layer in enumerate(self.model.layers):
@@ -232,10 +233,8 @@ class Decoder(nn.Module):
 
     def step(self, tokens: Tensor, cache: DecoderCache) -> Tensor:
         """One new token of every sequence, tokens [B] int64 -> logits [B, V]; all stand at `cache.length`."""
+        self.check_room(cache, 1)
         span = cache.length + 1
-        if span > cache.context:
-            raise UserError(f"{span} tokens do not fit in a cache of {cache.context}")
-        self._check_context(span)
         cos, sin = self._rotary.upto(span, self.device)
         positions = torch.full((tokens.shape[0],), span - 1, device=self.device)
         rows = (tokens.shape[0], 1, cos.shape[1])
@@ -260,6 +259,11 @@ class Decoder(nn.Module):
         for layer, mixer_cache in zip(self.model.layers, cache.mixers, strict=True):
             x = layer.step(x, step, mixer_cache)  # type: ignore[operator]
         return self.logits(self.model.norm(x))[:, 0]
+
+    def check_room(self, cache: DecoderCache, tokens: int) -> None:
+        """Raises UserError if `tokens` more do not fit in the cache."""
+        if cache.length + tokens > cache.context:
+            raise UserError(f"{cache.length + tokens} tokens do not fit in a cache of {cache.context}")
 
     def _check_context(self, context: int) -> None:
         if not 1 <= context <= self.shape.max_context:

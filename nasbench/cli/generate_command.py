@@ -1,0 +1,57 @@
+"""nasbench generate: text from a checkpoint, as it comes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from nasbench.errors import UserError
+
+
+def command(
+    checkpoint: Annotated[str, typer.Argument(help="A model folder, .gguf file, hub name or default.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Continue a text; the continuation goes to standard output."""
+    from nasbench.backbone.load import load_model
+    from nasbench.cli.common import torch_device, torch_dtype
+
+    loaded = load_model(checkpoint, dtype=torch_dtype(dtype), device=torch_device(device))
+
+    import torch
+
+    from nasbench.engine.generate import stream
+
+    ids = loaded.tokenizer.encode(prompt)
+    if loaded.tokenizer.bos_id is not None:
+        ids = [loaded.tokenizer.bos_id, *ids]
+    if not ids:
+        raise UserError("empty prompt: write some text to continue")
+    new: list[int] = []
+    shown = 0
+    for token in stream(
+        loaded.decoder,
+        torch.tensor([ids]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    ):
+        if int(token) in loaded.tokenizer.eos_ids:
+            break
+        new.append(int(token))
+        text = loaded.tokenizer.decode(new)
+        # A character of several tokens decodes to the replacement sign until its last one is there.
+        whole = text.rstrip("\ufffd")
+        sys.stdout.write(whole[shown:])
+        sys.stdout.flush()
+        shown = max(shown, len(whole))
+    sys.stdout.write(loaded.tokenizer.decode(new)[shown:] + "\n")

@@ -1,0 +1,80 @@
+"""nasbench throughput: a placement's speed, measured end to end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+
+def command(
+    placement: Annotated[str, typer.Argument(help="One letter per layer, as '14J A 4J A 2W 6J'.")],
+    model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
+    context: Annotated[str, typer.Option(help="Keys that a decode step attends to, as 4k.")],
+    batch: Annotated[str, typer.Option(help="Sequences, or max for the most that fit.")] = "1",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    prefill: Annotated[bool, typer.Option(help="Measure prefill too.")] = True,
+    prefill_context: Annotated[
+        str | None, typer.Option(help="Prompt tokens of the prefill measurement; default: the context.")
+    ] = None,
+    chunk: Annotated[str | None, typer.Option(help="Prefill tokens at a time; default 512, on a GPU 2048.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+) -> None:
+    """Measure decode and prefill of a whole model with random weights, and how near the memory's limit it is."""
+    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
+
+    shape = resolve_shape(model)
+    layers = shape.parse(placement)
+    tokens = parse_size(context)
+    sequences = _batch(batch)
+    prompt = None if not prefill else parse_size(prefill_context) if prefill_context else 0
+    chunk_tokens = parse_size(chunk) if chunk else None
+    if tokens > shape.max_context:
+        raise UserError(f"context {tokens} is beyond {shape.name}'s: choose 1 to {shape.max_context}")
+
+    from nasbench.engine.throughput import measure
+
+    result = measure(
+        shape,
+        layers,
+        context=tokens,
+        batch=sequences,
+        device=torch_device(device),
+        dtype=torch_dtype(dtype),
+        prefill_context=prompt,
+        chunk=chunk_tokens,
+        log=log,
+    )
+    if as_json:
+        print_json(result.as_dict())
+        return
+    print(f"{result.placement}  {result.model}  {result.device}  {result.dtype}  {result.measured_utc}")
+    spread = f"p20 {result.step_p20_ms:.3f}, p80 {result.step_p80_ms:.3f}"
+    print(
+        f"decode   {result.decode_tok_s:.1f} tokens/s  (batch {result.batch}, context {result.context}: "
+        f"{result.step_ms:.3f} ms a step, {spread})"
+    )
+    if result.prefill_s is not None:
+        print(
+            f"prefill  {result.prefill_tok_s:.1f} tokens/s  ({result.prefill_context} tokens a sequence, "
+            f"{result.prefill_chunk} at a time: {result.prefill_s:.3f} s)"
+        )
+    print(f"memory   {result.peak_bytes / 2**20:.0f} MiB at most, {result.cache_bytes / 2**20:.2f} MiB of it cache")
+    print(
+        f"limit    {result.floor_ms:.3f} ms a step at {result.read_gb_s:.0f} GB/s read "
+        f"(copy {result.copy_gb_s:.0f}): {result.floor_fraction:.0%} of it reached"
+    )
+
+
+def _batch(text: str) -> int | Literal["max"]:
+    if text == "max":
+        return "max"
+    try:
+        return parse_size(text)
+    except UserError:
+        raise UserError(f"bad batch {text!r}: write a positive whole number or max") from None
