@@ -164,7 +164,8 @@ class CostModel:
             if row.dtype == dtype and row.status == "ok" and row.p50_us is not None:
                 cells = [getattr(row, column) for column in _IDENTITY]
                 self._tables.setdefault((*cells, row.mode, row.chunk), Table()).add(row)
-        self.chunks = sorted({row.chunk for row in rows if row.mode == "prefill" and row.dtype == dtype})
+        self._prefills = {(row.batch, row.chunk) for row in rows if row.mode == "prefill" and row.dtype == dtype}
+        self.chunks = sorted({chunk for _, chunk in self._prefills})
 
     def decode(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
         """One decode step of `batch` sequences at `context` tokens.
@@ -183,7 +184,8 @@ class CostModel:
     ) -> Cost:
         """A prompt of `context` tokens in chunks of `chunk` (default: the largest that was measured).
 
-        A last, shorter chunk costs its share of a whole one. Raises UserError as `decode` does.
+        A last, shorter chunk costs its share of a whole one. More sequences than were measured together are read in
+        turns, so their speed is that of the largest measured batch. Raises UserError as `decode` does.
         """
         cost = self.cache(placement, context, batch)
         size = chunk or (self.chunks[-1] if self.chunks else 0)
@@ -193,11 +195,12 @@ class CostModel:
                 f"no prefill rows of chunk {size or 'of any size'} for {self.dtype} on {self.device or 'any device'} "
                 f"(measured: {legal}): {self._command('prefill', context, batch)}"
             )
-        times = [self._frame("prefill", batch, extrapolate, size, context / size)]
+        together = min(batch, max(row_batch for row_batch, row_chunk in self._prefills if row_chunk == size))
+        times = [self._frame("prefill", together, extrapolate, size, context / size)]
         for name in dict.fromkeys(placement):
-            times += [self._prefill_layer(name, context, batch, size, extrapolate)] * placement.count(name)
+            times += [self._prefill_layer(name, context, together, size, extrapolate)] * placement.count(name)
         total = self._sum(times)
-        return replace(cost, prefill_tok_s=batch * context * 1e6 / total.us, source=_source(total.estimated))
+        return replace(cost, prefill_tok_s=together * context * 1e6 / total.us, source=_source(total.estimated))
 
     def cost(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
         """Decode and prefill together; prefill_tok_s is None where prefill was not measured."""

@@ -15,10 +15,11 @@ SPREAD = 0.03
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one row may take: at least `least` repeats, then until the spread is small or `seconds` are over."""
+    """How long one row may take: until the spread of `least` or more repeats is small, or `seconds` are over, but never
+    fewer than three repeats."""
 
     seconds: float = 0.6
-    least: int = 7
+    least: int = 15
     most: int = 200
 
 
@@ -52,10 +53,11 @@ def repeat(sample_us: Callable[[], float], budget: Budget) -> Timing:
     samples: list[float] = []
     while len(samples) < budget.most:
         samples.append(sample_us())
+        if len(samples) >= 3 and time.perf_counter() - began > budget.seconds:
+            break
         if len(samples) >= budget.least:
             timing = summarise(samples)
-            calm = len(samples) >= 2 * budget.least and timing.p80_us - timing.p20_us <= SPREAD * timing.p50_us
-            if calm or time.perf_counter() - began > budget.seconds:
+            if timing.p80_us - timing.p20_us <= SPREAD * timing.p50_us:
                 break
     return summarise(samples)
 

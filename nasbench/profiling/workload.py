@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,6 @@ class Bench:
     Attributes:
         llc_bytes: last-level cache that instances must not fit in.
         memory_bytes: most that the instances of one workload may take.
-        uniform: whether decode steps run without a mask over the keys, as the engine does on this device.
     """
 
     shape: ModelShape
@@ -42,7 +41,8 @@ class Bench:
     dtype: torch.dtype
     llc_bytes: int
     memory_bytes: int
-    uniform: bool
+    pool: dict[str, list[Any]] = field(default_factory=dict)
+    """Modules with weights that the points of a group share; `pool.clear()` frees them."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,28 @@ def build(bench: Bench, point: Point) -> Workload:
 
 
 def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
+    """How many instances a workload goes round. Raises MemoryError where not even one fits: a system that overcommits
+    would otherwise kill the process instead of refusing."""
+    if instance_bytes > bench.memory_bytes:
+        raise MemoryError(f"one layer needs {instance_bytes} bytes, usable are {bench.memory_bytes}")
     wanted = max(FEWEST, min(MOST, -(-2 * bench.llc_bytes // max(1, instance_bytes))))
     if point.mode == "prefill":
         wanted = min(wanted, MOST_PREFILL)
-    return max(1, min(wanted, bench.memory_bytes // max(1, instance_bytes)))
+    return min(wanted, bench.memory_bytes // max(1, instance_bytes))
 
 
-def _instances(bench: Bench, module: nn.Module, count: int) -> list[Any]:
-    """The module and copies of it that share no memory; parameters that start as zeros get values."""
-    module = module.to(device=bench.device, dtype=bench.dtype).requires_grad_(False)
-    for parameter in module.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
-    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+def _instances(bench: Bench, name: str, make: Callable[[], nn.Module], count: int) -> list[Any]:
+    """`count` modules that share no memory, of random weights, those that start as zeros included."""
+    modules = bench.pool.setdefault(name, [])
+    if not modules:
+        with torch.device(bench.device):
+            module = make().to(dtype=bench.dtype).requires_grad_(False)
+        for parameter in module.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+        modules.append(module)
+    modules.extend(copy.deepcopy(modules[0]) for _ in range(count - len(modules)))
+    return modules[:count]
 
 
 def _activations(bench: Bench, point: Point, size: int) -> Tensor:
@@ -99,16 +108,21 @@ def _round(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return run
 
 
-def rootless_decoder(shape: ModelShape) -> Decoder:
+def _layerless(shape: ModelShape) -> Decoder:
     """A decoder without layers: embedding, rotary tables, final norm and head."""
     return Decoder(replace(shape, num_layers=0, published_placement=""), ())
+
+
+def _places(bench: Bench) -> Decoder:
+    """A decoder of one word, for its rotary tables alone."""
+    return _instances(bench, "places", partial(_layerless, replace(bench.shape, vocab_size=1)), 1)[0]
 
 
 def _step(bench: Bench, decoder: Decoder, point: Point) -> Step:
     chunk = decoder.chunk(point.context - 1, 1)
     positions = torch.full((point.batch,), point.context - 1, device=bench.device)
     rows = (point.batch, 1, chunk.cos.shape[-1])
-    return Step(positions, point.context, bench.uniform, chunk.cos.expand(rows), chunk.sin.expand(rows))
+    return Step(positions, point.context, True, chunk.cos.expand(rows), chunk.sin.expand(rows))
 
 
 def _caches(bench: Bench, mixers: list[Any], point: Point) -> list[MixerCache]:
@@ -128,9 +142,9 @@ def _mixer(bench: Bench, point: Point) -> Workload:
     width = bench.dtype.itemsize
     formula = config.cache_bytes(point.batch, point.context, width)
     count = _count(bench, point, config.parameters() * width + formula)
-    mixers = _instances(bench, config.build(), count)
+    mixers = _instances(bench, point.block, config.build, count)
     caches = _caches(bench, mixers, point)
-    decoder = rootless_decoder(bench.shape).to(bench.device)
+    decoder = _places(bench)
     x = _activations(bench, point, bench.shape.hidden_size)
     where: Step | Chunk
     if point.mode == "decode":
@@ -153,7 +167,7 @@ def _mlp(bench: Bench, point: Point) -> Workload:
     nbytes = parameters * bench.dtype.itemsize
     count = _count(bench, point, nbytes)
     x = _activations(bench, point, bench.shape.hidden_size)
-    calls = [partial(mlp, x) for mlp in _instances(bench, GatedMLP(bench.shape), count)]
+    calls = [partial(mlp, x) for mlp in _instances(bench, "mlp", partial(GatedMLP, bench.shape), count)]
     tokens = point.batch * (point.chunk or 1)
     return Workload(_round(calls), count, nbytes + 2 * x.nbytes, 2 * tokens * parameters)
 
@@ -162,7 +176,7 @@ def _norm(bench: Bench, point: Point) -> Workload:
     """Residual addition and RMSNorm, twice in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
-    norms = _instances(bench, nn.RMSNorm(size, bench.shape.rms_eps), 2 * bench.shape.num_layers)
+    norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), 2 * bench.shape.num_layers)
 
     def call(norm: nn.Module) -> Tensor:
         return norm(x + y)
@@ -174,7 +188,7 @@ def _norm(bench: Bench, point: Point) -> Workload:
 
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
-    decoder = rootless_decoder(bench.shape).to(device=bench.device, dtype=bench.dtype)
+    (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
     tokens = torch.randint(bench.shape.vocab_size, (FEWEST, point.batch, point.chunk or 1), device=bench.device)
     where = replace(point, context=1)
 
@@ -192,13 +206,15 @@ def _head(bench: Bench, point: Point) -> Workload:
     """Logits of one token per sequence and the greedy choice."""
     parameters = bench.shape.vocab_size * bench.shape.hidden_size
     nbytes = parameters * bench.dtype.itemsize
-    count = _count(bench, point, nbytes) if nbytes < 2 * bench.llc_bytes else 1
+    count = 1 if nbytes >= 2 * bench.llc_bytes else _count(bench, point, nbytes)
     x = _activations(bench, replace(point, chunk=0), bench.shape.hidden_size)
 
     def call(decoder: Decoder) -> Tensor:
         return decoder.logits(x)[:, 0].argmax(-1)
 
-    calls = [partial(call, decoder) for decoder in _instances(bench, rootless_decoder(bench.shape), count)]
+    calls = [
+        partial(call, decoder) for decoder in _instances(bench, "decoder", partial(_layerless, bench.shape), count)
+    ]
     return Workload(_round(calls), count, nbytes, 2 * point.batch * parameters)
 
 

@@ -1,0 +1,162 @@
+"""One point to one row: builds the workload, times it, and says what went wrong where it cannot."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from nasbench import __version__
+from nasbench.devices import DeviceInfo
+from nasbench.profiling.plan import Point
+from nasbench.profiling.telemetry import SHORTEST_ENERGY_S, Reading, Telemetry
+from nasbench.profiling.timing import Budget, Timing, time_cpu, time_cuda
+from nasbench.profiling.workload import Bench, Workload, build
+from nasbench.store import Row, block_cells
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass
+class Machine:
+    """The device that rows are measured on.
+
+    Attributes:
+        read_gb_s, matmul_tflop_s: its own measured ceilings, None before they are known.
+    """
+
+    info: DeviceInfo
+    device: str
+    telemetry: Telemetry
+    budget: Budget
+    read_gb_s: float | None = None
+    matmul_tflop_s: dict[str, float] = field(default_factory=dict)
+
+
+def implementation(kind: str, mode: str) -> str:
+    """How the engine runs a block on a device of this kind: decode steps of a GPU are replays of a CUDA graph."""
+    return "cuda-graph" if kind == "cuda" and mode == "decode" else "torch-eager"
+
+
+def point_cells(bench: Bench, info: DeviceInfo, point: Point) -> dict[str, Any]:
+    """The key cells of a point's row."""
+    config = None if point.shared else bench.shape.mixer(point.block)
+    named = (point.block, "") if config is None else (config.kind, config.args)
+    cells = block_cells(bench.shape, *named)
+    where = {"mode": point.mode, "batch": point.batch, "context": point.context, "chunk": point.chunk}
+    how = {"dtype": DTYPE_NAMES[bench.dtype], "implementation": implementation(info.kind, point.mode)}
+    return {"device": info.slug, **cells, **where, **how}
+
+
+def provenance(machine: Machine) -> dict[str, Any]:
+    """Versions and the time now, as every measured row carries them."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = ""
+    threads = f"{torch.get_num_threads()} threads" if machine.info.kind == "cpu" else machine.info.driver
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "driver": threads,
+        "project": __version__,
+        "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def time_work(machine: Machine, work: Callable[[], object], graph: bool) -> tuple[Timing, dict[str, Any]]:
+    """Times `work` on the machine; the second value is the telemetry cells, its energy that of one run."""
+    before, began = machine.telemetry.read(), time.perf_counter()
+    cuda = machine.info.kind == "cuda"
+    timing = time_cuda(work, machine.budget, graph) if cuda else time_cpu(work, machine.budget)
+    seconds = time.perf_counter() - began
+    return timing, _telemetry_cells(before, machine.telemetry.read(), seconds, timing)
+
+
+def _telemetry_cells(before: Reading, after: Reading, seconds: float, timing: Timing) -> dict[str, Any]:
+    energy_j = None
+    if before.energy_mj is not None and after.energy_mj is not None and seconds >= SHORTEST_ENERGY_S:
+        # Mean power over the measurement times the duration of one run: the pauses between runs are not its own.
+        energy_j = (after.energy_mj - before.energy_mj) / 1e3 / seconds * timing.p50_us / 1e6
+    return {
+        "power_w": after.power_w,
+        "energy_j": energy_j,
+        "sm_clock_mhz": after.sm_clock_mhz,
+        "mem_clock_mhz": after.mem_clock_mhz,
+        "temperature_c": after.temperature_c,
+        "throttled": None if after.throttled is None else bool(after.throttled or before.throttled),
+    }
+
+
+def measure(machine: Machine, bench: Bench, point: Point) -> Row:
+    """Measures a point. Whatever happens becomes a row: one that does not fit has status oom, one that cannot run
+    unsupported, any other trouble failed, each with its reason. Only KeyboardInterrupt and SystemExit pass."""
+    cells = point_cells(bench, machine.info, point)
+    problem: dict[str, Any]
+    try:
+        with torch.inference_mode():
+            return Row(**cells, **_measured(machine, bench, point), **provenance(machine))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        problem = {"status": "oom", "reason": _reason(error)}
+    except NotImplementedError as error:
+        problem = {"status": "unsupported", "reason": _reason(error)}
+    except Exception as error:
+        # A kind from a third party may raise anything; the sweep must reach the rows behind it.
+        short = any(text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory"))
+        problem = {"status": "oom" if short else "failed", "reason": _reason(error)}
+    release(machine)
+    return Row(**cells, **problem, **provenance(machine))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
+    """The cells that come from running the point."""
+    release(machine)
+    work = build(bench, point)
+    cuda = machine.info.kind == "cuda"
+    held = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    timing, telemetry = time_work(machine, work.run, graph=point.mode == "decode")
+    peak = torch.cuda.max_memory_allocated() - held + held // work.instances if cuda else None
+    if telemetry["energy_j"] is not None:
+        telemetry["energy_j"] /= work.instances
+    each = timing.scaled(1 / work.instances)
+    rates = _rates(machine, work, each, DTYPE_NAMES[bench.dtype])
+    return {
+        **asdict(each),
+        "peak_bytes": peak,
+        "cache_bytes": work.cache_bytes,
+        "cache_formula_bytes": work.cache_formula_bytes,
+        "history_bytes": work.history_bytes,
+        **rates,
+        **telemetry,
+    }
+
+
+def _rates(machine: Machine, work: Workload, timing: Timing, dtype: str) -> dict[str, float | None]:
+    """Achieved rates, and as a share of the device's measured ceilings."""
+    gb_s, tflop_s = work.moved_bytes / timing.p50_us / 1e3, work.flops / timing.p50_us / 1e6
+    peak = machine.matmul_tflop_s.get(dtype)
+    return {
+        "gb_s": gb_s,
+        "tflop_s": tflop_s,
+        "bandwidth_fraction": gb_s / machine.read_gb_s if machine.read_gb_s else None,
+        "compute_fraction": tflop_s / peak if peak else None,
+    }
+
+
+def release(machine: Machine) -> None:
+    """Frees what an earlier point left on the device, captured graphs included."""
+    if machine.info.kind == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

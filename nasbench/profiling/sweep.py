@@ -1,0 +1,183 @@
+"""A whole sweep: plan, measure what the database does not have yet, merge after every group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nasbench.backbone.resolve import resolve_shape
+from nasbench.backbone.shapes import ModelShape
+from nasbench.devices import detect
+from nasbench.errors import unknown
+from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
+from nasbench.profiling.measure import DTYPE_NAMES, Machine, measure, point_cells
+from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
+from nasbench.profiling.telemetry import Telemetry
+from nasbench.profiling.timing import Budget
+from nasbench.profiling.workload import Bench
+from nasbench.spaces.placement import parse_placement
+from nasbench.store import KEY, Database, Row, db_path
+
+CPU_BUDGET, CUDA_BUDGET = 0.6, 0.25
+"""Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
+
+CHUNKS = {"cpu": 512, "cuda": 2048}
+"""Prefill chunk by kind of device."""
+
+Progress = Callable[[int, int, Row], None]
+"""Called after every row with (rows done, rows in all, the row)."""
+
+
+@dataclass
+class SweepResult:
+    """What a sweep did.
+
+    Attributes:
+        path: the database file.
+        rows: measured now, ceilings included, in the order of measurement.
+        skipped: points that the database had already.
+    """
+
+    path: Path
+    rows: list[Row] = field(default_factory=list)
+    skipped: int = 0
+
+    def count(self, status: str) -> int:
+        """Rows of this sweep with a status."""
+        return sum(row.status == status for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Todo:
+    """A sweep before it runs: everything that --dry-run prints."""
+
+    path: Path
+    machine: Machine
+    bench: Bench
+    groups: list[list[Point]]
+    skipped: int
+    ceilings: bool
+
+    @property
+    def points(self) -> list[Point]:
+        return [point for group in self.groups for point in group]
+
+    @property
+    def seconds(self) -> float:
+        """Rough time: the timing of every row and as much again for weights and caches, at most half a second."""
+        rows = len(self.points) + 4 * self.ceilings
+        return rows * (self.machine.budget.seconds + min(0.5, self.machine.budget.seconds))
+
+
+def prepare(
+    model: str | ModelShape,
+    blocks: str | Sequence[str],
+    contexts: Sequence[int],
+    batches: Sequence[int | str],
+    modes: Sequence[str] = ("decode", "prefill"),
+    *,
+    device: str = "cpu",
+    db: Path | None = None,
+    dtype: str = "fp32",
+    chunk: int | None = None,
+    force: bool = False,
+    seconds_per_row: float | None = None,
+) -> Todo:
+    """Plans a sweep and takes away what the database has: rows measured as ok, oom or unsupported.
+
+    Args:
+        blocks: layer-kind names, as a placement string ("AWJG", "A W99") or a sequence.
+        batches: numbers, or "max" for the largest that fits at each context.
+        device: torch device.
+        db: folder of the database; None for the default one.
+        chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 2048 on a GPU.
+        force: measure again what is there.
+        seconds_per_row: cap on the timing of one row.
+
+    Raises:
+        UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
+    """
+    shape = resolve_shape(model) if isinstance(model, str) else model
+    info = detect(device)
+    dtypes = {name: value for value, name in DTYPE_NAMES.items()}
+    if dtype not in dtypes:
+        raise unknown("dtype", dtype, dtypes)
+    budget = Budget(seconds_per_row or (CUDA_BUDGET if info.kind == "cuda" else CPU_BUDGET))
+    machine = Machine(info, device, Telemetry(device), budget)
+    usable = int(USABLE_MEMORY * info.memory_bytes)
+    bench = Bench(shape, device, dtypes[dtype], info.llc_bytes or 32 << 20, usable)
+    names = parse_placement(blocks) if isinstance(blocks, str) else blocks
+    width = dtypes[dtype].itemsize
+    chunk = chunk or CHUNKS[info.kind]
+    groups = plan(shape, names, contexts, batches, modes, chunk, info.memory_bytes, width)
+    path = db_path(info.slug, db)
+    rows = Database(path).read()
+    known = known_ceilings(rows, dtype)
+    use_ceilings(machine, known)
+    done = {row.key for row in rows if row.source == "measured" and row.status != "failed"}
+    left = (
+        groups if force else [[point for point in group if _key(bench, machine, point) not in done] for group in groups]
+    )
+    skipped = sum(map(len, groups)) - sum(map(len, left))
+    left = [group for group in left if group]
+    return Todo(path, machine, bench, left, skipped, ceilings=bool(left) and (force or len(known) < 4))
+
+
+def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
+    cells = point_cells(bench, machine.info, point)
+    return tuple(cells[name] for name in KEY)
+
+
+def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
+    """Measures what is left, ceilings first, and merges each group as it is done: a kill loses one group.
+
+    Raises MachineError when the database cannot be written.
+    """
+    result = SweepResult(todo.path, skipped=todo.skipped)
+    database, machine = Database(todo.path), todo.machine
+    total = len(todo.points) + 4 * todo.ceilings
+
+    def keep(row: Row) -> Row:
+        result.rows.append(row)
+        if progress:
+            progress(len(result.rows), total, row)
+        return row
+
+    if todo.ceilings:
+        rows = [keep(row) for row in measure_ceilings(machine, todo.bench.dtype)]
+        use_ceilings(machine, rows)
+        database.merge(rows)
+    for group in todo.groups:
+        rows = []
+        try:
+            for point in group:
+                rows.append(keep(measure(machine, todo.bench, point)))
+        finally:
+            # Ctrl-C in the middle of a group keeps what the group has.
+            todo.bench.pool.clear()
+            database.merge(rows)
+    return result
+
+
+def sweep(
+    model: str | ModelShape,
+    blocks: str | Sequence[str],
+    contexts: Sequence[int],
+    batches: Sequence[int | str],
+    modes: Sequence[str] = ("decode", "prefill"),
+    *,
+    device: str = "cpu",
+    db: Path | None = None,
+    dtype: str = "fp32",
+    chunk: int | None = None,
+    force: bool = False,
+    seconds_per_row: float | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """`prepare` and `run` in one: see there."""
+    todo = prepare(
+        model, blocks, contexts, batches, modes,
+        device=device, db=db, dtype=dtype, chunk=chunk, force=force, seconds_per_row=seconds_per_row,
+    )  # fmt: skip
+    return run(todo, progress)
