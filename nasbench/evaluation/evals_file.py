@@ -66,7 +66,7 @@ def _write(path: Path, items: Iterable[tuple[Key, Score]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for key, score in sorted(items, key=lambda item: tuple(vars(item[0]).values())):
-            numbers = (f"{score.value:.9g}", f"{score.stderr:.6g}", score.n, int(score.higher_is_better))
+            numbers = (repr(score.value), repr(score.stderr), score.n, int(score.higher_is_better))
             writer.writerow((key.placement, key.task, key.detail, key.version, key.dtype, score.metric, *numbers))
 
 

@@ -37,7 +37,7 @@ class DistillConfig:
     supernet_tokens: int = 16384
     align_batch_tokens: int = 256
     supernet_batch_tokens: int = 512
-    align_lr: float = 1e-3
+    align_lr: float = 2e-3
     supernet_lr: float = 5e-4
     warmup: float = 0.1
     weight_decay: float = 0.0

@@ -73,12 +73,12 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     inputs = layer.attention_input(x)
     target = layer.self_attn(inputs, chunk)
     seen = features(mixer, inputs, chunk)
-    before = float(relative_error(mixer(inputs, chunk), target))
+    before = float(relative_error(mixer(inputs, chunk), target).detach())
     solve_readouts(net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], tokens.split(8), ridge=1e-9)
     solution = torch.linalg.lstsq(seen.double(), target.flatten(0, 1).double()).solution
     expected = (seen.double() @ solution).view_as(target)
     assert relative_rmse(mixer(inputs, chunk), expected) < 1e-3
-    assert float(relative_error(mixer(inputs, chunk), target)) < 0.8 * before
+    assert float(relative_error(mixer(inputs, chunk), target).detach()) < 0.8 * before
 
 
 def test_training_improves_each_stage(make_run, tiny_model):
@@ -104,7 +104,8 @@ def test_training_improves_each_stage(make_run, tiny_model):
 
 
 @pytest.mark.parametrize("stage", ["ridge", "align", "refit", "supernet"])
-def test_stopping_and_resuming_changes_nothing(make_run, stage):
+def test_stopping_and_resuming_changes_nothing(make_run, stage, monkeypatch):
+    monkeypatch.setattr(training, "SOLVE_BATCH_TOKENS", 128)
     whole = make_run("whole")
     expected = weights(distill(whole, CONFIG, dtype=torch.bfloat16))
     stopped = make_run("stopped")
@@ -162,7 +163,7 @@ def test_finished_run_is_only_loaded_and_other_settings_are_refused(make_run):
     assert first.version == again.version == Supernet.load(run).version
     for name, tensor in weights(again).items():
         assert torch.equal(tensor, weights(first)[name]), name
-    with pytest.raises(UserError, match=r"align_lr 0.001 \(asked: 0.5\)"):
+    with pytest.raises(UserError, match=r"align_lr 0.002 \(asked: 0.5\)"):
         distill(run, CONFIG.updated({"align_lr": 0.5}), dtype=torch.float32)
     with pytest.raises(UserError, match="dtype 'float32'"):
         distill(run, CONFIG, dtype=torch.bfloat16)

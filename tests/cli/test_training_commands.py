@@ -1,0 +1,109 @@
+"""distill, eval and finalize as a person types them. The commands are called through an app of their own, so that the
+tests need no other command."""
+
+import json
+
+import pytest
+import typer
+from supernet_tiny import one_thread, text_file, tiny_model
+
+from nasbench.cli import distill_command, eval_command, finalize_command
+from nasbench.errors import UserError
+
+__all__ = ["one_thread", "text_file", "tiny_model"]
+
+app = typer.Typer()
+for name, module in (("distill", distill_command), ("eval", eval_command), ("finalize", finalize_command)):
+    app.command(name)(module.command)
+
+
+@pytest.fixture
+def nas(capsys):
+    def call(*args):
+        app([str(arg) for arg in args], standalone_mode=False)
+        return capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def distill_args(tiny_model, text_file, tmp_path):
+    settings = tmp_path / "settings.toml"
+    settings.write_text("ridge_tokens = 512\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\n")
+    return (
+        *("distill", "--model", tiny_model, "--out", tmp_path / "run", "--names", "W8,J", "--config", settings),
+        *("--data", text_file, "--align-tokens", "512", "--supernet-tokens", "256", "--sequence", "32"),
+        *("--device", "cpu", "--dtype", "fp32"),
+    )
+
+
+def test_distill_eval_finalize(nas, distill_args, tmp_path):
+    run = tmp_path / "run"
+    out = json.loads(nas(*distill_args, "--json").out)
+    assert out["names"] == ["A", "W8", "J"]
+    assert json.loads(nas(*distill_args, "--json").out) == out
+
+    common = ("--device", "cpu", "--dtype", "fp32", "--json")
+    scored = json.loads(nas("eval", run, "--placement", "2J W8 A", "--tasks", "loss,kl,retrieval@128:2", *common).out)
+    assert scored["placement"] == "2J W8 A"
+    assert list(scored["scores"]) == ["loss", "kl", "retrieval@128:2"]
+    assert scored["scores"]["kl"]["value"] > 0
+    full = json.loads(nas("eval", run, "--tasks", "kl", *common).out)
+    assert full["placement"] == "4A"
+    assert abs(full["scores"]["kl"]["value"]) < 1e-6
+    assert "nats" in nas("eval", run, "--device", "cpu", "--dtype", "fp32").out
+
+    final = json.loads(nas("finalize", run, "--placement", "2J W8 A", "--tokens", "512", *common).out)
+    assert final["tokens"] == 512
+    args = ("--data", distill_args[10], "--sequence", "32", "--tasks", "loss,kl")
+    again = json.loads(nas("eval", final["folder"], *args, *common).out)
+    assert again["placement"] == "2J W8 A"
+    assert again["scores"]["kl"]["value"] < scored["scores"]["kl"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--names", "Q"), "unknown layer kind 'Q'"),
+        (("--names", "A"), "no layer kind beside full attention"),
+        (("--names", "J@3x"), "bad"),
+        (("--align-tokens", "many"), "bad size"),
+        (("--dtype", "fp16"), "fp16 cannot train"),
+        (("--dtype", "fp8"), "unknown dtype"),
+        (("--device", "tpu"), "unknown torch device"),
+        (("--sequence", "4k"), "beyond the context"),
+        (("--data", "absent.txt"), "no such data"),
+        (("--config", "absent.toml"), "no such file"),
+    ],
+)
+def test_bad_input_of_distill(nas, distill_args, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        nas(*distill_args, *changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_specification_is_refused(nas, distill_args):
+    nas(*distill_args)
+    with pytest.raises(UserError, match="another names"):
+        nas(*distill_args, "--names", "J")
+    with pytest.raises(UserError, match="another align_tokens 512"):
+        nas(*distill_args, "--align-tokens", "1k")
+
+
+def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model, text_file):
+    nas(*distill_args)
+    run = tmp_path / "run"
+    for args, message in [
+        (("eval", run, "--placement", "4G"), "unknown layer kind at layer 0"),
+        (("eval", run, "--placement", "3J"), "3 layers, the model has 4"),
+        (("eval", run, "--tasks", "los"), "did you mean 'loss'"),
+        (("eval", run, "--split", "train"), "unknown split"),
+        (("eval", run, "--data", text_file), "run's own"),
+        (("eval", tiny_model, "--placement", "4J", "--data", text_file), "others need a run folder"),
+        (("eval", tmp_path / "absent"), "absent"),
+        (("finalize", tmp_path / "absent", "--placement", "4J"), "not a run folder"),
+        (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),
+    ]:
+        with pytest.raises(UserError, match=message) as caught:
+            nas(*args, "--device", "cpu")
+        assert "\n" not in str(caught.value)

@@ -1,0 +1,151 @@
+"""The tasks themselves: what they ask, and that a model that knows the answer gets the point."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nasbench.backbone.load import load_model
+from nasbench.errors import UserError
+from nasbench.evaluation.multiple_choice import log_likelihoods, read_questions
+from nasbench.evaluation.retrieval import make_items
+from nasbench.evaluation.tasks import Context, parse_task, parse_tasks, summarise
+from nasbench.supernet.data import Corpus
+
+
+@pytest.fixture
+def context(tiny_model, text_file):
+    loaded = load_model(str(tiny_model))
+    return Context(loaded.tokenizer, Corpus.load(str(text_file), loaded.tokenizer, 32), loaded.decoder)
+
+
+def write_questions(path, questions):
+    path.write_text("\n".join(json.dumps(question) for question in questions))
+    return path
+
+
+def test_log_likelihoods_equal_one_by_one(context):
+    torch.manual_seed(0)
+    pairs = [
+        (torch.randint(256, (n,)).tolist(), torch.randint(256, (m,)).tolist()) for n, m in [(5, 3), (40, 1), (2, 9)]
+    ]
+    together = log_likelihoods(context.teacher, pairs)
+    for (prefix, tail), value in zip(pairs, together, strict=True):
+        log_p = F.log_softmax(context.teacher(torch.tensor([prefix + tail]))[0], -1)
+        expected = sum(float(log_p.detach()[len(prefix) + i - 1, token]) for i, token in enumerate(tail))
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_length_normalisation_changes_the_answer(context, tmp_path, monkeypatch):
+    questions = [{"query": "q", "choices": [" a", " bbbbbbbb"], "gold": 1}]
+    path = write_questions(tmp_path / "q.jsonl", questions)
+    monkeypatch.setattr("nasbench.evaluation.multiple_choice.log_likelihoods", lambda decoder, pairs: [-4.0, -9.0])
+    assert parse_task(f"mc:{path}").score(context.teacher, context).value == 1.0
+    assert parse_task(f"mc-plain:{path}").score(context.teacher, context).value == 0.0
+
+
+def test_multiple_choice_prefers_what_the_model_would_write(context, tmp_path):
+    tokens = context.tokenizer.encode("the layer holds")
+    greedy = int(context.teacher(torch.tensor([tokens]))[0, -1, :128].argmax())
+    best = context.tokenizer.decode([greedy])
+    other = next(c for c in "xyz" if c != best)
+    questions = [{"query": "the layer holds", "choices": [other, best], "gold": gold} for gold in (1, 1, 0)]
+    path = write_questions(tmp_path / "q.jsonl", questions)
+    score = parse_task(f"mc:{path}").score(context.teacher, context)
+    assert score.value == pytest.approx(2 / 3)
+    assert score.n == 3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        '{"query": "q", "choices": ["a", "b"]}',
+        '{"query": "q", "choices": ["a", "b"], "gold": 2}',
+        '{"query": "q", "choices": ["a"], "gold": 0}',
+        '{"query": "q", "choices": ["a", ""], "gold": 0}',
+        '{"query": 3, "choices": ["a", "b"], "gold": 0}',
+        "[]",
+    ],
+)
+def test_bad_questions_name_the_line(tmp_path, line):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"q\.jsonl:2"):
+        read_questions(path)
+
+
+@pytest.mark.parametrize("length", [96, 512, 1000])
+def test_retrieval_items_fill_the_length_and_hold_the_answer(context, length):
+    items = make_items(context, length, 6)
+    assert items == make_items(context, length, 6)
+    assert len({tuple(item.prompt) for item in items}) == 6
+    for item in items:
+        size = len(item.prompt) + len(item.answer)
+        assert size == length or (length == 96 and size >= length)
+        text, answer = context.tokenizer.decode(item.prompt), context.tokenizer.decode(item.answer)
+        name = text.rsplit("of ", 1)[1].removesuffix(" is")
+        assert f"The secret number of {name} is{answer}." in text
+
+
+def test_retrieval_counts_whole_answers_only(context):
+    task = parse_task("retrieval@200:3")
+    items = make_items(context, 200, 3)
+
+    class Oracle:
+        """Knows the first item's answer, and all but the last token of the second's."""
+
+        shape, device = context.teacher.shape, torch.device("cpu")
+
+        def __init__(self):
+            self.seen = -1
+
+        def hidden(self, tokens):
+            self.seen += 1
+            item = items[self.seen]
+            answer = {0: item.answer, 1: [*item.answer[:-1], 0]}.get(self.seen, [0] * len(item.answer))
+            return F.one_hot(torch.tensor([[0] * (tokens.shape[1] - len(answer)) + answer]), 256).float()
+
+        def logits(self, hidden):
+            return hidden
+
+    score = task.score(Oracle(), context)
+    assert (score.value, score.n, score.task) == (pytest.approx(1 / 3), 3, "retrieval@200:3")
+
+
+def test_loss_and_kl_of_the_teacher(context):
+    tokens = context.corpus.test
+    expected = F.cross_entropy(context.teacher(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert parse_task("loss").score(context.teacher, context).value == pytest.approx(float(expected), rel=1e-5)
+    assert parse_task("kl").score(context.teacher, context).value == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match="needs a teacher"):
+        parse_task("kl").score(context.teacher, Context(context.tokenizer, context.corpus, None))
+
+
+def test_task_names():
+    assert [task.label for task in parse_tasks("loss,kl, retrieval@1024,mc:a.jsonl,loss")] == [
+        "loss",
+        "kl",
+        "retrieval@1k",
+        "mc:a.jsonl",
+    ]
+    for text, message in [
+        ("los", "did you mean 'loss'"),
+        ("loss@5", "takes no arguments"),
+        ("retrieval@x", "bad size"),
+        ("retrieval@8", "at least"),
+        ("retrieval@512:x", "number of items"),
+        ("mc", "mc:FILE.jsonl"),
+        (" ,", "no task"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse_tasks(text)
+
+
+def test_summarise():
+    score = summarise("t", "accuracy", torch.tensor([0.0, 1.0, 1.0, 1.0]), True)
+    assert (score.value, score.n, score.goodness) == (0.75, 4, 0.75)
+    assert score.stderr == pytest.approx(0.25)
+    assert math.isnan(summarise("t", "nats", torch.tensor([1.0]), False).stderr)

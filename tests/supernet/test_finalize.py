@@ -1,0 +1,89 @@
+"""Finalising: improves the placement, leaves the supernet, resumes, reads back."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from nasbench.errors import UserError
+from nasbench.supernet import checkpoint
+from nasbench.supernet.data import Corpus
+from nasbench.supernet.finalize import MIXERS, final_folder, finalize, is_final, load_final
+from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.supernet import Supernet
+from nasbench.supernet.train import distill
+
+CONFIG = DistillConfig(
+    ridge_tokens=512, align_tokens=0, supernet_tokens=0, supernet_batch_tokens=128, supernet_lr=3e-3,
+    checkpoint_every_s=0.0,
+)  # fmt: skip
+PLACEMENT = ("J", "A", "W8", "J")
+
+
+@pytest.fixture
+def run(make_run):
+    run = make_run()
+    distill(run, CONFIG, dtype=torch.float32)
+    return run
+
+
+def divergence(decoder, teacher, tokens):
+    with torch.no_grad():
+        log_p, log_q = torch.log_softmax(decoder(tokens), -1), torch.log_softmax(teacher(tokens), -1)
+        return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+
+
+def test_final_is_better_and_the_supernet_stays(run):
+    net = Supernet.load(run)
+    tokens = Corpus.load(run.spec.data, net.tokenizer, 32).search[:32]
+    before = divergence(net.select(PLACEMENT), net.teacher, tokens)
+    folder = finalize(run, PLACEMENT, CONFIG, 4096, dtype=torch.float32)
+    assert folder == run.final / "J-A-W8-J"
+    assert is_final(folder)
+    loaded = load_final(folder)
+    assert loaded.decoder.placement == PLACEMENT
+    assert divergence(loaded.decoder, net.teacher, tokens) < 0.9 * before
+    assert Supernet.load(run).version == net.version
+    window = loaded.decoder.layers[2].self_attn
+    assert not torch.equal(window.q_proj.weight, net.mixer(2, "W8").q_proj.weight)
+    assert torch.equal(loaded.decoder.layers[1].self_attn.q_proj.weight, net.teacher.layers[1].self_attn.q_proj.weight)
+
+
+def test_no_tokens_takes_the_supernet_as_it_is(run):
+    net = Supernet.load(run)
+    loaded = load_final(finalize(run, PLACEMENT, CONFIG, 0, dtype=torch.float32))
+    tokens = torch.randint(256, (2, 20))
+    assert torch.equal(loaded.decoder(tokens), net.select(PLACEMENT)(tokens))
+
+
+def test_stopping_changes_nothing(run):
+    whole = load_final(finalize(run, PLACEMENT, CONFIG, 1024, dtype=torch.bfloat16)).decoder.state_dict()
+    folder = final_folder(run, PLACEMENT)
+    (folder / MIXERS).unlink()
+
+    def interrupt(stage, done, total):
+        if done == 512:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        finalize(run, PLACEMENT, CONFIG, 1024, dtype=torch.bfloat16, progress=interrupt)
+    steps = []
+    finalize(run, PLACEMENT, CONFIG, 1024, dtype=torch.bfloat16, progress=lambda _, done, total: steps.append(done))
+    assert steps == [640, 768, 896, 1024]
+    for name, tensor in load_final(folder).decoder.state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+    assert checkpoint.latest(folder / "training") is None
+
+
+def test_bad_placements_and_damage(run):
+    with pytest.raises(UserError, match="layer 0"):
+        finalize(run, ("G", "A", "A", "A"), CONFIG, 0)
+    folder = finalize(run, PLACEMENT, CONFIG, 0)
+    path = folder / MIXERS
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="corrupt"):
+        load_final(folder)
+    (folder / "final.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks 'model'"):
+        load_final(folder)
