@@ -23,8 +23,15 @@ NORM_EPS = 1e-5
 L2_EPS = 1e-6
 FP32_PARAMETERS = ("A_log", "dt_bias")
 """Kept in fp32 whatever the model's dtype: bf16 would round the slowest decays to one another."""
-SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 4.0, 512.0
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1.0, 256.0
 """Tokens after which a head's memory has halved, at the start of training; heads are spread in between."""
+START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
+"""What the attention's queries and keys, and its values, are multiplied by before their SiLU.
+
+Both SiLUs are foreign to the attention. A norm follows each, so the scales are free: large queries and keys make SiLU a
+ReLU, which tells them apart better; small values keep it near a line, which keeps their sign. With the readout solved
+by ridge regression, the error against SmolLM2-135M's attention on held-out text (mean of 6 layers, 512 tokens) falls
+from 0.597 to 0.577 by both and by half-lives of 1 to 256 tokens instead of 4 to 512."""
 
 
 class GatedDeltaMixer(TokenMixer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
-from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer
+from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
 
 
 class ShortConvolution(nn.Module):
@@ -60,9 +60,10 @@ class GatedDeltaNet(GatedDeltaMixer):
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
-        """As every gated-delta mixer; the convolutions start as the identity, tap W-1 being the current token."""
+        """As every gated-delta mixer; the convolutions start as a scaling, tap W-1 being the current token."""
         mixer = super().init_from_attention(config, attention)
         with torch.no_grad():
-            for convolution in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
-                convolution.weight.zero_()[..., -1] = 1.0
+            for convolution in (mixer.q_conv1d, mixer.k_conv1d):
+                convolution.weight.zero_()[..., -1] = START_SHARPNESS
+            mixer.v_conv1d.weight.zero_()[..., -1] = START_VALUE_SCALE
         return mixer

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import JetBlockConfig
-from nasbench.blocks.gated_delta_mixer import GatedDeltaMixer
+from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
 
 
 class KernelGenerator(nn.Module):
@@ -80,9 +80,13 @@ class JetBlock(GatedDeltaMixer):
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
-        """As every gated-delta mixer; the static kernel starts as the identity, tap W-1 being the current token."""
+        """As every gated-delta mixer; the static kernel starts as a scaling, tap W-1 being the current token.
+
+        Queries and keys have no convolution, so that their scale goes into the projections.
+        """
         mixer = super().init_from_attention(config, attention)
-        generator = mixer.dynamic_conv1d.kernel_generator
         with torch.no_grad():
-            generator.w2.bias.zero_().view(-1, config.conv_size)[:, -1] = 1.0
+            mixer.dynamic_conv1d.kernel_generator.w2.bias.zero_().view(-1, config.conv_size)[:, -1] = START_VALUE_SCALE
+            mixer.q_proj.weight.mul_(START_SHARPNESS)
+            mixer.k_proj.weight.mul_(START_SHARPNESS)
         return mixer

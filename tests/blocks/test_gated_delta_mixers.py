@@ -10,6 +10,12 @@ from torch.nn import functional as F
 
 from nasbench.backbone.shapes import MODELS
 from nasbench.blocks import LayerShape, mixer_config
+from nasbench.blocks.gated_delta_mixer import (
+    LONGEST_HALF_LIFE,
+    SHORTEST_HALF_LIFE,
+    START_SHARPNESS,
+    START_VALUE_SCALE,
+)
 
 PUBLISHED_2B = {
     "q_proj.weight": (1152, 1536),
@@ -85,7 +91,7 @@ def test_the_generator_starts_as_the_static_kernel():
     x = inputs(config, 1, 5)
     generator = mixer.dynamic_conv1d.kernel_generator
     kernels = generator(generator.w1(x))
-    assert torch.equal(kernels, torch.tensor([0.0, 0, 0, 1]).expand_as(kernels))
+    assert torch.equal(kernels, torch.tensor([0.0, 0, 0, START_VALUE_SCALE]).expand_as(kernels))
 
 
 @pytest.mark.parametrize("name", ["G", "J"])
@@ -94,11 +100,15 @@ def test_projections_start_as_the_attentions(name):
     attention = build("A")
     config = mixer_config(name, PLAIN)
     mixer = config.mixer_class().init_from_attention(config, attention)
-    assert torch.equal(mixer.q_proj.weight, attention.q_proj.weight)
-    for ours, theirs in ((mixer.k_proj, attention.k_proj), (mixer.v_proj, attention.v_proj)):
+    sharp = START_SHARPNESS if name == "J" else 1.0  # a power of two: exact
+    assert torch.equal(mixer.q_proj.weight, sharp * attention.q_proj.weight)
+    for ours, theirs, scale in (
+        (mixer.k_proj, attention.k_proj, sharp),
+        (mixer.v_proj, attention.v_proj, 1.0),
+    ):
         for head in range(6):
             kv = theirs.weight.unflatten(0, (2, 8))[head // 3]
-            assert torch.equal(ours.weight.unflatten(0, (6, 8))[head], kv)
+            assert torch.equal(ours.weight.unflatten(0, (6, 8))[head], scale * kv)
 
 
 @torch.no_grad()
@@ -107,7 +117,7 @@ def test_heads_of_another_size_copy_their_leading_channels():
     config = mixer_config("J@4x12x5", PLAIN)
     mixer = config.mixer_class().init_from_attention(config, attention)
     ours = mixer.q_proj.weight.unflatten(0, (4, 12))
-    assert torch.equal(ours[:, :8], attention.q_proj.weight.unflatten(0, (6, 8))[:4])
+    assert torch.equal(ours[:, :8], START_SHARPNESS * attention.q_proj.weight.unflatten(0, (6, 8))[:4])
     assert 0 < ours[:, 8:].abs().mean() < 1
     wide = mixer_config("J@6x8x12", PLAIN)
     output = wide.mixer_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
@@ -120,6 +130,6 @@ def test_half_lives_are_spread(name):
     mixer = mixer_config(name, PLAIN).build()
     decay = mixer.A_log.exp() * F.softplus(mixer.dt_bias)
     half_lives = torch.log(torch.tensor(2.0)) / decay
-    assert (half_lives >= 3.9).all()
-    assert (half_lives <= 513).all()
+    assert (half_lives >= 0.99 * SHORTEST_HALF_LIFE).all()
+    assert (half_lives <= 1.01 * LONGEST_HALF_LIFE).all()
     assert half_lives.unique().numel() == mixer.heads
