@@ -1,0 +1,379 @@
+"""Everything that a report says, computed from the files of a run. Draws nothing, loads no weights."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nasbench import __version__
+from nasbench.backbone.resolve import classify, resolve_shape
+from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks import BLOCKS
+from nasbench.config import format_size
+from nasbench.cost import dtype_bytes, find_profiles
+from nasbench.errors import UserError
+from nasbench.report.provenance import Source, commands, sources, teacher_source
+from nasbench.runs import Run
+from nasbench.search.session import compare
+from nasbench.search.table import read_columns
+from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
+from nasbench.spaces.placement import kind_of
+from nasbench.store import Row, block_cells
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part that the run has no file for yet, and the command that makes it."""
+
+    what: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a front, with what the report says beside it.
+
+    Attributes:
+        delta: loss above the full-attention model's on the search split, nats; `delta_test` on the test split.
+        speedup: decode tokens/s over the full-attention model's, both predicted.
+        measured_tok_s: end to end, NaN where not validated; `measured_utc` when.
+    """
+
+    row: FrontRow
+    delta: float
+    delta_test: float
+    speedup: float
+    measured_tok_s: float
+    measured_utc: str
+
+    @property
+    def estimated(self) -> bool:
+        return self.row.source == "estimated"
+
+
+@dataclass(frozen=True)
+class KRow:
+    """The best placement of K full-attention layers beside the best evenly spread one, and their test losses."""
+
+    k: int
+    searched: Trial
+    uniform: Trial
+    searched_test: float
+    uniform_test: float
+
+    @property
+    def found(self) -> bool:
+        """Whether a search found something better than the even spread."""
+        return self.searched.placement != self.uniform.placement
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """What was searched for one target."""
+
+    target: Target
+    full: Trial | None
+    trials: list[Trial]
+    points: list[Point]
+    comparisons: list[KRow]
+
+    @property
+    def hypervolume(self) -> float:
+        return self.points[0].row.hypervolume if self.points else math.nan
+
+    @property
+    def estimated(self) -> bool:
+        return any(trial.source == "estimated" for trial in self.trials)
+
+
+@dataclass(frozen=True)
+class Importance:
+    """One layer replaced by one alternative, all others full attention; nats a token."""
+
+    layer: int
+    name: str
+    loss_increase: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Decode time and cache of one layer kind over the context, at one batch.
+
+    Attributes:
+        us: p50 of one decode step of one mixer, microseconds; [p20, p80] in `low_us`, `high_us`.
+        cache_bytes: of one layer, by formula.
+        estimated: per point.
+    """
+
+    name: str
+    title: str
+    batch: int
+    contexts: list[int]
+    us: list[float]
+    low_us: list[float]
+    high_us: list[float]
+    cache_bytes: list[int]
+    estimated: list[bool]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One placement's predicted and measured decode speed; error is (predicted - measured) / measured."""
+
+    placement: str
+    context: int
+    batch: int
+    predicted_tok_s: float
+    measured_tok_s: float
+    device: str
+    measured_utc: str
+
+    @property
+    def error(self) -> float:
+        return self.predicted_tok_s / self.measured_tok_s - 1
+
+
+@dataclass(frozen=True)
+class TrainingCurve:
+    """Mean logged loss of one stage and layer kind; "" is the whole network."""
+
+    stage: str
+    name: str
+    tokens: list[int]
+    loss: list[float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A report's contents."""
+
+    run: Run
+    shape: ModelShape
+    teacher: str
+    created_utc: str
+    version: str
+    targets: list[TargetFacts]
+    importance: list[Importance]
+    curves: list[Curve]
+    validation: list[Validation]
+    training: list[TrainingCurve]
+    sources: list[Source]
+    commands: list[str]
+    missing: list[Missing] = field(default_factory=list)
+
+    @property
+    def main(self) -> TargetFacts | None:
+        """The target of the latest trial, which the report is about first."""
+        return self.targets[0] if self.targets else None
+
+    @property
+    def kinds(self) -> list[tuple[str, str]]:
+        """(name, title) of every layer kind of the space, full attention first."""
+        return [(name, kind_title(name)) for name in self.run.spec.space.names]
+
+    @property
+    def mean_error(self) -> float:
+        """Mean absolute relative error of the predicted decode speeds; NaN without validation."""
+        errors = [abs(row.error) for row in self.validation]
+        return sum(errors) / len(errors) if errors else math.nan
+
+
+def kind_title(name: str) -> str:
+    """`W128` -> `sliding window 128`."""
+    kind, args = kind_of(name), name[1:].removeprefix("@")
+    title = BLOCKS[kind].title if kind in BLOCKS else kind
+    return f"{title} {args}".strip()
+
+
+def collect(run: Run, db: Path | None = None) -> Facts:
+    """Reads the run's files and the profile rows of its targets.
+
+    Raises:
+        UserError: a damaged file, named with line and column. Files that are not there yet are listed in `missing`.
+    """
+    missing: list[Missing] = []
+    shape = resolve_shape(run.spec.model)
+    folder = str(run.path)
+    trials, fronts = read_trials(run.trials), read_front(run.front)
+    tests = held_out_losses(run.evals)
+    validation = _validation(run.validation)
+    targets = [_target(target, trials, fronts, validation, tests) for target in _targets(trials)]
+    if not any(found.points for found in targets):
+        missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
+    rows, curves = _profile(targets, shape, run, db)
+    if not curves:
+        missing.append(Missing("speed and cache of every layer kind", f"nasbench profile --model {run.spec.model}"))
+    if not validation:
+        missing.append(Missing("predicted against measured speed", f"nasbench validate {folder}"))
+    importance = _importance(run.path / "importance.csv")
+    if not importance:
+        missing.append(Missing("layer importance", f"nasbench search {folder} --strategy beam --full-attention 4"))
+    training = _training(run.supernet / "losses.csv")
+    if not training:
+        missing.append(Missing("training curves", f"nasbench distill --model {run.spec.model} --out {folder}"))
+    return Facts(
+        run=run,
+        shape=shape,
+        teacher=teacher_source(classify(run.spec.model)),
+        created_utc=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        targets=targets,
+        importance=importance,
+        curves=curves,
+        validation=validation,
+        training=training,
+        sources=sources(run, trials, rows, [(row.device, row.measured_utc) for row in validation]),
+        commands=commands(run, trials),
+        missing=missing,
+    )
+
+
+def _targets(trials: Sequence[Trial]) -> list[Target]:
+    """Every target, that of the latest trial first."""
+    return list(dict.fromkeys(trial.target for trial in reversed(trials)))
+
+
+def _target(
+    target: Target,
+    trials: Sequence[Trial],
+    fronts: Sequence[FrontRow],
+    validation: Sequence[Validation],
+    tests: dict[tuple[str, str], float],
+) -> TargetFacts:
+    mine = latest(trials, target)
+    full = next((trial for trial in mine if trial.k == len(trial.layers)), None)
+    measured = {
+        row.placement: row
+        for row in validation
+        if (row.device, row.context, row.batch) == (target.device, target.context, target.batch)
+    }
+    full_row = next((row for row in fronts if row.target == target and row.k == len(row.layers)), None)
+    points = []
+    for row in sorted((row for row in fronts if row.target == target), key=lambda row: row.rank):
+        seen = measured.get(row.placement)
+        points.append(
+            Point(
+                row,
+                row.loss - full.loss if full else math.nan,
+                row.loss_test - full_row.loss_test if full_row else math.nan,
+                row.decode_tok_s / full.decode_tok_s if full else math.nan,
+                seen.measured_tok_s if seen else math.nan,
+                seen.measured_utc if seen else "",
+            )
+        )
+    pairs = [
+        KRow(
+            pair.k,
+            pair.searched,
+            pair.uniform,
+            tests.get((pair.searched.placement, pair.searched.supernet), math.nan),
+            tests.get((pair.uniform.placement, pair.uniform.supernet), math.nan),
+        )
+        for pair in compare(mine, sorted({trial.k for trial in mine}))
+    ]
+    return TargetFacts(target, full, unique(mine), points, pairs)
+
+
+def held_out_losses(path: Path) -> dict[tuple[str, str], float]:
+    """(placement, supernet version) -> loss on the test split, from the most text that it was measured on."""
+    if not path.is_file():
+        return {}
+    types = {"placement": str, "task": str, "detail": str, "version": str, "value": float, "n": int}
+    found: dict[tuple[str, str], tuple[int, float]] = {}
+    for row in read_columns(path, types):
+        if row["task"] == "loss" and row["detail"].startswith("test/"):
+            key = row["placement"], row["version"]
+            found[key] = max(found.get(key, (0, math.nan)), (row["n"], row["value"]), key=lambda pair: pair[0])
+    return {key: value for key, (_, value) in found.items()}
+
+
+def _validation(path: Path) -> list[Validation]:
+    if not path.is_file():
+        return []
+    types: dict[str, type] = {"placement": str, "context": int, "batch": int}
+    types |= {"predicted_tok_s": float, "measured_tok_s": float, "device": str, "measured_utc": str}
+    return [Validation(**row) for row in read_columns(path, types) if row["measured_tok_s"] > 0]
+
+
+def _importance(path: Path) -> list[Importance]:
+    if not path.is_file():
+        return []
+    types: dict[str, type] = {"layer": int, "name": str, "loss_increase": float, "kl": float}
+    return [Importance(**row) for row in read_columns(path, types)]
+
+
+def _training(path: Path) -> list[TrainingCurve]:
+    """The mean over the layers of every logged step, per stage and layer kind."""
+    if not path.is_file():
+        return []
+    sums: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in read_columns(path, {"stage": str, "tokens": int, "name": str, "loss": float}):
+        sums[row["stage"], row["name"]][row["tokens"]].append(row["loss"])
+    return [
+        TrainingCurve(stage, name, sorted(steps), [sum(steps[at]) / len(steps[at]) for at in sorted(steps)])
+        for (stage, name), steps in sums.items()
+    ]
+
+
+def _profile(
+    targets: Sequence[TargetFacts], shape: ModelShape, run: Run, db: Path | None
+) -> tuple[list[Row], list[Curve]]:
+    """Rows of the model on the main target's device, and the decode curves at the target's batch (or the nearest)."""
+    if not targets:
+        return [], []
+    target = targets[0].target
+    try:
+        rows = find_profiles(target.device, db)
+    except UserError:
+        if db is not None:
+            raise
+        return [], []
+    rows = [row for row in rows if row.hidden_size in (0, shape.hidden_size) and row.dtype == target.dtype]
+    return rows, [curve for name in run.spec.space.names if (curve := _curve(name, rows, shape, target)) is not None]
+
+
+def _curve(name: str, rows: Iterable[Row], shape: ModelShape, target: Target) -> Curve | None:
+    config = shape.mixer(name)
+    cells = block_cells(shape, config.kind, config.args)
+    own = [
+        row
+        for row in rows
+        if row.mode == "decode" and row.status == "ok" and all(getattr(row, key) == cells[key] for key in cells)
+    ]
+    if not own:
+        return None
+    batch = min({row.batch for row in own}, key=lambda size: (abs(size - target.batch), size))
+    fastest: dict[int, Row] = {}
+    for row in own:
+        old = fastest.get(row.context)
+        if row.batch == batch and (old is None or _us(row, "p50_us") < _us(old, "p50_us")):
+            fastest[row.context] = row
+    line: list[Any] = [fastest[context] for context in sorted(fastest)]
+    contexts = [row.context for row in line]
+    return Curve(
+        name=name,
+        title=kind_title(name),
+        batch=batch,
+        contexts=contexts,
+        us=[_us(row, "p50_us") for row in line],
+        low_us=[_us(row, "p20_us") for row in line],
+        high_us=[_us(row, "p80_us") for row in line],
+        cache_bytes=[config.cache_bytes(batch, context, dtype_bytes(target.dtype)) for context in contexts],
+        estimated=[row.source == "estimated" for row in line],
+    )
+
+
+def _us(row: Row, column: str) -> float:
+    value = getattr(row, column)
+    return math.nan if value is None else float(value)
+
+
+def target_words(target: Target) -> str:
+    """`nvidia-h200, context 8k, batch 4, bf16`."""
+    return f"{target.device}, context {format_size(target.context)}, batch {target.batch}, {target.dtype}"

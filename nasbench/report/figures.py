@@ -1,0 +1,314 @@
+"""The figures of a report: each draws facts, and computes nothing that a number in the text would rest on.
+
+Every figure is drawn twice, wide and narrow, because a wide one on a phone is not readable. `tips` maps the ids of
+drawn points to what the page shows when they are pointed at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nasbench.config import format_size
+from nasbench.report import style
+from nasbench.report.facts import Facts, KRow, Point, TargetFacts
+from nasbench.spaces.placement import kind_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE_IN, NARROW_IN = 9.0, 3.9
+STRIPS = 14
+"""Placements that fit beside a Pareto figure; the table has all."""
+
+
+@dataclass
+class Drawing:
+    """A drawn figure and its tips."""
+
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)
+
+
+def _figure(narrow: bool, height: float, narrow_height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(NARROW_IN if narrow else WIDE_IN, narrow_height if narrow else height), layout="constrained")
+
+
+def _note(number: float, form: str) -> str:
+    return "unknown" if math.isnan(number) else format(number, form)
+
+
+def shown_points(points: Sequence[Point], most: int = STRIPS) -> list[Point]:
+    """At most `most` points, both ends kept and the others spread over the ranks."""
+    if len(points) <= most:
+        return list(points)
+    steps = [round(i * (len(points) - 1) / (most - 1)) for i in range(most)]
+    return [points[i] for i in steps]
+
+
+def pareto(target: TargetFacts, narrow: bool) -> Drawing:
+    """Loss against decode tokens/s: trials, even spreads, the front with ranks, and its placements as strips."""
+    points = shown_points(target.points)
+    rows = len(points)
+    drawing = Drawing(_figure(narrow, 4.4, 3.6 + 0.24 * rows))
+    if narrow:
+        plot, strips = drawing.figure.subplots(2, 1, height_ratios=[3.2, 0.24 * rows + 0.3])
+    else:
+        plot, strips = drawing.figure.subplots(1, 2, width_ratios=[1.5, 1])
+    _cloud(plot, target, drawing)
+    _front(plot, points, drawing)
+    _limits(plot, target)
+    plot.set_xlabel("decode tokens/s, predicted" + (" (~ estimated rows)" if target.estimated else ""))
+    plot.set_ylabel("loss, nats a token")
+    plot.set_title("Loss against speed")
+    plot.legend(loc="upper left")
+    _strips(strips, points)
+    return drawing
+
+
+def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
+    others = [trial for trial in target.trials if trial.strategy != "uniform"]
+    plot.plot(
+        [t.decode_tok_s for t in others], [t.loss for t in others],
+        "o", color=style.SOFT, markersize=2.6, alpha=0.75, markeredgewidth=0, label="tried", zorder=2,
+    )  # fmt: skip
+    label: str | None = "even spread"
+    for index, trial in enumerate(t for t in target.trials if t.strategy == "uniform"):
+        name = f"uniform-{index}"
+        plot.plot(
+            [trial.decode_tok_s], [trial.loss],
+            "D", markerfacecolor=style.PAPER, markeredgecolor=style.MUTED, markersize=5, label=label, gid=name,
+            zorder=3,
+        )  # fmt: skip
+        label = None
+        drawing.tips[name] = f"even spread, K = {trial.k}\n{trial.placement}\nloss {trial.loss:.4f}, " + (
+            f"{trial.decode_tok_s:,.1f} tokens/s"
+        )
+
+
+def _front(plot: Axes, points: Sequence[Point], drawing: Drawing) -> None:
+    x = [point.row.decode_tok_s for point in points]
+    plot.plot(
+        x, [point.row.loss for point in points],
+        "-", color=style.INK, linewidth=1.2, drawstyle="steps-post", zorder=4, label="front",
+    )  # fmt: skip
+    for point in points:
+        row, name = point.row, f"point-{point.row.rank}"
+        plot.plot(
+            [row.decode_tok_s], [row.loss],
+            "o", markersize=11, color=style.INK, markeredgecolor=style.PAPER, gid=name, zorder=5,
+        )  # fmt: skip
+        plot.annotate(
+            str(row.rank), (row.decode_tok_s, row.loss), color=style.PAPER, ha="center", va="center_baseline",
+            fontsize=7.5, fontweight="bold", zorder=6, gid=f"{name}-rank",
+        )  # fmt: skip
+        measured = "" if math.isnan(point.measured_tok_s) else f", measured {point.measured_tok_s:,.1f}"
+        drawing.tips[name] = (
+            f"{row.rank}. {row.placement}\nK = {row.k}, found by {row.strategy}\n"
+            f"loss {row.loss:.4f} ± {_note(row.loss_stderr, '.4f')} (+{_note(point.delta, '.4f')})\n"
+            f"{row.decode_tok_s:,.1f} tokens/s predicted{measured}\n"
+            f"{_note(point.speedup, '.2f')} x full attention, cache {row.cache_bytes / 2**20:,.2f} MiB"
+        )
+
+
+def _limits(plot: Axes, target: TargetFacts) -> None:
+    """Shows the front and the even spreads whole; trials far above are cut off."""
+    wanted = [point.row.loss for point in target.points] + [t.loss for t in target.trials if t.strategy == "uniform"]
+    low, high = min(wanted), max(wanted)
+    margin = 0.07 * (high - low) or 0.05
+    plot.set_ylim(low - margin, high + 2 * margin)
+
+
+def _strips(axes: Axes, points: Sequence[Point]) -> None:
+    """One row a point: rank, its layers as cells (full attention tall), and the speed-up."""
+    from matplotlib.patches import Rectangle
+
+    layers = max(len(point.row.layers) for point in points)
+    for place, point in enumerate(points):
+        for layer, name in enumerate(point.row.layers):
+            height = 0.78 if kind_of(name) == "A" else 0.46
+            axes.add_patch(
+                Rectangle((layer, place + 0.39 - height), 0.86, height, color=style.colour(name), linewidth=0)
+            )
+        axes.text(-0.7, place, str(point.row.rank), ha="right", va="center", fontweight="bold", fontsize=8)
+        gain = _note(point.speedup, ".2f")
+        axes.text(layers + 0.6, place, f"{gain}x", ha="left", va="center", color=style.MUTED, fontsize=8)
+    axes.set_xlim(-0.07 * layers, 1.14 * layers)
+    axes.set_ylim(len(points) - 0.4, -0.8)
+    axes.set_title("Layers, first to last; speed-up")
+    axes.set_axis_off()
+
+
+def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
+    """Searched against even spread by K, on the search split (solid) and, where known, the test split (faint)."""
+    drawing = Drawing(_figure(narrow, 3.1, 2.9))
+    axes = drawing.figure.subplots()
+    counts = [row.k for row in rows]
+    if not math.isnan(full_loss):
+        axes.axhline(full_loss, color=style.SOFT, linewidth=1, linestyle=(0, (1, 2)))
+        axes.annotate(
+            "full attention", (1, full_loss), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+            color=style.MUTED, fontsize=8,
+        )  # fmt: skip
+    axes.plot(
+        counts, [row.uniform.loss for row in rows], "D--", color=style.MUTED, markerfacecolor=style.PAPER,
+        linewidth=1.3, label="even spread",
+    )  # fmt: skip
+    axes.plot(counts, [row.searched.loss for row in rows], "o-", color=style.INK, markersize=5.5, label="searched")
+    for index, row in enumerate(rows):
+        name = f"k-{index}"
+        axes.plot([row.k], [row.searched.loss], "o", color=style.INK, markersize=5.5, gid=name)
+        drawing.tips[name] = (
+            f"K = {row.k}\nsearched {row.searched.loss:.4f}: {row.searched.placement}\n"
+            f"even spread {row.uniform.loss:.4f}: {row.uniform.placement}"
+        )
+    axes.set_xticks(counts)
+    axes.set_xlabel("K, layers with full attention")
+    axes.set_ylabel("loss, nats a token")
+    axes.legend(loc="upper right")
+    return drawing
+
+
+def importance(facts: Facts, narrow: bool) -> Drawing:
+    """Loss increase of each layer, one small chart a layer kind, each with its own scale."""
+    names = list(dict.fromkeys(row.name for row in facts.importance))
+    drawing = Drawing(_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
+    charts = drawing.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(charts, names, strict=True):
+        rows = [row for row in facts.importance if row.name == name]
+        for row in rows:
+            gid = f"importance-{name.replace('@', '-').replace('.', '-')}-{row.layer}"
+            axes.bar([row.layer], [row.loss_increase], color=style.colour(name), width=0.8, gid=gid)
+            drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nloss +{row.loss_increase:.4f}, KL {row.kl:.4f}"
+        axes.axhline(0, color=style.SOFT, linewidth=0.8)
+        axes.grid(visible=False, axis="x")
+        axes.set_title(dict(facts.kinds).get(name, name))
+        axes.margins(x=0.01)
+    charts[-1].set_xlabel("layer, from the first")
+    drawing.figure.supylabel("loss increase, nats a token", fontsize=9, color=style.MUTED)
+    return drawing
+
+
+def contexts(facts: Facts, narrow: bool) -> Drawing:
+    """Decode time and cache of one layer of every kind against the context."""
+    drawing = Drawing(_figure(narrow, 3.3, 5.6))
+    time, cache = drawing.figure.subplots(*((2, 1) if narrow else (1, 2)))
+    for position, curve in enumerate(facts.curves):
+        shared = {"color": style.colour(curve.name), "linestyle": style.dash(position)}
+        time.fill_between(curve.contexts, curve.low_us, curve.high_us, color=style.colour(curve.name), alpha=0.15, lw=0)
+        time.plot(curve.contexts, curve.us, label=curve.title, **shared)
+        cache.plot(curve.contexts, [size / 2**20 for size in curve.cache_bytes], "o", label=curve.title, **shared)
+        for index, (context, us, guess) in enumerate(zip(curve.contexts, curve.us, curve.estimated, strict=True)):
+            gid = f"curve-{position}-{index}"
+            fill = style.PAPER if guess else style.colour(curve.name)
+            time.plot([context], [us], "o", color=style.colour(curve.name), markerfacecolor=fill, gid=gid)
+            source = "estimated" if guess else "measured"
+            size = curve.cache_bytes[index] / 2**20
+            drawing.tips[gid] = (
+                f"{curve.title}\ncontext {format_size(context)}, batch {curve.batch}\n{us:,.1f} µs {source}, "
+                f"cache {size:,.3f} MiB a layer"
+            )
+    ticks = sorted({context for curve in facts.curves for context in curve.contexts})
+    for axes, title, label in ((time, "Decode step", "µs a layer"), (cache, "Cache", "MiB a layer")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(_plain)
+        axes.set_xlabel("context, tokens")
+        axes.set_ylabel(label)
+        axes.set_title(title)
+    time.legend(loc="upper left")
+    return drawing
+
+
+def _plain(value: float, _: Any = None) -> str:
+    return f"{value:,.6g}"
+
+
+def validation(facts: Facts, narrow: bool) -> Drawing:
+    """Predicted against measured decode tokens/s, with the line of no error and a band of 10 %."""
+    drawing = Drawing(_figure(narrow, 3.6, 3.5))
+    axes = drawing.figure.subplots()
+    numbers = [value for row in facts.validation for value in (row.predicted_tok_s, row.measured_tok_s)]
+    low, high = 0.9 * min(numbers), 1.1 * max(numbers)
+    axes.fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color=style.GRID, lw=0, alpha=0.7)
+    axes.plot([low, high], [low, high], color=style.SOFT, linewidth=1)
+    devices = list(dict.fromkeys(row.device for row in facts.validation))
+    for device, marker in zip(devices, "osD^v" * len(devices), strict=False):
+        rows = [row for row in facts.validation if row.device == device]
+        for index, row in enumerate(rows):
+            gid = f"validation-{devices.index(device)}-{index}"
+            axes.plot(
+                [row.measured_tok_s], [row.predicted_tok_s], marker, color=style.INK, gid=gid,
+                label=device if index == 0 else None,
+            )  # fmt: skip
+            drawing.tips[gid] = (
+                f"{row.placement}\ncontext {format_size(row.context)}, batch {row.batch}\n"
+                f"predicted {row.predicted_tok_s:,.1f}, measured {row.measured_tok_s:,.1f} ({row.error:+.1%})"
+            )
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("measured tokens/s")
+    axes.set_ylabel("predicted tokens/s")
+    axes.annotate("band: ±10 %", (0.98, 0.04), xycoords="axes fraction", ha="right", color=style.MUTED, fontsize=8)
+    axes.legend(loc="upper left")
+    return drawing
+
+
+def training(facts: Facts, narrow: bool) -> Drawing:
+    """Logged losses by training tokens, one chart a stage."""
+    stages = list(dict.fromkeys(curve.stage for curve in facts.training))
+    drawing = Drawing(_figure(narrow, 2.8, 2.5 * len(stages)))
+    grid = (len(stages), 1) if narrow else (1, len(stages))
+    charts = drawing.figure.subplots(*grid, squeeze=False).flatten()
+    for axes, stage in zip(charts, stages, strict=True):
+        curves = [curve for curve in facts.training if curve.stage == stage]
+        for position, curve in enumerate(curves):
+            axes.plot(
+                curve.tokens, curve.loss, color=style.colour(curve.name) if curve.name else style.INK,
+                linestyle=style.dash(position), linewidth=1.4,
+                label=dict(facts.kinds).get(curve.name, curve.name) if curve.name else "whole network",
+            )  # fmt: skip
+        if all(value > 0 for curve in curves for value in curve.loss):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain)
+            axes.yaxis.set_minor_formatter(_plain)
+            axes.tick_params(axis="y", which="minor", labelsize=7.5)
+        axes.set_title({"align": "Alignment", "supernet": "Random sub-networks"}.get(stage, stage))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel({"align": "relative error of a layer", "supernet": "KL, nats a token"}.get(stage, "loss"))
+        axes.xaxis.set_major_formatter(lambda value, _: format_size(int(value)) if value >= 1 else "0")
+        axes.legend(loc="upper right")
+    return drawing
+
+
+Draw = Callable[[bool], Drawing]
+
+
+def drawings(facts: Facts) -> dict[str, Draw]:
+    """The figures that these facts have, by file name: functions of `narrow`."""
+    found: dict[str, Draw] = {}
+    for index, target in enumerate(facts.targets):
+        number = f"-{index + 1}" if index else ""
+        if target.points:
+            found[f"pareto{number}"] = lambda narrow, target=target: pareto(target, narrow)  # type: ignore[misc]
+        if target.comparisons:
+            loss = target.full.loss if target.full else math.nan
+            found[f"searched-against-uniform{number}"] = (
+                lambda narrow, rows=target.comparisons, loss=loss: comparison(rows, loss, narrow)  # type: ignore[misc]
+            )
+    for name, draw, rows in (
+        ("layer-importance", importance, facts.importance),
+        ("speed-and-cache", contexts, facts.curves),
+        ("predicted-against-measured", validation, facts.validation),
+        ("training", training, facts.training),
+    ):
+        if rows:
+            found[name] = lambda narrow, draw=draw: draw(facts, narrow)  # type: ignore[misc]
+    return found

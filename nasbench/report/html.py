@@ -1,0 +1,123 @@
+"""The report's page: facts in words, tables and figures, in one file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from nasbench.config import format_size
+from nasbench.files import atomic_path, machine_errors, write_text
+from nasbench.report import style
+from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
+from nasbench.report.figures import drawings
+from nasbench.report.svg import inline_svg, png
+from nasbench.runs import Run
+from nasbench.spaces.placement import Placement, format_placement, kind_of
+
+HERE = Path(__file__).parent
+WITHIN = 0.05
+"""Perplexity increase within which the summary names the fastest placement."""
+
+TITLES = {
+    "pareto": "Loss against predicted decode speed, with the placement of every point of the front",
+    "searched-against-uniform": "Loss of searched and of evenly spread placements by number of full-attention layers",
+    "layer-importance": "Loss increase of replacing each layer alone, by layer kind",
+    "speed-and-cache": "Decode time and cache size of one layer against context, by layer kind",
+    "predicted-against-measured": "Predicted against measured decode speed",
+    "training": "Losses while the alternatives were trained",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The points that the summary names: the fastest within WITHIN, and the fastest of all."""
+
+    near: Point | None
+    fastest: Point | None
+
+
+def headline(target: TargetFacts) -> Headline:
+    """Picks them among the hybrids of the front."""
+    hybrids = [point for point in target.points if point.row.k < len(point.row.layers) and not math.isnan(point.delta)]
+    near = [point for point in hybrids if point.delta <= math.log1p(WITHIN)]
+    fastest: Callable[[Point], float] = lambda point: point.row.decode_tok_s  # noqa: E731
+    return Headline(max(near, key=fastest, default=None), max(hybrids, key=fastest, default=None))
+
+
+def number(value: float | None, form: str = ",.4f", unknown: str = "–") -> str:
+    """A formatted number with a real minus sign; a dash where it is not known."""
+    if value is None or math.isnan(value):
+        return unknown
+    return format(value, form).replace("-", "−")
+
+
+def speed(value: float, estimated: bool = False) -> Markup:
+    """Tokens/s in three to four digits; estimated ones carry a mark."""
+    mark = Markup('<abbr class="estimated" title="rests on estimated rows">~</abbr>') if estimated else Markup("")
+    return mark + number(value, ",.0f" if abs(value) >= 1000 else ",.1f")
+
+
+def strip(placement: Placement) -> Markup:
+    """A placement as a row of coloured cells; full attention is taller, so that colour is not all there is."""
+    cells = Markup("").join(Markup('<i class="k-{}"></i>').format(kind_of(name)) for name in placement)
+    return Markup('<span class="strip" role="img" aria-label="{}">{}</span>').format(format_placement(placement), cells)
+
+
+def figure_markup(facts: Facts) -> dict[str, Markup]:
+    """Every figure as two inline SVGs, of which the page shows the one that fits."""
+    found = {}
+    for name, draw in drawings(facts).items():
+        title = TITLES[name.rstrip("-0123456789")]
+        found[name] = Markup("").join(
+            Markup('<div class="{}">').format(width)
+            + Markup(inline_svg(draw, name, title, width == "narrow"))
+            + Markup("</div>")
+            for width in ("wide", "narrow")
+        )
+    return found
+
+
+def render(facts: Facts) -> str:
+    """The page."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "strip": strip, "size": format_size, "target": target_words}
+    environment.globals |= {"speed": speed, "within": WITHIN, "isnan": math.isnan}
+    kinds = sorted({kind_of(name) for name, _ in facts.kinds})
+    colours = "".join(f".k-{kind}{{background:{style.colour(kind)}}}" for kind in kinds)
+    return environment.get_template("page.html").render(
+        facts=facts,
+        main=facts.main,
+        headline=headline(facts.main) if facts.main else None,
+        figures=figure_markup(facts),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        legend=[(kind_of(name), name, title) for name, title in facts.kinds],
+    )
+
+
+def report(run: Run, db: Path | None = None) -> Path:
+    """Writes runs/NAME/report/index.html and a PNG of every figure; returns the page's path.
+
+    Args:
+        db: folder or file of profile databases; None for the shipped and the user's.
+
+    Raises:
+        UserError: a damaged file of the run. MachineError: the folder cannot be written.
+    """
+    facts = collect(run, db)
+    page = render(facts)
+    with machine_errors(f"writing {run.report}"):
+        run.report.mkdir(parents=True, exist_ok=True)
+    for name, draw in drawings(facts).items():
+        with atomic_path(run.report / f"{name}.png") as temporary:
+            temporary.write_bytes(png(draw, name))
+    path = run.report / "index.html"
+    write_text(path, page)
+    return path

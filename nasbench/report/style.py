@@ -1,0 +1,83 @@
+"""The look that every figure and the page share: one colour per layer kind, and the roles of all others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from nasbench.spaces.placement import kind_of
+
+# Okabe and Ito's palette, told apart with every common colour blindness, on light and on dark paper.
+_KIND_COLOURS = {
+    "A": "#0072b2",
+    "W": "#e69f00",
+    "J": "#009e73",
+    "G": "#cc79a7",
+    "D": "#56b4e9",
+    "M": "#d55e00",
+    "L": "#b3a800",
+    "R": "#8c6bb1",
+    "T": "#a6761d",
+    "K": "#7f8c8d",
+}
+_OTHER = "#999999"
+
+# Stand-ins that the SVG text is searched for: the page replaces them by its own light and dark colours.
+INK, MUTED, GRID, PAPER, SOFT = "#1b1f26", "#5d6672", "#e2e5ea", "#fefefe", "#aeb6c0"
+ROLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper", SOFT: "--soft"}
+
+_DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
+
+
+def colour(name: str) -> str:
+    """The colour of a layer name's kind; the same in every figure, strip and legend."""
+    return _KIND_COLOURS.get(kind_of(name), _OTHER)
+
+
+def dash(position: int) -> object:
+    """A line style, so that lines differ in more than colour."""
+    return _DASHES[position % len(_DASHES)]
+
+
+@contextmanager
+def theme(salt: str) -> Iterator[None]:
+    """matplotlib's settings inside. `salt` keeps the ids of several SVGs on one page apart, and the same every time."""
+    import matplotlib
+
+    settings: Any = {
+        "font.size": 9.0,
+        "font.family": ["DejaVu Sans"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+        "savefig.facecolor": PAPER,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": SOFT,
+        "axes.linewidth": 0.8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.titlesize": 9.5,
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "axes.titlecolor": INK,
+        "axes.labelsize": 9.0,
+        "grid.color": GRID,
+        "grid.linewidth": 0.8,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "xtick.labelcolor": MUTED,
+        "ytick.labelcolor": MUTED,
+        "xtick.labelsize": 8.5,
+        "ytick.labelsize": 8.5,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "lines.linewidth": 1.8,
+        "lines.markersize": 4.5,
+    }
+    with matplotlib.rc_context(settings):
+        yield
