@@ -26,7 +26,9 @@ def test_unknown_names_value_legal_and_nearest():
     assert "did you mean 'qwen3-1.7b'?" in message
 
 
-@pytest.mark.parametrize(("text", "value"), [("4k", 4096), ("256K", 262144), ("64MiB", 64 << 20), ("7", 7), ("1.5k", 1536)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("4k", 4096), ("256K", 262144), ("64MiB", 64 << 20), ("7", 7), ("1.5k", 1536)]
+)
 def test_sizes(text, value):
     assert parse_size(text) == value
 

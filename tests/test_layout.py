@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "pareto": set(),
     "search": {"spaces", "backbone", "store", "cost", "evaluation", "pareto"},
     "report": {"spaces", "blocks", "backbone", "store", "cost", "search", "pareto"},
+    "validation": {"spaces", "backbone", "engine", "store", "cost", "search"},
     "export": {"spaces", "blocks", "backbone", "supernet"},
 }
 NO_TORCH = ["errors", "registry", "config", "files", "runs", "spaces", "store", "cost", "pareto", "devices"]

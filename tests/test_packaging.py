@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COST = ["-m", "nasbench", "cost", "14J A 4J A 2W 6J", "--model", "jet-nemotron-2b", "--context", "64k", "--batch", "1", "--json"]
+COST = [
+    "-m",
+    "nasbench",
+    "cost",
+    "14J A 4J A 2W 6J",
+    "--model",
+    "jet-nemotron-2b",
+    "--context",
+    "64k",
+    "--batch",
+    "1",
+    "--json",
+]
 WHERE = (
     "import json, nasbench, nasbench.config, nasbench.blocks.jet_block_mixer, nasbench_kernels;"
     "print(json.dumps([nasbench.__file__, list(nasbench_kernels.__path__)[0], str(nasbench.config.profiles_dir()),"
@@ -21,7 +33,9 @@ def run_python(args: list[str], cwd: Path, path: str | None) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     if path:
         environment["PYTHONPATH"] = path
-    done = subprocess.run([sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -39,7 +53,17 @@ def installed_wheel(tmp_path_factory) -> Path:
 def check_cost(output: str) -> None:
     cost = json.loads(output)
     assert cost["cache_bytes"] == 157.25 * 2**20
-    assert {"placement", "model", "device", "context", "batch", "decode_tok_s", "prefill_tok_s", "step_ms", "source"} <= set(cost)
+    assert {
+        "placement",
+        "model",
+        "device",
+        "context",
+        "batch",
+        "decode_tok_s",
+        "prefill_tok_s",
+        "step_ms",
+        "source",
+    } <= set(cost)
 
 
 def test_wheel(installed_wheel, tmp_path):

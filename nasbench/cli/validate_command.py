@@ -1,0 +1,71 @@
+"""`nasbench validate`: the found placements measured end to end, beside what the cost model said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasbench.config import parse_size
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Run folder that was searched, e.g. runs/NAME.")],
+    context: Annotated[str, typer.Option(help="Context of the searched target, e.g. 8k.")] = "4k",
+    batch: Annotated[str, typer.Option(help="Batch of the searched target.")] = "1",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as searched.")] = "",
+    device: Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda.")] = "auto",
+    placements: Annotated[int, typer.Option(help="How many placements to measure at most.")] = 12,
+    db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure the front and the uniform placements end to end against the cost model's predictions.
+
+    Writes runs/NAME/validation.csv; what was measured there before is not measured again.
+    """
+    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.cli.common import print_json, print_table, torch_device
+    from nasbench.cli.search_command import progress_bar
+    from nasbench.cost import CostModel, find_profiles
+    from nasbench.devices import detect
+    from nasbench.errors import UserError
+    from nasbench.runs import Run
+    from nasbench.search.run_folder import choose_dtype
+    from nasbench.search.trials import Target
+    from nasbench.validation import choose, mean_error, validate
+
+    opened = Run.open(run)
+    if placements < 1:
+        raise UserError(f"bad --placements {placements}: choose 1 or more")
+    where = torch_device(device)
+    name = detect(where).slug
+    rows = find_profiles(name, db)
+    target = Target(name, parse_size(context), parse_size(batch), choose_dtype(rows, dtype, name))
+    shape = resolve_shape(opened.spec.model)
+    chosen = choose(opened, target, placements)
+    with progress_bar() as bar:
+        found = validate(
+            opened,
+            chosen,
+            target,
+            CostModel(rows, shape, target.dtype),
+            where,
+            progress=lambda done, total: bar("end to end", done, total),
+        )
+    if as_json:
+        print_json({"mean_error": mean_error(found), "rows": [row.__dict__ for row in found]})
+        return
+    table = [
+        (
+            row.placement,
+            f"{row.predicted_tok_s:.1f}",
+            f"{row.measured_tok_s:.1f}",
+            f"{row.error:+.1%}",
+            f"{row.floor_fraction:.0%}",
+        )
+        for row in sorted(found, key=lambda row: row.measured_tok_s)
+    ]
+    columns = ("placement", "predicted tok/s", "measured tok/s", "error", "of the memory's limit")
+    print_table(columns, table, f"Predicted against measured ({target})")
+    print(f"\nmean error {mean_error(found):.1%} over {len(found)} placements")
