@@ -331,7 +331,8 @@ class Database:
             table = {row.key: row for row in self.read()}
             changed = 0
             for row in new:
-                if row.key not in table or replaces(row, table[row.key]):
+                old = table.get(row.key)
+                if old is None or (row != old and replaces(row, old)):
                     table[row.key] = row
                     changed += 1
             if changed:
