@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention import FullAttentionConfig
@@ -114,6 +115,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return decode_attention(q, k, v, None)
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
+        # Flash attention aligns causality to the lower right by itself: no mask of T x N, which at long contexts is
+        # larger than the keys, and which with grouped heads leaves only the form that writes all scores to memory.
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys), enable_gqa=True)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
