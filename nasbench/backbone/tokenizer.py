@@ -50,7 +50,7 @@ class Tokenizer:
 
 
 def tokenizer_from_json(path: Path, config: dict[str, Any]) -> Tokenizer:
-    """Reads a tokenizer.json; special ids are those of the model's config.json. Raises UserError naming the file."""
+    """Reads a tokenizer.json; end-of-text ids are config.json's. Raises UserError naming the file."""
     import tokenizers
 
     if not path.is_file():
@@ -61,13 +61,17 @@ def tokenizer_from_json(path: Path, config: dict[str, Any]) -> Tokenizer:
         raise UserError(f"{path} is not a tokenizer: {error}") from None
     eos = config.get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    return Tokenizer(backend, config.get("bos_token_id"), eos_ids)
+    # Configurations name a begin-of-text id even where the model was trained without one (Qwen): the tokenizer knows.
+    begin = backend.encode("", add_special_tokens=True).ids
+    return Tokenizer(backend, begin[0] if begin and begin[0] not in eos_ids else None, eos_ids)
 
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
-def byte_level_bpe(tokens: list[str], kinds: list[int], merges: list[str], pre_tokenizer: str) -> tokenizers.Tokenizer:
+def byte_level_bpe(
+    tokens: list[str], kinds: list[int], merges: list[str], pre_tokenizer: str, bos_id: int | None = None
+) -> tokenizers.Tokenizer:
     """A byte-level BPE as GGUF files of the `gpt2` tokenizer kind store it.
 
     Args:
@@ -76,11 +80,12 @@ def byte_level_bpe(tokens: list[str], kinds: list[int], merges: list[str], pre_t
         merges: "left right" pairs, best first.
         pre_tokenizer: the GGUF's `tokenizer.ggml.pre`. What splits the text before the merges decides the ids: taking
             the wrong one gives a tokenizer that looks right and is wrong around digits and newlines.
+        bos_id: begins every text, if given.
 
     Raises:
         UserError: for a pre-tokenizer that is not known here.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -107,4 +112,9 @@ def byte_level_bpe(tokens: list[str], kinds: list[int], merges: list[str], pre_t
     backend.add_tokens([AddedToken(token, normalized=False) for token in of_kind.get(_USER_DEFINED, [])])
     special = [*of_kind.get(_UNKNOWN, []), *of_kind.get(_CONTROL, [])]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if bos_id is not None:
+        begin = tokens[bos_id]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", pair=f"{begin} $A {begin} $B", special_tokens=[(begin, bos_id)]
+        )
     return backend

@@ -13,6 +13,7 @@ def command(
     """List the built-in model shapes and the default model."""
     from nasbench.backbone.shapes import DEFAULT_MODEL, MODELS
     from nasbench.cli.common import print_json, print_table
+    from nasbench.config import format_size
     from nasbench.spaces.placement import format_placement
 
     models: list[dict[str, Any]] = []
@@ -36,8 +37,18 @@ def command(
     if as_json:
         print_json({"default": DEFAULT_MODEL, "models": models})
         return
-    columns = ("name", "family", "layers", "hidden_size", "heads", "kv_heads", "head_dim", "parameters", "max_context")
-    rows = [[*(model[column] for column in columns), model["placement"]] for model in models]
-    print_table([*columns, "placement"], rows)
+    rows = [
+        [
+            model["name"],
+            model["layers"],
+            model["hidden_size"],
+            f"{model['heads']}/{model['kv_heads']} x {model['head_dim']}",
+            f"{model['parameters'] / 1e9:.2f}B",
+            format_size(model["max_context"]),
+            model["placement"],
+        ]
+        for model in models
+    ]
+    print_table(("name", "layers", "hidden", "heads", "params", "context", "placement"), rows)
     print(f"\n`default` is {DEFAULT_MODEL}, with its weights. The other shapes serve speed alone, with random weights.")
     print("--model also takes a local Hugging Face folder, a .gguf file of the llama architecture, or a hub name.")

@@ -126,7 +126,7 @@ def measure(
     """
     device, dtype = (torch.device(device), dtype) if decoder is None else (decoder.device, decoder.dtype)
     _check(shape, context, batch, prefill_context)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     gc.collect()
     read_gb_s, copy_gb_s = memory_bandwidth(device, free_bytes(device))

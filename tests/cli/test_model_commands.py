@@ -7,7 +7,6 @@ import pytest
 from nasbench.cli.main import run
 from nasbench.engine import bandwidth
 
-
 KEYS = {
     "placement", "model", "device", "context", "batch", "decode_tok_s", "prefill_tok_s", "step_ms", "cache_bytes",
     "source", "peak_bytes", "floor_ms", "floor_fraction", "copy_gb_s",
