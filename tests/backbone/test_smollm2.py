@@ -127,3 +127,11 @@ def test_a_truncated_gguf_is_refused(tmp_path, gguf_path, monkeypatch):
         with pytest.raises(UserError, match=name):
             load_model(str(path))
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.suffix != ".lock" and path.is_file()]
+
+
+def test_an_unwritable_cache_is_one_line(tmp_path, gguf_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setenv(fetch.OVERRIDE, str(gguf_path))
+    with pytest.raises(MachineError, match="writing .*cache.*: Not a directory"):
+        load_model("default")
