@@ -13,7 +13,6 @@ from typing import Any
 from nasbench import __version__
 from nasbench.backbone.resolve import classify, resolve_shape
 from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import BLOCKS
 from nasbench.config import format_size
 from nasbench.cost import dtype_bytes, find_profiles
 from nasbench.errors import UserError
@@ -22,7 +21,6 @@ from nasbench.runs import Run
 from nasbench.search.session import compare
 from nasbench.search.table import read_columns
 from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
-from nasbench.spaces.placement import kind_of
 from nasbench.store import Row, block_cells
 
 
@@ -175,7 +173,11 @@ class Facts:
     @property
     def kinds(self) -> list[tuple[str, str]]:
         """(name, title) of every layer kind of the space, full attention first."""
-        return [(name, kind_title(name)) for name in self.run.spec.space.names]
+        return [(name, self.title(name)) for name in self.run.spec.space.names]
+
+    def title(self, name: str) -> str:
+        """`W` -> `sliding window 128`, with the arguments that the name stands for in this model."""
+        return kind_title(self.shape, name)
 
     @property
     def mean_error(self) -> float:
@@ -184,11 +186,10 @@ class Facts:
         return sum(errors) / len(errors) if errors else math.nan
 
 
-def kind_title(name: str) -> str:
-    """`W128` -> `sliding window 128`."""
-    kind, args = kind_of(name), name[1:].removeprefix("@")
-    title = BLOCKS[kind].title if kind in BLOCKS else kind
-    return f"{title} {args}".strip()
+def kind_title(shape: ModelShape, name: str) -> str:
+    """What a layer name is called in this model: the kind's title and its arguments."""
+    config = shape.mixer(name)
+    return f"{config.title} {config.args.replace('x', '×')}".strip()
 
 
 def collect(run: Run, db: Path | None = None) -> Facts:
@@ -358,7 +359,7 @@ def _curve(name: str, rows: Iterable[Row], shape: ModelShape, target: Target) ->
     contexts = [row.context for row in line]
     return Curve(
         name=name,
-        title=kind_title(name),
+        title=kind_title(shape, name),
         batch=batch,
         contexts=contexts,
         us=[_us(row, "p50_us") for row in line],

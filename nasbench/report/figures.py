@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nasbench.config import format_size
 from nasbench.report import style
@@ -44,16 +44,22 @@ def _note(number: float, form: str) -> str:
 
 
 def shown_points(points: Sequence[Point], most: int = STRIPS) -> list[Point]:
-    """At most `most` points, both ends kept and the others spread over the ranks."""
-    if len(points) <= most:
+    """The points that get a number and a strip: both ends of the front, and others as far apart as room needs."""
+    if len(points) <= 2:
         return list(points)
-    steps = [round(i * (len(points) - 1) / (most - 1)) for i in range(most)]
-    return [points[i] for i in steps]
+    speeds = [point.row.decode_tok_s for point in points]
+    room = (max(speeds) - min(speeds)) / (most - 1)
+    chosen = [points[0]]
+    for point in points[1:-1]:
+        gaps = (abs(point.row.decode_tok_s - other.row.decode_tok_s) for other in (chosen[-1], points[-1]))
+        if min(gaps) >= 0.8 * room and len(chosen) < most - 1:
+            chosen.append(point)
+    return [*chosen, points[-1]]
 
 
 def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     """Loss against decode tokens/s: trials, even spreads, the front with ranks, and its placements as strips."""
-    points = shown_points(target.points)
+    points = shown_points(target.points, STRIPS - 4 if narrow else STRIPS)
     rows = len(points)
     drawing = Drawing(_figure(narrow, 4.4, 3.6 + 0.24 * rows))
     if narrow:
@@ -61,12 +67,14 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     else:
         plot, strips = drawing.figure.subplots(1, 2, width_ratios=[1.5, 1])
     _cloud(plot, target, drawing)
-    _front(plot, points, drawing)
-    _limits(plot, target)
+    _front(plot, target.points, points, 9.5 if narrow else 11.5, drawing)
+    cut = _limits(plot, target)
     plot.set_xlabel("decode tokens/s, predicted" + (" (~ estimated rows)" if target.estimated else ""))
     plot.set_ylabel("loss, nats a token")
     plot.set_title("Loss against speed")
-    plot.legend(loc="upper left")
+    plot.legend(loc="best")
+    if cut:
+        plot.set_title(f"{cut} more above", loc="right", fontsize=8, fontweight="normal")
     _strips(strips, points)
     return drawing
 
@@ -91,37 +99,38 @@ def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
         )
 
 
-def _front(plot: Axes, points: Sequence[Point], drawing: Drawing) -> None:
-    x = [point.row.decode_tok_s for point in points]
-    plot.plot(
-        x, [point.row.loss for point in points],
-        "-", color=style.INK, linewidth=1.2, drawstyle="steps-post", zorder=4, label="front",
-    )  # fmt: skip
+def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: float, drawing: Drawing) -> None:
+    """The line through the whole front; numbers at `points`, in circles of `size`."""
+    x, y = [point.row.decode_tok_s for point in front], [point.row.loss for point in front]
+    plot.plot(x, y, "-", color=style.INK, linewidth=1.2, zorder=4, label="front")
+    plot.plot(x, y, "o", color=style.INK, markersize=3, zorder=4)
     for point in points:
         row, name = point.row, f"point-{point.row.rank}"
         plot.plot(
             [row.decode_tok_s], [row.loss],
-            "o", markersize=11, color=style.INK, markeredgecolor=style.PAPER, gid=name, zorder=5,
+            "o", markersize=size, color=style.INK, markeredgecolor=style.PAPER, gid=name, zorder=5,
         )  # fmt: skip
         plot.annotate(
             str(row.rank), (row.decode_tok_s, row.loss), color=style.PAPER, ha="center", va="center_baseline",
-            fontsize=7.5, fontweight="bold", zorder=6, gid=f"{name}-rank",
+            fontsize=0.66 * size, fontweight="bold", zorder=6, gid=f"{name}-rank",
         )  # fmt: skip
         measured = "" if math.isnan(point.measured_tok_s) else f", measured {point.measured_tok_s:,.1f}"
         drawing.tips[name] = (
             f"{row.rank}. {row.placement}\nK = {row.k}, found by {row.strategy}\n"
             f"loss {row.loss:.4f} ± {_note(row.loss_stderr, '.4f')} (+{_note(point.delta, '.4f')})\n"
             f"{row.decode_tok_s:,.1f} tokens/s predicted{measured}\n"
-            f"{_note(point.speedup, '.2f')} x full attention, cache {row.cache_bytes / 2**20:,.2f} MiB"
+            f"{_note(point.speedup, '.2f')} × full attention, cache {row.cache_bytes / 2**20:,.2f} MiB"
         )
 
 
-def _limits(plot: Axes, target: TargetFacts) -> None:
-    """Shows the front and the even spreads whole; trials far above are cut off."""
-    wanted = [point.row.loss for point in target.points] + [t.loss for t in target.trials if t.strategy == "uniform"]
+def _limits(plot: Axes, target: TargetFacts) -> int:
+    """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
+    wanted = [point.row.loss for point in target.points] + [pair.uniform.loss for pair in target.comparisons]
     low, high = min(wanted), max(wanted)
-    margin = 0.07 * (high - low) or 0.05
-    plot.set_ylim(low - margin, high + 2 * margin)
+    margin = (high - low) or 0.05
+    top = high + 0.25 * margin
+    plot.set_ylim(low - 0.07 * margin, top)
+    return sum(trial.loss > top for trial in target.trials)
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -137,7 +146,7 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
             )
         axes.text(-0.7, place, str(point.row.rank), ha="right", va="center", fontweight="bold", fontsize=8)
         gain = _note(point.speedup, ".2f")
-        axes.text(layers + 0.6, place, f"{gain}x", ha="left", va="center", color=style.MUTED, fontsize=8)
+        axes.text(layers + 0.6, place, f"{gain}×", ha="left", va="center", color=style.MUTED, fontsize=8)
     axes.set_xlim(-0.07 * layers, 1.14 * layers)
     axes.set_ylim(len(points) - 0.4, -0.8)
     axes.set_title("Layers, first to last; speed-up")
@@ -187,7 +196,7 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
             drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nloss +{row.loss_increase:.4f}, KL {row.kl:.4f}"
         axes.axhline(0, color=style.SOFT, linewidth=0.8)
         axes.grid(visible=False, axis="x")
-        axes.set_title(dict(facts.kinds).get(name, name))
+        axes.set_title(facts.title(name))
         axes.margins(x=0.01)
     charts[-1].set_xlabel("layer, from the first")
     drawing.figure.supylabel("loss increase, nats a token", fontsize=9, color=style.MUTED)
@@ -218,8 +227,7 @@ def contexts(facts: Facts, narrow: bool) -> Drawing:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.yaxis.set_major_formatter(_plain)
+        _log_ticks(axes)
         axes.set_xlabel("context, tokens")
         axes.set_ylabel(label)
         axes.set_title(title)
@@ -227,8 +235,14 @@ def contexts(facts: Facts, narrow: bool) -> Drawing:
     return drawing
 
 
-def _plain(value: float, _: Any = None) -> str:
-    return f"{value:,.6g}"
+def _log_ticks(axes: Axes) -> None:
+    """Labels at 1, 2 and 5 of every decade, so that a short logarithmic axis has more than one."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def validation(facts: Facts, narrow: bool) -> Drawing:
@@ -273,17 +287,15 @@ def training(facts: Facts, narrow: bool) -> Drawing:
             axes.plot(
                 curve.tokens, curve.loss, color=style.colour(curve.name) if curve.name else style.INK,
                 linestyle=style.dash(position), linewidth=1.4,
-                label=dict(facts.kinds).get(curve.name, curve.name) if curve.name else "whole network",
+                label=facts.title(curve.name) if curve.name else "whole network",
             )  # fmt: skip
         if all(value > 0 for curve in curves for value in curve.loss):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(_plain)
-            axes.yaxis.set_minor_formatter(_plain)
-            axes.tick_params(axis="y", which="minor", labelsize=7.5)
+            _log_ticks(axes)
         axes.set_title({"align": "Alignment", "supernet": "Random sub-networks"}.get(stage, stage))
         axes.set_xlabel("tokens")
         axes.set_ylabel({"align": "relative error of a layer", "supernet": "KL, nats a token"}.get(stage, "loss"))
-        axes.xaxis.set_major_formatter(lambda value, _: format_size(int(value)) if value >= 1 else "0")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,g}k" if value else "0")
         axes.legend(loc="upper right")
     return drawing
 

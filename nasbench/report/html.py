@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,32 @@ def headline(target: TargetFacts) -> Headline:
     near = [point for point in hybrids if point.delta <= math.log1p(WITHIN)]
     fastest: Callable[[Point], float] = lambda point: point.row.decode_tok_s  # noqa: E731
     return Headline(max(near, key=fastest, default=None), max(hybrids, key=fastest, default=None))
+
+
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def introduction(facts: Facts) -> str:
+    """What was done, plainly, as far as the run has got."""
+    text = f"The model is {facts.teacher}: {facts.shape.num_layers} layers, all with full attention."
+    learned = {curve.name for curve in facts.training}
+    trained = [title for name, title in facts.kinds if name in learned]
+    kept = [title for name, title in facts.kinds if kind_of(name) != "A" and name not in learned]
+    if trained:
+        text += (
+            f" Beside the attention of every layer, {listed(trained)} learned by distillation to do its work, "
+            "everything else frozen."
+        )
+        text += f" Another alternative, {listed(kept)}, keeps the attention's weights." if kept else ""
+    if facts.main:
+        times = "estimated" if facts.main.estimated else "measured"
+        text += (
+            f" Then {len(facts.main.trials)} placements of full attention and its replacements were scored by their "
+            f"loss on held-out text, and by the decode speed that a cost model predicts from {times} layer times."
+        )
+    return text
 
 
 def number(value: float | None, form: str = ",.4f", unknown: str = "–") -> str:
@@ -98,6 +124,7 @@ def render(facts: Facts) -> str:
         figures=figure_markup(facts),
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+        introduction=introduction(facts),
         legend=[(kind_of(name), name, title) for name, title in facts.kinds],
     )
 
