@@ -133,5 +133,5 @@ def test_an_unwritable_cache_is_one_line(tmp_path, gguf_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setenv(fetch.OVERRIDE, str(gguf_path))
-    with pytest.raises(MachineError, match="writing .*cache.*: Not a directory"):
+    with pytest.raises(MachineError, match=r"writing .*cache.*: Not a directory"):
         load_model("default")
