@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,10 @@ class Validation:
     measured_tok_s: float
     device: str
     measured_utc: str
+    dtype: str = ""
+    torch: str = ""
+    driver: str = ""
+    nasbench: str = ""
 
     @property
     def error(self) -> float:
@@ -229,7 +233,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         curves=curves,
         validation=validation,
         training=training,
-        sources=sources(run, trials, rows, [(row.device, row.measured_utc) for row in validation]),
+        sources=sources(run, trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
     )
@@ -252,7 +256,7 @@ def _target(
     measured = {
         row.placement: row
         for row in validation
-        if (row.device, row.context, row.batch) == (target.device, target.context, target.batch)
+        if (row.device, row.context, row.batch, row.dtype or target.dtype) == astuple(target)
     }
     full_row = next((row for row in fronts if row.target == target and row.k == len(row.layers)), None)
     points = []
@@ -299,7 +303,8 @@ def _validation(path: Path) -> list[Validation]:
         return []
     types: dict[str, type] = {"placement": str, "context": int, "batch": int}
     types |= {"predicted_tok_s": float, "measured_tok_s": float, "device": str, "measured_utc": str}
-    return [Validation(**row) for row in read_columns(path, types) if row["measured_tok_s"] > 0]
+    optional: dict[str, type] = dict.fromkeys(("dtype", "torch", "driver", "nasbench"), str)
+    return [Validation(**row) for row in read_columns(path, types, optional) if row["measured_tok_s"] > 0]
 
 
 def _importance(path: Path) -> list[Importance]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from nasbench.backbone.resolve import ModelName
 from nasbench.config import format_size
@@ -22,6 +23,21 @@ class Source:
     dates: str
     versions: str
     note: str
+
+
+class Validated(Protocol):
+    """What this module reads of a row of validation.csv."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def measured_utc(self) -> str: ...
+    @property
+    def torch(self) -> str: ...
+    @property
+    def driver(self) -> str: ...
+    @property
+    def nasbench(self) -> str: ...
 
 
 def teacher_source(model: ModelName) -> str:
@@ -44,14 +60,17 @@ def _distinct(values: Sequence[str]) -> str:
     return ", ".join(sorted({value for value in values if value}))
 
 
-def sources(
-    run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[tuple[str, str]]
-) -> list[Source]:
+def _versions(**named: Sequence[str]) -> str:
+    """`torch 2.13.0, driver 580`: what is known, each value once."""
+    return ", ".join(f"{name} {_distinct(values)}" for name, values in named.items() if _distinct(values))
+
+
+def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[Validated]) -> list[Source]:
     """One entry per group of numbers that the report has.
 
     Args:
         rows: profile rows that the report used.
-        validated: (device, time) of every row of validation.csv.
+        validated: the rows of validation.csv.
     """
     found = []
     if trials:
@@ -65,9 +84,12 @@ def sources(
     measured = [row for row in rows if row.source == "measured"]
     for kind, own in (("measured", measured), ("estimated", [row for row in rows if row.source != "measured"])):
         if own:
-            named = {"torch": [r.torch for r in own], "triton": [r.triton for r in own]}
-            named |= {"driver": [r.driver for r in own], "nasbench": [r.project for r in own]}
-            versions = ", ".join(f"{name} {_distinct(values)}" for name, values in named.items() if _distinct(values))
+            versions = _versions(
+                torch=[row.torch for row in own],
+                triton=[row.triton for row in own],
+                driver=[row.driver for row in own],
+                nasbench=[row.project for row in own],
+            )
             device = own[0].device
             found.append(
                 Source(
@@ -76,10 +98,15 @@ def sources(
                 )
             )  # fmt: skip
     if validated:
+        versions = _versions(
+            torch=[row.torch for row in validated],
+            driver=[row.driver for row in validated],
+            nasbench=[row.nasbench for row in validated],
+        )
         found.append(
             Source(
-                "measured tokens/s", "validation.csv", _distinct([device for device, _ in validated]),
-                span([time for _, time in validated]), "", f"{len(validated)} placements end to end",
+                "measured tokens/s", "validation.csv", _distinct([row.device for row in validated]),
+                span([row.measured_utc for row in validated]), versions, f"{len(validated)} placements end to end",
             )
         )  # fmt: skip
     found.append(
