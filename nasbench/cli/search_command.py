@@ -28,7 +28,9 @@ def command(
     context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "4k",
     batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the speeds; default: what was profiled.")] = "",
-    filler: Annotated[str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best.")] = "",
+    filler: Annotated[
+        str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
+    ] = "",
     evaluations: Annotated[int, typer.Option(help="Placements that the strategy may look at.")] = 120,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
@@ -128,12 +130,12 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
     from nasbench.cli.common import print_table
 
     if outcome.comparisons:
-        columns = ("K", "uniform loss", "searched loss", "gain", "by", "tok/s", "searched placement")
+        columns = ("K", "uniform", "searched", "gain", "tok/s", "searched placement")
         print_table(
-            columns, [_comparison(pair) for pair in outcome.comparisons], f"Searched against uniform ({target})"
+            columns, [_comparison(pair) for pair in outcome.comparisons], f"Loss, searched against uniform ({target})"
         )
         print()
-    head = ("#", "K", "loss", "±", "test loss", "KL", "tok/s", "speed-up", "cache MiB", "found by", "placement")
+    head = ("#", "K", "loss", "test", "tok/s", "×full", "MiB", "placement")
     full = next((row for row in outcome.front if row.k == len(row.layers)), outcome.front[0])
     print_table(head, [_front(row, full.decode_tok_s) for row in outcome.front], f"Pareto front ({target})")
     first = outcome.front[0]
@@ -145,23 +147,13 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
 
 def _comparison(pair: Any) -> tuple[object, ...]:
     searched, uniform = pair.searched, pair.uniform
-    gain = uniform.loss - searched.loss
-    speed = _speed(searched)
-    return (
-        pair.k,
-        f"{uniform.loss:.4f}",
-        f"{searched.loss:.4f}",
-        f"{gain:.4f}",
-        searched.strategy,
-        speed,
-        searched.placement,
-    )
+    losses = f"{uniform.loss:.4f}", f"{searched.loss:.4f}", f"{uniform.loss - searched.loss:.4f}"
+    return pair.k, *losses, _speed(searched), searched.placement
 
 
 def _front(row: FrontRow, full_tok_s: float) -> tuple[object, ...]:
-    losses = f"{row.loss:.4f}", f"{row.loss_stderr:.4f}", _known(row.loss_test, ".4f"), _known(row.kl, ".4f")
-    gain = f"{row.decode_tok_s / full_tok_s:.2f}"
-    return row.rank, row.k, *losses, _speed(row), gain, f"{row.cache_bytes / 2**20:.2f}", row.strategy, row.placement
+    gain, cache = f"{row.decode_tok_s / full_tok_s:.2f}", f"{row.cache_bytes / 2**20:.1f}"
+    return row.rank, row.k, f"{row.loss:.4f}", _known(row.loss_test, ".4f"), _speed(row), gain, cache, row.placement
 
 
 def _speed(row: Any) -> str:

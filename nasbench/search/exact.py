@@ -71,8 +71,6 @@ def exact(search: Search) -> None:
     if not options.full_attention and not options.step_ms:
         raise UserError("the exact strategy needs --full-attention K[,K...] or a decode step's limit: --step-ms T")
     increases = dict(search.importance)
-    if options.filler:
-        increases = {key: value for key, value in increases.items() if key[1] == options.filler}
     times, full_ms = layer_times(search) if options.step_ms else (None, 0.0)
     budget_ms = options.step_ms - full_ms if options.step_ms else math.inf
     for count in options.full_attention or (None,):

@@ -52,8 +52,8 @@ class Objective(Protocol):
     def speed(self, placement: Placement) -> Speed:
         """On the target. Cheap."""
 
-    def importance(self) -> Mapping[tuple[int, str], float]:
-        """Loss increase of putting one name in one layer of the otherwise unchanged model."""
+    def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
+        """Loss increase of putting each of the names in one layer of the otherwise unchanged model."""
 
 
 class RunObjective:
@@ -94,6 +94,9 @@ class RunObjective:
             self._speeds[placement] = Speed(cost.decode_tok_s, prefill, cost.step_ms, cost.cache_bytes, cost.source)
         return self._speeds[placement]
 
-    def importance(self) -> Mapping[tuple[int, str], float]:
-        rows = self._evaluator.importance(progress=lambda done, total: self._progress("layer importance", done, total))
+    def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
+        def progress(done: int, total: int) -> None:
+            self._progress("layer importance", done, total)
+
+        rows = self._evaluator.importance(names, progress=progress)
         return {(row.layer, row.name): row.loss_increase for row in rows}

@@ -30,13 +30,13 @@ def _layer(index: int) -> str:
 
 
 def distributions(search: Search) -> dict[str, optuna.distributions.BaseDistribution]:
-    """One categorical a layer: its legal names, or full attention and the filler asked for."""
+    """One categorical a layer: its original and its useful fillers."""
     from optuna.distributions import CategoricalDistribution
 
-    filler = search.options.filler
+    choices = search.space.choices
     return {
-        _layer(index): CategoricalDistribution(("A", filler) if filler else names)
-        for index, names in enumerate(search.space.choices)
+        _layer(index): CategoricalDistribution((names[0], *search.fillers(index)))
+        for index, names in enumerate(choices)
     }
 
 
@@ -66,7 +66,7 @@ def open_study(search: Search) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options, objective = search.options, search.objective
-    identity = repr((objective.target, objective.version, search.space, options.full_attention, options.filler))
+    identity = repr((objective.target, objective.version, search.space, options.full_attention, search.useful))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     try:
         if options.storage:
@@ -96,9 +96,9 @@ def seeds(search: Search) -> list[Placement]:
         best.extend(search.uniforms(count))
         mine = [trial for trial in trials if trial.k == count]
         best.extend([best_of(mine).layers] if mine else [])
-    filler = search.options.filler
-    legal = [p for p in dict.fromkeys(best) if not filler or set(p) <= {"A", filler}]
-    return legal[:POPULATION]
+    legal = [{name, *search.fillers(layer)} for layer, name in enumerate(search.space.original)]
+    usable = [p for p in dict.fromkeys(best) if all(name in names for name, names in zip(p, legal, strict=True))]
+    return usable[:POPULATION]
 
 
 def optuna_study(search: Search) -> None:

@@ -27,8 +27,7 @@ def random_placements(search: Search) -> None:
 
     def draw(count: int) -> Placement:
         full = frozenset(source.sample(range(space.num_layers), count))
-        filler = search.options.filler
-        fill = tuple(filler or source.choice(space.fillers(layer)) for layer in range(space.num_layers))
+        fill = tuple(source.choice(search.fillers(layer)) for layer in range(space.num_layers))
         return space.with_full_attention(fill, full)
 
     wanted: dict[Placement, None] = {}

@@ -23,7 +23,7 @@ from nasbench.search.trials import (
     latest,
     read_trials,
 )
-from nasbench.spaces.placement import Placement, format_placement, uniform_placement
+from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
 from nasbench.spaces.space import Space
 
 BATCH = 8
@@ -39,7 +39,8 @@ class Options:
         evaluations: placements that one strategy may look at; those in the memory count, so that a search that was
             stopped and started again is the search that was not stopped.
         beam_width, candidates: of the beam: sets of layers kept a level, layers tried for each.
-        filler: the name in every layer without full attention; "" for the best one of each layer.
+        filler: the name in every layer without full attention; "" for each layer's best of those that are faster than
+            full attention on the target.
         step_ms: longest decode step, for the exact strategy; 0 for no limit.
         storage: Optuna storage URL; "" for a journal file in the run folder.
     """
@@ -95,8 +96,32 @@ class Search:
 
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
-        """Loss increase of each (layer, name) alone; full attention is 0."""
-        return self.objective.importance()
+        """Loss increase of each (layer, useful name) alone; full attention is 0."""
+        return self.objective.importance(self.useful)
+
+    @cached_property
+    def useful(self) -> tuple[str, ...]:
+        """The filler asked for, or the names that are faster than full attention on the target (all, if none is).
+
+        A layer that is slower than the attention it replaces can only lose: on a short context or without a fast
+        kernel that is what linear attention does.
+        """
+        if self.options.filler:
+            return (self.options.filler,)
+        names = [name for name in self.space.names if kind_of(name) != "A"]
+        full_ms = self.objective.speed(self.space.original).step_ms
+        fast = [name for name in names if self._alone_ms(name) < full_ms]
+        return tuple(fast or names)
+
+    def _alone_ms(self, name: str) -> float:
+        """A decode step with the name wherever it is legal."""
+        chosen = tuple(name if name in legal else legal[0] for legal in self.space.choices)
+        return self.objective.speed(chosen).step_ms
+
+    def fillers(self, layer: int) -> tuple[str, ...]:
+        """The useful names of a layer; all its fillers where none of them is."""
+        legal = self.space.fillers(layer)
+        return tuple(name for name in legal if name in self.useful) or legal
 
     @cached_property
     def base(self) -> Placement:
@@ -104,7 +129,7 @@ class Search:
         if self.options.filler:
             return (self.options.filler,) * self.space.num_layers
         return tuple(
-            min(self.space.fillers(layer), key=lambda name: self.importance.get((layer, name), math.inf))
+            min(self.fillers(layer), key=lambda name: self.importance.get((layer, name), math.inf))
             for layer in range(self.space.num_layers)
         )
 
@@ -115,18 +140,15 @@ class Search:
     @cached_property
     def worth(self) -> tuple[float, ...]:
         """Loss that full attention in a layer saves, measured alone."""
-        return tuple(self.importance[layer, name] for layer, name in enumerate(self.base))
+        return tuple(self.importance.get((layer, name), 0.0) for layer, name in enumerate(self.base))
 
     def uniforms(self, count: int) -> list[Placement]:
-        """Evenly spread placements of K full layers: the base's filler, and every single filler if none was asked."""
+        """Evenly spread placements of K full layers: with the base's fillers, and with every useful filler alone."""
         layers = self.space.num_layers
         even = frozenset(i for i, name in enumerate(uniform_placement(layers, count, "-")) if name == "A")
-        pure = [] if self.options.filler else [name for name in self.space.fillers(0) if self._everywhere(name)]
+        pure = [name for name in self.useful if all(name in legal for legal in self.space.choices)]
         fills = [self.base, *((name,) * layers for name in pure)]
         return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in fills))
-
-    def _everywhere(self, name: str) -> bool:
-        return all(name in self.space.fillers(layer) for layer in range(self.space.num_layers))
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
@@ -149,7 +171,7 @@ class Search:
         answers = {}
         for start in range(0, len(allowed), BATCH):
             answers.update(self._evaluate_batch(allowed[start : start + BATCH], strategy))
-            self.progress(strategy, len(visited), self.options.evaluations)
+            self.progress(strategy, len(visited), len(visited) if free else self.options.evaluations)
         return answers
 
     def _evaluate_batch(self, placements: Sequence[Placement], strategy: str) -> dict[Placement, float]:

@@ -95,7 +95,8 @@ def make_run(
 def _write_extras(run, objective, front):
     lines = ["layer,name,loss_increase,loss_stderr,kl"]
     lines += [
-        f"{layer},{name},{value:.6g},0.02,{1.1 * value:.6g}" for (layer, name), value in objective.importance().items()
+        f"{layer},{name},{value:.6g},0.02,{1.1 * value:.6g}"
+        for (layer, name), value in objective.importance(NAMES).items()
     ]
     write_text(run.path / "importance.csv", "\n".join(lines) + "\n")
     lines = ["placement,context,batch,predicted_tok_s,measured_tok_s,error,device,measured_utc"]

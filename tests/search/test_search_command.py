@@ -82,7 +82,7 @@ def test_beam_then_optuna(prepared, capsys):
 
     assert search(prepared, "--strategy", "optuna", "-k", "1,2", "--evaluations", "10") == 0
     text = capsys.readouterr().out
-    assert "Searched against uniform" in text
+    assert "searched against uniform" in text
     assert "Pareto front" in text
     assert "hypervolume" in text
 

@@ -131,7 +131,7 @@ def test_bad_storage_is_one_line(tmp_path):
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
 def test_exact_is_the_least_sum(count):
     objective = SyntheticObjective(6)
-    increases = dict(objective.importance())
+    increases = dict(objective.importance(("W", "J")))
 
     def total(placement):
         return sum(increases.get(key, 0.0) for key in enumerate(placement))
@@ -199,3 +199,18 @@ def test_new_weights_are_evaluated_anew(tmp_path):
     run_search(run, "uniform")
     assert len(run.objective.asked) > 0
     assert {t.supernet for t in run.trials()} == {"v2"}
+
+
+def test_a_kind_that_is_slower_than_full_attention_is_no_filler(tmp_path, monkeypatch):
+    from search import synthetic
+
+    monkeypatch.setitem(synthetic.MS, "J", 1.5)
+    for strategy in ("beam", "exact", "optuna", "random", "uniform"):
+        run = search(tmp_path / strategy, full_attention=(3,), evaluations=12)
+        run_search(run, strategy)
+        assert {name for t in run.trials() for name in t.layers} == {"A", "W"}
+    asked = search(tmp_path / "asked", full_attention=(3,), evaluations=12, filler="J")
+    run_search(asked, "beam")
+    assert {name for t in asked.trials() for name in t.layers} == {"A", "J"}
+    monkeypatch.setitem(synthetic.MS, "W", 1.5)
+    assert search(tmp_path / "none").useful == ("W", "J")
