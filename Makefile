@@ -16,7 +16,7 @@ help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: TORCH='torch==X' another torch, PYTHON=python3.12, ARGS='--device cuda' for quickstart, VENV=folder"
 
-quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-135M (about 10 minutes on 2 cores)
+quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-135M
 	$(BIN)/nasbench quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev ## the test suite (CPU, under 8 minutes on 2 cores)

@@ -18,7 +18,9 @@ def parse_size(text: str | int) -> int:
     scale = _BINARY.get(match[2].lower()) if match else None
     value = float(match[1]) * scale if match and scale else 0.0
     if value < 1 or value != int(value):
-        raise UserError(f"bad size {str(text)!r}: write a positive whole number with an optional unit, as 128, 4k, 64MiB")
+        raise UserError(
+            f"bad size {str(text)!r}: write a positive whole number with an optional unit, as 128, 4k, 64MiB"
+        )
     return int(value)
 
 

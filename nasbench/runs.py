@@ -1,13 +1,13 @@
 """A run folder: where the stages of one search meet in files.
 
-    runs/NAME/
-      run.json                 what is searched: model, layer kinds, data, seed
-      supernet/                weights of every alternative, optimiser state, losses.csv
-      evals.csv                scores, one row per placement and task
-      trials.csv  front.csv    what the searches tried, and the Pareto front of it
-      validation.csv           predicted against measured end-to-end speed
-      final/<placement>/       finalised hybrids
-      report/index.html        the report and its PNGs
+runs/NAME/
+  run.json                 what is searched: model, layer kinds, data, seed
+  supernet/                weights of every alternative, optimiser state, losses.csv
+  evals.csv                scores, one row per placement and task
+  trials.csv  front.csv    what the searches tried, and the Pareto front of it
+  validation.csv           predicted against measured end-to-end speed
+  final/<placement>/       finalised hybrids
+  report/index.html        the report and its PNGs
 """
 
 from __future__ import annotations

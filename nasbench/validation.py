@@ -1,4 +1,4 @@
-"""Predicted against measured: the placements that a search found, run end to end on the device that they were found for."""
+"""Predicted against measured: the placements that a search found, run end to end on their device."""
 
 from __future__ import annotations
 

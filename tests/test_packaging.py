@@ -80,7 +80,7 @@ def test_bare_checkout(tmp_path):
     # -S would hide the editable install but also the dependencies: a copy of the tree stands in for a checkout.
     for folder in ("nasbench", "kernels", "profiles"):
         (tmp_path / folder).symlink_to(ROOT / folder)
-    package, kernels, profiles, there = json.loads(run_python(["-c", WHERE], tmp_path, str(tmp_path)))
+    package, _kernels, _profiles, there = json.loads(run_python(["-c", WHERE], tmp_path, str(tmp_path)))
     assert there
     assert Path(package).is_relative_to(tmp_path)
     check_cost(run_python(COST, tmp_path, str(tmp_path)))

@@ -1,4 +1,4 @@
-"""`nasbench quickstart`: the whole loop on one model and this machine, every stage the command that a person would type."""
+"""`nasbench quickstart`: the whole loop on this machine, every stage the command that a person would type."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Preset:
     Attributes:
         contexts, batches: of the profile; the target of the search lies among them.
         context, batch: the target.
-        ridge_tokens, align_tokens, supernet_tokens: budget of the distillation.
+        align_tokens, supernet_tokens: budget of the distillation.
         evaluations: placements that the beam and the Optuna study may look at, each.
         search_tokens, test_tokens: held-out tokens that score a placement, while searching and at the end.
     """
@@ -30,7 +30,6 @@ class Preset:
     context: str
     batch: str
     chunk: str
-    ridge_tokens: str
     align_tokens: str
     supernet_tokens: str
     beam_evaluations: int
@@ -40,8 +39,8 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "8k", "16k", "16k", 110, 40, "2k", "8k"),
-    "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "64k", "2M", "1M", 400, 200, "16k", "64k"),
+    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "16k", "16k", 48, 24, "1k", "4k"),
+    "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "2M", "1M", 400, 200, "16k", "64k"),
 }
 """By the device's kind: a GPU does in the same minutes many times of what two CPU cores do."""
 
@@ -57,9 +56,11 @@ def command(
     batch: Annotated[str, typer.Option(help="Batch to be fast at; default by device.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     full_attention: Annotated[str, typer.Option(help="Numbers of full-attention layers to search.")] = FULL_ATTENTION,
-    scale: Annotated[float, typer.Option(help="Multiplies every budget: 0.1 for a smoke test, 4 for a better front.")] = 1.0,
+    scale: Annotated[
+        float, typer.Option(help="Multiplies every budget: 0.1 for a smoke test, 4 for a better front.")
+    ] = 1.0,
 ) -> None:
-    """Profile, distil, search, validate and report; about 10 minutes on 2 CPU cores.
+    """Profile, distil, search, validate and report; minutes on 2 CPU cores.
 
     Stopped at any moment, the same command continues.
     """
@@ -113,29 +114,21 @@ def _stages(
     held_out = ["--search-tokens", tokens(preset.search_tokens), "--test-tokens", tokens(preset.test_tokens)]
     profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
     search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
+    distill = ["distill", "--model", model, "--names", "W,J", "--out", folder, "--device", device]
+    budget = ["--align-tokens", tokens(preset.align_tokens), "--supernet-tokens", tokens(preset.supernet_tokens)]
+    beam = ["--strategy", "beam", "--evaluations", count(preset.beam_evaluations)]
+    optuna = ["--strategy", "optuna", "--evaluations", count(preset.optuna_evaluations)]
     return [
         (
             "profile: every layer kind on this device",
             [*profile, "--chunk", preset.chunk, "--device", device, "--dtype", dtype, "--db", db],
         ),
-        (
-            "distill: the alternatives of every layer",
-            ["distill", "--model", model, "--out", folder, "--device", device]
-            + ["--ridge-tokens", tokens(preset.ridge_tokens), "--align-tokens", tokens(preset.align_tokens)]
-            + ["--supernet-tokens", tokens(preset.supernet_tokens)],
-        ),
-        (
-            "search: beam over the full-attention layers",
-            [*search, "--strategy", "beam", "--evaluations", count(preset.beam_evaluations)],
-        ),
-        (
-            "search: Optuna over all layers and kinds",
-            [*search, "--strategy", "optuna", "--evaluations", count(preset.optuna_evaluations)],
-        ),
+        ("distill: the alternatives of every layer", [*distill, *budget]),
+        ("search: beam over the full-attention layers", [*search, *beam]),
+        ("search: Optuna over all layers and kinds", [*search, *optuna]),
         (
             "validate: the front end to end on this device",
-            ["validate", folder, "--context", target[0], "--batch", target[1], "--dtype", dtype, "--db", db]
-            + ["--device", device],
+            ["validate", folder, *goal[:8], "--device", device],
         ),
         ("report: one HTML file", ["report", folder, "--db", db]),
     ]

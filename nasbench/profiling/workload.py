@@ -189,7 +189,9 @@ def _norm(bench: Bench, point: Point) -> Workload:
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
     (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
-    tokens = torch.randint(bench.shape.vocab_size, (FEWEST, point.batch, point.chunk or 1), device=bench.device)
+    size = point.batch * (point.chunk or 1) * bench.shape.hidden_size * bench.dtype.itemsize
+    count = max(FEWEST, min(MOST, -(-2 * bench.llc_bytes // size)))
+    tokens = torch.randint(bench.shape.vocab_size, (count, point.batch, point.chunk or 1), device=bench.device)
     where = replace(point, context=1)
 
     def call(ids: Tensor) -> Tensor:
@@ -198,8 +200,7 @@ def _embedding(bench: Bench, point: Point) -> Workload:
         return decoder.embed(ids)
 
     calls = [partial(call, ids) for ids in tokens]
-    moved = 2 * tokens[0].numel() * bench.shape.hidden_size * bench.dtype.itemsize
-    return Workload(_round(calls), FEWEST, moved, 0)
+    return Workload(_round(calls), count, 2 * size, 0)
 
 
 def _head(bench: Bench, point: Point) -> Workload:

@@ -1,5 +1,7 @@
 """Placements: the grammar, its canonical form, and the uniform baseline."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,7 +64,7 @@ def test_uniform_has_exactly_k_evenly_spread(shape):
     assert len(placement) == layers
     assert count_kind(placement) == k
     chosen = sorted(full_attention_layers(placement))
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
