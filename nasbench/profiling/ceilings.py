@@ -5,14 +5,15 @@ Every row's fractions are of these, not of a data sheet.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
-from nasbench.profiling.measure import DTYPE_NAMES, Machine, implementation, provenance, time_work
+from nasbench.profiling.measure import DTYPE_NAMES, Machine, implementation, provenance, time_calls
+from nasbench.profiling.timing import Call
 from nasbench.store import CEILING, Row, select
 
 LAUNCHES = 200
@@ -25,12 +26,9 @@ def _buffer_bytes(machine: Machine) -> int:
     return min(wanted, machine.info.memory_bytes // 10) if machine.info.memory_bytes else wanted
 
 
-def _row(
-    machine: Machine, args: str, dtype: str, work: Callable[[], object], amount: dict[str, float], runs: int
-) -> Row:
-    """`amount` is what one of the `runs` inside `work` does: bytes under "gb_s", operations under "tflop_s"."""
-    timing, telemetry = time_work(machine, work, graph=True)
-    each = timing.scaled(1 / runs)
+def _row(machine: Machine, args: str, dtype: str, calls: Sequence[Call], amount: dict[str, float]) -> Row:
+    """`amount` is what one call does: bytes under "gb_s", operations under "tflop_s"."""
+    each, telemetry = time_calls(machine, calls, graph=True)
     cells: dict[str, Any] = {**asdict(each), **telemetry, **provenance(machine)}
     cells |= {name: count / each.p50_us / {"gb_s": 1e3, "tflop_s": 1e6}[name] for name, count in amount.items()}
     how = implementation(machine.info.kind, "decode")
@@ -48,21 +46,16 @@ def measure_ceilings(machine: Machine, dtype: torch.dtype) -> list[Row]:
         copy = partial(torch.mul, x, 1.0, out=y)
         read = partial(torch.sum, x, out=total, dim=None, dtype=torch.float32)
         rows = [
-            _row(machine, "copy", "fp32", copy, {"gb_s": 8.0 * elements}, 1),
-            _row(machine, "read", "fp32", read, {"gb_s": 4.0 * elements}, 1),
+            _row(machine, "copy", "fp32", [copy], {"gb_s": 8.0 * elements}),
+            _row(machine, "read", "fp32", [read], {"gb_s": 4.0 * elements}),
         ]
         del x, y
         size = 8192 if machine.info.kind == "cuda" else 1024
         a, b = (torch.randn(size, size, device=machine.device).to(dtype) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        rows.append(_row(machine, "matmul", DTYPE_NAMES[dtype], product, {"tflop_s": 2.0 * size**3}, 1))
+        rows.append(_row(machine, "matmul", DTYPE_NAMES[dtype], [product], {"tflop_s": 2.0 * size**3}))
         tiny = torch.zeros(8, device=machine.device)
-
-        def launches() -> None:
-            for _ in range(LAUNCHES):
-                tiny.add_(1.0)
-
-        rows.append(_row(machine, "launch", "fp32", launches, {}, LAUNCHES))
+        rows.append(_row(machine, "launch", "fp32", [partial(tiny.add_, 1.0)] * LAUNCHES, {}))
     return rows
 
 

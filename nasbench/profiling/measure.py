@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +16,7 @@ from nasbench import __version__
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
 from nasbench.profiling.telemetry import SHORTEST_ENERGY_S, Reading, Telemetry
-from nasbench.profiling.timing import Budget, Timing, time_cpu, time_cuda
+from nasbench.profiling.timing import Budget, Call, Timing, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
 from nasbench.store import Row, block_cells
 
@@ -70,19 +70,22 @@ def provenance(machine: Machine) -> dict[str, Any]:
     }
 
 
-def time_work(machine: Machine, work: Callable[[], object], graph: bool) -> tuple[Timing, dict[str, Any]]:
-    """Times `work` on the machine; the second value is the telemetry cells, its energy that of one run."""
+def time_calls(
+    machine: Machine, calls: Sequence[Call], graph: bool, evict: Call | None = None
+) -> tuple[Timing, dict[str, Any]]:
+    """(time of one call, telemetry cells with the energy of one call) on the machine."""
     before, began = machine.telemetry.read(), time.perf_counter()
     cuda = machine.info.kind == "cuda"
-    timing = time_cuda(work, machine.budget, graph) if cuda else time_cpu(work, machine.budget)
+    together = time_cuda(calls, machine.budget, graph) if cuda else time_cpu(calls, machine.budget, evict)
     seconds = time.perf_counter() - began
+    timing = together.scaled(1 / len(calls))
     return timing, _telemetry_cells(before, machine.telemetry.read(), seconds, timing)
 
 
 def _telemetry_cells(before: Reading, after: Reading, seconds: float, timing: Timing) -> dict[str, Any]:
     energy_j = None
     if before.energy_mj is not None and after.energy_mj is not None and seconds >= SHORTEST_ENERGY_S:
-        # Mean power over the measurement times the duration of one run: the pauses between runs are not its own.
+        # Mean power over the measurement times the duration of one call: the pauses between runs are not its own.
         energy_j = (after.energy_mj - before.energy_mj) / 1e3 / seconds * timing.p50_us / 1e6
     return {
         "power_w": after.power_w,
@@ -126,11 +129,9 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
     held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    timing, telemetry = time_work(machine, work.run, graph=point.mode == "decode")
-    peak = torch.cuda.max_memory_allocated() - held + held // work.instances if cuda else None
-    if telemetry["energy_j"] is not None:
-        telemetry["energy_j"] /= work.instances
-    each = timing.scaled(1 / work.instances)
+    each, telemetry = time_calls(machine, work.calls, graph=point.mode == "decode", evict=work.evict)
+    # Work space, and of the weights and caches those of one instance.
+    peak = torch.cuda.max_memory_allocated() - held + held // len(work.calls) if cuda else None
     rates = _rates(machine, work, each, DTYPE_NAMES[bench.dtype])
     return {
         **asdict(each),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+Call = Callable[[], object]
 SPREAD = 0.03
 """Repeats stop once p20 and p80 lie within this share of p50."""
 
@@ -62,24 +63,35 @@ def repeat(sample_us: Callable[[], float], budget: Budget) -> Timing:
     return summarise(samples)
 
 
-def time_cpu(work: Callable[[], object], budget: Budget) -> Timing:
-    """Wall-clock time of `work` on the CPU."""
+def time_cpu(calls: Sequence[Call], budget: Budget, evict: Call | None = None) -> Timing:
+    """Wall-clock time of all calls together; `evict` runs before each and is not counted."""
 
     def sample_us() -> float:
+        total_ns = 0
         began = time.perf_counter_ns()
-        work()
-        return (time.perf_counter_ns() - began) / 1e3
+        for call in calls:
+            if evict is not None:
+                total_ns += time.perf_counter_ns() - began
+                evict()
+                began = time.perf_counter_ns()
+            call()
+        return (total_ns + time.perf_counter_ns() - began) / 1e3
 
     return repeat(sample_us, budget)
 
 
-def time_cuda(work: Callable[[], object], budget: Budget, graph: bool) -> Timing:
-    """Device time of `work` between two events on the current GPU.
+def time_cuda(calls: Sequence[Call], budget: Budget, graph: bool) -> Timing:
+    """Device time of all calls together, between two events on the current GPU.
 
     Args:
-        graph: capture `work` in a CUDA graph and time its replays, as the decode loop runs; without it, `work` is
-            launched kernel by kernel and its launches count where they are the bottleneck.
+        graph: capture them in one CUDA graph and time its replays, as the decode loop runs; without it they are
+            launched kernel by kernel, and the launches count where they are the bottleneck.
     """
+
+    def work() -> None:
+        for call in calls:
+            call()
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -87,7 +99,7 @@ def time_cuda(work: Callable[[], object], budget: Budget, graph: bool) -> Timing
             work()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    launch = work
+    launch: Call = work
     if graph:
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):

@@ -33,12 +33,12 @@ class DistillConfig:
 
     ridge_tokens: int = 8192
     ridge: float = 0.1
-    align_tokens: int = 16384
-    supernet_tokens: int = 16384
+    align_tokens: int = 24576
+    supernet_tokens: int = 8192
     align_batch_tokens: int = 256
     supernet_batch_tokens: int = 512
     align_lr: float = 2e-3
-    supernet_lr: float = 5e-4
+    supernet_lr: float = 1e-4
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
