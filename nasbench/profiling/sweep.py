@@ -65,9 +65,8 @@ class Todo:
 
     @property
     def seconds(self) -> float:
-        """Rough time: the timing of every row and as much again for weights and caches, at most half a second."""
-        rows = len(self.points) + 4 * self.ceilings
-        return rows * (self.machine.budget.seconds + min(0.5, self.machine.budget.seconds))
+        """Rough time: of every row the timing, and a quarter of a second for its weights and caches."""
+        return (len(self.points) + 4 * self.ceilings) * (self.machine.budget.seconds + 0.25)
 
 
 def prepare(

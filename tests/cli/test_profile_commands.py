@@ -1,0 +1,136 @@
+"""The commands devices, profile, db and cost: exit codes, one JSON object, one line for what is wrong."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from nasbench.cli.main import run
+from nasbench.devices import detect
+from nasbench.store import Database, Row, read_db
+
+CPU = detect("cpu").slug
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(tmp_path, monkeypatch):
+    """No databases but those of the test: neither the user's nor the shipped ones."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr("nasbench.cost.profiles_dir", lambda: tmp_path / "empty")
+    monkeypatch.setattr("nasbench.cost.default_db_dir", lambda: tmp_path / "empty")
+    monkeypatch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
+
+
+def stdout_json(capsys) -> dict:
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def profile(folder, *more: str) -> int:
+    command = "profile --model smollm2-135m --blocks AJ --contexts 64,128 --batches 1 --modes decode --device cpu"
+    return run([*command.split(), "--budget", "0.001", "--db", str(folder), *more])
+
+
+def test_profile_then_cost_then_devices(tmp_path, capsys):
+    assert profile(tmp_path, "--json") == 0
+    summary = stdout_json(capsys)
+    assert summary["device"] == CPU
+    assert (summary["measured"], summary["skipped"], summary["failed"]) == (12, 0, 0)
+    assert profile(tmp_path, "--json") == 0
+    assert (stdout_json(capsys)["measured"]) == 0
+
+    cost = ["cost", "15A 15J", "--model", "smollm2-135m", "--context", "100", "--db", str(tmp_path), "--json"]
+    assert run([*cost, "--device", CPU]) == 0
+    found = stdout_json(capsys)
+    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source history_bytes"
+    assert set(wanted.split()) <= set(found)
+    assert found["decode_tok_s"] > 0
+    assert found["prefill_tok_s"] is None
+    assert (found["source"], found["device"], found["placement"]) == ("measured", CPU, "15A 15J")
+
+    assert run(["devices", "--json", "--db", str(tmp_path)]) == 0
+    devices = stdout_json(capsys)
+    assert devices["profiled"] == [CPU]
+    assert "nvidia-h200" in {spec["slug"] for spec in devices["known"]}
+    assert run(["devices", "--db", str(tmp_path)]) == 0
+    assert "GB/s" in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    assert profile(tmp_path / "db", "--dry-run", "--json") == 0
+    plan = stdout_json(capsys)
+    assert len(plan["points"]) == 8
+    assert plan["seconds"] >= 3
+    assert not (tmp_path / "db").exists()
+    assert profile(tmp_path / "db", "--dry-run") == 0
+    assert "8 rows and 4 ceilings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("placement", "model", "mib"),
+    [
+        ("28A", "qwen3-1.7b", 7168),
+        ("28A", "qwen2.5-1.5b", 1792),
+        ("5J W 10J W A J W A 2W 2J W J W 4J A 3J", "jet-nemotron-4b", 258),
+        ("14J A 4J A 2W 6J", "jet-nemotron-2b", 157.25),
+    ],
+)
+def test_the_cache_needs_no_rows(placement, model, mib, capsys):
+    assert run(["cost", placement, "--model", model, "--context", "64k", "--json"]) == 0
+    found = stdout_json(capsys)
+    assert found["cache_bytes"] == mib * 2**20
+    assert (found["decode_tok_s"], found["step_ms"], found["source"]) == (None, None, "none")
+
+
+def test_without_rows_it_says_how_to_measure(capsys):
+    assert run(["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k"]) == 0
+    captured = capsys.readouterr()
+    assert "cache" in captured.out
+    assert "nasbench profile --model qwen3-1.7b" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "512k"], "context 524288"),
+        (["cost", "27A", "--model", "qwen3-1.7b", "--context", "4k"], "27 layers, the model has 28"),
+        (["cost", "28Q", "--model", "qwen3-1.7b", "--context", "4k"], "unknown layer kind 'Q'"),
+        (["cost", "28A", "--model", "qwen4", "--context", "4k"], "unknown model 'qwen4'"),
+        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k", "--device", "nope"], "nope"),
+        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4x"], "bad size '4x'"),
+        (["profile", "--model", "smollm2-135m", "--modes", "train"], "unknown mode 'train'"),
+        (["profile", "--model", "smollm2-135m", "--contexts", "16k"], "context 16384"),
+        (["profile", "--model", "smollm2-135m", "--batches", "none"], "bad size 'none'"),
+        (["db", "check", "absent.csv"], "no such profile database"),
+    ],
+)
+def test_bad_input_is_one_line(args, said, capsys):
+    assert run(args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_db_commands(tmp_path, capsys):
+    times = {"p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
+    one = Row(device="one", block="A", context=1024, measured_utc="2026-01-01T00:00:00Z", **times)
+    two = replace(one, device="two")
+    Database(tmp_path / "one.csv").merge([one, two])
+    assert run(["db", "check", str(tmp_path)]) == 2
+    assert "rows of two" in capsys.readouterr().err
+    assert run(["db", "merge", str(tmp_path / "one.csv"), "--db", str(tmp_path / "sorted")]) == 0
+    capsys.readouterr()
+    assert read_db(tmp_path / "sorted" / "one.csv") == [one]
+    assert read_db(tmp_path / "sorted" / "two.csv") == [two]
+    assert run(["db", "check", str(tmp_path / "sorted")]) == 0
+    assert "1 rows (1 ok), 0 estimated" in capsys.readouterr().out
+    assert run(["db", "show", str(tmp_path / "sorted"), "--json"]) == 0
+    assert [row["device"] for row in stdout_json(capsys)["rows"]] == ["one", "two"]
+
+    broken = tmp_path / "sorted" / "one.csv"
+    broken.write_text(broken.read_text().replace("2.0000", "soon"))
+    assert run(["db", "check", str(broken)]) == 2
+    assert "line 2 column p50_us: bad value 'soon'" in capsys.readouterr().err

@@ -1,0 +1,28 @@
+"""The same sweep on a GPU: graphs, peak memory, telemetry."""
+
+import pytest
+import torch
+
+from nasbench.backbone.shapes import MODELS
+from nasbench.profiling.sweep import sweep
+from nasbench.store import read_db
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def test_a_small_sweep_on_cuda(tmp_path):
+    shape = MODELS["smollm2-135m"]
+    result = sweep(shape, "AWJG", [1024, 4096], [1, 8], device="cuda", dtype="bf16", db=tmp_path, seconds_per_row=0.05)
+    rows = read_db(result.path)
+    problems = [f"{row.block} {row.mode} {row.status}: {row.reason}" for row in rows if row.status != "ok"]
+    assert not problems
+    for row in rows:
+        assert row.implementation == ("cuda-graph" if row.mode == "decode" else "torch-eager")
+        if row.block in "AWJG":
+            assert row.cache_bytes == row.cache_formula_bytes
+            assert row.peak_bytes is not None
+            assert row.peak_bytes >= row.cache_bytes
+    read = next(row for row in rows if row.args == "read")
+    # Cold instances: no decode row may beat the memory by more than its measurement's spread.
+    assert read.gb_s is not None
+    assert all(row.gb_s <= 1.1 * read.gb_s for row in rows if row.block in "AWJG" and row.mode == "decode")

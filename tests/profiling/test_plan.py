@@ -1,0 +1,77 @@
+"""What a sweep would measure."""
+
+import pytest
+
+from nasbench.backbone.shapes import MODELS
+from nasbench.errors import UserError
+from nasbench.profiling.plan import Point, largest_batch, parse_batches, plan
+
+SHAPE = MODELS["smollm2-135m"]
+GIB = 1 << 30
+
+
+def points(**changes) -> list[Point]:
+    asked = {
+        "names": ("A", "J"),
+        "contexts": [1024, 8192],
+        "batches": [1, 4],
+        "modes": ("decode", "prefill"),
+        "chunk": 512,
+        "memory_bytes": 16 * GIB,
+        "dtype_bytes": 4,
+    }
+    return [point for group in plan(SHAPE, **(asked | changes)) for point in group]
+
+
+def test_every_kind_at_every_context_and_batch():
+    found = points()
+    assert len(found) == len(set(found))
+    for name in ("A", "J"):
+        decode = {(p.context, p.batch) for p in found if p.block == name and p.mode == "decode"}
+        assert decode == {(1024, 1), (1024, 4), (8192, 1), (8192, 4)}
+        prefill = {(p.context, p.batch, p.chunk) for p in found if p.block == name and p.mode == "prefill"}
+        assert prefill == {(512, 1, 512), (1024, 1, 512), (8192, 1, 512)}
+    for name in ("embedding", "norm", "mlp"):
+        assert {(p.mode, p.batch) for p in found if p.block == name} == {("decode", 1), ("decode", 4), ("prefill", 1)}
+    assert {(p.mode, p.batch) for p in found if p.block == "head"} == {("decode", 1), ("decode", 4)}
+
+
+def test_one_mode_only():
+    assert {p.mode for p in points(modes=("decode",))} == {"decode"}
+    # Prefill ends with one head.
+    assert {p.block for p in points(modes=("prefill",)) if p.mode == "decode"} == {"head"}
+
+
+def test_a_group_is_one_block():
+    groups = plan(SHAPE, ("A", "W64", "W128"), [1024], [1], ("decode",), 512, 16 * GIB, 4)
+    assert [{p.block for p in group} for group in groups] == [
+        {"embedding"}, {"norm"}, {"mlp"}, {"head"}, {"A"}, {"W64"}, {"W128"},
+    ]  # fmt: skip
+
+
+def test_max_batch_follows_memory_and_context():
+    shape = MODELS["jet-nemotron-2b"]
+    sizes = [largest_batch(shape, ("A", "J"), context, 141 * 10**9, 2) for context in (4096, 65536, 262144)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > sizes[-1] >= 1
+    for context, batch in zip((4096, 65536, 262144), sizes, strict=True):
+        assert batch & (batch - 1) == 0
+        hybrid = ("A", *("J",) * 27)
+        needed = shape.parameters(hybrid) * 2 + shape.cache_bytes(hybrid, batch, context)
+        assert needed < 141e9
+    assert largest_batch(shape, ("A",), 262144, 1 << 20, 2) == 1
+    with_max = [p.batch for p in points(batches=[1, "max"], contexts=[8192]) if p.block == "A" and p.mode == "decode"]
+    assert with_max == [1, largest_batch(SHAPE, ("A", "J"), 8192, 16 * GIB, 4)]
+
+
+def test_bad_plans():
+    with pytest.raises(UserError, match="unknown mode 'train'"):
+        points(modes=("train",))
+    with pytest.raises(UserError, match="unknown layer kind 'Q'"):
+        points(names=("Q",))
+    with pytest.raises(UserError, match="context 16384 is not of smollm2-135m"):
+        points(contexts=[16384])
+    assert parse_batches("1, MAX,4,1") == [1, "max", 4]
+    for text in ("", "0", "x"):
+        with pytest.raises(UserError):
+            parse_batches(text)
