@@ -15,7 +15,7 @@ import torch
 from nasbench import __version__
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
-from nasbench.profiling.telemetry import SHORTEST_ENERGY_S, Reading, Telemetry
+from nasbench.profiling.telemetry import SHORTEST_ENERGY_S, Reading, Telemetry, shared
 from nasbench.profiling.timing import Budget, Call, Timing, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
 from nasbench.store import Row, block_cells
@@ -87,13 +87,16 @@ def _telemetry_cells(before: Reading, after: Reading, seconds: float, timing: Ti
     if before.energy_mj is not None and after.energy_mj is not None and seconds >= SHORTEST_ENERGY_S:
         # Mean power over the measurement times the duration of one call: the pauses between runs are not its own.
         energy_j = (after.energy_mj - before.energy_mj) / 1e3 / seconds * timing.p50_us / 1e6
+    throttled = shared(before, after, seconds)
+    if after.throttled is not None:
+        throttled = bool(after.throttled or before.throttled)
     return {
         "power_w": after.power_w,
         "energy_j": energy_j,
         "sm_clock_mhz": after.sm_clock_mhz,
         "mem_clock_mhz": after.mem_clock_mhz,
         "temperature_c": after.temperature_c,
-        "throttled": None if after.throttled is None else bool(after.throttled or before.throttled),
+        "throttled": throttled,
     }
 
 
