@@ -41,7 +41,8 @@ class Space:
         """Returns the placement, or raises UserError naming the layer that is not legal."""
         if len(placement) != self.num_layers:
             raise UserError(
-                f"placement {format_placement(placement)!r} has {len(placement)} layers, the space has {self.num_layers}"
+                f"placement {format_placement(placement)!r} has {len(placement)} layers, "
+                f"the space has {self.num_layers}"
             )
         for layer, (name, legal) in enumerate(zip(placement, self.choices, strict=True)):
             if name not in legal:
