@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nasbench.backbone.shapes import ModelShape
+from nasbench.config import parse_size
 from nasbench.cost import CostModel
 from nasbench.errors import UserError
 from nasbench.runs import Run
@@ -97,7 +98,7 @@ def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, 
             continue
         if key.task == "loss" and key.detail.startswith("test/") and score.n > items:
             loss, stderr, items = score.value, score.stderr, score.n
-        name, _, at = key.task.partition("@")
-        if name == "retrieval" and int(at or 0) >= length:
-            retrieval, length = score.value, int(at or 0)
+        name, _, at = key.task.partition(":")[0].partition("@")
+        if name == "retrieval" and (parse_size(at) if at else 0) >= length:
+            retrieval, length = score.value, (parse_size(at) if at else 0)
     return loss, stderr, retrieval
