@@ -39,7 +39,7 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "16k", "16k", 48, 24, "1k", "4k"),
+    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "24k", "8k", 48, 24, "1k", "4k"),
     "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "128k", "64k", 100, 48, "4k", "16k"),
 }
 """By the device's kind: a GPU does in the same minutes many times of what two CPU cores do."""
