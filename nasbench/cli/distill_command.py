@@ -10,8 +10,6 @@ import typer
 from nasbench.config import parse_size
 from nasbench.errors import UserError
 
-_SET_BY_OPTION = {"align_tokens": "--align-tokens", "supernet_tokens": "--supernet-tokens"}
-
 
 def command(
     out: Annotated[Path, typer.Option(help="The run's folder, as runs/NAME.")],
@@ -25,6 +23,8 @@ def command(
         str | None, typer.Option(help="Tokens of block-wise alignment, as 16k; 0 for none.")
     ] = None,
     supernet_tokens: Annotated[str | None, typer.Option(help="Tokens of random sub-networks; 0 for none.")] = None,
+    align_batch: Annotated[str | None, typer.Option(help="Tokens of an alignment step.")] = None,
+    supernet_batch: Annotated[str | None, typer.Option(help="Tokens of a supernet step.")] = None,
     sequence: Annotated[str, typer.Option(help="Tokens of a training sequence.")] = "256",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -33,8 +33,7 @@ def command(
 ) -> None:
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped."""
     from nasbench.backbone.load import resolve_shape
-    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
-    from nasbench.cli.training_progress import training_progress
+    from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run, RunSpec
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.train import distill
@@ -43,7 +42,9 @@ def command(
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
     settings = DistillConfig.read(config) if config else DistillConfig()
     budgets = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
+    batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
+    changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
     settings = settings.updated(changes)
     shape = resolve_shape(model)
     spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
@@ -51,7 +52,7 @@ def command(
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)
     run = Run.create(out, spec)
-    with training_progress() as progress:
+    with progress_bar() as progress:
         net = distill(run, settings, device=chosen, dtype=kind, progress=progress)
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {net.source}")
     if as_json:

@@ -22,8 +22,7 @@ def command(
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, it continues."""
     from nasbench.backbone.load import resolve_shape
-    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
-    from nasbench.cli.training_progress import training_progress
+    from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import finalize
@@ -36,7 +35,7 @@ def command(
     settings = DistillConfig.read(config) if config else DistillConfig()
     budget = 0 if tokens == "0" else parse_size(tokens)
     where = torch_device(device)
-    with training_progress() as progress:
+    with progress_bar() as progress:
         folder = finalize(opened, chosen, settings, budget, device=where, dtype=torch_dtype(dtype), progress=progress)
     log(f"finalised {format_placement(chosen)} in {folder}")
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,9 @@ class Preset:
     Attributes:
         contexts, batches: of the profile; the target of the search lies among them.
         context, batch: the target.
+        sequence: tokens of a training and evaluation sequence.
         align_tokens, supernet_tokens: budget of the distillation.
+        align_batch, supernet_batch: tokens of a training step.
         evaluations: placements that the beam and the Optuna study may look at, each.
         search_tokens, test_tokens: held-out tokens that score a placement, while searching and at the end.
     """
@@ -30,8 +33,11 @@ class Preset:
     context: str
     batch: str
     chunk: str
+    sequence: str
     align_tokens: str
+    align_batch: str
     supernet_tokens: str
+    supernet_batch: str
     beam_evaluations: int
     optuna_evaluations: int
     search_tokens: str
@@ -39,8 +45,8 @@ class Preset:
 
 
 PRESETS = {
-    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "24k", "8k", 48, 24, "1k", "4k"),
-    "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "128k", "64k", 100, 48, "4k", "16k"),
+    "cpu": Preset("1k,2k,4k,8k", "1,4", "8k", "4", "512", "256", "16k", "256", "6k", "512", 40, 24, "1k", "2k"),
+    "cuda": Preset("1k,2k,4k,8k", "1,32,256", "8k", "256", "2k", "1k", "2M", "8k", "512k", "16k", 100, 48, "4k", "16k"),
 }
 """By the device's kind: a GPU does in the same minutes many times of what two CPU cores do."""
 
@@ -85,7 +91,7 @@ def command(
         if code:
             raise typer.Exit(code)
         log(f"      {title}: {time.perf_counter() - stage_began:.0f} s")
-    _summary(out, time.perf_counter() - began)
+    _summary(out, out / "profiles", full_attention, time.perf_counter() - began)
 
 
 def _stages(
@@ -115,7 +121,9 @@ def _stages(
     profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
     search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
     distill = ["distill", "--model", model, "--names", "W,J", "--out", folder, "--device", device]
-    budget = ["--align-tokens", tokens(preset.align_tokens), "--supernet-tokens", tokens(preset.supernet_tokens)]
+    budget = ["--sequence", preset.sequence]
+    budget += ["--align-tokens", tokens(preset.align_tokens), "--align-batch", preset.align_batch]
+    budget += ["--supernet-tokens", tokens(preset.supernet_tokens), "--supernet-batch", preset.supernet_batch]
     beam = ["--strategy", "beam", "--evaluations", count(preset.beam_evaluations)]
     optuna = ["--strategy", "optuna", "--evaluations", count(preset.optuna_evaluations)]
     return [
@@ -134,7 +142,39 @@ def _stages(
     ]
 
 
-def _summary(out: Path, seconds: float) -> None:
-    from nasbench.cli.common import log
+def _summary(out: Path, db: Path, full_attention: str, seconds: float) -> None:
+    """The found placements in a table: the best of each K that was asked for, between the two ends."""
+    from nasbench.cli.common import log, print_table
+    from nasbench.cli.search_command import parse_counts
+    from nasbench.report.facts import collect
+    from nasbench.runs import Run
 
+    facts = collect(Run.open(out), db)
+    layers = facts.shape.num_layers
+    asked = {*parse_counts(full_attention), 0}
+    for target in facts.targets:
+        speeds = {row.placement: f"{row.measured_tok_s:,.1f}" for row in facts.validation}
+        full = target.full
+        pairs = [pair for pair in reversed(target.comparisons) if pair.k in asked]
+        losses = {pair.searched.placement: (pair.searched_test, pair.uniform_test) for pair in pairs}
+        losses |= {point.row.placement: (point.row.loss_test, nan) for point in target.points if point.row.k == layers}
+        trials = [*([full] if full else []), *(pair.searched for pair in pairs if pair.k != layers)]
+        rows = [
+            (
+                trial.k,
+                *(format(value, ".3f") if value == value else "" for value in losses.get(trial.placement, (nan, nan))),
+                f"{trial.decode_tok_s:,.1f}",
+                speeds.get(trial.placement, ""),
+                f"{trial.decode_tok_s / full.decode_tok_s:.2f}" if full else "",
+                f"{trial.cache_bytes / 2**20:,.0f}",
+                trial.placement,
+            )
+            for trial in trials
+        ]
+        columns = ("K", "loss", "uniform", "tok/s", "measured", "×full", "cache MiB", "placement")
+        print_table(columns, rows, f"{facts.shape.name} on {target.target}")
+    log(
+        "K layers keep full attention; loss on text that no search saw, in nats a token, beside that of evenly spread\n"
+        "layers; tokens/s as the profile predicts and as measured end to end."
+    )
     log(f"\nDone in {seconds / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +12,6 @@ from nasbench.errors import UserError
 
 if TYPE_CHECKING:
     from nasbench.search.run_folder import Outcome
-    from nasbench.search.session import Progress
     from nasbench.search.trials import FrontRow, Target
 
 
@@ -47,7 +44,7 @@ def command(
 
     The same command again continues where it stopped; what was evaluated once costs nothing.
     """
-    from nasbench.cli.common import print_json, torch_device
+    from nasbench.cli.common import print_json, progress_bar, torch_device
     from nasbench.runs import Run
     from nasbench.search.session import Options
     from nasbench.search.strategies import STRATEGIES
@@ -105,24 +102,6 @@ def _device_here(torch_name: str) -> str:
     from nasbench.devices import detect
 
     return detect(torch_name).slug
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """One bar a stage on standard error, with the time that is left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield update
 
 
 def print_outcome(outcome: Outcome, target: Target) -> None:

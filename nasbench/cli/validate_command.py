@@ -25,8 +25,7 @@ def command(
     Writes runs/NAME/validation.csv; what was measured there before is not measured again.
     """
     from nasbench.backbone.resolve import resolve_shape
-    from nasbench.cli.common import print_json, print_table, torch_device
-    from nasbench.cli.search_command import progress_bar
+    from nasbench.cli.common import print_json, print_table, progress_bar, torch_device
     from nasbench.cost import CostModel, find_profiles
     from nasbench.devices import detect
     from nasbench.errors import UserError

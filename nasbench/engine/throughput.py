@@ -109,6 +109,7 @@ def measure(
     prefill_context: int | None = 0,
     chunk: int | None = None,
     seconds: float = 3.0,
+    bandwidth: tuple[float, float] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> ThroughputResult:
     """Measures a placement of a model end to end, with random weights unless a decoder is given.
@@ -119,6 +120,7 @@ def measure(
         prefill_context: prompt tokens of the prefill measurement; 0 = as the context; None leaves it out.
         chunk: prefill tokens of a sequence at a time; default 512 on a CPU, 2048 on a GPU.
         seconds: time for the decode repeats.
+        bandwidth: (read, copy) of the device's memory in GB/s where it has just been measured; None to measure it.
 
     Raises:
         UserError: a context beyond the model's, a batch below 1.
@@ -129,7 +131,7 @@ def measure(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     gc.collect()
-    read_gb_s, copy_gb_s = memory_bandwidth(device, free_bytes(device))
+    read_gb_s, copy_gb_s = bandwidth or memory_bandwidth(device, free_bytes(device))
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 
 from nasbench.backbone.resolve import resolve_shape
@@ -22,10 +23,14 @@ from nasbench.store import KEY, Database, Row, db_path
 CPU_BUDGET, CUDA_BUDGET = 0.6, 0.25
 """Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
 
+ROUNDS = {"cpu": 3, "cuda": 1}
+"""Times that every row is measured, in rounds over the whole sweep, each with its part of the row's budget; the fastest
+is kept. The speed of a shared CPU drifts by a fifth over tens of seconds, so that rows measured one after another in a
+slow spell would look dear beside the others; what else runs can only add time."""
 NOISY = 0.3
-"""Rows whose p80 - p20 exceeds this share of p50, and those measured while the device was throttled or shared, are
-measured once more at the end."""
-SECOND_LOOKS = 0.25
+"""Rows whose p80 - p20 still exceeds this share of p50, and those measured while the device was throttled or shared,
+are measured once more at the end."""
+SECOND_LOOKS = 0.1
 """At most this share of the rows is."""
 CHUNKS = {"cpu": 512, "cuda": 2048}
 """Prefill chunk by kind of device."""
@@ -63,6 +68,7 @@ class Todo:
     groups: list[list[Point]]
     skipped: int
     ceilings: bool
+    rounds: int = 1
 
     @property
     def points(self) -> list[Point]:
@@ -71,7 +77,7 @@ class Todo:
     @property
     def seconds(self) -> float:
         """Rough time: of every row the timing, and a quarter of a second for its weights and caches."""
-        return (len(self.points) + 4 * self.ceilings) * (self.machine.budget.seconds + 0.25)
+        return (self.rounds * len(self.points) + 4 * self.ceilings) * (self.machine.budget.seconds + 0.25)
 
 
 def prepare(
@@ -97,7 +103,7 @@ def prepare(
         db: folder of the database; None for the default one.
         chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 2048 on a GPU.
         force: measure again what is there.
-        seconds_per_row: cap on the timing of one row.
+        seconds_per_row: cap on the timing of one row, all rounds together.
 
     Raises:
         UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
@@ -107,7 +113,8 @@ def prepare(
     dtypes = {name: value for value, name in DTYPE_NAMES.items()}
     if dtype not in dtypes:
         raise unknown("dtype", dtype, dtypes)
-    budget = Budget(seconds_per_row or (CUDA_BUDGET if info.kind == "cuda" else CPU_BUDGET))
+    rounds = ROUNDS[info.kind]
+    budget = Budget((seconds_per_row or (CUDA_BUDGET if info.kind == "cuda" else CPU_BUDGET)) / rounds)
     machine = Machine(info, device, Telemetry(device), budget)
     usable = int(USABLE_MEMORY * info.memory_bytes)
     bench = Bench(shape, device, dtypes[dtype], info.llc_bytes or 32 << 20, usable)
@@ -125,7 +132,8 @@ def prepare(
     )
     skipped = sum(map(len, groups)) - sum(map(len, left))
     left = [group for group in left if group]
-    return Todo(path, machine, bench, left, skipped, ceilings=bool(left) and (force or len(known) < 4))
+    ceilings = bool(left) and (force or len(known) < 4)
+    return Todo(path, machine, bench, left, skipped, ceilings, rounds)
 
 
 def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
@@ -140,42 +148,54 @@ def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
     """
     result = SweepResult(todo.path, skipped=todo.skipped)
     database, machine = Database(todo.path), todo.machine
-    total = len(todo.points) + 4 * todo.ceilings
+    total = todo.rounds * len(todo.points) + 4 * todo.ceilings
+    done = 0
 
-    def keep(row: Row) -> Row:
-        result.rows.append(row)
+    def tell(row: Row) -> None:
+        nonlocal done
+        done += 1
         if progress:
-            progress(len(result.rows), total, row)
-        return row
+            progress(done, total, row)
 
     if todo.ceilings:
-        rows = [keep(row) for row in measure_ceilings(machine, todo.bench.dtype)]
-        use_ceilings(machine, rows)
-        database.merge(rows)
-    noisy: list[tuple[Point, Row]] = []
-    for group in todo.groups:
-        rows = []
+        result.rows = measure_ceilings(machine, todo.bench.dtype)
+        for row in result.rows:
+            tell(row)
+        use_ceilings(machine, result.rows)
+        database.merge(result.rows)
+    best: dict[Point, Row] = {}
+
+    def look(points: Iterable[Point]) -> None:
+        faster = []
         try:
-            for point in group:
-                rows.append(keep(measure(machine, todo.bench, point)))
-                noisy += [(point, rows[-1])] if noise(rows[-1]) > NOISY else []
+            for point in points:
+                row = measure(machine, todo.bench, point)
+                if point not in best or _faster(row, best[point]):
+                    best[point] = row
+                    faster.append(row)
+                tell(row)
         finally:
             # Ctrl-C in the middle of a group keeps what the group has.
             todo.bench.pool.clear()
-            database.merge(rows)
-    noisy.sort(key=lambda pair: -noise(pair[1]))
-    looks = noisy[: int(SECOND_LOOKS * total)]
+            database.merge(faster)
+
+    for turn in range(todo.rounds):
+        for group in todo.groups:
+            # What does not fit or does not run will not do so the next time either.
+            look([point for point in group if turn == 0 or best[point].p50_us is not None])
+            skipped = len(group) - sum(best[point].p50_us is not None for point in group)
+            done += skipped if turn else 0
+    noisy = sorted((point for point in best if noise(best[point]) > NOISY), key=lambda point: -noise(best[point]))
+    looks = noisy[: ceil(SECOND_LOOKS * len(best))]
     total += len(looks)
-    for done, (point, first) in enumerate(looks, total - len(looks) + 1):
-        second = measure(machine, todo.bench, point)
-        todo.bench.pool.clear()
-        # What else runs can only add time.
-        if second.p50_us is not None and first.p50_us is not None and second.p50_us < first.p50_us:
-            result.rows[result.rows.index(first)] = second
-            database.merge([second])
-        if progress:
-            progress(done, total, second)
+    for point in looks:
+        look([point])
+    result.rows += best.values()
     return result
+
+
+def _faster(new: Row, old: Row) -> bool:
+    return new.p50_us is not None and (old.p50_us is None or new.p50_us < old.p50_us)
 
 
 def noise(row: Row) -> float:

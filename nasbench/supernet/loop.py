@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nasbench.engine.graph import capture
 from nasbench.errors import MachineError
 from nasbench.files import machine_errors, write_text
 from nasbench.supernet import checkpoint
@@ -80,6 +81,34 @@ class LossSums:
         column = self.index[name]
         self.totals[0, column] += loss
         self.totals[1, column] += 1
+
+
+class GraphedStep:
+    """A training step of fixed work, captured once with its gradients' clipping and replayed for every batch.
+
+    Aligning thirty layers launches thousands of small kernels, which take longer to launch than to run. Only for steps
+    that do the same for every batch: block-wise alignment, not random sub-networks.
+    """
+
+    def __init__(self, work: Callable[[Tensor], None], optimizer: MasterAdamW, sums: LossSums, tokens: Tensor) -> None:
+        self.optimizer = optimizer
+        self.tokens = tokens.clone()
+        before = sums.totals.clone()  # the warm-up books its losses too
+
+        def step() -> None:
+            work(self.tokens)
+            optimizer.collect()
+
+        self.graph = capture(step)
+        sums.totals.copy_(before)
+        self.gradients = {name: p.grad for name, p in optimizer.masters.items() if p.grad is not None}
+
+    def __call__(self, tokens: Tensor) -> None:
+        """Losses booked and the masters' gradients set, of tokens of the shape that was captured."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        for name, gradient in self.gradients.items():
+            self.optimizer.masters[name].grad = gradient
 
 
 class LossFile:

@@ -52,8 +52,14 @@ class MasterAdamW:
 
     def step(self, factor: float) -> None:
         """One step with the learning rate times `factor`; takes the gradients and drops them."""
-        for group in self.adam.param_groups:
-            group["lr"] = self.lr * factor
+        self.collect()
+        self.apply(factor)
+
+    def collect(self) -> None:
+        """Moves the gradients of the working weights to the masters, fp32, each mixer's norm clipped.
+
+        A CUDA graph may capture this with the backward pass before it.
+        """
         for group_name, parameters in self.groups.items():
             names = [f"{group_name}.{name}" for name, p in parameters.items() if p.grad is not None]
             if not names:
@@ -64,12 +70,19 @@ class MasterAdamW:
             for name, gradient in zip(names, gradients, strict=True):
                 self.working[name].grad = None
                 self.masters[name].grad = gradient
+
+    def apply(self, factor: float) -> None:
+        """Steps the masters that have a gradient, and rounds the working weights from them."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * factor
         self.adam.step()
+        stepped = [name for name, master in self.masters.items() if master.grad is not None]
+        rounded = [name for name in stepped if self.masters[name] is not self.working[name]]
         with torch.no_grad():
-            for name, master in self.masters.items():
-                if master.grad is not None and master is not self.working[name]:
-                    self.working[name].copy_(master)
-                master.grad = None
+            if rounded:
+                torch._foreach_copy_([self.working[n] for n in rounded], [self.masters[n] for n in rounded])
+        for name in stepped:
+            self.masters[name].grad = None
 
     def state(self) -> dict[str, Tensor]:
         """The moments and step counts of every parameter that has been stepped, by name."""

@@ -27,7 +27,7 @@ from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
-from nasbench.supernet.loop import Loop, LossSums, Progress, no_progress, stop_on_signal
+from nasbench.supernet.loop import GraphedStep, Loop, LossSums, Progress, no_progress, stop_on_signal
 from nasbench.supernet.losses import distillation_kl, output_weight, relative_error
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.ridge import calibrate_writing, solve_readouts
@@ -232,9 +232,16 @@ class Distiller:
         step_tokens = rows * self.corpus.sequence
         steps = (config.align_tokens if align else config.supernet_tokens) // step_tokens
 
+        graphed: GraphedStep | None = None
+
         def step(index: int, sums: LossSums) -> None:
+            nonlocal graphed
             tokens = self._batch(stage, index, rows)
-            if align:
+            if align and self.device.type == "cuda":
+                if graphed is None:
+                    graphed = GraphedStep(lambda batch: align_step(self.net, batch, sums), optimizer, sums, tokens)
+                graphed(tokens)
+            elif align:
                 align_step(self.net, tokens, sums)
             else:
                 placement = sample_placement(self.net.space, config, self.run.spec.seed, index)
