@@ -39,7 +39,7 @@ class ValidationRow:
     Attributes:
         predicted_tok_s, measured_tok_s: decode, all sequences together; the cost model's and the median of the repeats.
         error: predicted / measured - 1.
-        floor_fraction: least time for the step's bytes over the time it took.
+        floor_fraction: least time of the step (nasbench.engine.floor) over the time it took.
         source: of the prediction: measured or estimated rows.
     """
 
@@ -104,7 +104,7 @@ def validate(
     """
     import torch
 
-    from nasbench.engine.bandwidth import memory_bandwidth
+    from nasbench.engine.floor import measure_ceilings
     from nasbench.engine.memory import free_bytes
     from nasbench.engine.throughput import DTYPE_NAMES, measure
 
@@ -116,7 +116,7 @@ def validate(
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     decoders = _Decoders(cost.shape, torch_device, dtype) if left else None
-    bandwidth = memory_bandwidth(torch_device, free_bytes(torch_device)) if left else None
+    ceilings = measure_ceilings(torch_device, free_bytes(torch_device), dtype) if left else None
     best: dict[Placement, float] = {}
     for placement in left * rounds:
         assert decoders is not None
@@ -129,7 +129,7 @@ def validate(
             decoder=decoders.of(placement),
             prefill_context=None,
             seconds=seconds / rounds,
-            bandwidth=bandwidth,
+            ceilings=ceilings,
         )
         assert predicted.decode_tok_s is not None
         if result.decode_tok_s > best.get(placement, 0.0):

@@ -65,10 +65,16 @@ def command(
             f"{result.prefill_chunk} at a time: {result.prefill_s:.3f} s)"
         )
     print(f"memory   {result.peak_bytes / 2**20:.0f} MiB at most, {result.cache_bytes / 2**20:.2f} MiB of it cache")
+    parts = ", ".join(f"{name} {ms:.3f}" for name, ms in result.floor_parts_ms.items())
+    print(f"limit    {result.floor_ms:.3f} ms a step ({parts}): {result.floor_fraction:.0%} of it reached")
     print(
-        f"limit    {result.floor_ms:.3f} ms a step at {result.read_gb_s:.0f} GB/s read "
-        f"(copy {result.copy_gb_s:.0f}): {result.floor_fraction:.0%} of it reached"
+        f"         at {result.read_gb_s:.0f} GB/s read, {result.in_place_gb_s:.0f} in place, "
+        f"{result.copy_gb_s:.0f} copied, {result.matmul_tflop_s:.2f} TFLOP/s of matrix products, all measured now"
     )
+    if result.launches is not None:
+        print(f"kernels  {result.launches} a step")
+    if result.predicted_batch is not None:
+        print(f"batch    {result.batch} confirmed, {result.predicted_batch} by the memory model")
 
 
 def _batch(text: str) -> int | Literal["max"]:

@@ -22,8 +22,8 @@ from nasbench.backbone.decoder import Decoder, DecoderCache
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.shapes import ModelShape
 from nasbench.devices import detect
-from nasbench.engine.bandwidth import memory_bandwidth
 from nasbench.engine.clock import stopwatch, synchronise
+from nasbench.engine.floor import Ceilings, decode_floor, measure_ceilings
 from nasbench.engine.generate import default_chunk, prefill
 from nasbench.engine.graph import capture
 from nasbench.engine.memory import free_bytes, largest_batch
@@ -47,10 +47,13 @@ class ThroughputResult:
         prefill_context, prefill_chunk: prompt length of the prefill measurement, and how much is read at a time.
         peak_bytes: most memory held at once: of the GPU's allocator, or of the whole process on a CPU.
         cache_bytes: keys, values and recurrent states as allocated.
-        floor_ms: least bytes of a step (weights, keys, values, states) over the read bandwidth measured in this run.
-        floor_fraction: floor_ms / step_ms, 1 being the memory's limit.
-        read_gb_s, copy_gb_s: what the memory did in this run, 10^9 bytes per second.
+        floor_ms: least time of a step at the rates measured in this run (nasbench.engine.floor); `floor_parts_ms` of
+            each part.
+        floor_fraction: floor_ms / step_ms, 1 being the device's limit.
+        read_gb_s, copy_gb_s, in_place_gb_s: what the memory did in this run, 10^9 bytes per second.
+        matmul_tflop_s: what a large matrix product did in this run.
         launches: GPU kernels of one step; None where they cannot be counted.
+        predicted_batch: for batch "max", what the memory model said; `batch` is what was confirmed.
     """
 
     placement: str
@@ -71,10 +74,14 @@ class ThroughputResult:
     peak_bytes: int
     cache_bytes: int
     floor_ms: float
+    floor_parts_ms: dict[str, float]
     floor_fraction: float
     read_gb_s: float
     copy_gb_s: float
+    in_place_gb_s: float
+    matmul_tflop_s: float
     launches: int | None
+    predicted_batch: int | None
     threads: int
     torch: str
     driver: str
@@ -84,17 +91,6 @@ class ThroughputResult:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def decode_bytes(shape: ModelShape, placement: Placement, batch: int, context: int, dtype_bytes: int) -> int:
-    """Least bytes that one decode step of the whole model moves: every weight once (of an untied input embedding only
-    the rows looked up), the caches as each layer kind reads and writes them."""
-    configs = shape.mixers(placement)
-    mixers = sum(config.decode_bytes(batch, context, dtype_bytes) for config in configs)
-    outside = shape.parameters(placement) - sum(config.parameters() for config in configs)
-    if not shape.tie_embeddings:
-        outside -= (shape.vocab_size - batch) * shape.hidden_size
-    return mixers + outside * dtype_bytes
 
 
 def measure(
@@ -109,7 +105,7 @@ def measure(
     prefill_context: int | None = 0,
     chunk: int | None = None,
     seconds: float = 3.0,
-    bandwidth: tuple[float, float] | None = None,
+    ceilings: Ceilings | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> ThroughputResult:
     """Measures a placement of a model end to end, with random weights unless a decoder is given.
@@ -120,7 +116,7 @@ def measure(
         prefill_context: prompt tokens of the prefill measurement; 0 = as the context; None leaves it out.
         chunk: prefill tokens of a sequence at a time; default 512 on a CPU, 2048 on a GPU.
         seconds: time for the decode repeats.
-        bandwidth: (read, copy) of the device's memory in GB/s where it has just been measured; None to measure it.
+        ceilings: of the device where they have just been measured; None to measure them.
 
     Raises:
         UserError: a context beyond the model's, a batch below 1.
@@ -131,7 +127,7 @@ def measure(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     gc.collect()
-    read_gb_s, copy_gb_s = bandwidth or memory_bandwidth(device, free_bytes(device))
+    ceilings = ceilings or measure_ceilings(device, free_bytes(device), dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -152,7 +148,10 @@ def measure(
     if prompt is not None:
         prefill_s, used_chunk = _prefill(decoder, cache, prompt, chunk or default_chunk(device), log)
     info = detect(str(device))
-    floor_ms = decode_bytes(shape, placement, cache.batch, context, dtype.itemsize) / read_gb_s / 1e6
+    parts = {
+        part.name: part.ms for part in decode_floor(shape, placement, cache.batch, context, dtype.itemsize, ceilings)
+    }
+    floor_ms = sum(parts.values())
     return ThroughputResult(
         placement=format_placement(placement),
         model=shape.name,
@@ -172,10 +171,11 @@ def measure(
         peak_bytes=_peak_bytes(device),
         cache_bytes=cache.nbytes,
         floor_ms=floor_ms,
+        floor_parts_ms=parts,
         floor_fraction=floor_ms / p50,
-        read_gb_s=read_gb_s,
-        copy_gb_s=copy_gb_s,
+        **asdict(ceilings),
         launches=launches,
+        predicted_batch=most if batch == "max" else None,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         driver=info.driver,

@@ -15,13 +15,16 @@ from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, s
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.data import Corpus
-from nasbench.supernet.losses import output_weight, token_losses
+from nasbench.supernet.losses import Distribution, output_weight, teacher_distribution, token_losses
 from nasbench.supernet.supernet import Supernet
 
 SEARCH_TOKENS = 2048
 """Held-out tokens that score a placement while searching."""
 SHARED_TOKENS = 4096
 """Tokens that `losses` forwards at once: its memory is layers x these x hidden size."""
+
+KEPT_BYTES = 1 << 30
+"""Teacher's distributions are kept up to this size: making them again would be a third of a CPU's time for a score."""
 
 Progress = Callable[[int, int], None]
 """Called with how many placements are done, and of how many."""
@@ -47,7 +50,7 @@ class Evaluator:
         self.run, self.supernet, self.corpus = run, supernet, corpus
         self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
         self.cache = EvalsFile(run.evals)
-        self._teacher_hidden: dict[tuple[str, int], Tensor] = {}
+        self._teachers: dict[tuple[str, int], Tensor | Distribution] = {}
 
     @classmethod
     def open(
@@ -141,12 +144,16 @@ class Evaluator:
             for placement in placements
         ]
 
-    def _teacher(self, split: str, index: int, tokens: Tensor) -> Tensor:
-        """The teacher's final hidden states of a batch, kept: its logits are made again from them, chunk by chunk."""
+    def _teacher(self, split: str, index: int, tokens: Tensor) -> Tensor | Distribution:
+        """What the teacher says of a batch, kept: its distribution while there is room, else its final hidden states,
+        from which its logits are made again chunk by chunk."""
         key = (split, index)
-        if key not in self._teacher_hidden:
-            self._teacher_hidden[key] = self.supernet.teacher.hidden(tokens)
-        return self._teacher_hidden[key]
+        if key not in self._teachers:
+            hidden, weight = self.supernet.teacher.hidden(tokens), output_weight(self.supernet.teacher)
+            kept = sum(said.p.nbytes for said in self._teachers.values() if isinstance(said, Distribution))
+            fits = kept + tokens.numel() * len(weight) * 4 <= KEPT_BYTES
+            self._teachers[key] = teacher_distribution(hidden, weight) if fits else hidden
+        return self._teachers[key]
 
     def _shared_prefixes(self, placements: Sequence[Placement], tokens: Tensor) -> Iterator[tuple[Placement, Tensor]]:
         """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""

@@ -5,6 +5,7 @@ Shapes: N tokens, C hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasbench.backbone.decoder import Decoder
+
+CHUNK = {"cpu": 128, "cuda": 1024}
+"""Tokens whose logits are scored at once. 128 are 25 MB in fp32 for a vocabulary of 49152, which a last-level cache
+still holds: on two CPU cores 1024 tokens took 0.55 s with it, 0.75 s with 512, 0.28 s against a kept distribution."""
 
 
 def output_weight(decoder: Decoder) -> Tensor:
@@ -55,31 +60,67 @@ def distillation_kl(student: Tensor, teacher: Tensor, weight: Tensor, chunk: int
     return _ChunkedKL.apply(student, teacher, weight, chunk) / len(student)
 
 
+@dataclass(frozen=True)
+class Distribution:
+    """A teacher's next-token distribution p over some positions, kept where many students are held against it.
+
+    Attributes:
+        p: [N, V] fp32.
+        negentropy: sum of p log p, [N] fp32.
+    """
+
+    p: Tensor
+    negentropy: Tensor
+
+
+@torch.no_grad()
+def teacher_distribution(hidden: Tensor, weight: Tensor, chunk: int | None = None) -> Distribution:
+    """Of final normalised hidden states [B, T, C], at every position that has a next token."""
+    flat = hidden[:, :-1].flatten(0, 1)
+    p = torch.empty(len(flat), len(weight), device=flat.device)
+    negentropy = torch.empty(len(flat), device=flat.device)
+    chunk = chunk or CHUNK[flat.device.type]
+    for start in range(0, len(flat), chunk):
+        part = slice(start, start + chunk)
+        log_p = F.log_softmax(F.linear(flat[part], weight).float(), -1)
+        torch.exp(log_p, out=p[part])
+        negentropy[part] = torch.linalg.vecdot(p[part], log_p)
+    return Distribution(p, negentropy)
+
+
 @torch.no_grad()
 def token_losses(
-    hidden: Tensor, tokens: Tensor, weight: Tensor, teacher: Tensor | None = None, chunk: int = 512
+    hidden: Tensor,
+    tokens: Tensor,
+    weight: Tensor,
+    teacher: Tensor | Distribution | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Next-token loss and KL to the teacher of every position that has a next token.
 
     Args:
-        hidden, teacher: final normalised hidden states [B, T, C].
+        hidden: final normalised hidden states [B, T, C].
         tokens: [B, T] int64.
+        teacher: its hidden states [B, T, C], or its distribution where that was kept.
 
     Returns:
         -log p(next token) [B, T-1] fp32 in nats, and KL(teacher || student) of the same shape, None without a teacher.
     """
     batch, length = tokens.shape[0], tokens.shape[1] - 1
     flat = hidden[:, :-1].flatten(0, 1)
-    reference = None if teacher is None else teacher[:, :-1].flatten(0, 1)
+    reference = teacher[:, :-1].flatten(0, 1) if isinstance(teacher, Tensor) else None
     target = tokens[:, 1:].flatten()
+    chunk = chunk or CHUNK[flat.device.type]
     nll, kl = [], []
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
         log_p = F.log_softmax(F.linear(flat[part], weight).float(), -1)
         nll.append(-log_p.gather(-1, target[part, None])[:, 0])
-        if reference is not None:
+        if isinstance(teacher, Distribution):
+            kl.append(teacher.negentropy[part] - torch.linalg.vecdot(teacher.p[part], log_p))
+        elif reference is not None:
             log_q = F.log_softmax(F.linear(reference[part], weight).float(), -1)
-            kl.append((log_q.exp() * log_q.sub(log_p)).sum(-1))
+            kl.append(torch.linalg.vecdot(log_q.exp(), log_q - log_p))
     return torch.cat(nll).view(batch, length), torch.cat(kl).view(batch, length) if kl else None
 
 

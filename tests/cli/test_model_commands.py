@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nasbench.cli.main import run
-from nasbench.engine import bandwidth
+from nasbench.engine import floor
 
 KEYS = {
     "placement", "model", "device", "context", "batch", "decode_tok_s", "prefill_tok_s", "step_ms", "cache_bytes",
@@ -15,7 +15,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 22})
+    monkeypatch.setattr(floor, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 22})
 
 
 def test_models_json(capsys):

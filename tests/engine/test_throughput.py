@@ -6,8 +6,9 @@ import torch
 from nasbench.backbone import decoder as decoder_module
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.shapes import MODELS, ModelShape
-from nasbench.engine import bandwidth, memory, throughput
-from nasbench.engine.throughput import decode_bytes, measure
+from nasbench.engine import floor, memory, throughput
+from nasbench.engine.floor import Ceilings, decode_bytes, decode_floor
+from nasbench.engine.throughput import measure
 from nasbench.errors import MachineError, UserError
 
 SHAPE = ModelShape("test", "llama", 3, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
@@ -17,7 +18,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(bandwidth, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 28})
+    monkeypatch.setattr(floor, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 28})
+    monkeypatch.setattr(floor, "MATRIX", {"cpu": 128, "cuda": 1024})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -29,7 +31,8 @@ def test_result(device):
     assert result.step_p20_ms <= result.step_ms <= result.step_p80_ms
     assert result.decode_tok_s == pytest.approx(3 / result.step_ms * 1e3)
     assert result.prefill_tok_s == pytest.approx(120 / result.prefill_s)
-    assert result.floor_ms == pytest.approx(decode_bytes(SHAPE, PLACEMENT, 3, 40, 2) / result.read_gb_s / 1e6)
+    assert result.floor_ms == pytest.approx(sum(result.floor_parts_ms.values()))
+    assert set(result.floor_parts_ms) == {"matrix products", "keys and values", "recurrent states"}
     assert result.floor_fraction == pytest.approx(result.floor_ms / result.step_ms)
     assert result.source == "measured"
     assert result.repeats >= 7
@@ -125,7 +128,26 @@ def test_bad_input():
             measure(SHAPE, PLACEMENT, **({"batch": 1} | options))
 
 
-def test_bandwidth_is_plausible():
-    read, copy = bandwidth.memory_bandwidth("cpu", 1 << 30)
-    assert 0.1 < read < 10_000
-    assert 0.1 < copy < 10_000
+def test_ceilings_are_plausible():
+    ceilings = floor.measure_ceilings("cpu", 1 << 30, torch.float32)
+    for rate in (ceilings.read_gb_s, ceilings.copy_gb_s, ceilings.in_place_gb_s):
+        assert 0.1 < rate < 10_000
+    assert 1e-4 < ceilings.matmul_tflop_s < 10_000
+
+
+def test_the_floor_by_hand():
+    """Jet-Nemotron-2B at 64K, batch 128: the figures of the published limit, 17.4 GB of keys and values, 3.9 GB of
+    weights, 7.2 GB of states read and written."""
+    shape = MODELS["jet-nemotron-2b"]
+    placement = shape.placement
+    parts = {p.name: p for p in decode_floor(shape, placement, 128, 65536, 2, Ceilings(4500, 4100, 4220, 770))}
+    assert parts["keys and values"].nbytes == pytest.approx(17.4e9, rel=0.02)
+    assert parts["keys and values"].ms == pytest.approx(3.87, rel=0.02)
+    assert parts["matrix products"].nbytes == pytest.approx(3.9e9, rel=0.03)
+    assert parts["recurrent states"].nbytes == pytest.approx(7.25e9, rel=0.02)
+    assert parts["recurrent states"].ms == pytest.approx(1.72, rel=0.02)
+    # At batch 1024 the products are bound by arithmetic, not by reading the weights.
+    parts = {p.name: p for p in decode_floor(shape, placement, 1024, 4096, 2, Ceilings(4500, 4100, 4220, 770))}
+    products = parts["matrix products"]
+    assert products.ms == pytest.approx(products.flops / 770e9)
+    assert products.ms > products.nbytes / 4500e6

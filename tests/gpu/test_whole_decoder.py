@@ -57,8 +57,8 @@ def test_forward_chunks_and_steps_equal_the_cpu(kind):
 def test_bf16_stays_near_fp32(kind):
     cpu, gpu = both(f"4{kind}")
     text = tokens(2, 97, seed=1)
-    # Rounding adds up over the four layers, as on a CPU: one layer of G brings 0.019, two 0.028, three 0.036, four 0.043
-    # (J 0.018 to 0.036, A and W 0.01), so the bound for one layer doubles, and a layer amplifies what it gets.
+    # Rounding adds up over the layers, as on a CPU: one of G brings 0.019, two 0.028, three 0.036, four 0.043 (of J
+    # 0.018 to 0.036, A and W 0.01), so the bound for one layer doubles, and a layer amplifies what it gets.
     assert relative_rmse(gpu.to(torch.bfloat16)(text.cuda()).float().cpu(), cpu(text)) < 2.5 * BF16
 
 

@@ -35,6 +35,6 @@ def test_a_replayed_step_is_the_eager_step(tiny_model, text_file, tmp_path, monk
     assert weights[0].keys() == weights[1].keys()
     for group, state in weights[0].items():
         for key, value in state.items():
-            assert relative_rmse(value, weights[1][group][key]) < 1e-3, (group, key)
+            assert relative_rmse(value, weights[1][group][key]) < 1e-2, (group, key)
     for ours, theirs in zip(*(text.splitlines()[1:] for text in losses), strict=True):
         assert float(ours.split(",")[-1]) == pytest.approx(float(theirs.split(",")[-1]), rel=1e-3)
