@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks import fused
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
 from nasbench.blocks.rotary import rotary_tables
+from nasbench.blocks.stacked import StackedProjections
 from nasbench.errors import UserError
 from nasbench.spaces.placement import Placement
 
@@ -31,9 +33,23 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.stacked = StackedProjections((self.gate_proj, self.up_proj))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.stacked(x)
+        return self.down_proj(F.silu(gate) * up)
+
+    def step(self, x: Tensor) -> Tensor:
+        """The same for one new token of every sequence, x [B, 1, C], by fused kernels where they run."""
+        if not fused.usable(x):
+            return self(x)
+        rows = x[:, 0]
+        weight, _ = self.stacked.matrices()
+        if rows.shape[0] == 1:
+            inner = fused.ops().gemv(rows, weight, swiglu=True)
+        else:
+            inner = fused.ops().swiglu(F.linear(rows, weight))
+        return fused.linear(inner, self.down_proj.weight)[:, None]
 
 
 class DecoderLayer(nn.Module):
@@ -64,7 +80,8 @@ class DecoderLayer(nn.Module):
 
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
         """One new token of every sequence, x [B, 1, C]."""
-        return self.finish(x, self.self_attn.step(self.attention_input(x), step, cache))
+        x = x + self.self_attn.step(self.attention_input(x), step, cache)
+        return x + self.mlp.step(self.post_attention_layernorm(x))
 
 
 class DecoderCache:
@@ -218,6 +235,15 @@ class Decoder(nn.Module):
         cos, sin = self._rotary.upto(end, self.device)
         return Chunk(start, cos[start:end], sin[start:end])
 
+    def rotary_tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions 0 to at least length - 1, [.., D] fp32, on the decoder's device."""
+        return self._rotary.upto(length, self.device)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix, [V, C]: the embedding's where they are tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def hidden(self, tokens: Tensor, cache: DecoderCache | None = None) -> Tensor:
         """tokens [B, T] -> final normalised hidden states [B, T, C]; with a cache, continues after its tokens."""
         start = 0
@@ -234,7 +260,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states [..., C] -> [..., V]."""
-        return F.linear(hidden, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(hidden)
+        return F.linear(hidden, self.head_weight)
 
     def forward(self, tokens: Tensor, cache: DecoderCache | None = None) -> Tensor:
         """tokens [B, T] int64 -> logits [B, T, V]; with a cache, continues after its tokens (chunked prefill)."""

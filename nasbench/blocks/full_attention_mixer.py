@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention import FullAttentionConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
@@ -76,7 +77,20 @@ class FullAttention(TokenMixer):
                 k, v = keys[:, :, :end], values[:, :, :end]
         return self.merge(causal_attention(q, k, v))
 
+    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache) -> Tensor:
+        """A decode step between the projections: stacked rows [B, (H + 2 Hkv) D] -> [B, H D], by Triton kernels."""
+        keys, values = cache.state["keys"], cache.state["values"]
+        norms = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, nn.RMSNorm) else (None, None)
+        q = fused.ops().rotary_write(
+            row, step.positions, step.cos[:, 0], step.sin[:, 0], keys, values, self.num_heads, *norms,
+            eps=self.config.shape.rms_eps,
+        )  # fmt: skip
+        return fused.ops().decode_attention(q, keys, values, step.positions, step.span).flatten(1)
+
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
+        if fused.usable(x):
+            mixed = self.fused_mix(fused.linear(x[:, 0], *self.stacked.matrices()), step, cache)
+            return fused.linear(mixed, self.o_proj.weight)[:, None]
         q, k, v = self.project(x, step.cos, step.sin)
         keys, values = cache.state["keys"], cache.state["values"]
         slots = keys.shape[2]

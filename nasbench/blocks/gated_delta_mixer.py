@@ -13,6 +13,7 @@ from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasbench.blocks import fused
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
@@ -129,7 +130,30 @@ class GatedDeltaMixer(TokenMixer):
             state.copy_(new_state)
         return self.finish(mixed, gate)
 
+    @abstractmethod
+    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[Tensor | None, Tensor | None]:
+        """Prepares a fused decode step: either convolves q, k and v in the stacked rows [B, P] in place and returns
+        (None, None), or returns the dynamic kernels [B, H * V, W] and the values' history for the kernel to do it."""
+
+    @cached_property
+    def row_layout(self) -> Any:
+        """Where the parts of the stacked projections' rows begin."""
+        keys, values = self.config.keys, self.config.values
+        end = sum(self.stacked.sizes)
+        return fused.ops().RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
+
+    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache) -> Tensor:
+        """A decode step between the projections: stacked rows [B, P] -> [B, H * V], by one Triton kernel."""
+        kernels, history = self.fused_convolve(row, cache)
+        return fused.ops().recurrent_step(
+            row, self.row_layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
+            fused.workspace(row.device), kernels, history,
+        )  # fmt: skip
+
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
+        if fused.usable(x):
+            mixed = self.fused_mix(fused.linear(x[:, 0], *self.stacked.matrices()), step, cache)
+            return fused.linear(mixed, self.o_proj.weight)[:, None]
         *rule, gate = self.inputs(x, cache.history, single=True)
         q, k, v, decay, beta = (tensor[:, 0] for tensor in rule)
         mixed = gated_delta_step(q, k, v, decay, beta, cache.state["state"])

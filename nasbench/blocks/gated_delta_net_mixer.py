@@ -9,10 +9,12 @@ import torch
 from nasbench_kernels.causal_conv import causal_conv, causal_conv_step
 from torch import Tensor, nn
 
+from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
 from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
+from nasbench.blocks.mixer import MixerCache
 
 
 class ShortConvolution(nn.Module):
@@ -57,6 +59,11 @@ class GatedDeltaNet(GatedDeltaMixer):
             mixed = causal_conv(projected, weight, history["qkv"] if history else None)
         both, values = mixed.split((2 * self.config.keys, self.config.values), dim=-1)
         return both, values
+
+    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[None, None]:
+        weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
+        fused.ops().conv_step(row, weight, cache.history["qkv"])
+        return None, None
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

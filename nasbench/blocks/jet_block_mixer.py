@@ -10,10 +10,12 @@ from nasbench_kernels.dynamic_conv import dynamic_conv, dynamic_conv_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import JetBlockConfig
 from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
+from nasbench.blocks.mixer import MixerCache
 
 
 class KernelGenerator(nn.Module):
@@ -77,6 +79,15 @@ class JetBlock(GatedDeltaMixer):
         else:
             values = dynamic_conv(v, kernels, history["values"] if history else None)
         return F.silu(torch.cat((q, k), dim=-1)), values
+
+    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[Tensor, Tensor]:
+        generator = self.dynamic_conv1d.kernel_generator
+        at, size = 2 * (self.config.keys + self.config.values), self.config.generator_size
+        if row.shape[0] == 1:
+            flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
+        else:
+            flat = F.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
+        return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

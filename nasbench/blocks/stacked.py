@@ -29,10 +29,14 @@ class StackedProjections:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if torch.is_grad_enabled():
             return [linear(x) for linear in self.linears]
+        return F.linear(x, *self.matrices()).split(self.sizes, dim=-1)
+
+    def matrices(self) -> tuple[Tensor, Tensor | None]:
+        """The one weight [sum of outputs, C] and bias. The parameters are views of them from now on."""
         self.weight = _stacked(self.weight, [linear.weight for linear in self.linears])
         if self.linears[0].bias is not None:
             self.bias = _stacked(self.bias, [linear.bias for linear in self.linears])
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
+        return self.weight, self.bias
 
 
 def _stacked(known: Tensor | None, parameters: list[Tensor]) -> Tensor:

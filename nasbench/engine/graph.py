@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nasbench.backbone.decoder import Decoder, DecoderCache
+from nasbench.engine.fused_step import FusedStep
 from nasbench.errors import MachineError
 
 WARM_UP = 3
@@ -62,10 +63,15 @@ class Stepper:
         self.positions = torch.zeros_like(self.tokens)
         decoder.chunk(0, cache.context)  # makes the rotary tables: a graph must not
 
-        def work() -> None:
-            self.logits = decoder.step_at(self.tokens, self.positions, cache)
-
         with torch.inference_mode():
+            step = FusedStep(decoder, cache) if FusedStep.usable(decoder) else None
+
+            def work() -> None:
+                if step is None:
+                    self.logits = decoder.step_at(self.tokens, self.positions, cache)
+                else:
+                    self.logits = step(self.tokens, self.positions)
+
             self.graph = capture(work)
             cache.reset()
 

@@ -24,6 +24,7 @@ from nasbench.backbone.shapes import ModelShape
 from nasbench.devices import detect
 from nasbench.engine.clock import stopwatch, synchronise
 from nasbench.engine.floor import Ceilings, decode_floor, measure_ceilings
+from nasbench.engine.fused_step import FusedStep
 from nasbench.engine.generate import default_chunk, prefill
 from nasbench.engine.graph import capture
 from nasbench.engine.memory import free_bytes, largest_batch
@@ -231,9 +232,13 @@ def _timed_decode(
     decoder.chunk(0, context)  # makes the rotary tables: a graph must not
     tokens = torch.randint(0, decoder.shape.vocab_size, (batch,), device=device)
 
+    positions = torch.full_like(tokens, context - 1)
+    fused = FusedStep(decoder, cache, context) if FusedStep.usable(decoder) else None
+
     def step() -> None:
         cache.length = context - 1
-        tokens.copy_(decoder.step(tokens, cache).argmax(-1))
+        logits = decoder.step(tokens, cache) if fused is None else fused(tokens, positions)
+        tokens.copy_(logits.argmax(-1))
 
     step()
     launches = _count_kernels(step, device)

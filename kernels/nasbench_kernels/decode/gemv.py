@@ -1,0 +1,98 @@
+"""Matrix-vector products for one sequence: the weights are read once at the memory's speed, and what stands before and
+after the product (RMSNorm or SiLU of the input, bias, SwiGLU, residual addition) costs no launch of its own.
+
+cuBLAS reaches 0.7 to 3 TB/s of an H200's 4.5 at one row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Before = Literal["", "norm", "silu"]
+
+
+@triton.jit
+def gemv_kernel(
+    x, weight, bias, norm_weight, out,
+    COLUMNS: tl.constexpr, ROWS, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, SWIGLU: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_rows = rows < ROWS
+    at = weight + rows.to(tl.int64)[:, None] * COLUMNS
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    other = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
+    for first in range(0, COLUMNS, BLOCK_K):
+        lanes = first + tl.arange(0, BLOCK_K)
+        inside = lanes < COLUMNS
+        both = in_rows[:, None] & inside[None, :]
+        part = tl.load(at + lanes[None, :], mask=both, other=0.0)
+        value = tl.load(x + lanes, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            squares += value * value
+            value = value * tl.load(norm_weight + lanes, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            value = value / (1.0 + tl.exp(-value))
+        total += part.to(tl.float32) * value[None, :]
+        if SWIGLU:
+            up = tl.load(at + ROWS * COLUMNS + lanes[None, :], mask=both, other=0.0)
+            other += up.to(tl.float32) * value[None, :]
+    result = tl.sum(total, 1)
+    up_result = tl.sum(other, 1)
+    if NORM:
+        # The norm is one factor for the whole vector, so it may wait for the products.
+        factor = tl.rsqrt(tl.sum(squares) / COLUMNS + EPS)
+        result = result * factor
+        up_result = up_result * factor
+    if SWIGLU:
+        result = result / (1.0 + tl.exp(-result)) * up_result
+    if BIAS:
+        result += tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)
+    if ADD:
+        result += tl.load(out + rows, mask=in_rows, other=0.0).to(tl.float32)
+    tl.store(out + rows, result.to(out.dtype.element_ty), mask=in_rows)
+
+
+def gemv_launch(rows: int, columns: int) -> tuple[int, int, int]:
+    """(rows, columns of a block, warps)."""
+    block_k = min(2048, triton.next_power_of_2(columns))
+    block_n = 2 if rows < 4096 else 4 if rows < 32768 else 8
+    return block_n, block_k, 4
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    before: Before = "",
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """y = W f(x) (+ bias): x [1, K] contiguous, weight [N, K] contiguous -> [1, N].
+
+    Args:
+        before: f: nothing, RMSNorm with `norm_weight` and `eps`, or SiLU.
+        swiglu: weight holds gate over up, [2 N, K]; y = SiLU(gate x) * (up x), no bias.
+        add_to: [1, N], to which y is added in place; it is what is returned.
+    """
+    columns = weight.shape[1]
+    rows = weight.shape[0] // (2 if swiglu else 1)
+    out = torch.empty(1, rows, device=x.device, dtype=x.dtype) if add_to is None else add_to
+    block_n, block_k, warps = gemv_launch(rows, columns)
+    gemv_kernel[(triton.cdiv(rows, block_n),)](
+        x, weight, x if bias is None else bias, x if norm_weight is None else norm_weight, out,
+        COLUMNS=columns, ROWS=rows, BLOCK_N=block_n, BLOCK_K=block_k,
+        NORM=before == "norm", SILU=before == "silu", BIAS=bias is not None, ADD=add_to is not None, SWIGLU=swiglu,
+        EPS=eps, num_warps=warps,
+    )  # fmt: skip
+    return out

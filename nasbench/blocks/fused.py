@@ -1,0 +1,47 @@
+"""Decode steps of the shipped kinds by the kernels of `nasbench_kernels.decode`, on CUDA devices.
+
+A kind's `fused_mix` stands between its stacked input projections and its output projection; the engine puts it together
+with norms and residual additions, a mixer's own `step` without.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from nasbench_kernels.decode import StepWorkspace
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels can run on x: a CUDA tensor, triton installed, no gradient asked for."""
+    return x.is_cuda and not torch.is_grad_enabled() and _triton()
+
+
+@cache
+def ops() -> Any:
+    """The module `nasbench_kernels.decode`, imported when it is first needed: triton takes a second."""
+    import nasbench_kernels.decode as module
+
+    return module
+
+
+@cache
+def workspace(device: torch.device) -> StepWorkspace:
+    """Scratch of the recurrent step on a device, shared by all layers."""
+    return ops().StepWorkspace()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [B, C] -> [B, N]: a matrix-vector kernel for one row, cuBLAS for more."""
+    return ops().gemv(x, weight, bias) if x.shape[0] == 1 else F.linear(x, weight, bias)

@@ -1,0 +1,193 @@
+"""The decode step's Triton kernels against plain PyTorch: on a GPU where there is one, else under the interpreter."""
+
+import os
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton")
+
+# ruff: noqa: E402
+from nasbench_kernels.causal_conv import causal_conv_step
+from nasbench_kernels.decode import (
+    RowLayout,
+    StepWorkspace,
+    add_norm,
+    conv_step,
+    decode_attention,
+    gemv,
+    recurrent_step,
+    rotary_write,
+    silu_part,
+    swiglu,
+)
+from nasbench_kernels.dynamic_conv import dynamic_conv_step
+from nasbench_kernels.gated_delta import gated_delta_step
+from tolerances import relative_rmse
+
+DEVICE = "cuda" if GPU else "cpu"
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+DTYPES = list(CLOSE)
+# The interpreter multiplies bf16 matrices as if they were integers: those products are checked on a GPU.
+PRODUCTS = DTYPES if GPU else [torch.float32, torch.float16]
+
+
+def draw(*size: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(size))
+    return torch.randn(*size, generator=generator).to(DEVICE, dtype)
+
+
+def naive_step(row, layout, state, a_log, dt_bias, weight, kernels, history):
+    """JetBlock's step in fp32 from the plain forms."""
+    _, heads, key_dim, value_dim = state.shape
+    row = row.float()
+
+    def part(at: int, size: int) -> torch.Tensor:
+        return row[:, at : at + heads * size].unflatten(1, (heads, size))
+
+    q, k, v = part(layout.q, key_dim), part(layout.k, key_dim), part(layout.v, value_dim)
+    if kernels is not None:
+        q, k = F.silu(q), F.silu(k)
+        flat = v.flatten(1)[:, None]
+        v = dynamic_conv_step(flat, kernels.float()[:, None], history)[:, 0].unflatten(1, (heads, value_dim))
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    g = -a_log.exp() * F.softplus(part(layout.decay, 1)[..., 0] + dt_bias)
+    mixed = gated_delta_step(q, k, v, g, part(layout.beta, 1)[..., 0].sigmoid(), state)
+    normed = mixed * (mixed.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.float()
+    return (normed * F.silu(part(layout.gate, value_dim))).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "key_dim", "value_dim"), [(2, 3, 24, 40), (1, 2, 64, 171), (3, 1, 96, 256), (1, 1, 192, 64)]
+)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recurrent_step(batch, heads, key_dim, value_dim, dynamic, dtype):
+    sizes = [heads * key_dim, heads * key_dim, heads * value_dim, heads * value_dim, 5, heads, heads]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
+    row = draw(batch, sum(sizes), dtype=dtype)
+    values = heads * value_dim
+    a_log, dt_bias, weight = draw(heads), draw(heads, seed=1), draw(value_dim, dtype=dtype)
+    kernels = draw(batch, values, 4, dtype=dtype) if dynamic else None
+    history = draw(batch, 3, values, dtype=dtype) if dynamic else None
+    state = draw(batch, heads, key_dim, value_dim)
+    ours_state, ours_history = state.clone(), None if history is None else history.clone()
+    theirs_history = None if history is None else history.float().clone()
+    workspace = StepWorkspace()
+    for _ in range(2):  # twice: the counters must come back to zero
+        ours = recurrent_step(row, layout, ours_state, a_log, dt_bias, weight, workspace, kernels, ours_history)
+        theirs = naive_step(row, layout, state, a_log, dt_bias, weight, kernels, theirs_history)
+        assert relative_rmse(ours.float(), theirs) < CLOSE[dtype]
+        assert relative_rmse(ours_state, state) < 1e-5
+    if ours_history is not None:
+        assert torch.equal(ours_history.float(), theirs_history)
+    assert workspace.counters is not None
+    assert not workspace.counters.any()
+
+
+def test_recurrent_step_with_a_bf16_state():
+    row, state = draw(2, 2 * 16 * 2 + 2 * 2 * 32 + 4, dtype=torch.bfloat16), draw(2, 2, 16, 32)
+    layout = RowLayout(0, 32, 64, 128, 192, 194)
+    a_log, dt_bias, weight = draw(2), draw(2, seed=1), draw(32)
+    half = state.bfloat16()
+    ours = recurrent_step(row, layout, half, a_log, dt_bias, weight, StepWorkspace())
+    theirs = naive_step(row, layout, state, a_log, dt_bias, weight, None, None)
+    assert relative_rmse(ours.float(), theirs) < 1e-2
+    assert relative_rmse(half.float(), state) < 1e-2
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 64), (3, 1, 96), (4, 4, 128)])
+@pytest.mark.parametrize("lengths", [(1, 2, 3), (64, 65, 63), (200, 1, 130)])
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_decode_attention(heads, kv_heads, dim, lengths, dtype):
+    slots = 203
+    q = draw(3, heads, dim, dtype=dtype)
+    keys, values = draw(3, kv_heads, slots, dim, dtype=dtype), draw(3, kv_heads, slots, dim, dtype=dtype, seed=1)
+    positions = torch.tensor(lengths, device=DEVICE) - 1
+    for span in (max(lengths), slots):
+        ours = decode_attention(q, keys, values, positions, span)
+        for b, length in enumerate(lengths):
+            wide = [x[b, :, :length].float().repeat_interleave(heads // kv_heads, 0) for x in (keys, values)]
+            scores = torch.einsum("hd,hnd->hn", q[b].float(), wide[0]) * dim**-0.5
+            theirs = torch.einsum("hn,hnd->hd", scores.softmax(-1), wide[1])
+            assert relative_rmse(ours[b].float(), theirs) < CLOSE[dtype], (b, span)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotary_write(norm, dtype):
+    batch, heads, kv_heads, dim, slots = 3, 4, 2, 16, 8
+    row = draw(batch, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    angles = torch.arange(40, device=DEVICE)[:, None] * 0.1 ** torch.arange(dim // 2, device=DEVICE)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    positions = torch.tensor((0, 7, 21), device=DEVICE)
+    keys, values = (draw(batch, kv_heads, slots, dim, dtype=dtype, seed=s) for s in (2, 3))
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    weights = (draw(dim, dtype=dtype), draw(dim, dtype=dtype, seed=5)) if norm else (None, None)
+    q = rotary_write(row, positions, cos[positions], sin[positions], keys, values, heads, *weights, eps=1e-6)
+    parts = row.float().unflatten(1, (-1, dim)).split((heads, kv_heads, kv_heads), 1)
+    turned = []
+    for x, weight in zip(parts[:2], weights, strict=True):
+        y = x if weight is None else F.rms_norm(x, (dim,), weight.float(), 1e-6)
+        half = torch.cat((-y[..., dim // 2 :], y[..., : dim // 2]), -1)
+        turned.append(y * cos[positions][:, None] + half * sin[positions][:, None])
+    assert relative_rmse(q.float(), turned[0]) < CLOSE[dtype]
+    for b, position in enumerate(positions.tolist()):
+        wanted_keys[b, :, position % slots] = turned[1][b].to(dtype)
+        wanted_values[b, :, position % slots] = parts[2][b].to(dtype)
+    assert relative_rmse(keys.float(), wanted_keys.float()) < CLOSE[dtype]
+    assert torch.equal(values, wanted_values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointwise(dtype):
+    x, delta, weight = draw(3, 70, dtype=dtype), draw(3, 70, dtype=dtype, seed=1), draw(70, dtype=dtype)
+    summed = x + delta
+    wanted = F.rms_norm(summed.float(), (70,), weight.float(), 1e-5)
+    assert relative_rmse(add_norm(x, delta, weight, 1e-5).float(), wanted) < CLOSE[dtype]
+    assert relative_rmse(x.float(), summed.float()) < CLOSE[dtype]
+    before = x.clone()
+    assert relative_rmse(add_norm(x, None, weight, 1e-5).float(), wanted) < CLOSE[dtype]
+    assert torch.equal(x, before)
+    row = draw(3, 2 * 1100, dtype=dtype)
+    gate, up = row.float().chunk(2, -1)
+    assert relative_rmse(swiglu(row).float(), F.silu(gate) * up) < CLOSE[dtype]
+    assert relative_rmse(silu_part(row, 33, 77).float(), F.silu(row[:, 33:110].float())) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conv_step(dtype):
+    row, weight, history = draw(2, 320, dtype=dtype), draw(300, 4, dtype=dtype), draw(2, 3, 300, dtype=dtype)
+    rest, wide = row[:, 300:].clone(), history.float().clone()
+    wanted = causal_conv_step(row[:, None, :300].float(), weight.float(), wide)[:, 0]
+    conv_step(row, weight, history)
+    assert relative_rmse(row[:, :300].float(), wanted) < CLOSE[dtype]
+    assert torch.equal(history.float(), wide)
+    assert torch.equal(row[:, 300:], rest)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 64), (130, 100), (33, 2100)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gemv(rows, columns, dtype):
+    x, weight, bias = draw(1, columns, dtype=dtype), draw(rows, columns, dtype=dtype), draw(rows, dtype=dtype)
+    norm, both = draw(columns, dtype=dtype, seed=3), draw(2 * rows, columns, dtype=dtype)
+    wide, w = x.float(), weight.float()
+    normed = F.rms_norm(wide, (columns,), norm.float(), 1e-6)
+    residual = draw(1, rows, dtype=dtype)
+    added = residual.float() + wide @ w.T
+    gate, up = (normed @ both.float().T).chunk(2, -1)
+    for ours, theirs in (
+        (gemv(x, weight), wide @ w.T),
+        (gemv(x, weight, bias), wide @ w.T + bias.float()),
+        (gemv(x, weight, before="silu"), F.silu(wide) @ w.T),
+        (gemv(x, weight, bias, before="norm", norm_weight=norm, eps=1e-6), normed @ w.T + bias.float()),
+        (gemv(x, both, before="norm", norm_weight=norm, eps=1e-6, swiglu=True), F.silu(gate) * up),
+        (gemv(x, weight, add_to=residual), added),
+    ):
+        assert relative_rmse(ours.float(), theirs) < CLOSE[dtype]
+    assert relative_rmse(residual.float(), added) < CLOSE[dtype]
