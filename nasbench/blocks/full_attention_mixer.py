@@ -11,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.documents import document_attention
 from nasbench.blocks.full_attention import FullAttentionConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
 from nasbench.blocks.rotary import apply_rotary
@@ -21,6 +22,7 @@ class FullAttention(TokenMixer):
     """Causal attention of H query heads over Hkv shared key/value heads, rotary positions, optional query/key norms."""
 
     config_class: ClassVar[type[MixerConfig]] = FullAttentionConfig
+    keeps_documents_apart: ClassVar[bool] = True
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__(config)
@@ -68,6 +70,8 @@ class FullAttention(TokenMixer):
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
         q, k, v = self.project(x, chunk.cos, chunk.sin)
+        if chunk.documents is not None:
+            return self.merge(document_attention(q, k, v, chunk.documents))
         if cache is not None:
             end = chunk.start + x.shape[1]
             keys, values = cache.state["keys"], cache.state["values"]

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.blocks import fused
+from nasbench.blocks.documents import RESET_LOG_DECAY, Documents
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig
 from nasbench.blocks.mixer import Chunk, MixerCache, Step, TokenMixer
@@ -39,6 +40,7 @@ class GatedDeltaMixer(TokenMixer):
     """Linear attention whose memory is one matrix per head. Subclasses say how queries, keys and values are made."""
 
     config: GatedDeltaConfig
+    keeps_documents_apart: ClassVar[bool] = True
 
     def __init__(self, config: GatedDeltaConfig) -> None:
         super().__init__(config)
@@ -99,17 +101,22 @@ class GatedDeltaMixer(TokenMixer):
         further: Sequence[Tensor],
         history: dict[str, Tensor] | None,
         single: bool,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Short convolutions and SiLU of the projected q, k [B, T, H * K] and v [B, T, H * V], a history advanced in
         place -> q and k side by side [B, T, 2 * H * K], v. `single`: T is 1 and a history is there, a decode step."""
 
-    def inputs(self, x: Tensor, history: dict[str, Tensor] | None, single: bool) -> tuple[Tensor, ...]:
+    def inputs(
+        self, x: Tensor, history: dict[str, Tensor] | None, single: bool, documents: Documents | None = None
+    ) -> tuple[Tensor, ...]:
         """x [B, T, C] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and writing strength [B, T, H], fp32
         but for v, and the output gate before its SiLU [B, T, H * V]."""
         q, k, v, gate, *further, decay, beta = self.stacked(x)
-        both, v = self.convolve(q, k, v, further, history, single)
+        both, v = self.convolve(q, k, v, further, history, single, documents)
         q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).chunk(2, dim=2)
         decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+        if documents is not None:
+            decay = decay.masked_fill(documents.first[..., None], RESET_LOG_DECAY)
         return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta.float().sigmoid(), gate
 
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
@@ -123,7 +130,7 @@ class GatedDeltaMixer(TokenMixer):
         return self.o_proj(self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate))
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v, decay, beta, gate = self.inputs(x, cache.history if cache else None, single=False)
+        q, k, v, decay, beta, gate = self.inputs(x, cache.history if cache else None, False, chunk.documents)
         state = cache.state["state"] if cache else None
         mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
         if state is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.documents import Documents
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
 from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
@@ -49,6 +50,7 @@ class GatedDeltaNet(GatedDeltaMixer):
         further: Sequence[Tensor],
         history: dict[str, Tensor] | None,
         single: bool,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         # One convolution over the channels of all three: a third of the small operations.
         projected = torch.cat((q, k, v), dim=-1)
@@ -56,7 +58,8 @@ class GatedDeltaNet(GatedDeltaMixer):
         if single and history is not None:
             mixed = causal_conv_step(projected, weight, history["qkv"])
         else:
-            mixed = causal_conv(projected, weight, history["qkv"] if history else None)
+            reach = documents.reach(self.config.conv_size) if documents is not None else None
+            mixed = causal_conv(projected, weight, history["qkv"] if history else None, reach)
         both, values = mixed.split((2 * self.config.keys, self.config.values), dim=-1)
         return both, values
 

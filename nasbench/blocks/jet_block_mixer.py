@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.documents import Documents
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import JetBlockConfig
 from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
@@ -72,8 +73,11 @@ class JetBlock(GatedDeltaMixer):
         further: Sequence[Tensor],
         history: dict[str, Tensor] | None,
         single: bool,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         kernels = self.dynamic_conv1d.kernel_generator(further[0])
+        if documents is not None:
+            kernels.mul_(documents.reach(self.config.conv_size)[:, :, None].to(kernels.dtype))
         if single and history is not None:
             values = dynamic_conv_step(v, kernels, history["values"])
         else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.documents import Documents
 
 if TYPE_CHECKING:
     from nasbench.blocks.full_attention_mixer import FullAttention
@@ -25,11 +26,14 @@ class Chunk:
     Attributes:
         start: tokens that the cache already holds; 0 without a cache.
         cos, sin: rotary tables of the chunk's positions, [T, D] fp32 (halves repeated, as rotate-half wants them).
+        documents: where documents begin in packed rows, for training and scoring without a cache; None where each row
+            is one text. Positions count on through a row: only their differences matter to rotary embeddings.
     """
 
     start: int
     cos: Tensor
     sin: Tensor
+    documents: Documents | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class TokenMixer(nn.Module, ABC):
     """
 
     config_class: ClassVar[type[MixerConfig]]
+    keeps_documents_apart: ClassVar[bool] = False
+    """Whether `forward` heeds `Chunk.documents`. Kinds that do not can be trained with `documents = false` only."""
 
     def __init__(self, config: MixerConfig) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasbench.blocks.base import MixerConfig
+from nasbench.blocks.documents import document_attention
 from nasbench.blocks.full_attention_mixer import FullAttention, causal_attention
 from nasbench.blocks.mixer import Chunk, MixerCache
 from nasbench.blocks.sliding_window import SlidingWindowConfig
@@ -29,6 +30,8 @@ class SlidingWindow(FullAttention):
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
         q, k, v = self.project(x, chunk.cos, chunk.sin)
+        if chunk.documents is not None:
+            return self.merge(document_attention(q, k, v, chunk.documents, self.config.window))
         if cache is None:
             return self.merge(windowed_attention(q, k, v, self.config.window))
         rings, tokens, end = (cache.state["keys"], cache.state["values"]), x.shape[1], chunk.start + x.shape[1]

@@ -81,6 +81,7 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.data import Corpus
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
+    from nasbench.supernet.forward import mixing
 
     teacher = None
     if is_final(Path(target)):
@@ -94,5 +95,8 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
         raise UserError(f"{target} has the placement {format_placement(own)}: others need a run folder")
     if sequence > loaded.shape.max_context:
         raise UserError(f"sequence {sequence} is beyond the context of {loaded.shape.name}, {loaded.shape.max_context}")
-    context = Context(loaded.tokenizer, Corpus.load(data, loaded.tokenizer, sequence), teacher, split)
+    corpus = Corpus.load(data, loaded.tokenizer, sequence)
+    if mixing(loaded.decoder.mixers):
+        corpus = corpus.without_documents()
+    context = Context(loaded.tokenizer, corpus, teacher, split)
     return format_placement(own), {task.label: task.score(loaded.decoder, context) for task in tasks}

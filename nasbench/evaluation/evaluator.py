@@ -14,7 +14,8 @@ from nasbench.evaluation.score import Score
 from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, summarise
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
-from nasbench.supernet.data import Corpus
+from nasbench.supernet.data import Batch, Corpus
+from nasbench.supernet.forward import chunk_of, hidden_of, mixing
 from nasbench.supernet.losses import Distribution, output_weight, teacher_distribution, token_losses
 from nasbench.supernet.supernet import Supernet
 
@@ -47,7 +48,8 @@ class Evaluator:
         search_tokens: int = SEARCH_TOKENS,
         test_tokens: int | None = None,
     ) -> None:
-        self.run, self.supernet, self.corpus = run, supernet, corpus
+        self.run, self.supernet = run, supernet
+        self.corpus = corpus.without_documents() if mixing(supernet.mixers()) else corpus
         self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
         self.cache = EvalsFile(run.evals)
         self._teachers: dict[tuple[str, int], Tensor | Distribution] = {}
@@ -122,14 +124,14 @@ class Evaluator:
             self.supernet.space.check(placement)
         sequences = self.corpus.held_out(split, self.tokens[split]).to(self.supernet.teacher.device)
         values: dict[Placement, list[tuple[Tensor, Tensor]]] = {placement: [] for placement in wanted}
-        batches = sequences.split(max(1, SHARED_TOKENS // sequences.shape[1]))
+        batches = sequences.split(max(1, SHARED_TOKENS // self.corpus.sequence))
         done, total = 0, len(wanted) * len(batches)
-        for index, tokens in enumerate(batches if wanted else ()):
-            reference = self._teacher(split, index, tokens)
-            for placement, hidden in self._shared_prefixes(wanted, tokens):
-                nll, kl = token_losses(hidden, tokens, output_weight(self.supernet.teacher), reference)
+        for index, batch in enumerate(batches if wanted else ()):
+            reference = self._teacher(split, index, batch)
+            for placement, hidden in self._shared_prefixes(wanted, batch):
+                nll, kl = token_losses(hidden, batch.tokens, output_weight(self.supernet.teacher), reference)
                 assert kl is not None
-                values[placement].append((nll.mean(1), kl.mean(1)))
+                values[placement].append((batch.per_row(nll), batch.per_row(kl)))
                 done += 1
                 if progress:
                     progress(done * len(wanted) // total, len(wanted))
@@ -144,22 +146,22 @@ class Evaluator:
             for placement in placements
         ]
 
-    def _teacher(self, split: str, index: int, tokens: Tensor) -> Tensor | Distribution:
+    def _teacher(self, split: str, index: int, batch: Batch) -> Tensor | Distribution:
         """What the teacher says of a batch, kept: its distribution while there is room, else its final hidden states,
         from which its logits are made again chunk by chunk."""
         key = (split, index)
         if key not in self._teachers:
-            hidden, weight = self.supernet.teacher.hidden(tokens), output_weight(self.supernet.teacher)
+            hidden, weight = hidden_of(self.supernet.teacher, batch), output_weight(self.supernet.teacher)
             kept = sum(said.p.nbytes for said in self._teachers.values() if isinstance(said, Distribution))
-            fits = kept + tokens.numel() * len(weight) * 4 <= KEPT_BYTES
+            fits = kept + batch.tokens.numel() * len(weight) * 4 <= KEPT_BYTES
             self._teachers[key] = teacher_distribution(hidden, weight) if fits else hidden
         return self._teachers[key]
 
-    def _shared_prefixes(self, placements: Sequence[Placement], tokens: Tensor) -> Iterator[tuple[Placement, Tensor]]:
+    def _shared_prefixes(self, placements: Sequence[Placement], batch: Batch) -> Iterator[tuple[Placement, Tensor]]:
         """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""
         teacher = self.supernet.teacher
-        chunk = teacher.chunk(0, tokens.shape[1])
-        states = [teacher.embed(tokens)]
+        chunk = chunk_of(teacher, batch)
+        states = [teacher.embed(batch.tokens)]
         last: Placement = ()
         for placement in placements:
             shared = next(

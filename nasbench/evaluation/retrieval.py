@@ -79,7 +79,7 @@ class Retrieval(Task):
 def make_items(context: Context, length: int, count: int, seed: int = 0) -> list[Item]:
     """`count` items whose prompt and answer are `length` tokens at most, and all but a few of them."""
     encode = context.tokenizer.encode
-    prose = context.corpus.held_out("test")
+    prose = context.corpus.held_out("test").tokens
     return [_make_item(encode, prose, length, random.Random(f"{seed}/{index}/{length}")) for index in range(count)]
 
 

@@ -21,6 +21,7 @@ from nasbench.errors import UserError
 from nasbench.evaluation.score import Score
 from nasbench.registry import Registry
 from nasbench.supernet.data import Corpus
+from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import output_weight, token_losses
 
 BATCH_TOKENS = 4096
@@ -131,10 +132,10 @@ class _HeldOut(Task):
             raise UserError("task kl needs a teacher: evaluate a run, not a checkpoint alone")
         sequences = context.corpus.held_out(context.split, context.tokens).to(decoder.device)
         values = []
-        for tokens in sequences.split(max(1, BATCH_TOKENS // sequences.shape[1])):
-            reference = context.teacher.hidden(tokens) if self.name == "kl" and context.teacher else None
-            nll, kl = token_losses(decoder.hidden(tokens), tokens, output_weight(decoder), reference)
-            values.append((nll if kl is None else kl).mean(1))
+        for batch in sequences.split(max(1, BATCH_TOKENS // context.corpus.sequence)):
+            reference = hidden_of(context.teacher, batch) if self.name == "kl" and context.teacher else None
+            nll, kl = token_losses(hidden_of(decoder, batch), batch.tokens, output_weight(decoder), reference)
+            values.append(batch.per_row(nll if kl is None else kl))
         return summarise(self.label, "nats", torch.cat(values).cpu(), False)
 
 
@@ -151,10 +152,11 @@ class TeacherKL(_HeldOut):
 
 
 def held_out_key(context: Context) -> str:
-    """Which held-out text a loss was measured on."""
-    tokens = context.corpus.held_out(context.split, context.tokens)
-    count, length = tokens.shape
-    return f"{context.split}/{count}x{format_size(length)}/{context.corpus.fingerprint[:8]}"
+    """Which held-out text a loss was measured on, and whether its documents were kept apart."""
+    batch = context.corpus.held_out(context.split, context.tokens)
+    count, length = batch.tokens.shape
+    apart = "" if batch.ages is None else "/apart"
+    return f"{context.split}/{count}x{format_size(length)}/{context.corpus.fingerprint[:8]}{apart}"
 
 
 TASKS.register(HeldOutLoss.name, HeldOutLoss)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -169,16 +169,24 @@ def _fingerprint(documents: list[str], tokenizer: TextTokenizer) -> str:
 
 
 def _tokenise(documents: list[str], tokenizer: TextTokenizer) -> dict[str, np.ndarray]:
-    """One stream of int32 token ids per split, the end-of-text token behind every piece."""
+    """One stream of int32 token ids per split, the end-of-text token behind every piece, and as `<split>.starts` where
+    pieces begin."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     streams = {}
     for name, pieces in split_documents(documents).items():
         ids: list[int] = []
+        starts = []
         for piece in pieces:
+            starts.append(len(ids))
             ids.extend(tokenizer.encode(piece))
             ids.extend(end)
         streams[name] = np.asarray(ids, dtype=np.int32)
+        streams[_starts(name)] = np.asarray(starts, dtype=np.int64)
     return streams
+
+
+def _starts(split: str) -> str:
+    return f"{split}.starts"
 
 
 def _streams(documents: list[str], tokenizer: TextTokenizer, fingerprint: str) -> dict[str, np.ndarray]:
@@ -189,13 +197,61 @@ def _streams(documents: list[str], tokenizer: TextTokenizer, fingerprint: str) -
     path = cache_dir() / "tokens" / f"{fingerprint}.safetensors"
     if path.is_file():
         try:
-            return load_file(path)
+            known = load_file(path)
         except (SafetensorError, OSError):
-            path.unlink(missing_ok=True)
+            known = {}
+        if all(_starts(name) in known for name in SPLITS):
+            return known
     streams = _tokenise(documents, tokenizer)
     with atomic_path(path) as temporary:
         save_file(streams, temporary)
     return streams
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows.
+
+    Attributes:
+        tokens: [B, T] int64.
+        ages: [B, T] int32, tokens of the same document before each token in its row; None where rows are read as one
+            text each.
+    """
+
+    tokens: Tensor
+    ages: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On a device; the copy does not wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def clone(self) -> Batch:
+        return self._each(torch.clone)
+
+    def copy_(self, other: Batch) -> None:
+        """Takes another batch's contents in place, for CUDA graphs."""
+        self.tokens.copy_(other.tokens)
+        if self.ages is not None and other.ages is not None:
+            self.ages.copy_(other.ages)
+
+    def rows(self, index: slice | Tensor) -> Batch:
+        """Some of the rows."""
+        return self._each(lambda tensor: tensor[index])
+
+    def split(self, rows: int) -> list[Batch]:
+        """Parts of `rows` rows, the last one smaller."""
+        return [self.rows(slice(first, first + rows)) for first in range(0, len(self.tokens), rows)]
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Mean of values [B, T-1], one for every token that has a next one, over each row: [B]. The last token of a
+        document predicts nothing: what stands behind it is another document's."""
+        if self.ages is None:
+            return values.mean(1)
+        counted = self.ages[:, 1:] > 0
+        return values.masked_fill(~counted, 0).sum(1) / counted.sum(1).clamp_min(1)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.tokens), None if self.ages is None else change(self.ages))
 
 
 @dataclass(frozen=True)
@@ -207,12 +263,14 @@ class Corpus:
         search: held out; scores placements while searching.
         test: held out; only for numbers that are reported.
         fingerprint: of the text and the tokenizer.
+        ages: by split, [N, T] int32, see `Batch`; empty where rows are read as one text each.
     """
 
     train: Tensor
     search: Tensor
     test: Tensor
     fingerprint: str
+    ages: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def load(cls, data: str, tokenizer: TextTokenizer, sequence: int) -> Corpus:
@@ -227,26 +285,32 @@ class Corpus:
                     f"too little text in {data or 'the default corpus'}: {len(streams[name])} tokens for split {name}, "
                     f"one sequence takes {sequence}: give more text or a smaller --sequence"
                 )
-        return cls(**splits, fingerprint=fingerprint)
+        ages = {name: ages_of(torch.from_numpy(streams[_starts(name)]), *splits[name].shape) for name in SPLITS}
+        return cls(**splits, fingerprint=fingerprint, ages=ages)
+
+    def without_documents(self) -> Corpus:
+        """The same rows, each read as one text whatever documents stand in it."""
+        return replace(self, ages={})
 
     @property
     def sequence(self) -> int:
         """Tokens of one sequence."""
         return self.train.shape[1]
 
-    def held_out(self, split: str, tokens: int | None = None) -> Tensor:
-        """The first sequences of a split, [N, T], as many as fit into `tokens` (at least one; None: all)."""
+    def held_out(self, split: str, tokens: int | None = None) -> Batch:
+        """The first sequences of a split, as many as fit into `tokens` (at least one; None: all)."""
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
-        packed: Tensor = getattr(self, split)
-        return packed if tokens is None else packed[: max(1, tokens // self.sequence)]
+        packed = Batch(getattr(self, split), self.ages.get(split))
+        return packed if tokens is None else packed.rows(slice(max(1, tokens // self.sequence)))
 
-    def batch(self, index: int, size: int, seed: int) -> Tensor:
-        """Training batch number `index`, [size, T]: each epoch is one permutation of the sequences, made from the
+    def batch(self, index: int, size: int, seed: int) -> Batch:
+        """Training batch number `index`, of `size` rows: each epoch is one permutation of the sequences, made from the
         seed and the epoch's number, so that any batch can be had without those before it."""
         rows = range(index * size, (index + 1) * size)
         orders = {epoch: self._order(epoch, seed) for epoch in {row // len(self.train) for row in rows}}
-        return self.train[torch.stack([orders[row // len(self.train)][row % len(self.train)] for row in rows])]
+        chosen = torch.stack([orders[row // len(self.train)][row % len(self.train)] for row in rows])
+        return Batch(self.train, self.ages.get("train")).rows(chosen)
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -257,3 +321,17 @@ def pack(stream: Tensor, sequence: int) -> Tensor:
     """[n] -> [n // sequence, sequence] int64; the remainder is dropped."""
     count = len(stream) // sequence
     return stream[: count * sequence].reshape(count, sequence).long()
+
+
+def ages_of(starts: Tensor, rows: int, sequence: int) -> Tensor:
+    """[rows, sequence] int32: for every token of packed rows, the tokens before it in its row that are of its document.
+
+    Args:
+        starts: where documents begin in the stream that was packed, [n] int64.
+    """
+    begins = torch.zeros(rows * sequence, dtype=torch.bool)
+    begins[starts[starts < len(begins)]] = True
+    begins = begins.view(rows, sequence)
+    begins[:, 0] = True
+    place = torch.arange(sequence)
+    return (place - torch.where(begins, place, 0).cummax(1).values).int()

@@ -20,12 +20,11 @@ from nasbench.files import atomic_path, read_json, write_json
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.loop import Loop, LossSums, Progress, no_progress, stop_on_signal
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
-from nasbench.supernet.train import distill_step
+from nasbench.supernet.train import distill_step, training_corpus
 
 CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"
@@ -60,13 +59,13 @@ def finalize(
     net = Supernet.load(run, dtype=dtype, device=device)
     net.space.check(placement)
     folder = final_folder(run, placement)
-    corpus = Corpus.load(run.spec.data, net.tokenizer, run.spec.sequence)
+    corpus = training_corpus(run, net, config)
     rows = max(1, config.supernet_batch_tokens // corpus.sequence)
     steps = tokens // (rows * corpus.sequence)
     mixers = replaced_mixers(net, placement)
 
     def step(index: int, sums: LossSums) -> None:
-        batch = corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET).to(net.teacher.device, non_blocking=True)
+        batch = corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET).to(net.teacher.device)
         distill_step(net, placement, batch, sums, kl_chunk=config.kl_chunk, hidden_weight=config.hidden_weight)
 
     state = {"supernet": net.version, "tokens": tokens, "placement": format_placement(placement)}

@@ -25,6 +25,7 @@ from nasbench.engine.graph import capture
 from nasbench.errors import MachineError
 from nasbench.files import machine_errors, write_text
 from nasbench.supernet import checkpoint
+from nasbench.supernet.data import Batch
 from nasbench.supernet.optimizer import MasterAdamW, cosine
 from nasbench.supernet.settings import DistillConfig
 
@@ -90,22 +91,22 @@ class GraphedStep:
     that do the same for every batch: block-wise alignment, not random sub-networks.
     """
 
-    def __init__(self, work: Callable[[Tensor], None], optimizer: MasterAdamW, sums: LossSums, tokens: Tensor) -> None:
+    def __init__(self, work: Callable[[Batch], None], optimizer: MasterAdamW, sums: LossSums, batch: Batch) -> None:
         self.optimizer = optimizer
-        self.tokens = tokens.clone()
+        self.batch = batch.clone()
         before = sums.totals.clone()  # the warm-up books its losses too
 
         def step() -> None:
-            work(self.tokens)
+            work(self.batch)
             optimizer.collect()
 
         self.graph = capture(step)
         sums.totals.copy_(before)
         self.gradients = {name: p.grad for name, p in optimizer.masters.items() if p.grad is not None}
 
-    def __call__(self, tokens: Tensor) -> None:
-        """Losses booked and the masters' gradients set, of tokens of the shape that was captured."""
-        self.tokens.copy_(tokens)
+    def __call__(self, batch: Batch) -> None:
+        """Losses booked and the masters' gradients set, of a batch of the shape that was captured."""
+        self.batch.copy_(batch)
         self.graph.replay()
         for name, gradient in self.gradients.items():
             self.optimizer.masters[name].grad = gradient

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from nasbench.backbone.decoder import Decoder
 from nasbench.blocks.mixer import Chunk, TokenMixer
+from nasbench.supernet.data import Batch
+from nasbench.supernet.forward import chunk_of
 
 WRITING_LOGIT = -2.0
 """Where the logit of the writing strength starts. Softmax attention averages over many tokens; at the strength of 1/2
@@ -26,14 +28,14 @@ solved, the error over layers was 0.417 with random logits, and 0.397, 0.387, 0.
 
 @torch.no_grad()
 def calibrate_writing(
-    teacher: Decoder, mixers: list[dict[str, TokenMixer]], tokens: Tensor, logit: float = WRITING_LOGIT
+    teacher: Decoder, mixers: list[dict[str, TokenMixer]], batch: Batch, logit: float = WRITING_LOGIT
 ) -> None:
     """Sets every mixer's `b_proj`, which has no bias, so that its output is about `logit` on the layer's inputs.
 
     The inputs have a common direction, so that a constant is a linear function of them, nearly; it is found by least
     squares. Kinds without a `b_proj` of this form are left alone.
     """
-    x, chunk = teacher.embed(tokens), teacher.chunk(0, tokens.shape[1])
+    x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
     for layer, alternatives in zip(teacher.layers, mixers, strict=True):
         inputs = layer.attention_input(x).flatten(0, -2).double()
         gram = inputs.T @ inputs
@@ -70,7 +72,7 @@ def features(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
 def solve_readouts(
     teacher: Decoder,
     mixers: list[dict[str, TokenMixer]],
-    batches: Iterable[Tensor],
+    batches: Iterable[Batch],
     ridge: float,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
@@ -78,13 +80,12 @@ def solve_readouts(
 
     Args:
         mixers: per layer, by name.
-        batches: token batches [B, T] on the teacher's device.
+        batches: on the teacher's device.
         progress: called with the tokens of each batch.
     """
     sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    rows = 0
-    for tokens in batches:
-        x, chunk = teacher.embed(tokens), teacher.chunk(0, tokens.shape[1])
+    for batch in batches:
+        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
         for i, layer in enumerate(teacher.layers):
             inputs = layer.attention_input(x)
             target = layer.self_attn(inputs, chunk)
@@ -98,8 +99,7 @@ def solve_readouts(
                 old = sums.get((i, name))
                 sums[i, name] = (gram, cross) if old is None else (old[0].add_(gram), old[1].add_(cross))
             x = layer.finish(x, target)
-        rows += tokens.numel()
-        progress(tokens.numel())
+        progress(batch.tokens.numel())
     for (i, name), (gram, cross) in sums.items():
         projection = readout(mixers[i][name])
         assert projection is not None

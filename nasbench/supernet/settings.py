@@ -27,6 +27,7 @@ class DistillConfig:
         least_full, most_full: shares of the layers between which the sampled number of full-attention layers varies.
         hidden_weight: weight of the relative L2 loss on the last hidden state beside the KL.
         kl_chunk: tokens whose logits are held at once.
+        documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
     """
@@ -47,6 +48,7 @@ class DistillConfig:
     most_full: float = 0.6
     hidden_weight: float = 0.0
     kl_chunk: int = 512
+    documents: bool = True
     log_every: int = 10
     checkpoint_every_s: float = 120.0
 
@@ -55,6 +57,10 @@ class DistillConfig:
             value = getattr(self, field.name)
             if field.name == "frozen":
                 object.__setattr__(self, "frozen", tuple(value))
+                continue
+            if field.type == "bool":
+                if not isinstance(value, bool):
+                    raise UserError(f"bad {field.name} {value!r}: write true or false")
                 continue
             whole = field.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):

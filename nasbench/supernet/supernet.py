@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -66,6 +66,10 @@ class Supernet:
         """The sub-network of a placement. It shares every weight with the supernet. Raises UserError if not legal."""
         self.space.check(placement)
         return self.teacher.with_mixers([self.mixer(i, name) for i, name in enumerate(placement)], placement)
+
+    def mixers(self) -> Iterator[TokenMixer]:
+        """Every alternative of every layer."""
+        return iter(self._mixers.values())
 
     def trained(self) -> dict[str, TokenMixer]:
         """The mixers that training changes, by the name under which their weights are saved, e.g. `layers.3.J`."""

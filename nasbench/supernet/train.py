@@ -26,7 +26,8 @@ from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Corpus
+from nasbench.supernet.data import Batch, Corpus
+from nasbench.supernet.forward import chunk_of, mixing
 from nasbench.supernet.loop import GraphedStep, Loop, LossSums, Progress, no_progress, stop_on_signal
 from nasbench.supernet.losses import distillation_kl, output_weight, relative_error
 from nasbench.supernet.optimizer import MasterAdamW
@@ -63,11 +64,11 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int) 
     return space.with_full_attention(tuple(str(name) for name in drawn), full)
 
 
-def align_step(net: Supernet, tokens: Tensor, sums: LossSums) -> None:
-    """Gradients of every trained mixer's relative L2 error on the teacher's activations of tokens [B, T]."""
+def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
+    """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
     teacher = net.teacher
     with torch.no_grad():
-        x, chunk = teacher.embed(tokens), teacher.chunk(0, tokens.shape[1])
+        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
     trained = net.trained()
     for i, layer in enumerate(teacher.layers):
         with torch.no_grad():
@@ -83,9 +84,9 @@ def align_step(net: Supernet, tokens: Tensor, sums: LossSums) -> None:
 
 
 def distill_step(
-    net: Supernet, placement: Placement, tokens: Tensor, sums: LossSums, *, kl_chunk: int, hidden_weight: float
+    net: Supernet, placement: Placement, batch: Batch, sums: LossSums, *, kl_chunk: int, hidden_weight: float
 ) -> None:
-    """Gradients of one sub-network's KL to the teacher on tokens [B, T].
+    """Gradients of one sub-network's KL to the teacher on a batch.
 
     Teacher and student share the layers before the first that differs. The KL is booked for the network and for each of
     its trained mixers.
@@ -93,9 +94,9 @@ def distill_step(
     teacher = net.teacher
     mixers = [net.mixer(i, name) for i, name in enumerate(placement)]
     first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
-    chunk = teacher.chunk(0, tokens.shape[1])
+    chunk = chunk_of(teacher, batch)
     with torch.no_grad():
-        shared = teacher.embed(tokens)
+        shared = teacher.embed(batch.tokens)
         for layer in teacher.layers[:first]:
             shared = layer(shared, chunk)
         target = shared
@@ -116,6 +117,17 @@ def distill_step(
             sums.add(f"layers.{i}.{name}", kl.detach())
 
 
+def training_corpus(run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None) -> Corpus:
+    """The run's text in rows of `sequence` tokens (the run's own by default). Raises UserError, also when documents are
+    to be kept apart and a layer kind does not."""
+    corpus = Corpus.load(run.spec.data, net.tokenizer, sequence or run.spec.sequence)
+    if not config.documents:
+        return corpus.without_documents()
+    if letters := mixing(net.mixers()):
+        raise UserError(f"layer kind {', '.join(letters)} does not keep documents apart: set documents = false")
+    return corpus
+
+
 class Distiller:
     """Trains the supernet of a run, from its newest checkpoint on.
 
@@ -127,7 +139,7 @@ class Distiller:
     ) -> None:
         self.run, self.config, self.progress, self.stop = run, config, progress, stop
         self.net = Supernet.build(loaded, run.spec.space, config.frozen, run.spec.seed)
-        self.corpus = Corpus.load(run.spec.data, loaded.tokenizer, run.spec.sequence)
+        self.corpus = training_corpus(run, self.net, config)
         self.device = loaded.decoder.device
         dtype = str(loaded.decoder.dtype).removeprefix("torch.")
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE}
@@ -190,9 +202,9 @@ class Distiller:
         """Sequences of a batch of about `tokens` tokens."""
         return max(1, tokens // self.corpus.sequence)
 
-    def _batch(self, stage: str, index: int, rows: int) -> Tensor:
+    def _batch(self, stage: str, index: int, rows: int) -> Batch:
         seed = self.run.spec.seed * len(_OFFSETS) + _OFFSETS[stage]
-        return self.corpus.batch(index, rows, seed).to(self.device, non_blocking=True)
+        return self.corpus.batch(index, rows, seed).to(self.device)
 
     def _solve(self, stage: str) -> None:
         rows = self._rows(SOLVE_BATCH_TOKENS)

@@ -12,6 +12,7 @@ from nasbench.evaluation.evals_file import EvalsFile, Key, read_evals
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.importance import importance_path, read_importance
 from nasbench.evaluation.score import Score
+from nasbench.evaluation.tasks import HeldOutLoss
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -29,9 +30,10 @@ def everything(space):
 
 
 def test_shared_prefixes_give_what_single_forwards_give(evaluator):
+    evaluator.corpus = evaluator.corpus.without_documents()
     placements = everything(evaluator.supernet.space)
     together = evaluator.measure(placements, "test")
-    tokens = evaluator.corpus.held_out("test", 512)
+    tokens = evaluator.corpus.held_out("test", 512).tokens
     teacher = torch.log_softmax(evaluator.supernet.teacher(tokens)[:, :-1], -1)
     for placement, scores in zip(placements, together, strict=True):
         with torch.no_grad():
@@ -43,6 +45,30 @@ def test_shared_prefixes_give_what_single_forwards_give(evaluator):
         kl = (teacher.exp() * (teacher - log_p)).sum(-1).mean()
         assert scores["kl"].value == pytest.approx(float(kl), rel=1e-4, abs=1e-6), placement
     assert together[0]["kl"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_losses_are_those_of_the_documents_alone(evaluator):
+    """Of a corpus whose held-out rows hold several documents each."""
+    tokens = evaluator.corpus.held_out("test", 512).tokens
+    ages = torch.stack([torch.cat((torch.arange(5), torch.arange(20), torch.arange(7)))] * len(tokens)).int()
+    evaluator.corpus.ages["test"] = ages
+    placement = ("J", "A", "W8", "J")
+    decoder = evaluator.supernet.select(placement)
+    total = []
+    for row in tokens:
+        parts = [row[:5], row[5:25], row[25:]]
+        losses = []
+        for part in parts:
+            with torch.no_grad():
+                log_p = torch.log_softmax(decoder(part[None])[0, :-1], -1)
+            losses.append(-log_p.gather(-1, part[1:, None])[:, 0])
+        total.append(torch.cat(losses).mean())
+    measured = evaluator.measure([placement], "test")[0]["loss"]
+    assert measured.value == pytest.approx(float(torch.stack(total).mean()), rel=1e-5)
+    assert any(key.detail.endswith("/apart") for key in evaluator.cache.scores)
+    task = evaluator.scores(placement, ["loss"])["loss"]
+    assert task.value == measured.value
+    assert HeldOutLoss().score(decoder, evaluator.context("test")).value == pytest.approx(measured.value, rel=1e-5)
 
 
 def test_losses_keep_the_order_asked_and_splits_differ(evaluator):

@@ -9,7 +9,7 @@ import torch
 
 from nasbench.backbone.load import load_model
 from nasbench.errors import UserError
-from nasbench.supernet.data import Corpus, cut, default_documents, pack, read_documents, split_documents
+from nasbench.supernet.data import Batch, Corpus, ages_of, cut, default_documents, pack, read_documents, split_documents
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def test_too_little_text(tmp_path, tokenizer):
 def test_batches_are_epochs_of_permutations(text_file, tokenizer):
     corpus = Corpus.load(str(text_file), tokenizer, 64)
     size, count = 7, len(corpus.train)
-    rows = torch.cat([corpus.batch(index, size, seed=3) for index in range(-(-2 * count // size))])
+    rows = torch.cat([corpus.batch(index, size, seed=3).tokens for index in range(-(-2 * count // size))])
     for epoch in range(2):
         seen = rows[epoch * count : (epoch + 1) * count]
         assert torch.equal(seen.unique(dim=0), corpus.train.unique(dim=0))
     assert not torch.equal(rows[:count], rows[count : 2 * count])
-    assert torch.equal(corpus.batch(5, size, seed=3), rows[5 * size : 6 * size])
-    assert not torch.equal(corpus.batch(5, size, seed=4), rows[5 * size : 6 * size])
+    assert torch.equal(corpus.batch(5, size, seed=3).tokens, rows[5 * size : 6 * size])
+    assert not torch.equal(corpus.batch(5, size, seed=4).tokens, rows[5 * size : 6 * size])
 
 
 def test_token_cache_is_used_and_survives_damage(text_file, tokenizer, tmp_path, monkeypatch):
@@ -113,3 +113,28 @@ def test_token_cache_is_used_and_survives_damage(text_file, tokenizer, tmp_path,
 
 def test_pack_drops_the_remainder():
     assert pack(torch.arange(11, dtype=torch.int32), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_ages_count_from_the_documents_or_rows_beginning():
+    starts = torch.tensor([0, 3, 4, 9, 13])
+    assert ages_of(starts, 3, 4).tolist() == [[0, 1, 2, 0], [0, 1, 2, 3], [0, 0, 1, 2]]
+
+
+def test_rows_know_where_documents_begin(tmp_path, tokenizer):
+    texts = [f"document {number} " + "x" * (number % 40) for number in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    corpus = Corpus.load(str(tmp_path / "a.jsonl"), tokenizer, 64)
+    batch = corpus.batch(1, 5, seed=0)
+    for tokens, ages in zip(batch.tokens, batch.ages, strict=True):
+        ended = torch.cat((torch.tensor([True]), tokens[:-1] == tokenizer.eos_id))
+        assert torch.equal(ages == 0, ended)
+    assert torch.equal(corpus.batch(1, 5, seed=0).ages, batch.ages)
+    assert corpus.without_documents().batch(1, 5, seed=0).ages is None
+    assert torch.equal(corpus.without_documents().held_out("test").tokens, corpus.test)
+
+
+def test_the_last_token_of_a_document_predicts_nothing():
+    batch = Batch(torch.zeros(2, 4).long(), torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]]))
+    values = torch.tensor([[1.0, 100.0, 3.0], [1.0, 2.0, 6.0]])
+    assert batch.per_row(values).tolist() == [2.0, 3.0]
+    assert Batch(batch.tokens).per_row(values).tolist() == [pytest.approx(104 / 3), 3.0]

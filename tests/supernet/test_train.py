@@ -17,7 +17,7 @@ from nasbench.errors import MachineError, UserError
 from nasbench.spaces.placement import kind_of
 from nasbench.supernet import checkpoint
 from nasbench.supernet import train as training
-from nasbench.supernet.data import Corpus
+from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
 from nasbench.supernet.ridge import features, solve_readouts
@@ -74,7 +74,7 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     target = layer.self_attn(inputs, chunk)
     seen = features(mixer, inputs, chunk)
     before = float(relative_error(mixer(inputs, chunk), target).detach())
-    solve_readouts(net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], tokens.split(8), ridge=1e-9)
+    solve_readouts(net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], Batch(tokens).split(8), ridge=1e-9)
     solution = torch.linalg.lstsq(seen.double(), target.flatten(0, 1).double()).solution
     expected = (seen.double() @ solution).view_as(target)
     assert relative_rmse(mixer(inputs, chunk), expected) < 1e-3
@@ -228,7 +228,7 @@ def test_a_diverging_layer_does_not_poison_the_others(make_run, tiny_model):
         net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
         net.mixer(1, "J").o_proj.weight.data.mul_(scale)
         tokens = Corpus.load(make_run().spec.data, net.tokenizer, 32).train[:4]
-        align_step(net, tokens, LossSums(["", *net.trained()], torch.zeros(2, 5)))
+        align_step(net, Batch(tokens), LossSums(["", *net.trained()], torch.zeros(2, 5)))
         return {layer: net.mixer(layer, "J").q_proj.weight.grad for layer in (0, 2, 3)}
 
     calm, wild = gradients(1.0), gradients(1e30)

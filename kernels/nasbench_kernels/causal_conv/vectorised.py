@@ -7,16 +7,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def causal_conv(x: Tensor, weight: Tensor, history: Tensor | None = None) -> Tensor:
+def causal_conv(x: Tensor, weight: Tensor, history: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
     """As `naive_causal_conv`; a history is also replaced in place by the last W-1 inputs."""
     taps, tokens = weight.shape[1], x.shape[1]
     inputs = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history.to(x.dtype), x), dim=1)
     if history is not None:
         history.copy_(inputs[:, tokens:])
     # One shifted product per tap: half the time of conv1d on a CPU, which wants channels before time.
-    mixed = inputs[:, :tokens] * weight[:, 0]
+    shifted = [inputs[:, j : j + tokens] for j in range(taps)]
+    if reach is not None:
+        shifted = [part * reach[..., j, None] for j, part in enumerate(shifted)]
+    mixed = shifted[0] * weight[:, 0]
     for j in range(1, taps):
-        mixed = torch.addcmul(mixed, inputs[:, j : j + tokens], weight[:, j])
+        mixed = torch.addcmul(mixed, shifted[j], weight[:, j])
     return F.silu(mixed)
 
 

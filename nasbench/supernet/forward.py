@@ -1,0 +1,32 @@
+"""A decoder over packed rows: the forward pass of training and scoring, which keeps documents apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from nasbench.backbone.decoder import Decoder
+from nasbench.blocks.documents import Documents
+from nasbench.blocks.mixer import Chunk, TokenMixer
+from nasbench.supernet.data import Batch
+
+
+def chunk_of(decoder: Decoder, batch: Batch) -> Chunk:
+    """Where the tokens of packed rows stand. Raises UserError beyond the model's context."""
+    chunk = decoder.chunk(0, batch.tokens.shape[1])
+    return chunk if batch.ages is None else replace(chunk, documents=Documents(batch.ages))
+
+
+def hidden_of(decoder: Decoder, batch: Batch) -> Tensor:
+    """Final normalised hidden states [B, T, C]."""
+    chunk, x = chunk_of(decoder, batch), decoder.embed(batch.tokens)
+    for layer in decoder.layers:
+        x = layer(x, chunk)
+    return decoder.model.norm(x)
+
+
+def mixing(mixers: Iterable[TokenMixer]) -> list[str]:
+    """The letters of the kinds that do not keep documents apart."""
+    return sorted({str(mixer.config.kind) for mixer in mixers if not mixer.keeps_documents_apart})
