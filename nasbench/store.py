@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +19,13 @@ from filelock import FileLock
 from nasbench.errors import UserError
 from nasbench.files import atomic_path, machine_errors
 
-SCHEMA = 1
-"""Version of the columns below. A file of another version is refused, never guessed at."""
+SCHEMA = 2
+"""Version of the columns below. Older files are read, and written as this version by the next change or by
+`nasbench db migrate`; newer ones are refused, never guessed at."""
+ADDED = {2: ("noisy", "throttle_reasons")}
+"""Columns that a version brought, by version."""
+SPREAD = 0.03
+"""A row whose p80 - p20 exceeds this share of its p50 is noisy."""
 
 SHARED_BLOCKS = ("embedding", "norm", "mlp", "head")
 """Blocks that are the same in every placement; all others are layer-kind letters, or "ceiling"."""
@@ -64,6 +70,7 @@ class Row:
     p50_us: float | None = None
     p80_us: float | None = None
     repeats: int | None = None
+    noisy: bool | None = None
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     cache_formula_bytes: int | None = None
@@ -78,6 +85,7 @@ class Row:
     mem_clock_mhz: float | None = None
     temperature_c: float | None = None
     throttled: bool | None = None
+    throttle_reasons: str = ""
     status: str = "ok"
     reason: str = ""
     source: str = "measured"
@@ -132,6 +140,13 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
     variant = "" if block in _SHARED_SIZES else shape.layer.variant
     return {"block": block, "args": args, **sizes, "variant": variant}
+
+
+def is_noisy(p20_us: float | None, p50_us: float | None, p80_us: float | None) -> bool | None:
+    """Whether the percentiles lie further apart than SPREAD allows; None without them."""
+    if p20_us is None or p50_us is None or p80_us is None:
+        return None
+    return p80_us - p20_us > SPREAD * p50_us
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
@@ -190,9 +205,18 @@ def _cell(column: str, text: str) -> Any:
     legal = _LEGAL.get(column)
     if legal and value not in legal:
         raise ValueError(f"choose from {', '.join(legal)}")
-    if column == "schema" and value != SCHEMA:
-        raise ValueError(f"this nasbench reads schema {SCHEMA}; measure again with `nasbench profile`")
     return value
+
+
+def columns_of(version: int) -> tuple[str, ...]:
+    """The header of a file of this version, SCHEMA or older."""
+    later = {name for added, names in ADDED.items() if added > version for name in names}
+    return tuple(name for name in COLUMNS if name not in later)
+
+
+def _version_of(header: list[str]) -> int:
+    """The version that a header belongs to, 0 for none."""
+    return next((version for version in range(SCHEMA, 0, -1) if tuple(header) == columns_of(version)), 0)
 
 
 def _inconsistent(row: Row) -> str:
@@ -213,16 +237,23 @@ def _inconsistent(row: Row) -> str:
     return ""
 
 
-def _read_row(path: Path, line: int, cells: list[str]) -> Row:
-    if len(cells) != len(COLUMNS):
-        raise UserError(f"{path} line {line}: {len(cells)} cells, the header has {len(COLUMNS)}")
-    values = {}
-    for column, text in zip(COLUMNS, cells, strict=True):
+def _read_row(path: Path, line: int, cells: list[str], version: int) -> Row:
+    columns = columns_of(version)
+    if len(cells) != len(columns):
+        raise UserError(f"{path} line {line}: {len(cells)} cells, the header has {len(columns)}")
+    values: dict[str, Any] = {}
+    for column, text in zip(columns, cells, strict=True):
         try:
             values[column] = _cell(column, text)
         except ValueError as error:
             raise UserError(f"{path} line {line} column {column}: bad value {text!r}: {error}") from None
-    row = Row(**values)
+    if values["schema"] != version:
+        raise UserError(
+            f"{path} line {line} column schema: bad value {values['schema']!r}: the header is of schema {version}"
+        )
+    if version < 2:
+        values["noisy"] = is_noisy(values["p20_us"], values["p50_us"], values["p80_us"])
+    row = Row(**(values | {"schema": SCHEMA}))
     wrong = _inconsistent(row)
     if wrong:
         column, _, reason = wrong.partition(": ")
@@ -231,31 +262,26 @@ def _read_row(path: Path, line: int, cells: list[str]) -> Row:
 
 
 def read_db(path: Path) -> list[Row]:
-    """Reads and validates a database file.
+    """Reads and validates a database file; rows of an older schema come as those of the present one.
 
     Raises:
         UserError: absent file, wrong header or schema version, a bad cell (file, line and column are named),
             a key that appears twice, a last line that was cut.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no such profile database: {path}")
-    try:
-        with machine_errors(f"reading {path}"):
-            text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a profile database: it is not UTF-8 text") from None
+    text = _text(path)
     reader = csv.reader(io.StringIO(text), strict=True)
     rows: list[Row] = []
     lines: dict[tuple[Any, ...], int] = {}
     try:
         header = next(reader, [])
-        if tuple(header) != COLUMNS:
-            raise UserError(f"{path} line 1: {_header_problem(header)}")
+        version = _version_of(header)
+        if not version:
+            raise UserError(f"{path} line 1: {_header_problem(header, next(reader, []))}")
         if not text.endswith("\n"):
             raise UserError(f"{path} line {text.count(chr(10)) + 1}: the last line is cut: it has no end of line")
         for cells in reader:
-            row = _read_row(path, reader.line_num, cells)
+            row = _read_row(path, reader.line_num, cells, version)
             if row.key in lines:
                 raise UserError(f"{path} line {reader.line_num}: the same key as line {lines[row.key]}")
             lines[row.key] = reader.line_num
@@ -265,7 +291,26 @@ def read_db(path: Path) -> list[Row]:
     return rows
 
 
-def _header_problem(header: list[str]) -> str:
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"no such profile database: {path}")
+    try:
+        with machine_errors(f"reading {path}"):
+            return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a profile database: it is not UTF-8 text") from None
+
+
+def schema_of(path: Path) -> int:
+    """The schema version that a file is written in. Raises UserError where it is no database."""
+    header = next(csv.reader(io.StringIO(_text(Path(path)))), [])
+    return _version_of(header) or SCHEMA
+
+
+def _header_problem(header: list[str], first: list[str]) -> str:
+    version = dict(zip(header, first, strict=False)).get("schema", "")
+    if version.isdecimal() and int(version) > SCHEMA:
+        return f"schema {version} is of a newer nasbench, this one reads up to {SCHEMA}: `pip install -U nasbench`"
     if not header or "schema" not in header:
         return f"not the header of a profile database: it begins with {','.join(COLUMNS[:4])}"
     missing = [name for name in COLUMNS if name not in header]
@@ -311,6 +356,15 @@ class Database:
         """The rows, sorted by key; [] when there is no file yet. Raises UserError for a bad file."""
         return read_db(self.path) if self.path.exists() else []
 
+    def migrate(self) -> bool:
+        """Rewrites a file of an older schema in the present one; False where it is that already."""
+        with self._locked():
+            rows = self.read()
+            if not self.path.exists() or schema_of(self.path) == SCHEMA:
+                return False
+            self._write(rows)
+            return True
+
     def merge(self, rows: Iterable[Row]) -> int:
         """Adds rows, by the rule of `replaces` where the key exists. Returns how many were added or replaced.
 
@@ -323,11 +377,7 @@ class Database:
             wrong = _inconsistent(row)
             if wrong:
                 raise UserError(f"bad row for {row.block}{row.args} in {self.path}: {wrong}")
-        with machine_errors(f"writing {self.path}"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-            lock.acquire()
-        try:
+        with self._locked():
             table = {row.key: row for row in self.read()}
             changed = 0
             for row in new:
@@ -336,9 +386,22 @@ class Database:
                     table[row.key] = row
                     changed += 1
             if changed:
-                with atomic_path(self.path) as temporary:
-                    _write_rows(temporary, (table[key] for key in sorted(table)))
+                self._write(table[key] for key in sorted(table))
             return changed
+
+    def _write(self, rows: Iterable[Row]) -> None:
+        with atomic_path(self.path) as temporary:
+            _write_rows(temporary, rows)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process changes the file inside of the block. The system frees the lock of a process that dies."""
+        with machine_errors(f"writing {self.path}"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            lock.acquire()
+        try:
+            yield
         finally:
             lock.release()
 

@@ -117,7 +117,7 @@ def test_which_row_of_a_key_stays(path):
         ("source", "guessed", "measured, estimated"),
         ("device", "", "device's name"),
         ("chunk", "512", "decode row has 0"),
-        ("schema", "99", "reads schema 1"),
+        ("schema", "99", "the header is of schema 2"),
     ],
 )
 def test_a_bad_cell_is_named_by_file_line_and_column(path, column, value, said):
@@ -138,14 +138,14 @@ def test_broken_files_are_refused(path):
         "": "not the header",
         "a,b\n1,2\n": "not the header",
         whole[:-5]: "the last line is cut",
-        f"{header}\n{first}\n{second.rsplit(',', 3)[0]}\n": "line 3: 41 cells",
+        f"{header}\n{first}\n{second.rsplit(',', 3)[0]}\n": "line 3: 43 cells",
         f"{header}\n{first}\n{second}\n{first}\n": "line 4: the same key as line 2",
         whole.replace("p80_us", "p90_us", 1): "no column p80_us; unknown column p90_us",
         f'{header}\n"{first}\n': "not CSV",
     }
     for text, said in cases.items():
         path.write_text(text)
-        with pytest.raises(UserError, match=said.replace("41", r"\d+")):
+        with pytest.raises(UserError, match=said.replace("43", r"\d+")):
             read_db(path)
         # Nobody merges into a file that cannot be read: it would be lost.
         with pytest.raises(UserError):
@@ -156,6 +156,41 @@ def test_broken_files_are_refused(path):
         read_db(path)
     with pytest.raises(UserError, match="no such profile database"):
         read_db(path.with_name("absent.csv"))
+
+
+def older(path: Path) -> str:
+    """The same file as schema 1 had it."""
+    lines = list(csv.DictReader(path.open()))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, store.columns_of(1), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(line | {"schema": "1"} for line in lines)
+    return path.read_text()
+
+
+def test_an_older_schema_is_read_and_becomes_the_present_one(path):
+    rows = [row(noisy=True), row(batch=4, p20_us=1.99, p80_us=2.01, noisy=False)]
+    Database(path).merge(rows)
+    now = path.read_bytes()
+    older(path)
+    assert (store.schema_of(path), read_db(path)) == (1, rows)
+    assert Database(path).migrate()
+    assert path.read_bytes() == now
+    assert (store.schema_of(path), Database(path).migrate()) == (store.SCHEMA, False)
+    # A change writes the present schema too, and loses nothing.
+    older(path)
+    assert Database(path).merge([row(batch=8)]) == 1
+    assert read_db(path) == [*rows, row(batch=8)]
+    assert store.schema_of(path) == store.SCHEMA
+
+
+def test_a_newer_schema_is_refused_with_what_to_do(path):
+    Database(path).merge([row()])
+    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n2,", "\n3,1,")
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"schema 3 is of a newer nasbench, .*`pip install -U nasbench`"):
+        Database(path).merge([row(batch=2)])
+    assert path.read_text() == text
 
 
 def test_a_bad_row_is_not_written(path):
