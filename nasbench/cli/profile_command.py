@@ -30,15 +30,21 @@ def command(
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="No child process per group: a crash ends the sweep.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that one row may take; 0: by the budget.")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decode and prefill of layer kinds, MLP, norm, embedding and head. Rows that exist are skipped."""
-    from nasbench.cli.common import print_json, torch_device
+    from nasbench.cli.common import log, print_json, torch_device
     from nasbench.profiling.plan import parse_batches
 
     context_list = parse_sizes(contexts)
     if budget < 0:
         raise UserError(f"budget {budget}: write seconds, or 0 to leave it to the device")
+    if timeout < 0:
+        raise UserError(f"timeout {timeout}: write seconds, or 0 to derive it from the budget")
     batch_list = parse_batches(batches) if batches else []
     chunk_tokens = parse_size(chunk) if chunk else None
     mode_list = [mode.strip() for mode in modes.split(",") if mode.strip()]
@@ -61,11 +67,17 @@ def command(
         chunk=chunk_tokens,
         force=force,
         seconds_per_row=budget or None,
+        isolate=not in_process,
+        patience_s=timeout or None,
     )
     if dry_run:
         _print_plan(todo, as_json)
         return
-    result = _run(todo)
+    try:
+        result = _run(todo)
+    except KeyboardInterrupt:
+        log(f"stopped; what is measured is in {todo.path}, and the same command continues from here")
+        raise
     summary = {
         "device": todo.machine.info.slug,
         "path": str(result.path),
@@ -121,6 +133,8 @@ def _run(todo: Todo) -> SweepResult:
     from nasbench.profiling.sweep import run
     from nasbench.store import Row
 
+    if todo.machine.telemetry.missing:
+        log(todo.machine.telemetry.missing)
     cores = todo.machine.info.cores
     if todo.machine.info.kind == "cpu" and todo.points and os.getloadavg()[0] > cores / 2:
         log(f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): the times will be too long")

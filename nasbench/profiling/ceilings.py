@@ -14,7 +14,7 @@ import torch
 
 from nasbench.profiling.measure import DTYPE_NAMES, Machine, implementation, provenance, time_calls
 from nasbench.profiling.timing import Call
-from nasbench.store import CEILING, Row, select
+from nasbench.store import CEILING, Row, is_noisy, select
 
 LAUNCHES = 200
 """Tiny operations in one timed run of the launch ceiling."""
@@ -30,6 +30,7 @@ def _row(machine: Machine, args: str, dtype: str, calls: Sequence[Call], amount:
     """`amount` is what one call does: bytes under "gb_s", operations under "tflop_s"."""
     each, telemetry = time_calls(machine, calls, graph=True)
     cells: dict[str, Any] = {**asdict(each), **telemetry, **provenance(machine)}
+    cells["noisy"] = is_noisy(each.p20_us, each.p50_us, each.p80_us)
     cells |= {name: count / each.p50_us / {"gb_s": 1e3, "tflop_s": 1e6}[name] for name, count in amount.items()}
     how = implementation(machine.info.kind, "decode")
     return Row(device=machine.info.slug, block=CEILING, args=args, dtype=dtype, implementation=how, **cells)

@@ -15,10 +15,10 @@ import torch
 from nasbench import __version__
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
-from nasbench.profiling.telemetry import SHORTEST_ENERGY_S, Reading, Telemetry, shared
+from nasbench.profiling.telemetry import SHARED_REASON, Load, Reading, Telemetry, shared
 from nasbench.profiling.timing import Budget, Call, Timing, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
-from nasbench.store import Row, block_cells
+from nasbench.store import Row, block_cells, is_noisy
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -75,28 +75,34 @@ def time_calls(
 ) -> tuple[Timing, dict[str, Any]]:
     """(time of one call, telemetry cells with the energy of one call) on the machine."""
     before, began = machine.telemetry.read(), time.perf_counter()
-    cuda = machine.info.kind == "cuda"
-    together = time_cuda(calls, machine.budget, graph) if cuda else time_cpu(calls, machine.budget, evict)
+    loads: list[Load] = []
+    if machine.info.kind == "cuda":
+        together = time_cuda(calls, machine.budget, graph, lambda work: loads.append(machine.telemetry.load(work)))
+    else:
+        together = time_cpu(calls, machine.budget, evict)
     seconds = time.perf_counter() - began
     timing = together.scaled(1 / len(calls))
-    return timing, _telemetry_cells(before, machine.telemetry.read(), seconds, timing)
+    load = loads[0] if loads else Load(machine.telemetry.read())
+    return timing, _telemetry_cells(before, load, seconds, timing)
 
 
-def _telemetry_cells(before: Reading, after: Reading, seconds: float, timing: Timing) -> dict[str, Any]:
-    energy_j = None
-    if before.energy_mj is not None and after.energy_mj is not None and seconds >= SHORTEST_ENERGY_S:
-        # Mean power over the measurement times the duration of one call: the pauses between runs are not its own.
-        energy_j = (after.energy_mj - before.energy_mj) / 1e3 / seconds * timing.p50_us / 1e6
-    throttled = shared(before, after, seconds)
-    if after.throttled is not None:
-        throttled = bool(after.throttled or before.throttled)
+def _telemetry_cells(before: Reading, load: Load, seconds: float, timing: Timing) -> dict[str, Any]:
+    after = load.reading
+    reasons = load.reasons
+    if shared(before, after, seconds):
+        reasons = (*(reasons or ()), SHARED_REASON)
+    elif after.others_s is not None:
+        reasons = reasons or ()
+    # Mean power under the load times the duration of one call: pauses between calls are not its own.
+    energy_j = None if load.mean_power_w is None else load.mean_power_w * timing.p50_us / 1e6
     return {
-        "power_w": after.power_w,
+        "power_w": after.power_w if load.mean_power_w is None else load.mean_power_w,
         "energy_j": energy_j,
         "sm_clock_mhz": after.sm_clock_mhz,
         "mem_clock_mhz": after.mem_clock_mhz,
         "temperature_c": after.temperature_c,
-        "throttled": throttled,
+        "throttled": None if reasons is None else bool(reasons),
+        "throttle_reasons": "+".join(reasons or ()),
     }
 
 
@@ -138,6 +144,7 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
     rates = _rates(machine, work, each, DTYPE_NAMES[bench.dtype])
     return {
         **asdict(each),
+        "noisy": is_noisy(each.p20_us, each.p50_us, each.p80_us),
         "peak_bytes": peak,
         "cache_bytes": work.cache_bytes,
         "cache_formula_bytes": work.cache_formula_bytes,

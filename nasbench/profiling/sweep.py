@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
 from nasbench.devices import detect
 from nasbench.errors import unknown
+from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
 from nasbench.profiling.measure import DTYPE_NAMES, Machine, measure, point_cells
 from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
 from nasbench.profiling.telemetry import Telemetry
 from nasbench.profiling.timing import Budget
-from nasbench.profiling.workload import Bench
+from nasbench.profiling.worker import START_S, Worker
+from nasbench.profiling.workload import MOST_PREFILL, Bench
 from nasbench.spaces.placement import parse_placement
-from nasbench.store import KEY, Database, Row, db_path
+from nasbench.store import KEY, SPREAD, Database, Row, db_path
 
 CPU_BUDGET, CUDA_BUDGET = 0.6, 0.25
 """Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
@@ -27,11 +30,23 @@ ROUNDS = {"cpu": 3, "cuda": 1}
 """Times that every row is measured, in rounds over the whole sweep, each with its part of the row's budget; the fastest
 is kept. The speed of a shared CPU drifts by a fifth over tens of seconds, so that rows measured one after another in a
 slow spell would look dear beside the others; what else runs can only add time."""
-NOISY = 0.3
+NOISY = {"cpu": 0.3, "cuda": SPREAD}
 """Rows whose p80 - p20 still exceeds this share of p50, and those measured while the device was throttled or shared,
 are measured once more at the end."""
 SECOND_LOOKS = 0.1
-"""At most this share of the rows is."""
+"""At most this share of the rows is, each with LONGER times its budget on a GPU."""
+LONGER = 4
+KEEP_S = 2.0
+"""Rows are merged into the database this often: what a kill -9 can lose."""
+PATIENCE_S = 180.0
+"""Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
+hung."""
+ROW_S = {"cpu": 0.25, "cuda": 0.6}
+"""About what a row takes besides its timing: weights, caches, capture, the watch on power."""
+GUESSED_TFLOP_S = {"cpu": 0.1, "cuda": 100.0}
+"""Matrix-product rate that a plan counts on before it is measured, 10^12 operations per second."""
+FEWEST_RUNS = 6
+"""Runs of a workload that even the slowest row takes: warm-up, and three that count."""
 CHUNKS = {"cpu": 512, "cuda": 2048}
 """Prefill chunk by kind of device."""
 
@@ -69,6 +84,8 @@ class Todo:
     skipped: int
     ceilings: bool
     rounds: int = 1
+    isolate: bool = True
+    patience_s: float = PATIENCE_S
 
     @property
     def points(self) -> list[Point]:
@@ -76,8 +93,18 @@ class Todo:
 
     @property
     def seconds(self) -> float:
-        """Rough time: of every row the timing, and a quarter of a second for its weights and caches."""
-        return (self.rounds * len(self.points) + 4 * self.ceilings) * (self.machine.budget.seconds + 0.25)
+        """Rough time: the budget of every row, or what its fewest runs need, and what stands around them."""
+        kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
+        rate = self.machine.matmul_tflop_s.get(DTYPE_NAMES[self.bench.dtype]) or GUESSED_TFLOP_S[kind]
+
+        def row_s(point: Point) -> float:
+            flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
+            return max(budget_s, FEWEST_RUNS * MOST_PREFILL * flops / rate / 1e12) + ROW_S[kind]
+
+        total = self.rounds * sum(map(row_s, self.points)) + 4 * self.ceilings * (budget_s + ROW_S[kind])
+        looks = 0 if kind == "cpu" else SECOND_LOOKS * len(self.points) * LONGER * budget_s
+        starts = (self.rounds * len(self.groups) + self.ceilings) * START_S[kind] if self.isolate else 0.0
+        return total + looks + starts
 
 
 def prepare(
@@ -93,6 +120,8 @@ def prepare(
     chunk: int | None = None,
     force: bool = False,
     seconds_per_row: float | None = None,
+    isolate: bool = True,
+    patience_s: float | None = None,
 ) -> Todo:
     """Plans a sweep and takes away what the database has: rows measured as ok, oom or unsupported.
 
@@ -104,6 +133,9 @@ def prepare(
         chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 2048 on a GPU.
         force: measure again what is there.
         seconds_per_row: cap on the timing of one row, all rounds together.
+        isolate: measure every group in a child process of its own; a script that asks for that needs the guard
+            `if __name__ == "__main__"`.
+        patience_s: a row that takes longer than this is given up.
 
     Raises:
         UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
@@ -133,7 +165,8 @@ def prepare(
     skipped = sum(map(len, groups)) - sum(map(len, left))
     left = [group for group in left if group]
     ceilings = bool(left) and (force or len(known) < 4)
-    return Todo(path, machine, bench, left, skipped, ceilings, rounds)
+    patience_s = patience_s or PATIENCE_S + 20 * budget.seconds
+    return Todo(path, machine, bench, left, skipped, ceilings, rounds, isolate, patience_s)
 
 
 def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
@@ -141,11 +174,40 @@ def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
     return tuple(cells[name] for name in KEY)
 
 
+class InProcess:
+    """Measures in this process: nothing to start, nothing survived. The other way is worker.Worker."""
+
+    def __init__(self, machine: Machine, bench: Bench) -> None:
+        self.machine = machine
+        self.bench = bench
+
+    def ceilings(self) -> list[Row]:
+        return measure_ceilings(self.machine, self.bench.dtype)
+
+    def measure(self, point: Point, budget: Budget) -> Row:
+        return measure(replace(self.machine, budget=budget), self.bench, point)
+
+    def new_group(self) -> None:
+        self.bench.pool.clear()
+
+    close = new_group
+
+
 def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
-    """Measures what is left, ceilings first, and merges each group as it is done: a kill loses one group.
+    """Measures what is left, ceilings first. Rows are merged every KEEP_S seconds, after each group, and when the sweep
+    is stopped: a kill loses no more than that.
 
     Raises MachineError when the database cannot be written.
     """
+    machine, bench = todo.machine, todo.bench
+    measurer = Worker(machine, bench, todo.patience_s) if todo.isolate else InProcess(machine, bench)
+    try:
+        return _run(todo, measurer, progress)
+    finally:
+        measurer.close()
+
+
+def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) -> SweepResult:
     result = SweepResult(todo.path, skipped=todo.skipped)
     database, machine = Database(todo.path), todo.machine
     total = todo.rounds * len(todo.points) + 4 * todo.ceilings
@@ -158,40 +220,53 @@ def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
             progress(done, total, row)
 
     if todo.ceilings:
-        result.rows = measure_ceilings(machine, todo.bench.dtype)
+        result.rows = measurer.ceilings()
+        measurer.new_group()
         for row in result.rows:
             tell(row)
         use_ceilings(machine, result.rows)
         database.merge(result.rows)
     best: dict[Point, Row] = {}
 
-    def look(points: Iterable[Point]) -> None:
-        faster = []
+    def look(points: Iterable[Point], budget: Budget) -> None:
+        faster: list[Row] = []
+        kept = time.monotonic()
         try:
             for point in points:
-                row = measure(machine, todo.bench, point)
+                row = measurer.measure(point, budget)
                 if point not in best or _faster(row, best[point]):
                     best[point] = row
                     faster.append(row)
                 tell(row)
+                if time.monotonic() - kept > KEEP_S:
+                    database.merge(faster)
+                    faster, kept = [], time.monotonic()
         finally:
             # Ctrl-C in the middle of a group keeps what the group has.
-            todo.bench.pool.clear()
             database.merge(faster)
+            measurer.new_group()
 
     for turn in range(todo.rounds):
         for group in todo.groups:
             # What does not fit or does not run will not do so the next time either.
-            look([point for point in group if turn == 0 or best[point].p50_us is not None])
+            look([point for point in group if turn == 0 or best[point].p50_us is not None], machine.budget)
             skipped = len(group) - sum(best[point].p50_us is not None for point in group)
             done += skipped if turn else 0
-    noisy = sorted((point for point in best if noise(best[point]) > NOISY), key=lambda point: -noise(best[point]))
-    looks = noisy[: ceil(SECOND_LOOKS * len(best))]
-    total += len(looks)
-    for point in looks:
-        look([point])
+    again = _second_looks(best, machine.info.kind)
+    total += len(again)
+    budget = machine.budget
+    if machine.info.kind == "cuda":
+        budget = replace(budget, seconds=LONGER * budget.seconds, most=LONGER * budget.most)
+    for block in dict.fromkeys(point.block for point in again):
+        look([point for point in again if point.block == block], budget)
     result.rows += best.values()
     return result
+
+
+def _second_looks(best: dict[Point, Row], kind: str) -> list[Point]:
+    """The noisiest points, at most a share of all."""
+    noisy = sorted((point for point in best if noise(best[point]) > NOISY[kind]), key=lambda point: -noise(best[point]))
+    return noisy[: ceil(SECOND_LOOKS * len(best))]
 
 
 def _faster(new: Row, old: Row) -> bool:
@@ -218,11 +293,14 @@ def sweep(
     chunk: int | None = None,
     force: bool = False,
     seconds_per_row: float | None = None,
+    isolate: bool = True,
+    patience_s: float | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """`prepare` and `run` in one: see there."""
     todo = prepare(
         model, blocks, contexts, batches, modes,
         device=device, db=db, dtype=dtype, chunk=chunk, force=force, seconds_per_row=seconds_per_row,
+        isolate=isolate, patience_s=patience_s,
     )  # fmt: skip
     return run(todo, progress)

@@ -1,75 +1,120 @@
-"""What a device tells about itself while it is measured: a GPU its power, clocks, temperature, throttling and energy,
-the system how much of the CPU other programs took.
+"""What a device tells about itself while it is measured: a GPU its power, clocks, temperature, throttling and energy, a
+Jetson board the same by its own sensors, the system how much of the CPU other programs took.
 
-Everything is optional: without NVML or /proc, or for a figure that a card does not give, the cells stay blank.
+Everything is optional: without NVML, sensors or /proc, or for a figure that a card does not give, the cells stay blank,
+and `missing` says in a word why.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHORTEST_ENERGY_S = 0.2
-"""The energy counter is refreshed a few tens of times per second: shorter measurements leave it blank."""
+from nasbench.devices.jetson import Jetson
+
+LOAD_S, LONGEST_LOAD_S = 0.25, 0.6
+"""The work runs this long under observation; the second where the energy counter, which is refreshed a few tens of
+times per second, has not moved on by then."""
 SHARED = 0.05
 """A CPU row counts as throttled when other programs took more than this share of the cores."""
+SHARED_REASON = "shared"
 _STAT = Path("/proc/stat")
+_REASONS = {
+    "power cap": "nvmlClocksThrottleReasonSwPowerCap",
+    "slowdown": "nvmlClocksThrottleReasonHwSlowdown",
+    "heat": "nvmlClocksThrottleReasonSwThermalSlowdown",
+    "heat (hardware)": "nvmlClocksThrottleReasonHwThermalSlowdown",
+    "power brake": "nvmlClocksThrottleReasonHwPowerBrakeSlowdown",
+}
+"""NVML's reasons for clocks that are held down, by what `throttle_reasons` calls them."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the card; None is a figure that it does not give. `energy_mj` counts since the driver was loaded."""
+    """One look at the device; None is a figure that it does not give.
+
+    Attributes:
+        energy_mj: since the driver was loaded.
+        reasons: why the clocks are held down, () for no reason.
+        over_current: times that a Jetson board held its clocks down, since it started.
+        others_s: CPU seconds that other programs have taken, on the cores that this process may use.
+    """
 
     power_w: float | None = None
     energy_mj: float | None = None
     sm_clock_mhz: float | None = None
     mem_clock_mhz: float | None = None
     temperature_c: float | None = None
-    throttled: bool | None = None
+    reasons: tuple[str, ...] | None = None
+    over_current: int | None = None
     others_s: float | None = None
-    """CPU seconds that other programs have taken, on the cores that this process may use."""
+
+    @property
+    def throttled(self) -> bool | None:
+        return None if self.reasons is None else bool(self.reasons)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What was seen while the work ran: the last reading, the mean power, every reason for throttling."""
+
+    reading: Reading
+    mean_power_w: float | None = None
+    reasons: tuple[str, ...] | None = None
 
 
 class Telemetry:
-    """Reads one device; without NVML, every reading of a GPU is empty.
+    """Reads one device. It can be sent to another process, where it opens the device anew.
 
     Args:
         device: torch device name.
+        jetson: where a Jetson board's files are.
+
+    Attributes:
+        missing: why a GPU tells nothing, "" where it does.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, jetson: Jetson | None = None) -> None:
+        self.device = device
+        self.missing = ""
         self._nvml: Any = None
         self._handle: Any = None
+        self._jetson: Jetson | None = None
         self._cpu = device == "cpu"
         if not device.startswith("cuda"):
+            return
+        board = jetson or Jetson()
+        if board.model:
+            self._jetson = board
             return
         try:
             import pynvml
         except ImportError:
+            self.missing = "no power, clocks or throttling: the package nvidia-ml-py is absent"
             return
         try:
             pynvml.nvmlInit()
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device))
             self._nvml = pynvml
-        except pynvml.NVMLError:
-            return
+        except pynvml.NVMLError as error:
+            self.missing = f"no power, clocks or throttling: NVML says {error}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Telemetry, (self.device, self._jetson)
 
     def read(self) -> Reading:
-        """The card's state now."""
+        """The device's state now."""
+        if self._jetson is not None:
+            return _jetson_reading(self._jetson)
         nvml = self._nvml
         if nvml is None:
             return Reading(others_s=_others_s() if self._cpu else None)
-        slow = (
-            nvml.nvmlClocksThrottleReasonSwPowerCap
-            | nvml.nvmlClocksThrottleReasonHwSlowdown
-            | nvml.nvmlClocksThrottleReasonSwThermalSlowdown
-            | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
-            | nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown
-        )
-        reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        bits = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
+        held = {name: getattr(nvml, constant) for name, constant in _REASONS.items()}
         power_mw = self._ask(nvml.nvmlDeviceGetPowerUsage)
         return Reading(
             power_w=None if power_mw is None else power_mw / 1e3,
@@ -77,14 +122,54 @@ class Telemetry:
             sm_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
             mem_clock_mhz=self._ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
             temperature_c=self._ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-            throttled=None if reasons is None else bool(int(reasons) & slow),
+            reasons=None if bits is None else tuple(name for name, bit in held.items() if int(bits) & bit),
         )
+
+    def load(self, work: Callable[[], object]) -> Load:
+        """Runs the work again and again for a quarter of a second and watches the device: its mean power from the
+        energy counter, between two of its refreshes, or from the sensors."""
+        first = self.read()
+        if first.power_w is None and first.energy_mj is None:
+            return Load(first, reasons=first.reasons)
+        began = now = time.perf_counter()
+        last, edges, watts = first, [], []
+        reasons = dict.fromkeys(first.reasons or ())
+        while now - began < LONGEST_LOAD_S:
+            work()
+            reading, now = self.read(), time.perf_counter()
+            reasons.update(dict.fromkeys(reading.reasons or ()))
+            watts.append(reading.power_w)
+            if reading.energy_mj is not None and reading.energy_mj != last.energy_mj:
+                edges.append((now, reading.energy_mj))
+            last = reading
+            refreshed = last.energy_mj is None or (len(edges) > 1 and edges[-1][0] - edges[0][0] > LOAD_S / 2)
+            if now - began >= LOAD_S and refreshed:
+                break
+        if last.over_current is not None and first.over_current is not None and last.over_current > first.over_current:
+            reasons["over-current"] = None
+        known = [value for value in watts if value is not None]
+        power_w = sum(known) / len(known) if known else None
+        if len(edges) > 1:
+            (start, start_mj), (end, end_mj) = edges[0], edges[-1]
+            power_w = (end_mj - start_mj) / 1e3 / (end - start)
+        return Load(last, power_w, None if last.reasons is None else tuple(reasons))
 
     def _ask(self, question: Callable[..., Any], *args: Any) -> float | None:
         try:
             return float(question(self._handle, *args))
         except self._nvml.NVMLError:
             return None
+
+
+def _jetson_reading(board: Jetson) -> Reading:
+    events = board.over_current_events()
+    return Reading(
+        power_w=board.power_w(),
+        sm_clock_mhz=board.sm_clock_mhz(),
+        temperature_c=board.temperature_c(),
+        reasons=None if events is None else (),
+        over_current=events,
+    )
 
 
 def _others_s() -> float | None:

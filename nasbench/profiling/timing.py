@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nasbench.store import is_noisy
+
 Call = Callable[[], object]
-SPREAD = 0.03
-"""Repeats stop once p20 and p80 lie within this share of p50."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def repeat(sample_us: Callable[[], float], budget: Budget) -> Timing:
             break
         if len(samples) >= budget.least:
             timing = summarise(samples)
-            if timing.p80_us - timing.p20_us <= SPREAD * timing.p50_us:
+            if not is_noisy(timing.p20_us, timing.p50_us, timing.p80_us):
                 break
     return summarise(samples)
 
@@ -80,12 +80,15 @@ def time_cpu(calls: Sequence[Call], budget: Budget, evict: Call | None = None) -
     return repeat(sample_us, budget)
 
 
-def time_cuda(calls: Sequence[Call], budget: Budget, graph: bool) -> Timing:
+def time_cuda(
+    calls: Sequence[Call], budget: Budget, graph: bool, then: Callable[[Call], None] = lambda work: None
+) -> Timing:
     """Device time of all calls together, between two events on the current GPU.
 
     Args:
         graph: capture them in one CUDA graph and time its replays, as the decode loop runs; without it they are
             launched kernel by kernel, and the launches count where they are the bottleneck.
+        then: called after the timing with what was timed, which it may run again.
     """
 
     def work() -> None:
@@ -114,4 +117,6 @@ def time_cuda(calls: Sequence[Call], budget: Budget, graph: bool) -> Timing:
         end.synchronize()
         return begin.elapsed_time(end) * 1e3
 
-    return repeat(sample_us, budget)
+    timing = repeat(sample_us, budget)
+    then(sample_us)
+    return timing

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nasbench.backbone.decoder import Decoder, GatedMLP
 from nasbench.backbone.shapes import ModelShape
 from nasbench.blocks.mixer import Chunk, MixerCache, Step
+from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
 
 FEWEST, MOST = 4, 64
@@ -106,6 +107,10 @@ def _instances(bench: Bench, name: str, make: Callable[[], nn.Module], count: in
     return modules[:count]
 
 
+def _amounts(bench: Bench, point: Point) -> Amounts:
+    return amounts(bench.shape, point, bench.dtype.itemsize)
+
+
 def _activations(bench: Bench, point: Point, size: int) -> Tensor:
     return torch.randn(point.batch, point.chunk or 1, size, device=bench.device, dtype=bench.dtype)
 
@@ -159,26 +164,18 @@ def _mixer(bench: Bench, point: Point) -> Workload:
     if point.mode == "decode":
         where = _step(bench, decoder, point)
         calls = [partial(mixer.step, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
-        moved = config.decode_bytes(point.batch, point.context, width)
-        flops = point.batch * config.flops(1, point.context - 1)
     else:
-        start = point.context - point.chunk
-        where = decoder.chunk(start, point.chunk)
+        where = decoder.chunk(point.context - point.chunk, point.chunk)
         calls = [partial(mixer, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
-        moved = config.decode_bytes(point.batch, point.context, width) + 2 * x.nbytes
-        flops = point.batch * config.flops(point.chunk, start)
-    sizes = (caches[0].nbytes, formula, caches[0].history_nbytes)
-    return Workload(calls, moved, flops, *sizes)
+    return Workload(calls, *_amounts(bench, point), caches[0].nbytes, formula, caches[0].history_nbytes)
 
 
 def _mlp(bench: Bench, point: Point) -> Workload:
-    parameters = bench.shape.mlp_parameters()
-    nbytes = parameters * bench.dtype.itemsize
+    nbytes = bench.shape.mlp_parameters() * bench.dtype.itemsize
     count = _count(bench, point, nbytes)
     x = _activations(bench, point, bench.shape.hidden_size)
     calls = [partial(mlp, x) for mlp in _instances(bench, "mlp", partial(GatedMLP, bench.shape), count)]
-    tokens = point.batch * (point.chunk or 1)
-    return Workload(calls, nbytes + 2 * x.nbytes, 2 * tokens * parameters)
+    return Workload(calls, *_amounts(bench, point))
 
 
 def _norm(bench: Bench, point: Point) -> Workload:
@@ -190,15 +187,13 @@ def _norm(bench: Bench, point: Point) -> Workload:
     def call(norm: nn.Module) -> Tensor:
         return norm(x + y)
 
-    tokens = point.batch * (point.chunk or 1)
     calls = [partial(call, norm) for norm in norms]
-    return Workload(calls, 4 * x.nbytes, 6 * tokens * size, evict=_evict(bench))
+    return Workload(calls, *_amounts(bench, point), evict=_evict(bench))
 
 
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
     (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
-    size = point.batch * (point.chunk or 1) * bench.shape.hidden_size * bench.dtype.itemsize
     tokens = torch.randint(bench.shape.vocab_size, (SMALL, point.batch, point.chunk or 1), device=bench.device)
     where = replace(point, context=1)
 
@@ -208,13 +203,12 @@ def _embedding(bench: Bench, point: Point) -> Workload:
         return decoder.embed(ids)
 
     calls = [partial(call, ids) for ids in tokens]
-    return Workload(calls, 2 * size, 0, evict=_evict(bench))
+    return Workload(calls, *_amounts(bench, point), evict=_evict(bench))
 
 
 def _head(bench: Bench, point: Point) -> Workload:
     """Logits of one token per sequence and the greedy choice."""
-    parameters = bench.shape.vocab_size * bench.shape.hidden_size
-    nbytes = parameters * bench.dtype.itemsize
+    nbytes = bench.shape.vocab_size * bench.shape.hidden_size * bench.dtype.itemsize
     count = 1 if nbytes >= 3 * bench.llc_bytes else _count(bench, point, nbytes)
     x = _activations(bench, replace(point, chunk=0), bench.shape.hidden_size)
 
@@ -224,7 +218,7 @@ def _head(bench: Bench, point: Point) -> Workload:
     calls = [
         partial(call, decoder) for decoder in _instances(bench, "decoder", partial(_layerless, bench.shape), count)
     ]
-    return Workload(calls, nbytes, 2 * point.batch * parameters)
+    return Workload(calls, *_amounts(bench, point))
 
 
 _SHARED = {"mlp": _mlp, "norm": _norm, "embedding": _embedding, "head": _head}

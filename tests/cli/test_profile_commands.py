@@ -29,7 +29,7 @@ def stdout_json(capsys) -> dict:
 
 def profile(folder, *more: str) -> int:
     command = "profile --model smollm2-135m --blocks AJ --contexts 64,128 --batches 1 --modes decode --device cpu"
-    return run([*command.split(), "--budget", "0.001", "--db", str(folder), *more])
+    return run([*command.split(), "--budget", "0.001", "--in-process", "--db", str(folder), *more])
 
 
 def test_profile_then_cost_then_devices(tmp_path, capsys):

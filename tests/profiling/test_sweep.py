@@ -22,7 +22,14 @@ from nasbench.profiling.workload import build
 from nasbench.store import CEILINGS, Database, Row, read_db
 
 TINY = ModelShape("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
-ASKED = {"blocks": "AWJG", "contexts": [64, 256], "batches": [1, 2], "chunk": 32, "seconds_per_row": 0.002}
+ASKED = {
+    "blocks": "AWJG",
+    "contexts": [64, 256],
+    "batches": [1, 2],
+    "chunk": 32,
+    "seconds_per_row": 0.002,
+    "isolate": False,
+}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,84 @@
+"""A layer kind that dies in every way a block can, installed as another package would be.
+
+`Z1` is harmless; the others kill the process that takes their first step, or never return from it.
+"""
+
+import ctypes
+import os
+import signal
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from nasbench.blocks.base import MixerConfig, parse_ints
+from nasbench.blocks.mixer import MixerCache, TokenMixer
+
+HARMLESS, KILLED, LEFT, HUNG, CRASHED, GREEDY = range(1, 7)
+
+
+@dataclass(frozen=True)
+class DangerousConfig(MixerConfig):
+    """Z: what its argument says."""
+
+    ending: int = HARMLESS
+    kind: ClassVar[str] = "Z"
+    title: ClassVar[str] = "dangerous"
+
+    @classmethod
+    def parse(cls, shape, args):
+        return cls(shape, *parse_ints("Z", args or "1", ("ending",)))
+
+    @property
+    def args(self):
+        return str(self.ending)
+
+    def cache_bytes(self, batch, context, dtype_bytes=2):
+        return 4 * batch
+
+    def parameters(self):
+        return 1
+
+    def flops(self, tokens, context):
+        return tokens
+
+    @classmethod
+    def mixer_class(cls):
+        return Dangerous
+
+
+class Dangerous(TokenMixer):
+    config_class = DangerousConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def new_cache(self, batch, context, *, device, dtype):
+        return MixerCache(context, {"state": torch.zeros(batch, device=device)})
+
+    def forward(self, x, chunk, cache=None):
+        return x * self.scale
+
+    def step(self, x, step, cache):
+        if step.span == 64:
+            self.end()
+        return x * self.scale
+
+    def end(self):
+        match self.config.ending:
+            case 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 3:
+                os._exit(3)
+            case 4:
+                time.sleep(1000)
+            case 5:
+                ctypes.string_at(0)
+            case 6:
+                torch.empty(1 << 55)
+
+    @classmethod
+    def init_from_attention(cls, config, attention):
+        return cls(config)
