@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nasbench_kernels.decode.card import card
+
 LOG2E = 1.4426950408889634
 
 
@@ -221,11 +223,3 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
             num_warps=4,
         )  # fmt: skip
     return out
-
-
-def card(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory each) of a GPU; under the interpreter those of a small one."""
-    if device.type != "cuda":
-        return 4, 100 << 10
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_multiprocessor
