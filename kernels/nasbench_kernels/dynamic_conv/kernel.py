@@ -1,0 +1,217 @@
+"""The short convolutions in Triton, forward and backward: kernels per token (JetBlock) or one for all (Gated DeltaNet).
+
+Taps are read as they lie, W of a channel side by side; the windows of inputs exist only in registers. README.md has
+the gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_T, BLOCK_C, WARPS = 16, 64, 4
+
+
+@triton.jit
+def _input(x, history, age, t, c, j, T, C, in_c, W: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr):
+    """What tap j of each token reads, [BT, BC] fp32: zero before the start, and across the border of a document."""
+    source = t - (W - 1) + j
+    read = (t < T) & (source >= 0)
+    if AGE:
+        same = tl.load(age + t, mask=t < T, other=0) >= W - 1 - j
+        read = read & same
+    value = tl.load(x + source.to(tl.int64)[:, None] * C + c[None, :], mask=read[:, None] & in_c[None, :], other=0.0)
+    value = value.to(tl.float32)
+    if HISTORY:
+        before = (t < T) & (source < 0)
+        if AGE:
+            before = before & same
+        at = history + (source + W - 1)[:, None] * C + c[None, :]
+        value += tl.load(at, mask=before[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _tap(kernels, t, c, j, C, inside, W: tl.constexpr, STATIC: tl.constexpr):
+    """Tap j of the kernels of tokens t [BT] and channels c [BC], [BT, BC] fp32."""
+    at = c[None, :] * W + j
+    if STATIC:
+        at += tl.zeros_like(t)[:, None]
+    else:
+        at = at + t.to(tl.int64)[:, None] * C * W
+    return tl.load(kernels + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def conv_forward_kernel(
+    x, kernels, history, age, y, T, C,
+    W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    i_b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = c < C
+    inside = (t < T)[:, None] & in_c[None, :]
+    x += i_b * T * C
+    age += i_b * T
+    history += i_b * (W - 1) * C
+    if not STATIC:
+        kernels += i_b * T * C * W
+    total = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(W):
+        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    result = total * tl.sigmoid(total)
+    tl.store(y + i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :], result, mask=inside)
+
+
+@triton.jit
+def conv_backward_taps_kernel(
+    x, kernels, history, age, dy, d, dkernels, T, C,
+    W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """d = dy * SiLU'(pre-activation) [B, T, C] fp32, and from it the kernels' gradients: per token in their own place,
+    of a static kernel one sum per block of tokens, [B * blocks, C, W] fp32."""
+    i_b = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(1) * BT + tl.arange(0, BT)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = c < C
+    inside = (t < T)[:, None] & in_c[None, :]
+    x += i_b * T * C
+    age += i_b * T
+    history += i_b * (W - 1) * C
+    if not STATIC:
+        kernels += i_b * T * C * W
+        dkernels += i_b * T * C * W
+    total = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(W):
+        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
+    gate = tl.sigmoid(total)
+    slope = gate * (1.0 + total * (1.0 - gate))
+    change = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * slope
+    tl.store(d + at, change, mask=inside)
+    for j in tl.static_range(W):
+        # Inputs a second time, from the cache, instead of W windows in registers.
+        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        if STATIC:
+            block = i_b * tl.num_programs(1) + tl.program_id(1)
+            tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
+        else:
+            place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
+            tl.store(dkernels + place, window * change, mask=inside)
+
+
+@triton.jit
+def conv_backward_input_kernel(
+    d, kernels, age, dx, T, C,
+    W: tl.constexpr, STATIC: tl.constexpr, AGE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dx_s = sum_j kernels_{s + W - 1 - j, j} d_{s + W - 1 - j}: what the next W - 1 tokens read of token s."""
+    i_b = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(1) * BT + tl.arange(0, BT)
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = c < C
+    d += i_b * T * C
+    age += i_b * T
+    if not STATIC:
+        kernels += i_b * T * C * W
+    total = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(W):
+        reader = s + W - 1 - j
+        reads = reader < T
+        if AGE:
+            reads = reads & (tl.load(age + reader, mask=reader < T, other=0) >= W - 1 - j)
+        inside = reads[:, None] & in_c[None, :]
+        change = tl.load(d + reader.to(tl.int64)[:, None] * C + c[None, :], mask=inside, other=0.0)
+        total += change * _tap(kernels, reader, c, j, C, inside, W, STATIC)
+    place = dx + i_b * T * C + s.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(place, total, mask=(s < T)[:, None] & in_c[None, :])
+
+
+def _grid(x: Tensor) -> tuple[int, int, int]:
+    batch, tokens, channels = x.shape
+    return triton.cdiv(channels, BLOCK_C), triton.cdiv(tokens, BLOCK_T), batch
+
+
+class _ShortConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, history: Tensor | None, age: Tensor | None) -> Tensor:
+        x, kernels = x.contiguous(), kernels.contiguous()
+        # The caller replaces its history in place, and the backward still needs the old one.
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        ctx.history = history.clone() if history is not None and needed else history
+        ctx.age = None if age is None else age.contiguous()
+        ctx.save_for_backward(x, kernels)
+        y = torch.empty_like(x)
+        conv_forward_kernel[_grid(x)](
+            x, kernels, x if history is None else history, x if age is None else ctx.age, y, x.shape[1], x.shape[2],
+            W=kernels.shape[-1], STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=age is not None,
+            BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernels = ctx.saved_tensors
+        dy = gradients[0].contiguous()
+        (batch, tokens, channels), taps, static = x.shape, kernels.shape[-1], kernels.dim() == 2
+        grid = _grid(x)
+        d = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        if static:
+            dkernels = torch.empty(batch * grid[1], channels, taps, dtype=torch.float32, device=x.device)
+        else:
+            dkernels = torch.empty_like(kernels)
+        age = x if ctx.age is None else ctx.age
+        conv_backward_taps_kernel[grid](
+            x, kernels, x if ctx.history is None else ctx.history, age, dy, d, dkernels, tokens, channels,
+            W=taps, STATIC=static, HISTORY=ctx.history is not None, AGE=ctx.age is not None,
+            BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+        )  # fmt: skip
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+            conv_backward_input_kernel[grid](
+                d, kernels, age, dx, tokens, channels,
+                W=taps, STATIC=static, AGE=ctx.age is not None, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+            )  # fmt: skip
+        return dx, dkernels.sum(0).to(kernels.dtype) if static else dkernels, None, None
+
+
+def ages(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Age of each token of packed documents in its own: cu_seqlens [S + 1] from 0 to `tokens` -> [1, T] int32.
+
+    No host synchronisation; the shape does not depend on where the documents begin.
+    """
+    place = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
+    starts = cu_seqlens.to(torch.int32)
+    return (place - starts[torch.searchsorted(starts, place, right=True) - 1])[None]
+
+
+def triton_short_conv(x: Tensor, kernels: Tensor, history: Tensor | None = None, age: Tensor | None = None) -> Tensor:
+    """`naive_dynamic_conv` or `naive_causal_conv`, by the shape of the kernels; differentiable in x and kernels.
+
+    Args:
+        x: [B, T, C].
+        kernels: [B, T, C, W], one per token (arXiv 2508.15884), or [C, W], one for all (arXiv 2412.06464).
+        history: the W-1 inputs before x, [B, W-1, C], replaced in place by the last W-1 inputs; a constant to autograd.
+        age: tokens before each token in its own document, [B, T] integers (`ages` makes them of cu_seqlens): nothing
+            older is read. None: every row is one document.
+
+    Returns:
+        SiLU of the convolution, [B, T, C] in x's dtype.
+    """
+    y = _ShortConvolution.apply(x, kernels, history, age)
+    if history is not None:
+        with torch.no_grad():
+            kept = history.shape[1]
+            fresh = x[:, -kept:] if x.shape[1] >= kept else torch.cat((history[:, x.shape[1] :].to(x.dtype), x), dim=1)
+            history.copy_(fresh[:, fresh.shape[1] - kept :])
+    return y

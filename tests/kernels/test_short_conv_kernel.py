@@ -1,0 +1,128 @@
+"""The short convolutions' Triton form against the token-by-token truth: values, gradients, chunks, documents."""
+
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+pytest.importorskip("triton")
+
+# ruff: noqa: E402
+from nasbench_kernels.causal_conv import naive_causal_conv
+from nasbench_kernels.dynamic_conv import naive_dynamic_conv
+from nasbench_kernels.dynamic_conv.kernel import ages, triton_short_conv
+from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
+
+DEVICE = "cuda" if GPU else "cpu"
+NAIVE = {"static": naive_causal_conv, "dynamic": naive_dynamic_conv}
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fresh memory is NaN, so that an element that no kernel writes fails the comparison."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(kind, batch, tokens, channels, taps, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(batch, tokens, channels)
+    shape = (channels, taps) if kind == "static" else (batch, tokens, channels, taps)
+    return [tensor.to(DEVICE, dtype) for tensor in (x, torch.randn(shape), torch.randn(batch, taps - 1, channels))]
+
+
+def at(kind, kernels, span):
+    return kernels if kind == "static" else kernels[:, span]
+
+
+def outputs_and_gradients(form, x, kernels):
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, kernels)]
+    output = form(*leaves)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output)
+    (output * weight).sum().backward()
+    return {"output": output, "x": leaves[0].grad, "kernels": leaves[1].grad}
+
+
+def compare(got, expected, tolerance, gradient_tolerance):
+    for name, value in expected.items():
+        assert relative_rmse(got[name], value) < (tolerance if name == "output" else gradient_tolerance), name
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 5, 4), (3, 70, 4), (17, 10, 4), (19, 33, 1), (35, 7, 3)])
+def test_forward_and_gradients(kind, tokens, channels, taps):
+    x, kernels, _ = make(kind, 2, tokens, channels, taps)
+    expected = outputs_and_gradients(NAIVE[kind], x, kernels)
+    compare(outputs_and_gradients(triton_short_conv, x, kernels), expected, CHUNKED_FP32, GRADIENT_FP32)
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(kind, dtype):
+    x, kernels, _ = make(kind, 2, 18, 10, 4, dtype)
+    got = outputs_and_gradients(triton_short_conv, x, kernels)
+    assert {value.dtype for value in got.values()} == {dtype}
+    compare(got, outputs_and_gradients(NAIVE[kind], x.float(), kernels.float()), BF16, BF16)
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize("taps", [2, 4])
+def test_history_goes_on_in_chunks(kind, taps):
+    """Chunks shorter than, as long as and longer than the history, and across blocks of tokens."""
+    x, kernels, history = make(kind, 2, 40, 10, taps)
+    expected, pointer, begin, outputs = NAIVE[kind](x, kernels, history), history.data_ptr(), 0, []
+    for size in (1, 2, 3, 17, 16, 1):
+        span = slice(begin, begin + size)
+        outputs.append(triton_short_conv(x[:, span], at(kind, kernels, span), history))
+        begin += size
+    assert begin == 40
+    assert relative_rmse(torch.cat(outputs, 1), expected) < CHUNKED_FP32
+    assert history.data_ptr() == pointer
+    assert torch.equal(history, x[:, 40 - taps + 1 :])
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+def test_a_history_in_training(kind):
+    """The forward replaces it before the backward needs it."""
+    x, kernels, history = make(kind, 2, 9, 6, 4)
+    expected = outputs_and_gradients(lambda *leaves: NAIVE[kind](*leaves, history), x, kernels)
+    got = outputs_and_gradients(lambda *leaves: triton_short_conv(*leaves, history.clone()), x, kernels)
+    compare(got, expected, CHUNKED_FP32, GRADIENT_FP32)
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize("borders", [[0, 35], [0, 1, 2, 5, 21, 35], [0, 16, 32, 35]])
+def test_packed_documents_do_not_mix(kind, borders):
+    x, kernels, _ = make(kind, 1, 35, 10, 4)
+    age = ages(torch.tensor(borders, device=DEVICE), 35)
+
+    def apart(x, kernels):
+        spans = [slice(*pair) for pair in pairwise(borders)]
+        return torch.cat([NAIVE[kind](x[:, span], at(kind, kernels, span)) for span in spans], dim=1)
+
+    got = outputs_and_gradients(lambda *leaves: triton_short_conv(*leaves, age=age), x, kernels)
+    compare(got, outputs_and_gradients(apart, x, kernels), CHUNKED_FP32, GRADIENT_FP32)
+
+
+def test_ages():
+    assert ages(torch.tensor([0, 3, 4, 7]), 7).tolist() == [[0, 1, 2, 0, 0, 1, 2]]
+
+
+def test_strided_inputs():
+    x, kernels, _ = make("dynamic", 2, 9, 12, 4)
+    wide = torch.cat((x, x), dim=-1)[..., :12]
+    assert relative_rmse(triton_short_conv(wide, kernels), naive_dynamic_conv(x, kernels)) < CHUNKED_FP32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", NAIVE)
+def test_real_sizes(kind):
+    x, kernels, _ = make(kind, 2, 515, 3072, 4, torch.bfloat16)
+    expected = outputs_and_gradients(NAIVE[kind], x.float(), kernels.float())
+    compare(outputs_and_gradients(triton_short_conv, x, kernels), expected, BF16, BF16)
