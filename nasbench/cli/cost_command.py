@@ -32,7 +32,8 @@ def command(
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
     from nasbench.backbone.resolve import resolve_shape
     from nasbench.cli.common import log, print_json
-    from nasbench.cost import CostModel, find_profiles, profiled_devices
+    from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
+    from nasbench.cost.model import INTERVAL_SD
     from nasbench.devices import detect
 
     shape = resolve_shape(model)
@@ -40,7 +41,8 @@ def command(
     tokens, sequences = parse_size(context), parse_size(batch)
     slug = device or detect("auto").slug
     rows = find_profiles(slug, db) if device or slug in profiled_devices(db) else []
-    costs = CostModel(rows, shape, dtype or _profiled_dtype(rows, shape))
+    width = dtype or _profiled_dtype(rows, shape)
+    costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width)
     cost = costs.cache(layers, tokens, sequences)
     try:
         cost = costs.cost(layers, tokens, sequences, extrapolate)
@@ -53,16 +55,32 @@ def command(
         if cost.prefill_tok_s is None:
             log("no prefill rows for this: prefill_tok_s is left out")
     if as_json:
-        print_json(asdict(cost) | {"device": slug, "dtype": costs.dtype})
+        extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms}
+        print_json(asdict(cost) | extra)
         return
     print(f"{cost.placement}  {cost.model}  {slug}  {costs.dtype}  context {cost.context}  batch {cost.batch}")
     if cost.decode_tok_s is not None:
-        print(f"decode   {cost.decode_tok_s:.1f} tokens/s ({cost.step_ms:.3f} ms a step), {cost.source}")
+        low, high = cost.step_interval_ms or (cost.step_ms, cost.step_ms)
+        print(
+            f"decode   {cost.decode_tok_s:.1f} tokens/s ({cost.step_ms:.3f} ms a step, 90 % within {low:.3f} to "
+            f"{high:.3f}), {_mark(cost.source)}, {_calibrated(cost.calibration_rows)}"
+        )
     if cost.prefill_tok_s is not None:
-        print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s, {cost.source}")
+        half = INTERVAL_SD * (cost.prefill_stderr_tok_s or 0.0)
+        print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {_mark(cost.source)}")
+    if cost.j_per_token is not None:
+        print(f"energy   {cost.j_per_token * 1e3:.3f} mJ a token")
     print(
         f"cache    {cost.cache_bytes / 2**20:.2f} MiB, and {cost.history_bytes / 2**20:.2f} MiB of convolution inputs"
     )
+
+
+def _mark(source: str) -> str:
+    return "ESTIMATED" if source == "estimated" else source
+
+
+def _calibrated(rows: int) -> str:
+    return f"calibrated by {rows} whole steps" if rows else "not calibrated"
 
 
 def _profiles(rows: list[Row], shape: ModelShape) -> list[Row]:

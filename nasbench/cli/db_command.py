@@ -1,4 +1,4 @@
-"""`nasbench db check|show|merge`: profile databases as files."""
+"""`nasbench db check|migrate|show|merge`: profile databases as files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _files(path: Path) -> list[Path]:
 @command.command("check")
 def check(path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")]) -> None:
     """Validate databases: header, every cell, keys, and that a file has only rows of the device it is named after."""
-    from nasbench.store import read_db
+    from nasbench.store import SCHEMA, read_db, schema_of
 
     for file in _files(path):
         rows = read_db(file)
@@ -36,7 +36,21 @@ def check(path: Annotated[Path, typer.Argument(help="A database, or a folder of 
         counts = Counter(row.status for row in rows)
         estimated = sum(row.source == "estimated" for row in rows)
         states = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
-        print(f"{file}: {len(rows)} rows ({states}), {estimated} estimated")
+        version = schema_of(file)
+        old = "" if version == SCHEMA else f"; schema {version}: `nasbench db migrate {file}` brings it to {SCHEMA}"
+        print(f"{file}: {len(rows)} rows ({states}), {estimated} estimated{old}")
+
+
+@command.command("migrate")
+def migrate(path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")]) -> None:
+    """Rewrite databases of an older schema in the present one. Any change to a file does the same."""
+    from nasbench.store import SCHEMA, Database, read_db, schema_of
+
+    for file in _files(path):
+        before = schema_of(file)
+        read_db(file)
+        done = Database(file).migrate()
+        print(f"{file}: " + (f"schema {before} became {SCHEMA}" if done else f"schema {SCHEMA} already"))
 
 
 @command.command("show")
@@ -65,11 +79,14 @@ def show(
         "context",
         "chunk",
         "p50_us",
+        "noisy",
         "source",
     )
     cells: list[list[Any]] = []
     for row in rows:
         values = [getattr(row, name) for name in columns]
+        values[columns.index("noisy")] = "noisy" if row.noisy else ""
+        values[columns.index("source")] = "ESTIMATED" if row.source == "estimated" else row.source
         cells.append([*("" if value is None else value for value in values), row.status])
     print_table([*columns, "status"], cells)
 

@@ -21,7 +21,9 @@ def command(
     contexts: Annotated[
         str, typer.Option(help="Contexts, e.g. 4k,64k; default: powers of two from 1k (CPU) or 4k.")
     ] = "",
-    batches: Annotated[str, typer.Option(help="Batches, e.g. 1,8,max; max: the largest that fits.")] = "",
+    batches: Annotated[
+        str, typer.Option(help="Batches, e.g. 1,8,max; auto: powers of 4 to the largest that fits.")
+    ] = "",
     modes: Annotated[str, typer.Option(help="decode, prefill or both.")] = "decode,prefill",
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -59,7 +61,7 @@ def command(
         shape,
         blocks,
         context_list or default_contexts(shape.max_context, on_gpu),
-        batch_list or ([1, "max"] if on_gpu else [1, 4]),
+        batch_list or (["auto"] if on_gpu else [1, 4]),
         mode_list,
         device=name,
         db=db,

@@ -11,6 +11,12 @@ from nasbench.errors import UserError, unknown
 from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
+WORDS = ("auto", "max")
+"""What may stand for a batch beside numbers: the largest that fits, or powers of four up to it."""
+PREFILL_BATCHES = (1, 8, 64)
+"""With `auto`: from the second on a chunk of every kind fills a GPU, the third is what many short prompts come to."""
+LONG = 32768
+"""Beyond this context prefill is measured at the first two of those batches: the third would take seconds a row."""
 LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
 USABLE_MEMORY = 0.85
@@ -40,11 +46,11 @@ class Point:
 
 
 def parse_batches(text: str) -> list[int | str]:
-    """`"1,4,max"` -> [1, 4, "max"]. Raises UserError."""
+    """`"1,4,max"` -> [1, 4, "max"]; `auto` stands for powers of four up to the largest that fits. Raises UserError."""
     parts = [part.strip().lower() for part in text.split(",") if part.strip()]
     if not parts:
-        raise UserError("no batch given: write numbers or max, as 1,4,max")
-    return [part if part == "max" else parse_size(part) for part in dict.fromkeys(parts)]
+        raise UserError("no batch given: write numbers, max or auto, as 1,4,max")
+    return [part if part in WORDS else parse_size(part) for part in dict.fromkeys(parts)]
 
 
 def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
@@ -87,24 +93,42 @@ def plan(
 
     def batches_at(context: int) -> list[int]:
         largest = largest_batch(shape, names, context, memory_bytes, dtype_bytes)
-        return sorted({largest if batch == "max" else int(batch) for batch in batches})
+        sizes = {largest if batch == "max" else int(batch) for batch in batches if batch != "auto"}
+        return sorted(sizes | (_powers(4, largest) if "auto" in batches else set()))
 
     everywhere = sorted({batch for context in contexts for batch in batches_at(context)})
-    # The prefill batch is the smallest: larger ones only fill the device that a chunk fills already.
-    prefill_batch = everywhere[0]
     chunk = min(chunk, shape.max_context)
     ends = sorted({chunk, *(context for context in contexts if context >= chunk)})
+
+    def prefill_batches(end: int) -> list[int]:
+        # Without `auto` the smallest alone: larger ones only fill the device that a long chunk fills already.
+        most = everywhere[-1] if end <= LONG else PREFILL_BATCHES[1]
+        largest = min(most, largest_batch(shape, names, end, memory_bytes, dtype_bytes))
+        return [size for size in PREFILL_BATCHES if size <= largest] if "auto" in batches else everywhere[:1]
+
+    # Matrix products change their pace at every power of two, and these rows are few.
+    shared = sorted({*everywhere, *(_powers(2, everywhere[-1]) if "auto" in batches else ())})
     groups = []
     for block in SHARED_BLOCKS:
-        group = [Point(block, "decode", batch) for batch in everywhere]
+        group = [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
-            group.append(Point(block, "prefill", prefill_batch, chunk=chunk))
+            group += [Point(block, "prefill", batch, chunk=chunk) for batch in prefill_batches(chunk)]
         groups.append(group if "decode" in modes or block == "head" else [p for p in group if p.mode == "prefill"])
     for name in dict.fromkeys(names):
         group = []
         if "decode" in modes:
             group += [Point(name, "decode", batch, context) for context in contexts for batch in batches_at(context)]
         if "prefill" in modes:
-            group += [Point(name, "prefill", prefill_batch, end, chunk) for end in ends]
+            group += [Point(name, "prefill", batch, end, chunk) for end in ends for batch in prefill_batches(end)]
         groups.append(group)
     return [group for group in groups if group]
+
+
+def _powers(base: int, largest: int) -> set[int]:
+    """1, base, base^2, ..., and `largest` itself."""
+    sizes = {1, largest}
+    size = base
+    while size < largest:
+        sizes.add(size)
+        size *= base
+    return sizes

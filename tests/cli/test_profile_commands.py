@@ -1,5 +1,6 @@
 """The commands devices, profile, db and cost: exit codes, one JSON object, one line for what is wrong."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 
 from nasbench.cli.main import run
 from nasbench.devices import detect
-from nasbench.store import Database, Row, read_db
+from nasbench.store import Database, Row, columns_of, read_db
 
 CPU = detect("cpu").slug
 
@@ -16,8 +17,8 @@ CPU = detect("cpu").slug
 def nowhere_else(tmp_path, monkeypatch):
     """No databases but those of the test: neither the user's nor the shipped ones."""
     (tmp_path / "empty").mkdir()
-    monkeypatch.setattr("nasbench.cost.profiles_dir", lambda: tmp_path / "empty")
-    monkeypatch.setattr("nasbench.cost.default_db_dir", lambda: tmp_path / "empty")
+    monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: tmp_path / "empty")
+    monkeypatch.setattr("nasbench.cost.files.default_db_dir", lambda: tmp_path / "empty")
     monkeypatch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
 
 
@@ -43,10 +44,13 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     cost = ["cost", "15A 15J", "--model", "smollm2-135m", "--context", "100", "--db", str(tmp_path), "--json"]
     assert run([*cost, "--device", CPU]) == 0
     found = stdout_json(capsys)
-    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source history_bytes"
+    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source history_bytes "
+    wanted += "step_stderr_ms step_interval_ms prefill_stderr_tok_s calibration_rows j_per_token"
     assert set(wanted.split()) <= set(found)
     assert found["decode_tok_s"] > 0
     assert found["prefill_tok_s"] is None
+    low, high = found["step_interval_ms"]
+    assert low < found["step_ms"] < high
     assert (found["source"], found["device"], found["placement"]) == ("measured", CPU, "15A 15J")
 
     assert run(["devices", "--json", "--db", str(tmp_path)]) == 0
@@ -112,6 +116,25 @@ def test_bad_input_is_one_line(args, said, capsys):
     assert captured.out == ""
     assert said in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_an_older_database_is_migrated(tmp_path, capsys):
+    times = {"p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
+    path = tmp_path / "one.csv"
+    Database(path).merge([Row(device="one", block="A", context=1024, noisy=True, **times)])
+    now = path.read_text()
+    lines = list(csv.DictReader(path.open()))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns_of(1), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(lines[0] | {"schema": "1"})
+    assert run(["db", "check", str(path)]) == 0
+    assert f"schema 1: `nasbench db migrate {path}` brings it to 2" in capsys.readouterr().out
+    assert run(["db", "migrate", str(tmp_path)]) == 0
+    assert "schema 1 became 2" in capsys.readouterr().out
+    assert path.read_text() == now
+    assert run(["db", "migrate", str(path)]) == 0
+    assert "already" in capsys.readouterr().out
 
 
 def test_db_commands(tmp_path, capsys):

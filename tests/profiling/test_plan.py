@@ -64,6 +64,28 @@ def test_max_batch_follows_memory_and_context():
     assert with_max == [1, largest_batch(SHAPE, ("A", "J"), 8192, 16 * GIB, 4)]
 
 
+def test_auto_batches_are_powers_of_four_up_to_the_largest():
+    shape = MODELS["jet-nemotron-2b"]
+    memory = 141 * 10**9
+    contexts = [4096, 65536, 262144]
+    found = [
+        point
+        for group in plan(shape, "AWJG", contexts, ["auto"], ("decode", "prefill"), 2048, memory, 2)
+        for point in group
+    ]
+    assert len(found) == len(set(found))
+    for context in contexts:
+        largest = largest_batch(shape, "AWJG", context, memory, 2)
+        batches = {p.batch for p in found if (p.block, p.mode, p.context) == ("A", "decode", context)}
+        assert {1, 4, 16, 64, largest} <= batches
+        assert max(batches) == largest
+    norms = {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")}
+    assert {1 << power for power in range(11)} <= norms
+    prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("J", "prefill")}
+    assert prefill >= {(2048, 64), (4096, 8), (262144, 8)}
+    assert (262144, 64) not in prefill
+
+
 def test_bad_plans():
     with pytest.raises(UserError, match="unknown mode 'train'"):
         points(modes=("train",))

@@ -1,0 +1,213 @@
+"""What a whole step costs beyond the sum of its rows: launch gaps, a warm L2, fused norms. Fitted per device from a few
+end-to-end measurements that are kept apart from those that judge the model.
+
+    time = constant * layers + shared * (embedding, norms, MLPs, head) + sum over kinds of scale[kind] * (its mixers)
+
+The fit is linear regression on relative errors with a prior, constant 0 and every scale 1, so that few measurements
+move little: a kind that none of them contains keeps its scale. The posterior's covariance and the fit's residual are
+part of every prediction's uncertainty. Measurements lie in `calibration/<device>.csv` beside the profile database, with
+their provenance; the fit is done anew whenever a model is loaded, so it always belongs to the rows at hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from nasbench.errors import UserError
+from nasbench.files import atomic_path, machine_errors
+
+SCHEMA = 1
+PRIOR_SD = {"constant": 1.0}
+"""Standard deviations of the prior: microseconds a layer for the constant ..."""
+PRIOR_SCALE_SD = 0.1
+"""... and of every scale around 1."""
+RESIDUAL = 0.02
+"""Relative error that the fit expects of a measurement before it has seen any."""
+LEAST_RESIDUAL = 0.01
+"""Few measurements may agree by chance."""
+FOREIGN = 3.0
+"""Measurements of another model of the same device count as so much less precise."""
+CONSTANT, SHARED = "constant", "shared"
+
+Features = Mapping[str, float]
+"""Microseconds by feature: SHARED and the letters of kinds; CONSTANT is a number of layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationRow:
+    """One end-to-end measurement for fitting: a decode step, or the reading of a whole prompt."""
+
+    schema: int = SCHEMA
+    device: str
+    model: str
+    dtype: str
+    mode: str
+    placement: str
+    context: int
+    batch: int
+    chunk: int
+    time_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    torch: str
+    driver: str
+    project: str
+    measured_utc: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, name) for name in _KEY)
+
+
+_COLUMNS = tuple(field.name for field in fields(CalibrationRow))
+_KEY = _COLUMNS[1 : _COLUMNS.index("chunk") + 1]
+_TYPES = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in fields(CalibrationRow)}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Coefficients with their covariance, and the relative error that is left.
+
+    Attributes:
+        rows: measurements behind it; 0 is the prior alone.
+    """
+
+    names: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    covariance: tuple[tuple[float, ...], ...] = ()
+    residual: float = RESIDUAL
+    rows: int = 0
+
+    def coefficient(self, name: str) -> float:
+        """Microseconds a layer for CONSTANT, else the scale of a feature."""
+        if name in self.names:
+            return self.mean[self.names.index(name)]
+        return _prior_mean(name)
+
+    def apply(self, features: Features) -> tuple[float, float]:
+        """(microseconds, their standard error: of the coefficients and of what the fit leaves)."""
+        names = sorted(features)
+        x = np.array([features[name] for name in names])
+        mean = float(sum(self.coefficient(name) * features[name] for name in names))
+        covariance = np.diag([_prior_sd(name) ** 2 for name in names])
+        known = [i for i, name in enumerate(names) if name in self.names]
+        places = [self.names.index(names[i]) for i in known]
+        if known:
+            covariance[np.ix_(known, known)] = np.array(self.covariance)[np.ix_(places, places)]
+        variance = float(x @ covariance @ x) + (self.residual * mean) ** 2
+        return mean, variance**0.5
+
+
+def _prior_mean(name: str) -> float:
+    return 0.0 if name == CONSTANT else 1.0
+
+
+def _prior_sd(name: str) -> float:
+    return PRIOR_SD.get(name, PRIOR_SCALE_SD)
+
+
+def fit(measured: Sequence[tuple[Features, float, float]]) -> Calibration:
+    """The calibration that a set of measurements asks for.
+
+    Args:
+        measured: (features in microseconds, measured microseconds, weight of its expected error: 1, or FOREIGN).
+    """
+    if not measured:
+        return Calibration()
+    names = sorted({name for features, _, _ in measured for name in features})
+    x = np.array([[features.get(name, 0.0) / us for name in names] for features, us, _ in measured])
+    weight = np.array([weight for _, _, weight in measured])
+    prior = np.array([_prior_mean(name) for name in names])
+    precision = np.diag([_prior_sd(name) ** -2 for name in names])
+    residual = RESIDUAL
+    # Twice: the second time with the error that the first one left.
+    for _ in range(2):
+        scaled = x / (residual * weight)[:, None]
+        covariance = np.linalg.inv(precision + scaled.T @ scaled)
+        mean = prior + covariance @ (scaled.T @ ((1.0 - x @ prior) / (residual * weight)))
+        errors = (x @ mean - 1.0) / weight
+        # Effective number of coefficients that the measurements, and not the prior, have set.
+        used = float(np.trace(scaled @ covariance @ scaled.T))
+        freedom = max(1.0, len(measured) - used)
+        residual = max(LEAST_RESIDUAL, float(np.sqrt((errors**2).sum() / freedom)))
+    return Calibration(
+        tuple(names), tuple(map(float, mean)), tuple(tuple(map(float, row)) for row in covariance), residual,
+        len(measured),
+    )  # fmt: skip
+
+
+def calibrate(
+    rows: Iterable[CalibrationRow], mode: str, model: str, features: Callable[[CalibrationRow], Features | None]
+) -> Calibration:
+    """Fits the rows of a mode.
+
+    Args:
+        model: rows of other models count for less.
+        features: of a row; None where the profile does not cover it.
+    """
+    found = [(features(row), row) for row in rows if row.mode == mode]
+    return fit(
+        [
+            (known, row.time_ms * 1e3, 1.0 if row.model == model else FOREIGN)
+            for known, row in found
+            if known is not None
+        ]
+    )
+
+
+def calibration_path(profile: Path) -> Path:
+    """Where the measurements beside a profile database lie."""
+    return profile.parent / "calibration" / profile.name
+
+
+def read_calibration(path: Path) -> list[CalibrationRow]:
+    """The rows of a file, [] where there is none. Raises UserError naming the line and column of a bad cell."""
+    if not path.exists():
+        return []
+    with machine_errors(f"reading {path}"):
+        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8", errors="replace")))
+    if tuple(next(lines, ())) != _COLUMNS:
+        raise UserError(f"{path} line 1: not the header of calibration measurements: measure again with --calibrate")
+    rows = []
+    for cells in lines:
+        if len(cells) != len(_COLUMNS):
+            raise UserError(f"{path} line {lines.line_num}: {len(cells)} cells, the header has {len(_COLUMNS)}")
+        values = {}
+        for name, text in zip(_COLUMNS, cells, strict=True):
+            try:
+                values[name] = _TYPES[name](text)
+            except ValueError:
+                raise UserError(f"{path} line {lines.line_num} column {name}: bad value {text!r}") from None
+        rows.append(CalibrationRow(**values))
+        if not rows[-1].time_ms > 0:
+            raise UserError(f"{path} line {lines.line_num} column time_ms: write a positive number")
+    return rows
+
+
+def add_calibration(path: Path, rows: Iterable[CalibrationRow]) -> None:
+    """Adds measurements to a file, the new one in place of an old one of the same key; atomically, under a lock."""
+    with machine_errors(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        table = {row.key: row for row in [*read_calibration(path), *rows]}
+        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            for key in sorted(table):
+                cells = asdict(table[key]).values()
+                writer.writerow(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells)
+
+
+def find_calibration(profiles: Iterable[Path]) -> list[CalibrationRow]:
+    """The measurements beside several databases of one device, the last file's over the others'."""
+    table = {row.key: row for path in profiles for row in read_calibration(calibration_path(path))}
+    return list(table.values())

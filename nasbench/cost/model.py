@@ -1,0 +1,392 @@
+"""From a placement to its speed and cache: sums the measured rows of its blocks. Imports no torch.
+
+    decode step = embedding + sum over layers (2 norms + mixer + MLP) + final norm + head
+    prefill     = sum over chunks of the same without the head, + one head for the last token
+
+What a whole step costs beyond that sum is nasbench.cost.calibration's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import ceil
+from typing import Any
+
+import numpy as np
+
+from nasbench.backbone.shapes import MODELS, ModelShape
+from nasbench.config import format_size
+from nasbench.cost.calibration import CONSTANT, SHARED, CalibrationRow, Features, calibrate
+from nasbench.cost.table import Table, Time, total
+from nasbench.errors import UserError, unknown
+from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
+from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+INTERVAL_SD = 1.645
+"""Half a 90 % interval, in standard errors."""
+BLOCK = 1 << 14
+"""Placements that are summed at once: their times stay in the processor's caches."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a placement costs. A speed is None where it was not asked for or has no rows.
+
+    Attributes:
+        placement: canonical string.
+        context: tokens of each sequence, the new one included (decode), or of the prompt (prefill).
+        decode_tok_s: new tokens per second of all sequences together.
+        prefill_tok_s: prompt tokens per second of all sequences together.
+        step_ms: time of one decode step.
+        cache_bytes: keys, values and recurrent states, as arXiv 2508.15884 counts them.
+        history_bytes: inputs of short convolutions, which that count leaves out.
+        source: "measured", "estimated" if any row of the sum is, "none" without rows.
+        step_stderr_ms, prefill_stderr_tok_s: standard errors, from the scatter of the rows (of estimated ones, their
+            error bars), the calibration's coefficients and what it leaves.
+        calibration_rows: end-to-end measurements behind the calibration of the step; 0 is the sum of the rows as it is.
+        j_per_token: energy of a decode step for each of its tokens, where the rows tell.
+    """
+
+    placement: str
+    model: str
+    device: str
+    context: int
+    batch: int
+    decode_tok_s: float | None
+    prefill_tok_s: float | None
+    step_ms: float | None
+    cache_bytes: int
+    history_bytes: int
+    source: str
+    step_stderr_ms: float | None = None
+    prefill_stderr_tok_s: float | None = None
+    calibration_rows: int = 0
+    j_per_token: float | None = None
+
+    @property
+    def step_interval_ms(self) -> tuple[float, float] | None:
+        """90 % interval of the step."""
+        if self.step_ms is None or self.step_stderr_ms is None:
+            return None
+        half = INTERVAL_SD * self.step_stderr_ms
+        return max(0.0, self.step_ms - half), self.step_ms + half
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A step or a prompt before calibration.
+
+    Attributes:
+        times: (feature, time) of every block by itself: blocks err independently of one another.
+        layers: layers times chunks, what the calibration's constant counts.
+    """
+
+    times: tuple[tuple[str, Time], ...]
+    layers: int
+
+    @property
+    def features(self) -> Features:
+        found: dict[str, float] = {CONSTANT: float(self.layers)}
+        for feature, time in self.times:
+            found[feature] = found.get(feature, 0.0) + time.us
+        return found
+
+    @property
+    def estimated(self) -> bool:
+        return any(time.estimated for _, time in self.times)
+
+    @property
+    def joules(self) -> float | None:
+        return total(time for _, time in self.times).joules
+
+
+def check_context(shape: ModelShape, context: int) -> int:
+    """Returns the context, or raises UserError when it is beyond the model's."""
+    if not 1 <= context <= shape.max_context:
+        raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
+    return context
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of a weight, activation, key or value. Raises UserError for an unknown name."""
+    if dtype not in DTYPE_BYTES:
+        raise unknown("dtype", dtype, DTYPE_BYTES)
+    return DTYPE_BYTES[dtype]
+
+
+class CostModel:
+    """Costs of every placement of one model on one device from its profile rows.
+
+    Args:
+        rows: of one device; those of other shapes, data types or without a time are left out.
+        shape: the model.
+        dtype: fp32, bf16 or fp16.
+        calibration: end-to-end measurements of the device, of this or other built-in models; of other data types they
+            are left out.
+
+    Raises:
+        UserError: rows of several devices, or an unknown dtype.
+    """
+
+    def __init__(
+        self, rows: Iterable[Row], shape: ModelShape, dtype: str, calibration: Sequence[CalibrationRow] = ()
+    ) -> None:
+        rows = list(rows)
+        devices = sorted({row.device for row in rows})
+        if len(devices) > 1:
+            raise UserError(f"profile rows of several devices: {', '.join(devices)}")
+        self.device = devices[0] if devices else ""
+        self.shape = shape
+        self.dtype = dtype
+        self.dtype_bytes = dtype_bytes(dtype)
+        self._tables: dict[tuple[Any, ...], Table] = {}
+        self._known: dict[tuple[Any, ...], Time] = {}
+        for row in rows:
+            if row.dtype == dtype and row.status == "ok" and row.p50_us is not None:
+                cells = [getattr(row, column) for column in _IDENTITY]
+                key = (*cells, row.mode, row.chunk)
+                self._tables.setdefault(key, Table(in_turns=row.mode == "prefill")).add(row)
+        self.chunks = sorted({row.chunk for row in rows if row.mode == "prefill" and row.dtype == dtype})
+        self._others = {shape.name: self}
+        self._calibrations = {}
+        usable = [row for row in calibration if row.device == self.device and row.dtype == dtype]
+        for name in {row.model for row in usable} - {shape.name}:
+            if name in MODELS:
+                self._others[name] = CostModel(rows, MODELS[name], dtype)
+        for mode in ("decode", "prefill"):
+            self._calibrations[mode] = calibrate(usable, mode, shape.name, self._features_of)
+
+    def decode(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
+        """One decode step of `batch` sequences at `context` tokens.
+
+        Raises UserError naming the block and the missing point, and the command that measures it.
+        """
+        cost = self.cache(placement, context, batch)
+        parts = self._decode_parts(placement, context, batch, extrapolate)
+        us, stderr_us = self._predict(parts, "decode")
+        return replace(
+            cost,
+            decode_tok_s=batch * 1e6 / us,
+            step_ms=us / 1e3,
+            source=_source(parts.estimated),
+            step_stderr_ms=stderr_us / 1e3,
+            calibration_rows=self._calibrations["decode"].rows,
+            j_per_token=None if parts.joules is None else parts.joules / batch,
+        )
+
+    def prefill(
+        self, placement: Placement, context: int, batch: int, extrapolate: bool = False, chunk: int | None = None
+    ) -> Cost:
+        """A prompt of `context` tokens in chunks of `chunk` (default: the largest that was measured).
+
+        A last, shorter chunk costs its share of a whole one. More sequences than were measured together take the time
+        of the largest measured batch in turns. Raises UserError as `decode` does.
+        """
+        cost = self.cache(placement, context, batch)
+        size = chunk or (self.chunks[-1] if self.chunks else 0)
+        if size not in self.chunks:
+            legal = ", ".join(map(str, self.chunks)) or "none"
+            raise UserError(
+                f"no prefill rows of chunk {size or 'of any size'} for {self.dtype} on {self.device or 'any device'} "
+                f"(measured: {legal}): {self._command('prefill', context, batch)}"
+            )
+        parts = self._prefill_parts(placement, context, batch, size, extrapolate)
+        us, stderr_us = self._predict(parts, "prefill")
+        tok_s = batch * context * 1e6 / us
+        return replace(
+            cost, prefill_tok_s=tok_s, source=_source(parts.estimated), prefill_stderr_tok_s=tok_s * stderr_us / us
+        )
+
+    def cost(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
+        """Decode and prefill together; prefill_tok_s is None where prefill was not measured."""
+        cost = self.decode(placement, context, batch, extrapolate)
+        try:
+            prefill = self.prefill(placement, context, batch, extrapolate)
+        except UserError:
+            return cost
+        source = _source("estimated" in (cost.source, prefill.source))
+        return replace(
+            cost,
+            prefill_tok_s=prefill.prefill_tok_s,
+            prefill_stderr_tok_s=prefill.prefill_stderr_tok_s,
+            source=source,
+        )
+
+    def cache(self, placement: Placement, context: int, batch: int) -> Cost:
+        """The part that needs no rows: cache and history bytes. Raises UserError for a context beyond the model's."""
+        check_context(self.shape, context)
+        if batch < 1:
+            raise UserError(f"batch {batch}: choose at least 1")
+        return Cost(
+            placement=format_placement(placement), model=self.shape.name, device=self.device, context=context,
+            batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None,
+            source="none",
+            cache_bytes=self.shape.cache_bytes(placement, batch, context, self.dtype_bytes),
+            history_bytes=self.shape.history_bytes(placement, batch, self.dtype_bytes),
+        )  # fmt: skip
+
+    def decode_many(self, placements: Sequence[Placement], context: int, batch: int, extrapolate: bool = False) -> Any:
+        """Decode tokens/s of many placements of equal length: a float64 array, one look-up per distinct name."""
+        if not placements:
+            return np.empty(0)
+        text = "".join(map("".join, placements))
+        if len(text) == len(placements) * len(placements[0]):
+            # One letter a name: one pass over one string takes a tenth of the time of looking every name up.
+            letters = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
+            found = np.flatnonzero(np.bincount(letters, minlength=128))
+            names = [chr(letter) for letter in found]
+            codes = np.searchsorted(found, np.arange(128)).astype(np.uint8)[letters]
+        else:
+            names = sorted(set(chain.from_iterable(placements)))
+            index = {name: i for i, name in enumerate(names)}
+            codes = np.fromiter(map(index.__getitem__, chain.from_iterable(placements)), dtype=np.uint8)
+        return self.decode_codes(codes.reshape(len(placements), -1), names, context, batch, extrapolate)
+
+    def decode_codes(
+        self, codes: Any, names: Sequence[str], contexts: Any, batches: Any, extrapolate: bool = False
+    ) -> Any:
+        """Decode tokens/s of placements given as an integer array [N, L], each number a place in `names`.
+
+        Args:
+            contexts, batches: one number for all, or arrays [N]; the profile is looked up once per distinct pair.
+        """
+        codes = np.asarray(codes)
+        pairs = np.stack(np.broadcast_arrays(np.asarray(contexts), np.asarray(batches)), axis=-1).reshape(-1, 2)
+        distinct, which = np.unique(pairs, axis=0, return_inverse=True)
+        points = [
+            self._layer_times(names, int(size), int(batch), codes.shape[1], extrapolate) for size, batch in distinct
+        ]
+        times = np.array([layers for layers, _ in points])  # [pairs, names]
+        frames = np.array([frame for _, frame in points])
+        result = np.empty(len(codes))
+        which = which.reshape(-1)
+        for begin in range(0, len(codes), BLOCK):
+            # Layer by layer over many placements: long loops over what lies in the caches.
+            some = slice(begin, begin + BLOCK)
+            columns = np.ascontiguousarray(codes[some].T).astype(np.intp)
+            if len(points) == 1:
+                sums = np.full(columns.shape[1], frames[0])
+                for column in columns:
+                    sums += times[0].take(column)
+            else:
+                at = which[some]
+                sums = frames[at]
+                for column in columns:
+                    sums += times[at, column]
+            result[some] = sums
+        return pairs[:, 1] * 1e6 / result
+
+    def layer_us(self, name: str, context: int, batch: int, extrapolate: bool = False) -> float:
+        """Microseconds that one layer of this name takes of a decode step, its norms and MLP included."""
+        return self._layer_times([name], context, batch, self.shape.num_layers, extrapolate)[0][0]
+
+    def _layer_times(
+        self, names: Sequence[str], context: int, batch: int, layers: int, extrapolate: bool
+    ) -> tuple[list[float], float]:
+        """(microseconds of a layer of each name, of what stands around the layers) in a decode step, calibrated."""
+        check_context(self.shape, context)
+        fit = self._calibrations["decode"]
+        scale = fit.coefficient(SHARED)
+        shared = {name: self._block(name, "decode", 0, batch, extrapolate).us for name in SHARED_BLOCKS}
+        every = fit.coefficient(CONSTANT) + scale * (2 * shared["norm"] + shared["mlp"])
+        mixers = [self._block(name, "decode", context, batch, extrapolate).us for name in names]
+        times = [every + fit.coefficient(kind_of(name)) * us for name, us in zip(names, mixers, strict=True)]
+        return times, scale * (shared["embedding"] + shared["norm"] + shared["head"])
+
+    def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
+        layers = len(placement)
+        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers, "head": 1}
+        times = [(SHARED, self._block(name, "decode", 0, batch, extrapolate) * count) for name, count in counts.items()]
+        for name in dict.fromkeys(placement):
+            time = self._block(name, "decode", context, batch, extrapolate) * placement.count(name)
+            times.append((kind_of(name), time))
+        return Parts(tuple(times), layers)
+
+    def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
+        layers, chunks = len(placement), context / chunk
+        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers}
+        times = [
+            (SHARED, self._block(name, "prefill", 0, batch, extrapolate, chunk) * (count * chunks))
+            for name, count in counts.items()
+        ]
+        times.append((SHARED, self._head(batch, extrapolate)))
+        for name in dict.fromkeys(placement):
+            ends = [
+                self._block(name, "prefill", end, batch, extrapolate, chunk) for end in range(chunk, context + 1, chunk)
+            ]
+            rest = context % chunk
+            if rest:
+                # The shorter last chunk is taken from the whole one that would end where it ends.
+                last = self._block(name, "prefill", max(context, chunk), batch, extrapolate, chunk)
+                ends.append(last * (rest / chunk))
+            times.append((kind_of(name), total(ends) * placement.count(name)))
+        return Parts(tuple(times), layers * ceil(chunks))
+
+    def _head(self, batch: int, extrapolate: bool) -> Time:
+        """The output matrix after a prompt, for at most as many sequences as it was measured with."""
+        cells = block_cells(self.shape, "head")
+        table = self._tables.get((*cells.values(), "decode", 0))
+        largest = max(table.points[0]) if table and 0 in table.points else batch
+        return self._block("head", "decode", 0, min(batch, largest), extrapolate)
+
+    def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
+        """(microseconds, their standard error)."""
+        fit = self._calibrations[mode]
+        us, stderr_us = fit.apply(parts.features)
+        scatter = sum((fit.coefficient(feature) * time.sd_us) ** 2 for feature, time in parts.times)
+        return us, (stderr_us**2 + scatter) ** 0.5
+
+    def _features_of(self, row: CalibrationRow) -> Features | None:
+        """Of an end-to-end measurement; None where the rows do not cover it."""
+        costs = self._others.get(row.model)
+        if costs is None:
+            return None
+        try:
+            placement = parse_placement(row.placement, costs.shape.num_layers)
+            if row.mode == "decode":
+                return costs._decode_parts(placement, row.context, row.batch, False).features
+            return costs._prefill_parts(placement, row.context, row.batch, row.chunk, False).features
+        except UserError:
+            return None
+
+    def _block(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int = 0) -> Time:
+        key = (name, mode, context, batch, extrapolate, chunk)
+        if key not in self._known:
+            self._known[key] = self._look_up(*key)
+        return self._known[key]
+
+    def _look_up(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int) -> Time:
+        shared = name in SHARED_BLOCKS
+        config = None if shared else self.shape.mixer(name)
+        cells = block_cells(self.shape, name) if config is None else block_cells(self.shape, config.kind, config.args)
+        table = self._tables.get((*cells.values(), mode, chunk))
+        time = table.at(context, batch, extrapolate) if table else None
+        if time is None:
+            title = name if config is None else f"{config.kind}{config.args and ' ' + config.args}"
+            at = f"batch {batch}" if shared else f"context {format_size(context)}, batch {batch}"
+            known = f"measured are {table.measured()}" if table else "it is not measured at all"
+            raise UserError(
+                f"no {mode} time of block {title} of {self.shape.name} ({self.dtype}) on "
+                f"{self.device or 'any device'} at {at}: {known}; {self._command(mode, context, batch, name)}"
+            )
+        return time
+
+    def _command(self, mode: str, context: int, batch: int, name: str = "") -> str:
+        blocks = f" --blocks {name}" if name and name not in SHARED_BLOCKS else ""
+        contexts = f" --contexts {format_size(context)}" if context else ""
+        modes = "decode" if mode == "decode" else "decode,prefill"
+        return (
+            f"measure it there with `nasbench profile --model {self.shape.name}{blocks}{contexts} --batches {batch} "
+            f"--modes {modes} --dtype {self.dtype}`"
+        )
+
+
+_IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")
+"""The columns of store.block_cells, in its order."""
+
+
+def _source(estimated: bool) -> str:
+    return "estimated" if estimated else "measured"

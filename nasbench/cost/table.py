@@ -1,0 +1,139 @@
+"""Times of one block over context and batch, and what stands between the measured points.
+
+Between them the time is piecewise linear in the context and in the batch: a step moves bytes and computes products in
+proportion to both, and the constant part of each segment is what the launches and the weights cost.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nasbench.config import format_size
+from nasbench.store import Row
+
+SPREAD_SD = 1.683
+"""p80 - p20 of a normal distribution over its standard deviation."""
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one block or of several.
+
+    Attributes:
+        estimated: whether an estimated row is in them.
+        sd_us: standard deviation, from p20 and p80 of the rows: scatter of measured ones, error bar of estimates.
+        joules: energy; None where a row does not tell.
+    """
+
+    us: float
+    estimated: bool = False
+    sd_us: float = 0.0
+    joules: float | None = None
+
+    def __mul__(self, factor: float) -> Time:
+        joules = None if self.joules is None else self.joules * factor
+        return Time(self.us * factor, self.estimated, self.sd_us * factor, joules)
+
+    def __add__(self, other: Time) -> Time:
+        """The sum of times that err together: of the same rows."""
+        joules = None if self.joules is None or other.joules is None else self.joules + other.joules
+        return Time(self.us + other.us, self.estimated or other.estimated, self.sd_us + other.sd_us, joules)
+
+
+NOTHING = Time(0.0, joules=0.0)
+
+
+def total(times: Iterable[Time]) -> Time:
+    """The sum of times that err together."""
+    return sum(times, start=NOTHING)
+
+
+def of_row(row: Row) -> Time:
+    """What a row measured."""
+    assert row.p20_us is not None
+    assert row.p50_us is not None
+    assert row.p80_us is not None
+    return Time(row.p50_us, row.source == "estimated", (row.p80_us - row.p20_us) / SPREAD_SD, row.energy_j)
+
+
+def _bracket(known: Sequence[int], at: int, extrapolate: bool) -> tuple[int, int, float] | None:
+    """Neighbours of `at` in the sorted `known` and the weight of the second, or None where none are legal."""
+    right = bisect_left(known, at)
+    if right < len(known) and known[right] == at:
+        return known[right], known[right], 0.0
+    if not 0 < right < len(known):
+        if not extrapolate or len(known) < 2:
+            return None
+        right = min(max(right, 1), len(known) - 1)
+    low, high = known[right - 1], known[right]
+    return low, high, (at - low) / (high - low)
+
+
+def _along(line: dict[int, Time], at: int, extrapolate: bool) -> Time | None:
+    bracket = _bracket(sorted(line), at, extrapolate)
+    return _blend(line[bracket[0]], line[bracket[1]], bracket[2]) if bracket else None
+
+
+def _blend(low: Time, high: Time, weight: float) -> Time:
+    """Linear between two points, and beyond them."""
+    inside = min(max(weight, 0.0), 1.0)
+    joules = None
+    if low.joules is not None and high.joules is not None:
+        joules = max(0.0, low.joules + weight * (high.joules - low.joules))
+    return Time(
+        max(0.0, low.us + weight * (high.us - low.us)),
+        low.estimated or high.estimated,
+        low.sd_us + inside * (high.sd_us - low.sd_us),
+        joules,
+    )
+
+
+class Table:
+    """Times of one block over context and batch.
+
+    Args:
+        in_turns: batches beyond the largest measured one take that one's time again and again (prefill, where a batch
+            fills the device), instead of being unknown.
+    """
+
+    def __init__(self, in_turns: bool = False) -> None:
+        self.points: dict[int, dict[int, Time]] = {}
+        self.in_turns = in_turns
+
+    def add(self, row: Row) -> None:
+        """Keeps the faster one where two implementations measured the same point, measured before estimated."""
+        new = of_row(row)
+        old = self.points.setdefault(row.context, {}).get(row.batch)
+        if old is None or (new.estimated, new.us) < (old.estimated, old.us):
+            self.points[row.context][row.batch] = new
+
+    def at(self, context: int, batch: int, extrapolate: bool) -> Time | None:
+        """The time at a point, or None outside of what was measured.
+
+        Batches first, because the largest batch that fits, and so is measured, differs between contexts.
+        """
+        for beyond in (False, True) if extrapolate else (False,):
+            lines = {size: self._along_batches(self.points[size], batch, beyond) for size in sorted(self.points)}
+            time = _along({size: line for size, line in lines.items() if line is not None}, context, beyond)
+            if time:
+                return time
+        return None
+
+    def _along_batches(self, line: dict[int, Time], batch: int, extrapolate: bool) -> Time | None:
+        largest = max(line)
+        if self.in_turns and batch > largest:
+            return line[largest] * (batch / largest)
+        return _along(line, batch, extrapolate)
+
+    def measured(self) -> str:
+        """The points, for an error message: `batch 1, 4 at context 1k; batch 1 at 4k`."""
+        lines = {size: ", ".join(map(str, sorted(line))) for size, line in sorted(self.points.items())}
+        by_batches: dict[str, list[str]] = {}
+        for size, batches in lines.items():
+            by_batches.setdefault(batches, []).append(format_size(size))
+        return "; ".join(
+            f"batch {batches}" + (f" at context {', '.join(sizes)}" if sizes != ["0"] else "")
+            for batches, sizes in by_batches.items()
+        )
