@@ -18,7 +18,9 @@ def command(
     ] = "default",
     names: Annotated[str, typer.Option(help="Layer kinds beside full attention, as W,J,G or W1152,J.")] = "W,J",
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
-    data: Annotated[str, typer.Option(help="Text: .txt, .jsonl, .parquet or a folder; default: Python's help.")] = "",
+    data: Annotated[
+        str, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, hf:NAME[:SPLIT]; default: Python's help.")
+    ] = "",
     align_tokens: Annotated[
         str | None, typer.Option(help="Tokens of block-wise alignment, as 16k; 0 for none.")
     ] = None,
@@ -29,14 +31,21 @@ def command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped."""
+    """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
+
+    Asked for more tokens, a finished run goes on. Under torchrun, every process takes its rows of each batch.
+    """
     from nasbench.backbone.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run, RunSpec
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.train import distill
+    from nasbench.supernet.workers import workers_of
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
@@ -51,12 +60,43 @@ def command(
     if spec.sequence > shape.max_context:
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)
-    run = Run.create(out, spec)
-    with progress_bar() as progress:
-        net = distill(run, settings, device=chosen, dtype=kind, progress=progress)
+    if dry_run:
+        _dry_run(out, spec, settings, chosen, kind, as_json)
+        return
+    with workers_of(chosen) as (workers, own):
+        run = Run.create(out, spec)
+        with progress_bar() as progress:
+            net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers)
+    if not workers.leads:
+        return
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {net.source}")
     if as_json:
         print_json({"run": str(out), "names": list(run.spec.space.names), "version": net.version})
+
+
+def _dry_run(out: Path, spec, settings, device: str, dtype, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+    import threading
+
+    from nasbench.backbone.load import load_model
+    from nasbench.cli.common import log, print_json, print_table
+    from nasbench.runs import Run
+    from nasbench.supernet.estimate import estimate
+    from nasbench.supernet.train import Distiller
+
+    run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
+    loaded = load_model(spec.model, dtype=dtype, device=device)
+    found = estimate(Distiller(run, loaded, settings, threading.Event()))
+    if as_json:
+        print_json({"run": str(out), **found.as_dict()})
+        return
+    columns = ("stage", "tokens", "steps", "tokens/step", "tokens/s", "minutes")
+    rows = [(s.stage, s.tokens, s.steps, s.step_tokens, round(s.tok_s), round(s.seconds / 60, 1)) for s in found.stages]
+    print_table(columns, rows, f"{out}: what is left to do")
+    log(
+        f"{found.seconds / 60:.1f} minutes; {found.corpus_tokens:,} tokens of text; {found.trained_parameters:,} trained "
+        f"parameters; {found.model_bytes >> 20:,} MiB model + {found.training_bytes >> 20:,} MiB training state, "
+        f"{found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
+    )
 
 
 def parse_names(text: str, shape) -> tuple[str, ...]:  # type: ignore[no-untyped-def]

@@ -16,17 +16,20 @@ def command(
     placement: Annotated[str, typer.Option(help="One letter per layer, as 14J A 4J A 2W 6J.")],
     tokens: Annotated[str, typer.Option(help="Tokens to distil, as 64k; 0 takes the supernet's weights.")] = "16k",
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
+    sequence: Annotated[str, typer.Option(help="Tokens of a training row, as 2k; default: the run's.")] = "",
+    batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Distil one placement from the supernet's weights on. Run again after a stop, it continues."""
+    """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
     from nasbench.backbone.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import finalize
     from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.workers import workers_of
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
@@ -35,8 +38,23 @@ def command(
     settings = DistillConfig.read(config) if config else DistillConfig()
     budget = 0 if tokens == "0" else parse_size(tokens)
     where = torch_device(device)
-    with progress_bar() as progress:
-        folder = finalize(opened, chosen, settings, budget, device=where, dtype=torch_dtype(dtype), progress=progress)
+    if batch:
+        settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
+    with workers_of(where) as (workers, own), progress_bar() as progress:
+        folder = finalize(
+            opened,
+            chosen,
+            settings,
+            budget,
+            sequence=parse_size(sequence) if sequence else None,
+            device=own,
+            dtype=torch_dtype(dtype),
+            progress=progress,
+            notice=log,
+            workers=workers,
+        )
+    if not workers.leads:
+        return
     log(f"finalised {format_placement(chosen)} in {folder}")
     if as_json:
         print_json({"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget})

@@ -1,12 +1,13 @@
 """Distilling one chosen placement further, and reading it back.
 
-runs/NAME/final/<slug>/final.json            model, placement, tokens, losses
+runs/NAME/final/<slug>/final.json            model, placement, tokens, settings
 runs/NAME/final/<slug>/mixers.safetensors    whole weights of every layer that is not the model's own attention
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,15 +21,28 @@ from nasbench.files import atomic_path, read_json, write_json
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.supernet import checkpoint
-from nasbench.supernet.loop import Loop, LossSums, Progress, no_progress, stop_on_signal
+from nasbench.supernet.data import Batch
+from nasbench.supernet.loop import (
+    Loop,
+    LossSums,
+    Notice,
+    Progress,
+    no_notice,
+    no_progress,
+    settle,
+    stop_on_signal,
+)
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.steps import distill_step, first_not_finite
 from nasbench.supernet.supernet import Supernet
-from nasbench.supernet.train import distill_step, training_corpus
+from nasbench.supernet.train import training_corpus
+from nasbench.supernet.workers import ALONE, Workers
 
 CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"
 _SEED_OFFSET = 7919
+_SETTINGS = ("supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "documents")
 
 
 def slug(placement: Placement) -> str:
@@ -47,49 +61,105 @@ def finalize(
     config: DistillConfig,
     tokens: int,
     *,
+    sequence: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = no_progress,
+    notice: Notice = no_notice,
+    workers: Workers = ALONE,
 ) -> Path:
     """Distils the placement for `tokens` tokens from the supernet's weights on, every replaced mixer being trained, and
-    returns its folder. Stopping and starting again continues; the supernet itself stays as it is.
+    returns its folder. Stopping and starting again continues, and so do more tokens for a finished one, with another
+    cycle of the learning rate; the supernet itself stays as it is.
+
+    Args:
+        sequence: tokens of a row; the run's by default, longer to learn what only long texts show.
 
     Raises as `nasbench.supernet.train.distill`.
     """
     net = Supernet.load(run, dtype=dtype, device=device)
     net.space.check(placement)
     folder = final_folder(run, placement)
-    corpus = training_corpus(run, net, config)
+    corpus = training_corpus(run, net, config, sequence)
     rows = max(1, config.supernet_batch_tokens // corpus.sequence)
-    steps = tokens // (rows * corpus.sequence)
+    step_tokens = rows * corpus.sequence
+    state: dict[str, Any] = {
+        "supernet": net.version,
+        "placement": format_placement(placement),
+        "settings": {
+            **{key: getattr(config, key) for key in _SETTINGS},
+            "sequence": corpus.sequence,
+            "corpus": corpus.fingerprint,
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+    }
+    saved, finished = _begun(checkpoint.latest(folder / TRAINING), state, tokens), _finished(folder, state, tokens)
+    if finished is not None and finished[-1] == tokens:
+        return folder
+    known = saved.state["cycles"] if saved is not None else finished or []
+    cycles = [*known, tokens] if tokens // step_tokens > (known[-1] if known else 0) // step_tokens else known
+    state["cycles"] = cycles or [tokens]
     mixers = replaced_mixers(net, placement)
-
-    def step(index: int, sums: LossSums) -> None:
-        batch = corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET).to(net.teacher.device)
-        distill_step(net, placement, batch, sums, kl_chunk=config.kl_chunk, hidden_weight=config.hidden_weight)
-
-    state = {"supernet": net.version, "tokens": tokens, "placement": format_placement(placement)}
+    weights: dict[str, Tensor] = {}
     if mixers:
         for mixer in mixers.values():
             mixer.requires_grad_(True)
         groups = {name: dict(mixer.named_parameters()) for name, mixer in mixers.items()}
         optimizer = MasterAdamW(groups, lr=config.supernet_lr, weight_decay=config.weight_decay, clip=config.clip)
+        if saved is not None:
+            optimizer.set_masters(saved.weights(str(net.teacher.device)))
+        elif finished is not None:
+            optimizer.set_masters(load_file(folder / MIXERS, device=str(net.teacher.device)))
+
+        def batch_of(index: int) -> Batch:
+            return workers.share(corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET)).to(net.teacher.device)
+
+        def step(index: int, sums: LossSums) -> None:
+            distill_step(net, [placement], batch_of(index), sums, config, workers)
+            settle(optimizer, sums, workers)
+
         with stop_on_signal() as stop:
-            training = folder / TRAINING
-            step_tokens = rows * corpus.sequence
-            loop = Loop(training, STAGE, optimizer, steps, step_tokens, step, config, state, stop, progress)
-            saved = checkpoint.latest(training)
-            if saved is not None and all(saved.state.get(key) == value for key, value in state.items()):
-                optimizer.set_masters(saved.weights(str(net.teacher.device)))
+            loop = Loop(
+                folder / TRAINING,
+                STAGE,
+                optimizer,
+                [end // step_tokens for end in state["cycles"]],
+                step_tokens,
+                step,
+                config,
+                state,
+                stop,
+                progress,
+                notice,
+                workers,
+                lambda index: first_not_finite(net, placement, batch_of(index)),
+                finished[-1] // step_tokens if finished is not None and saved is None else 0,
+            )
+            if saved is not None and saved.state["step"]:
                 loop.resume(saved)
-            loop.losses.cut({STAGE: loop.start})
+            workers.any(False, net.teacher.device)  # nobody writes before all have read
+            loop.cut({})
             loop.run()
         weights = {name: master.detach() for name, master in optimizer.masters.items()}
-    else:
-        weights = {}
-    _write(folder, weights, {"model": run.spec.model, **state})
-    checkpoint.discard(folder / TRAINING)
+    if workers.leads:
+        _write(folder, weights, {"model": run.spec.model, **state, "tokens": tokens})
+        checkpoint.discard(folder / TRAINING)
     return folder
+
+
+def _begun(saved: checkpoint.Checkpoint | None, state: dict[str, Any], tokens: int) -> checkpoint.Checkpoint | None:
+    """A checkpoint of this training that has not gone beyond `tokens`, None for any other."""
+    fits = saved is not None and all(saved.state.get(key) == value for key, value in state.items())
+    return saved if fits and saved is not None and saved.state["cycles"][-1] <= tokens else None
+
+
+def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int] | None:
+    """The cycles of a finished training of this kind that had at most `tokens`, None where there is none."""
+    if not is_final(folder) or not (folder / MIXERS).is_file():
+        return None
+    data = read_json(folder / CONFIG)
+    fits = isinstance(data, dict) and all(data.get(key) == value for key, value in state.items())
+    return list(data["cycles"]) if fits and data["cycles"][-1] <= tokens else None
 
 
 def replaced_mixers(net: Supernet, placement: Placement) -> dict[str, TokenMixer]:

@@ -124,7 +124,15 @@ def token_losses(
     return torch.cat(nll).view(batch, length), torch.cat(kl).view(batch, length) if kl else None
 
 
-def relative_error(value: Tensor, target: Tensor) -> Tensor:
-    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer."""
-    target = target.float()
-    return (value.float() - target).square().sum() / target.square().sum().clamp_min(1e-12)
+def energy(target: Tensor) -> Tensor:
+    """||target||^2 in fp32, a scalar that can be divided by."""
+    return target.float().square().sum().clamp_min(1e-12)
+
+
+def relative_error(value: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
+    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer.
+
+    Args:
+        whole: the denominator where it is known already.
+    """
+    return (value.float() - target.float()).square().sum() / (energy(target) if whole is None else whole)

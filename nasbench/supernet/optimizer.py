@@ -1,4 +1,4 @@
-"""AdamW on fp32 master weights for mixers that compute in any dtype, each mixer clipped alone."""
+"""AdamW on fp32 master weights for mixers that compute in any dtype, each mixer clipped, and skipped, alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+
+from nasbench.supernet.workers import Workers
 
 
 def cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -22,16 +24,22 @@ class MasterAdamW:
     """AdamW over named groups of parameters.
 
     A parameter in fp32 is its own master; one in bf16 gets an fp32 master and is its rounding after every step.
-    Parameters without a gradient are left alone, with their moments. No host synchronisation.
+    Parameters without a gradient are left alone, with their moments. No host synchronisation on a GPU.
+
+    The gradients of all masters lie in one fp32 buffer, a group's side by side: one sum over processes, one norm and
+    one scaling a group.
 
     Args:
         groups: name of a mixer -> its named parameters. The gradient norm is clipped per group.
+
+    Attributes:
+        skipped: [groups] fp32, how often each group's gradient was not finite and counted as zero, since last cleared.
     """
 
     def __init__(
         self, groups: Mapping[str, Mapping[str, nn.Parameter]], *, lr: float, weight_decay: float, clip: float
     ) -> None:
-        self.lr, self.clip = lr, clip
+        self.lr, self.max_norm = lr, clip
         self.groups = {group: dict(parameters) for group, parameters in groups.items()}
         self.working = {f"{group}.{name}": p for group, ps in self.groups.items() for name, p in ps.items()}
         self.masters = {
@@ -41,6 +49,20 @@ class MasterAdamW:
         self.adam = torch.optim.AdamW(
             list(self.masters.values()), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
         )
+        self.device = next(iter(self.masters.values())).device
+        self.skipped = torch.zeros(len(self.groups), device=self.device)
+        self._present: list[str] = []
+        self._place = torch.zeros(0, dtype=torch.int64)
+        buffer = torch.zeros(sum(p.numel() for p in self.masters.values()), device=self.device)
+        self._views: dict[str, Tensor] = {}
+        self._segments: dict[str, Tensor] = {}
+        end = 0
+        for group, parameters in self.groups.items():
+            begin = end
+            for name, parameter in parameters.items():
+                self._views[f"{group}.{name}"] = buffer[end : end + parameter.numel()].view_as(parameter)
+                end += parameter.numel()
+            self._segments[group] = buffer[begin:end]
 
     def set_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Takes master weights (all of them), and rounds the working weights from them."""
@@ -52,24 +74,67 @@ class MasterAdamW:
 
     def step(self, factor: float) -> None:
         """One step with the learning rate times `factor`; takes the gradients and drops them."""
-        self.collect()
+        self.gather()
+        self.clip()
         self.apply(factor)
 
-    def collect(self) -> None:
-        """Moves the gradients of the working weights to the masters, fp32, each mixer's norm clipped.
+    def gather(self) -> None:
+        """Moves the gradients of the working weights to the masters, fp32.
 
-        A CUDA graph may capture this with the backward pass before it.
+        A CUDA graph may capture this and `clip` with the backward pass before them.
         """
-        for group_name, parameters in self.groups.items():
-            names = [f"{group_name}.{name}" for name, p in parameters.items() if p.grad is not None]
+        present, sources, targets = [], [], []
+        for group, parameters in self.groups.items():
+            names = [f"{group}.{name}" for name, p in parameters.items() if p.grad is not None]
             if not names:
                 continue
-            gradients = [g.float() for name in names if (g := self.working[name].grad) is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            torch._foreach_mul_(gradients, (self.clip / (norm + 1e-6)).clamp(max=1.0))
-            for name, gradient in zip(names, gradients, strict=True):
-                self.working[name].grad = None
-                self.masters[name].grad = gradient
+            present.append(group)
+            if len(names) < len(parameters):
+                self._segments[group].zero_()
+            for name in names:
+                working = self.working[name]
+                assert working.grad is not None
+                sources.append(working.grad)
+                targets.append(self._views[name])
+                working.grad = None
+                self.masters[name].grad = self._views[name]
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        if present != self._present:
+            order = {group: i for i, group in enumerate(self.groups)}
+            self._present = present
+            self._place = torch.tensor([order[group] for group in present], dtype=torch.int64, device=self.device)
+
+    def average(self, workers: Workers, shares: Tensor) -> None:
+        """Sums the gathered gradients over the processes, each weighted by this process's share of the group.
+
+        Args:
+            shares: [groups]; a group's shares sum to 1 over the processes.
+        """
+        parts = shares[self._place].unbind()
+        segments = [self._segments[group] for group in self._present]
+        for segment, share in zip(segments, parts, strict=True):
+            segment.mul_(share)
+        workers.sum_(segments)
+
+    def clip(self, usable: Tensor | None = None) -> None:
+        """Clips each group's norm. A group whose gradient is not finite, or whose loss is not (`usable`, [groups]
+        bool, is false), counts as having none, so that nothing of it reaches weights and moments; it is counted."""
+        if not self._present:
+            return
+        segments = [self._segments[group] for group in self._present]
+        norms = torch.stack(torch._foreach_norm(segments))
+        good = norms.isfinite()
+        if usable is not None:
+            good &= usable[self._place]
+        scales = torch.where(good, (self.max_norm / (norms + 1e-6)).clamp(max=1.0), 0.0)
+        # On a GPU asking whether all are good would wait for it.
+        clean = self.device.type == "cpu" and bool(good.all())
+        for segment, scale in zip(segments, scales.unbind(), strict=True):
+            segment.mul_(scale)
+            if not clean:
+                segment.nan_to_num_(0.0, 0.0, 0.0)
+        self.skipped.index_add_(0, self._place, (~good).float())
 
     def apply(self, factor: float) -> None:
         """Steps the masters that have a gradient, and rounds the working weights from them."""
@@ -83,6 +148,10 @@ class MasterAdamW:
                 torch._foreach_copy_([self.working[n] for n in rounded], [self.masters[n] for n in rounded])
         for name in stepped:
             self.masters[name].grad = None
+
+    def forget(self) -> None:
+        """Drops every moment: the next step is a first one."""
+        self.adam.state.clear()
 
     def state(self) -> dict[str, Tensor]:
         """The moments and step counts of every parameter that has been stepped, by name."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from nasbench.errors import UserError, unknown
 
+FULL_SCHEDULES = ("uniform", "falling")
+
 
 @dataclass(frozen=True)
 class DistillConfig:
@@ -24,10 +26,16 @@ class DistillConfig:
         warmup: share of a stage's steps that warm up.
         clip: largest gradient norm of one mixer; each is clipped alone.
         frozen: letters of the kinds that are not trained. The window's weights are the attention's.
+        solved: letters of kinds whose readout is solved in closed form though they are frozen.
+        transfer: mixers start from the attention's weights where shapes allow; false: random, to see what it is worth.
         least_full, most_full: shares of the layers between which the sampled number of full-attention layers varies.
+        full_schedule: `uniform`, or `falling`: the upper of the two falls to the lower in the course of the stage.
+        smallest_every: every so many steps of random sub-networks train the smallest one; 0 for none.
+        sandwich: every step trains the smallest sub-network beside the sampled one.
         hidden_weight: weight of the relative L2 loss on the last hidden state beside the KL.
         kl_chunk: tokens whose logits are held at once.
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
+        recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
     """
@@ -44,19 +52,29 @@ class DistillConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     frozen: tuple[str, ...] = ("W",)
+    solved: tuple[str, ...] = ()
+    transfer: bool = True
     least_full: float = 0.0
     most_full: float = 0.6
+    full_schedule: str = "uniform"
+    smallest_every: int = 4
+    sandwich: bool = False
     hidden_weight: float = 0.0
     kl_chunk: int = 512
     documents: bool = True
+    recompute: bool = False
     log_every: int = 10
     checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "frozen":
-                object.__setattr__(self, "frozen", tuple(value))
+            if field.name in ("frozen", "solved"):
+                object.__setattr__(self, field.name, tuple(value))
+                continue
+            if field.name == "full_schedule":
+                if value not in FULL_SCHEDULES:
+                    raise unknown(field.name, value, FULL_SCHEDULES)
                 continue
             if field.type == "bool":
                 if not isinstance(value, bool):

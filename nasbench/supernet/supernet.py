@@ -27,23 +27,39 @@ class Supernet:
         teacher: the original decoder; its layer i's attention is the alternative "A" of layer i.
         space: what every layer may choose from.
         frozen: letters of the kinds whose weights are the attention's and are not trained.
+        solved: those among them whose readout is solved in closed form all the same.
         version: names the weights: "init" before training, else the checkpoint's digest.
     """
 
     def __init__(
-        self, loaded: LoadedModel, space: Space, frozen: tuple[str, ...], mixers: dict[tuple[int, str], TokenMixer]
+        self,
+        loaded: LoadedModel,
+        space: Space,
+        frozen: tuple[str, ...],
+        mixers: dict[tuple[int, str], TokenMixer],
+        solved: tuple[str, ...] = (),
     ) -> None:
         self.teacher: Decoder = loaded.decoder
         self.tokenizer: Tokenizer = loaded.tokenizer
         self.source = loaded.source
         self.space = space
-        self.frozen = frozen
+        self.frozen, self.solved = frozen, solved
         self.version = "init"
         self._mixers = mixers
 
     @classmethod
-    def build(cls, loaded: LoadedModel, space: Space, frozen: tuple[str, ...] = ("W",), seed: int = 0) -> Supernet:
-        """Alternatives that start from the attention they stand beside (`init_from_attention`).
+    def build(
+        cls,
+        loaded: LoadedModel,
+        space: Space,
+        frozen: tuple[str, ...] = ("W",),
+        seed: int = 0,
+        *,
+        transfer: bool = True,
+        solved: tuple[str, ...] = (),
+    ) -> Supernet:
+        """Alternatives that start from the attention they stand beside (`init_from_attention`); without `transfer`
+        those that are trained start random.
 
         Raises UserError when the model's own layers are not all full attention, or its depth is not the space's.
         """
@@ -55,8 +71,10 @@ class Supernet:
             torch.manual_seed(seed)
             for i, layer in enumerate(teacher.layers):
                 for name in space.fillers(i):
-                    mixers[i, name] = _from_attention(teacher, layer.self_attn, name, kind_of(name) not in frozen)
-        return cls(loaded, space, frozen, mixers)
+                    trained = kind_of(name) not in frozen
+                    mixer = _alternative(teacher, layer.self_attn, name, transfer or not trained)
+                    mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
+        return cls(loaded, space, frozen, mixers, solved)
 
     def mixer(self, layer: int, name: str) -> TokenMixer:
         """The mixer that stands for `name` in a layer; the teacher's own for full attention."""
@@ -79,13 +97,27 @@ class Supernet:
             if kind_of(name) not in self.frozen
         }
 
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes the weights of every trained mixer, cast to the dtype that each parameter has. Raises UserError."""
-        expected = {
-            f"{group}.{name}": parameter
-            for group, mixer in self.trained().items()
-            for name, parameter in mixer.named_parameters()
+    def solvable(self) -> dict[str, TokenMixer]:
+        """The mixers whose readout is solved in closed form: the trained ones, and the kinds in `solved`."""
+        return {
+            f"layers.{layer}.{name}": mixer
+            for (layer, name), mixer in self._mixers.items()
+            if kind_of(name) not in self.frozen or kind_of(name) in self.solved
         }
+
+    def learnt(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is no longer the attention's, by the name under which it is saved."""
+        trained = self.trained()
+        return {
+            f"{group}.{name}": parameter
+            for group, mixer in self.solvable().items()
+            for name, parameter in mixer.named_parameters()
+            if group in trained or name == "o_proj.weight"
+        }
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes what was learnt, cast to the dtype that each parameter has. Raises UserError."""
+        expected = self.learnt()
         for name, parameter in expected.items():
             if name not in weights or weights[name].shape != parameter.shape:
                 raise UserError(f"the supernet's weights lack {name} of shape {list(parameter.shape)}: distil again")
@@ -95,12 +127,8 @@ class Supernet:
 
     def save(self, folder: Path) -> None:
         """Writes the trained mixers' weights (fp32) as a checkpoint that `Supernet.load` reads."""
-        weights = {
-            f"{group}.{name}": parameter.float()
-            for group, mixer in self.trained().items()
-            for name, parameter in mixer.named_parameters()
-        }
-        state = {"stage": "done", "step": 0, "frozen": list(self.frozen)}
+        weights = {name: parameter.float() for name, parameter in self.learnt().items()}
+        state = {"stage": "done", "step": 0, "frozen": list(self.frozen), "solved": list(self.solved)}
         self.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 
     @classmethod
@@ -110,7 +138,8 @@ class Supernet:
         if saved is None:
             raise UserError(f"{run.path} has no supernet yet: run `nasbench distill --out {run.path}` first")
         loaded = load_model(run.spec.model, dtype=dtype, device=device)
-        net = cls.build(loaded, run.spec.space, tuple(saved.state["frozen"]), run.spec.seed)
+        frozen, solved = (tuple(saved.state.get(key, ())) for key in ("frozen", "solved"))
+        net = cls.build(loaded, run.spec.space, frozen, run.spec.seed, solved=solved)
         net.load_weights(saved.weights(str(device)))
         for mixer in net.trained().values():
             mixer.requires_grad_(False)
@@ -126,8 +155,9 @@ def check_teacher(teacher: Decoder, space: Space) -> None:
         raise UserError(f"{teacher.shape.name} has {len(teacher.layers)} layers, the space {space.num_layers}")
 
 
-def _from_attention(teacher: Decoder, attention: nn.Module, name: str, trained: bool) -> TokenMixer:
+def _alternative(teacher: Decoder, attention: nn.Module, name: str, transfer: bool) -> TokenMixer:
     assert isinstance(attention, FullAttention)
     config = teacher.shape.mixer(name)
-    mixer = config.mixer_class().init_from_attention(config, attention)
-    return mixer.requires_grad_(trained).train(teacher.training)
+    if transfer:
+        return config.mixer_class().init_from_attention(config, attention)
+    return config.build().to(device=teacher.device, dtype=teacher.dtype)

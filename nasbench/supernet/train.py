@@ -7,11 +7,14 @@
 3. supernet: a random sub-network per step, KL to the teacher's distribution; only its mixers get gradients.
 
 MLPs, norms, embeddings and the attention stay as they are throughout.
+
+A run that is asked for more tokens than it has had goes on: the stage gets another cycle of the learning rate over the
+tokens that are new (nasbench.supernet.loop). Where alignment grows after random sub-networks were trained, it goes on
+from the present weights, and the whole supernet stage follows again.
 """
 
 from __future__ import annotations
 
-import random
 import threading
 from dataclasses import asdict
 from typing import Any
@@ -23,98 +26,35 @@ from nasbench.backbone.load import LoadedModel, load_model
 from nasbench.blocks.mixer import TokenMixer
 from nasbench.errors import UserError
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, kind_of
-from nasbench.spaces.space import Space
+from nasbench.spaces.placement import Placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Batch, Corpus
-from nasbench.supernet.forward import chunk_of, mixing
-from nasbench.supernet.loop import GraphedStep, Loop, LossSums, Progress, no_progress, stop_on_signal
-from nasbench.supernet.losses import distillation_kl, output_weight, relative_error
+from nasbench.supernet.forward import mixing
+from nasbench.supernet.loop import (
+    GraphedStep,
+    Loop,
+    LossSums,
+    Notice,
+    Progress,
+    no_notice,
+    no_progress,
+    settle,
+    stop_on_signal,
+)
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.ridge import calibrate_writing, solve_readouts
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.steps import align_step, distill_step, first_not_finite, sample_placement
 from nasbench.supernet.supernet import Supernet
+from nasbench.supernet.workers import ALONE, Workers
 
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = 2048
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
-_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s")
+_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute")
+_FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
-
-
-def sample_placement(space: Space, config: DistillConfig, seed: int, step: int) -> Placement:
-    """The sub-network of a training step: a function of the seed and the step.
-
-    Every fourth step is the smallest network (the sandwich rule's half that needs training: the largest is the
-    teacher itself). Else the number of full-attention layers is uniform between the configured shares, and either one
-    trained kind fills the other layers or each draws its own.
-    """
-    generator = random.Random(f"{seed}/{step}")
-    layers = space.num_layers
-    least, most = round(config.least_full * layers), round(config.most_full * layers)
-    count = least if step % 4 == 0 else generator.randint(least, most)
-    full = frozenset(generator.sample(range(layers), count))
-    trained = [name for name in space.names if kind_of(name) not in ("A", *config.frozen)]
-    common = generator.choice(trained) if trained and generator.random() < 0.5 else None
-    drawn = []
-    for layer in range(layers):
-        fillers = space.fillers(layer)
-        drawn.append(common if common in fillers else generator.choice(fillers) if fillers else "A")
-    return space.with_full_attention(tuple(str(name) for name in drawn), full)
-
-
-def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
-    """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
-    teacher = net.teacher
-    with torch.no_grad():
-        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
-    trained = net.trained()
-    for i, layer in enumerate(teacher.layers):
-        with torch.no_grad():
-            inputs = layer.attention_input(x)
-            target = layer.self_attn(inputs, chunk)
-            x = layer.finish(x, target)
-        for name in net.space.fillers(i):
-            mixer = trained.get(f"layers.{i}.{name}")
-            if mixer is not None:
-                loss = relative_error(mixer(inputs, chunk), target)
-                loss.backward()
-                sums.add(f"layers.{i}.{name}", loss.detach())
-
-
-def distill_step(
-    net: Supernet, placement: Placement, batch: Batch, sums: LossSums, *, kl_chunk: int, hidden_weight: float
-) -> None:
-    """Gradients of one sub-network's KL to the teacher on a batch.
-
-    Teacher and student share the layers before the first that differs. The KL is booked for the network and for each of
-    its trained mixers.
-    """
-    teacher = net.teacher
-    mixers = [net.mixer(i, name) for i, name in enumerate(placement)]
-    first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
-    chunk = chunk_of(teacher, batch)
-    with torch.no_grad():
-        shared = teacher.embed(batch.tokens)
-        for layer in teacher.layers[:first]:
-            shared = layer(shared, chunk)
-        target = shared
-        for layer in teacher.layers[first:]:
-            target = layer(target, chunk)
-        target = teacher.model.norm(target)
-    student = shared
-    for layer, mixer in zip(teacher.layers[first:], mixers[first:], strict=True):
-        student = layer.with_mixer(mixer)(student, chunk)
-    student = teacher.model.norm(student)
-    kl = distillation_kl(student, target, output_weight(teacher), kl_chunk)
-    loss = kl + hidden_weight * relative_error(student, target) if hidden_weight else kl
-    if loss.requires_grad:
-        loss.backward()
-    sums.add("", kl.detach())
-    for i, name in enumerate(placement):
-        if f"layers.{i}.{name}" in sums.index:
-            sums.add(f"layers.{i}.{name}", kl.detach())
 
 
 def training_corpus(run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None) -> Corpus:
@@ -135,68 +75,121 @@ class Distiller:
     """
 
     def __init__(
-        self, run: Run, loaded: LoadedModel, config: DistillConfig, progress: Progress, stop: threading.Event
+        self,
+        run: Run,
+        loaded: LoadedModel,
+        config: DistillConfig,
+        stop: threading.Event,
+        progress: Progress = no_progress,
+        notice: Notice = no_notice,
+        workers: Workers = ALONE,
     ) -> None:
-        self.run, self.config, self.progress, self.stop = run, config, progress, stop
-        self.net = Supernet.build(loaded, run.spec.space, config.frozen, run.spec.seed)
+        self.run, self.config, self.stop = run, config, stop
+        self.progress, self.notice, self.workers = progress, notice, workers
+        self.net = Supernet.build(
+            loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
+        )
         self.corpus = training_corpus(run, self.net, config)
         self.device = loaded.decoder.device
         dtype = str(loaded.decoder.dtype).removeprefix("torch.")
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE}
+        lists = {"frozen": list(config.frozen), "solved": list(config.solved)}
         self.state: dict[str, Any] = {
-            "frozen": list(config.frozen),
-            "settings": {**settings, "frozen": list(config.frozen), "dtype": dtype, "corpus": self.corpus.fingerprint},
+            **lists,
+            "settings": {**settings, **lists, "dtype": dtype, "corpus": self.corpus.fingerprint},
+            "cycles": {stage: [self.budget(stage)] for stage in STAGES},
         }
         self.weights: dict[str, Tensor] = {}
         """Master weights, fp32, between stages."""
 
     def train(self) -> Supernet:
         """Runs what is left of the stages and returns the trained supernet."""
-        trained = self.net.trained()
         saved = checkpoint.latest(self.run.supernet)
+        self.workers.any(False, self.device)  # nobody writes before all have read
         if saved is None:
-            self._solve("ridge")
-            self.weights = {
-                f"{group}.{name}": parameter.detach().float().clone()
-                for group, mixer in trained.items()
-                for name, parameter in mixer.named_parameters()
-            }
-            if trained:
-                saved = self._between("align")
+            self.prepare()
+            stage, start = ("align" if self.net.trained() else "done"), 0
+            if self.net.trained():
+                self._between("align")
         else:
-            self._check(saved)
+            stage, start = self.resume_point(saved)
             self.weights = saved.weights(str(self.device))
-        stage = "done" if saved is None else saved.state["stage"]
+        resumed = saved if saved is not None and saved.state["stage"] == stage and saved.state["step"] else None
         for name in STAGES[STAGES.index(stage) :] if stage != "done" else ():
-            self._stage(name, saved)
+            self._stage(name, start, resumed)
+            start, resumed = 0, None
             if name == "align":
                 self.net.load_weights(self.weights)
                 if self.config.align_tokens:
-                    self._solve("refit")
-                    for group, mixer in trained.items():
-                        self._take_readout(group, mixer)
+                    self._solve("refit", self.config.ridge_tokens)
+                    self._take_readouts()
             saved = self._between("supernet" if name == "align" else "done")
         if saved is None:
             saved = self._between("done")
         self.net.load_weights(self.weights)
         self.net.version = saved.version
-        for mixer in trained.values():
+        for mixer in self.net.mixers():
             mixer.requires_grad_(False)
         return self.net
 
-    def _take_readout(self, group: str, mixer: TokenMixer) -> None:
-        for name, parameter in mixer.named_parameters():
-            if name.startswith("o_proj."):
-                self.weights[f"{group}.{name}"] = parameter.detach().float().clone()
+    def prepare(self, tokens: int | None = None) -> None:
+        """The supernet before its first step: readouts solved, from the configured number of tokens or `tokens`, and
+        the weights as masters."""
+        self._solve("ridge", self.config.ridge_tokens if tokens is None else tokens)
+        self.weights = {name: parameter.detach().float().clone() for name, parameter in self.net.learnt().items()}
+
+    def budget(self, stage: str) -> int:
+        """Tokens asked for a stage."""
+        return self.config.align_tokens if stage == "align" else self.config.supernet_tokens
+
+    def step_rows(self, stage: str) -> int:
+        """Sequences of a step of a stage, over all processes."""
+        config = self.config
+        return self._rows(config.align_batch_tokens if stage == "align" else config.supernet_batch_tokens)
+
+    def steps(self, stage: str, tokens: int) -> int:
+        """Steps that `tokens` tokens of a stage are."""
+        return tokens // self.step_tokens(stage)
+
+    def step_tokens(self, stage: str) -> int:
+        """Tokens of a step of a stage, over all processes."""
+        return self.step_rows(stage) * self.corpus.sequence
+
+    def _take_readouts(self) -> None:
+        for name, parameter in self.net.learnt().items():
+            if ".o_proj." in name:
+                self.weights[name] = parameter.detach().float().clone()
 
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         old, new = saved.state.get("settings", {}), self.state["settings"]
-        changed = [f"{key} {old.get(key)!r} (asked: {new[key]!r})" for key in new if old.get(key) != new[key]]
+        changed = [key for key in new if old.get(key) != new[key]]
+        changed = [key for key in changed if not (key in _FREE_TO_GROW and old.get(key, 0) < new[key])]
         if changed:
+            told = ", ".join(f"{key} {old.get(key)!r} (asked: {new[key]!r})" for key in changed)
             raise UserError(
-                f"{self.run.path} was distilled with another {', '.join(changed)}: "
-                "ask for the same or choose another folder"
+                f"{self.run.path} was distilled with another {told}: "
+                "ask for the same, for more tokens, or choose another folder"
             )
+
+    def resume_point(self, saved: checkpoint.Checkpoint) -> tuple[str, int]:
+        """Takes the saved run's cycles, adds those that are asked for beyond them, and returns stage and step to go on
+        with. Raises UserError when the run was begun with other settings."""
+        self._check(saved)
+        stage, start = str(saved.state["stage"]), int(saved.state["step"])
+        known = saved.state.get("cycles") or {name: [saved.state["settings"][f"{name}_tokens"]] for name in STAGES}
+        grown = []
+        for name in STAGES:
+            ends = [end for end in known[name] if end]
+            if self.steps(name, self.budget(name)) > self.steps(name, ends[-1] if ends else 0):
+                grown.append(name)
+                ends.append(self.budget(name))
+            self.state["cycles"][name] = ends
+        if "align" in grown and stage != "align":
+            self.state["cycles"]["supernet"] = [self.budget("supernet")]
+            return "align", self.steps("align", (known["align"] or [0])[-1])
+        if "supernet" in grown and stage == "done":
+            return "supernet", self.steps("supernet", (known["supernet"] or [0])[-1])
+        return stage, start
 
     def _rows(self, tokens: int) -> int:
         """Sequences of a batch of about `tokens` tokens."""
@@ -204,12 +197,12 @@ class Distiller:
 
     def _batch(self, stage: str, index: int, rows: int) -> Batch:
         seed = self.run.spec.seed * len(_OFFSETS) + _OFFSETS[stage]
-        return self.corpus.batch(index, rows, seed).to(self.device)
+        return self.corpus.batch(index, rows, seed)
 
-    def _solve(self, stage: str) -> None:
+    def _solve(self, stage: str, tokens: int) -> None:
         rows = self._rows(SOLVE_BATCH_TOKENS)
-        rows = min(rows, self.config.ridge_tokens // self.corpus.sequence) or 1
-        batches = self.config.ridge_tokens // (rows * self.corpus.sequence)
+        rows = min(rows, tokens // self.corpus.sequence) or 1
+        batches = tokens // (rows * self.corpus.sequence)
         total = batches * rows * self.corpus.sequence
         if not batches:
             return
@@ -222,58 +215,102 @@ class Distiller:
             if self.stop.is_set():
                 raise KeyboardInterrupt
 
-        trained = self.net.trained()
+        # Where nothing trains a kind, solving it again on other text would change nothing but its noise.
+        solved = self.net.solvable() if stage == "ridge" else self.net.trained()
         mixers: list[dict[str, TokenMixer]] = [
-            {name: trained[key] for name in self.net.space.fillers(i) if (key := f"layers.{i}.{name}") in trained}
+            {name: solved[key] for name in self.net.space.fillers(i) if (key := f"layers.{i}.{name}") in solved}
             for i in range(self.net.space.num_layers)
         ]
         if stage == "ridge":
-            calibrate_writing(self.net.teacher, mixers, self._batch(stage, 0, rows))
-        texts = (self._batch(stage, index, rows) for index in range(batches))
+            calibrate_writing(self.net.teacher, mixers, self._batch(stage, 0, rows).to(self.device))
+        texts = (self._batch(stage, index, rows).to(self.device) for index in range(batches))
         solve_readouts(self.net.teacher, mixers, texts, self.config.ridge, progress)
 
     def _between(self, stage: str) -> checkpoint.Checkpoint:
         """A checkpoint at the start of a stage: weights alone."""
         state = {**self.state, "stage": stage, "step": 0}
-        return checkpoint.save(self.run.supernet, f"{stage}-{0:08d}", self.weights, {}, state)
+        name = f"{stage}-{0:08d}"
+        if self.workers.leads:
+            return checkpoint.save(self.run.supernet, name, self.weights, {}, state)
+        return checkpoint.Checkpoint(self.run.supernet / name, {**state, "digests": {checkpoint.WEIGHTS: "elsewhere"}})
 
-    def _stage(self, stage: str, saved: checkpoint.Checkpoint | None) -> None:
-        config = self.config
-        align = stage == "align"
-        rows = self._rows(config.align_batch_tokens if align else config.supernet_batch_tokens)
-        step_tokens = rows * self.corpus.sequence
-        steps = (config.align_tokens if align else config.supernet_tokens) // step_tokens
-
-        graphed: GraphedStep | None = None
-
-        def step(index: int, sums: LossSums) -> None:
-            nonlocal graphed
-            tokens = self._batch(stage, index, rows)
-            if align and self.device.type == "cuda":
-                if graphed is None:
-                    graphed = GraphedStep(lambda batch: align_step(self.net, batch, sums), optimizer, sums, tokens)
-                graphed(tokens)
-            elif align:
-                align_step(self.net, tokens, sums)
-            else:
-                placement = sample_placement(self.net.space, config, self.run.spec.seed, index)
-                distill_step(
-                    self.net, placement, tokens, sums, kl_chunk=config.kl_chunk, hidden_weight=config.hidden_weight
-                )
-
+    def optimizer(self, stage: str) -> MasterAdamW:
+        """Over the trained mixers, from the present master weights on."""
         groups = {name: dict(mixer.named_parameters()) for name, mixer in self.net.trained().items()}
-        lr = config.align_lr if align else config.supernet_lr
-        optimizer = MasterAdamW(groups, lr=lr, weight_decay=config.weight_decay, clip=config.clip)
+        lr = self.config.align_lr if stage == "align" else self.config.supernet_lr
+        optimizer = MasterAdamW(groups, lr=lr, weight_decay=self.config.weight_decay, clip=self.config.clip)
         optimizer.set_masters(self.weights)
+        return optimizer
+
+    def placements(self, step: int) -> list[Placement]:
+        """The sub-networks of a step of the supernet stage."""
+        space, seed = self.net.space, self.run.spec.seed
+        steps = self.steps("supernet", self.state["cycles"]["supernet"][-1])
+        sampled = sample_placement(space, self.config, seed, step, step / max(1, steps))
+        if not self.config.sandwich:
+            return [sampled]
+        smallest = sample_placement(space, self.config.updated({"smallest_every": 1}), seed, step)
+        return list(dict.fromkeys((smallest, sampled)))
+
+    def step(self, stage: str, index: int, optimizer: MasterAdamW, sums: LossSums) -> None:
+        """Gradients of one step, ready for the optimiser."""
+        batch = self.workers.share(self._batch(stage, index, self.step_rows(stage))).to(self.device)
+        if stage == "supernet":
+            distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers)
+        elif self.device.type == "cuda":
+            if self._graphed is None:
+                self._graphed = GraphedStep(
+                    lambda part: align_step(self.net, part, sums), optimizer, sums, batch, self.workers
+                )
+            self._graphed(batch)
+            return
+        else:
+            align_step(self.net, batch, sums)
+        settle(optimizer, sums, self.workers)
+
+    _graphed: GraphedStep | None = None
+
+    def forget_graph(self) -> None:
+        """Before the optimiser that a captured step works for goes."""
+        self._graphed = None
+
+    def _stage(self, stage: str, start: int, resumed: checkpoint.Checkpoint | None) -> None:
+        optimizer = self.optimizer(stage)
+        cycles = [self.steps(stage, tokens) for tokens in self.state["cycles"][stage]] or [0]
+
+        def culprit(step: int) -> str | None:
+            if stage == "align":
+                return None
+            batch = self.workers.share(self._batch(stage, step, self.step_rows(stage))).to(self.device)
+            found = (first_not_finite(self.net, placement, batch) for placement in self.placements(step))
+            return next((name for name in found if name), None)
+
         loop = Loop(
-            self.run.supernet, stage, optimizer, steps, step_tokens, step, config, self.state, self.stop, self.progress
+            self.run.supernet,
+            stage,
+            optimizer,
+            cycles,
+            self.step_tokens(stage),
+            lambda index, sums: self.step(stage, index, optimizer, sums),
+            self.config,
+            self.state,
+            self.stop,
+            self.progress,
+            self.notice,
+            self.workers,
+            culprit,
+            start,
+            kept={name: tensor for name, tensor in self.weights.items() if name not in optimizer.masters},
         )
-        if saved is not None and saved.state["step"]:
-            loop.resume(saved)
-        done = dict.fromkeys(STAGES[: STAGES.index(stage)], 1 << 60)
-        loop.losses.cut({**done, stage: loop.start})
+        if resumed is not None:
+            loop.resume(resumed)
+        self.workers.any(False, self.device)  # nobody writes before all have read
+        loop.cut(dict.fromkeys(STAGES[: STAGES.index(stage)], 1 << 60))
         loop.run()
-        self.weights = {name: master.detach() for name, master in optimizer.masters.items()}
+        for name, count in loop.skipped.items():
+            self.notice(f"{name}: {count} of {loop.steps - loop.start} steps of {stage} left out, not finite")
+        self.forget_graph()
+        self.weights |= {name: master.detach() for name, master in optimizer.masters.items()}
 
 
 def distill(
@@ -283,7 +320,9 @@ def distill(
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = no_progress,
+    notice: Notice = no_notice,
     loaded: LoadedModel | None = None,
+    workers: Workers = ALONE,
 ) -> Supernet:
     """Trains the run's supernet, or continues it, and returns it; a finished one is only loaded.
 
@@ -294,4 +333,4 @@ def distill(
     """
     loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
     with stop_on_signal() as stop:
-        return Distiller(run, loaded, config, progress, stop).train()
+        return Distiller(run, loaded, config, stop, progress, notice, workers).train()

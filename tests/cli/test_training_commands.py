@@ -87,7 +87,7 @@ def test_another_specification_is_refused(nas, distill_args):
     with pytest.raises(UserError, match="another names"):
         nas(*distill_args, "--names", "J")
     with pytest.raises(UserError, match="another align_tokens 512"):
-        nas(*distill_args, "--align-tokens", "1k")
+        nas(*distill_args, "--align-tokens", "256")
 
 
 def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model, text_file):
@@ -107,3 +107,20 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         with pytest.raises(UserError, match=message) as caught:
             nas(*args, "--device", "cpu")
         assert "\n" not in str(caught.value)
+
+
+def test_dry_run_says_what_is_left_and_writes_nothing(nas, distill_args, tmp_path):
+    run = tmp_path / "run"
+    found = json.loads(nas(*distill_args, "--dry-run", "--json").out)
+    assert not run.exists()
+    assert [(stage["stage"], stage["tokens"], stage["steps"]) for stage in found["stages"]] == [
+        ("ridge", 1024, 1), ("align", 512, 4), ("supernet", 256, 2),
+    ]  # fmt: skip
+    assert all(stage["tok_s"] > 0 and stage["seconds"] > 0 for stage in found["stages"])
+    assert found["peak_bytes"] > found["training_bytes"] > found["model_bytes"] > 0
+    assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
+    nas(*distill_args)
+    assert json.loads(nas(*distill_args, "--dry-run", "--json").out)["stages"] == []
+    more = json.loads(nas(*distill_args, "--supernet-tokens", "768", "--dry-run", "--json").out)
+    assert [(stage["stage"], stage["tokens"]) for stage in more["stages"]] == [("supernet", 512)]
+    assert "minutes" in nas(*distill_args, "--supernet-tokens", "768", "--dry-run").err

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
 from nasbench.supernet.ridge import features, solve_readouts
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.steps import align_step, distill_step, sample_placement
 from nasbench.supernet.supernet import Supernet
-from nasbench.supernet.train import align_step, distill, sample_placement
+from nasbench.supernet.train import distill
 
 CONFIG = DistillConfig(
     ridge_tokens=512, align_tokens=768, supernet_tokens=768, align_batch_tokens=128, supernet_batch_tokens=128,
@@ -189,38 +191,75 @@ def test_damaged_checkpoints_are_one_line(make_run):
         Supernet.load(run)
 
 
-def test_a_loss_that_is_not_finite_names_step_and_layer_and_keeps_the_checkpoint(make_run, monkeypatch):
-    run = make_run()
+def poison(monkeypatch, spoil, at=4):
+    """From now on alignment's step number `at` is spoiled by spoil(net, sums)."""
+    steps = 0
 
-    def poisoned(net, tokens, sums):
-        align_step(net, tokens, sums)
-        poisoned.steps += 1
-        if poisoned.steps == 4:
-            sums.add("layers.2.J", torch.tensor(math.nan))
+    def poisoned(net, batch, sums):
+        nonlocal steps
+        align_step(net, batch, sums)
+        steps += 1
+        if steps == at:
+            spoil(net, sums)
 
-    poisoned.steps = 0
     monkeypatch.setattr(training, "align_step", poisoned)
-    with pytest.raises(MachineError, match=r"layers\.2\.J is not finite at step 4 of stage align"):
-        distill(run, CONFIG, dtype=torch.float32)
+
+
+def nan_loss(net, sums):
+    sums.add("layers.2.J", torch.tensor(math.nan))
+
+
+def nan_gradient(net, sums):
+    net.mixer(2, "J").q_proj.weight.grad[0, 0] = math.nan
+
+
+@pytest.mark.parametrize("spoil", [nan_loss, nan_gradient])
+def test_a_mixer_that_is_not_finite_is_left_out_counted_and_reported(make_run, monkeypatch, spoil):
+    config = CONFIG.updated({"supernet_tokens": 0})
+    calm, run, notices = make_run("calm"), make_run(), []
+    expected = weights(distill(calm, config, dtype=torch.float32))
+    poison(monkeypatch, spoil)
+    got = weights(distill(run, config, dtype=torch.float32, notice=notices.append))
+    assert all(bool(tensor.isfinite().all()) for tensor in got.values())
+    for name, tensor in got.items():
+        assert torch.equal(tensor, expected[name]) or name.startswith("layers.2.J."), name
+    assert not torch.equal(got["layers.2.J.q_proj.weight"], expected["layers.2.J.q_proj.weight"])
+    assert "layers.2.J" in notices[0]
+    assert notices[1] == "layers.2.J: 1 of 6 steps of align left out, not finite"
+    with (run.supernet / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["skipped"] for row in rows] == ["", "layers.2.J:1", ""]
+    assert [int(row["tokens"]) for row in rows] == [256, 512, 768]
+    assert all(float(row["tok_s"]) > 0 and float(row["seconds"]) > 0 for row in rows)
+    assert all(math.isfinite(float(row[-1])) for row in losses(run))
+
+
+def test_alignment_that_loses_every_mixer_stops_with_a_name_and_keeps_the_checkpoint(make_run):
+    run = make_run()
+    with pytest.raises(MachineError, match=r"layers\.0\.J is not finite at step \d of stage align: lower align_lr"):
+        distill(run, CONFIG.updated({"align_lr": 1e30}), dtype=torch.float32)
     saved = checkpoint.latest(run.supernet)
-    assert (saved.state["stage"], saved.state["step"]) == ("align", 3)
+    assert saved.state["stage"] == "align"
     assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.weights().values())
 
 
-def test_a_weight_that_is_not_finite_is_not_saved(make_run, monkeypatch):
-    run = make_run()
+def test_a_network_that_is_not_finite_stops_with_step_and_layer_and_keeps_the_checkpoint(make_run, monkeypatch):
+    run = make_run(names=("A", "J"))
+    plain, steps = training.distill_step, 0
 
-    def poisoned(net, tokens, sums):
-        align_step(net, tokens, sums)
-        poisoned.steps += 1
-        if poisoned.steps == 3:
-            net.mixer(1, "J").q_proj.weight.grad.fill_(math.nan)
+    def spoiled(net, *args):
+        nonlocal steps
+        steps += 1
+        if steps == 4:
+            net.mixer(2, "J").o_proj.weight.data[0, 0] = math.inf
+        plain(net, *args)
 
-    poisoned.steps = 0
-    monkeypatch.setattr(training, "align_step", poisoned)
-    with pytest.raises(MachineError, match=r"layers\.1\.J"):
-        distill(run, CONFIG, dtype=torch.float32)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in checkpoint.latest(run.supernet).weights().values())
+    monkeypatch.setattr(training, "distill_step", spoiled)
+    with pytest.raises(MachineError, match=r"layers\.2\.J is not finite at step [34] of stage supernet"):
+        distill(run, CONFIG.updated({"smallest_every": 1}), dtype=torch.float32)
+    saved = checkpoint.latest(run.supernet)
+    assert (saved.state["stage"], saved.state["step"]) == ("supernet", 3)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in saved.weights().values())
 
 
 def test_a_diverging_layer_does_not_poison_the_others(make_run, tiny_model):
@@ -228,7 +267,7 @@ def test_a_diverging_layer_does_not_poison_the_others(make_run, tiny_model):
         net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
         net.mixer(1, "J").o_proj.weight.data.mul_(scale)
         tokens = Corpus.load(make_run().spec.data, net.tokenizer, 32).train[:4]
-        align_step(net, Batch(tokens), LossSums(["", *net.trained()], torch.zeros(2, 5)))
+        align_step(net, Batch(tokens), LossSums(["", *net.trained()]))
         return {layer: net.mixer(layer, "J").q_proj.weight.grad for layer in (0, 2, 3)}
 
     calm, wild = gradients(1.0), gradients(1e30)
@@ -278,3 +317,62 @@ def test_checkpoint_state_is_readable(make_run):
     state = json.loads((checkpoint.latest(run.supernet).folder / checkpoint.STATE).read_text())
     assert state["settings"]["align_tokens"] == CONFIG.align_tokens
     assert not list(run.supernet.rglob("*.pt")) + list(run.supernet.rglob("*.pkl"))
+
+
+def test_sandwich_trains_the_smallest_beside_the_sampled_network(make_run, tiny_model):
+    run = make_run(names=("A", "J"))
+    config = CONFIG.updated({"sandwich": True, "smallest_every": 0})
+    distiller = training.Distiller(run, load_model(str(tiny_model)), config, threading.Event())
+    drawn = [distiller.placements(step) for step in range(40)]
+    assert all(placements[0] == ("J",) * 4 for placements in drawn)
+    assert {len(placements) for placements in drawn} == {1, 2}
+    assert distill(run, config, dtype=torch.float32).version
+
+
+def test_a_falling_schedule_ends_at_the_smallest(make_run):
+    space, config = make_run(names=("A", "J")).spec.space, DistillConfig(full_schedule="falling", most_full=1.0)
+    counts = [
+        [sum(name == "A" for name in sample_placement(space, config, 0, step, done)) for step in range(100)]
+        for done in (0.0, 0.5, 1.0)
+    ]
+    assert [max(drawn) for drawn in counts] == [4, 2, 0]
+
+
+def test_recomputed_activations_give_the_same_gradients(make_run, tiny_model):
+    def gradients(recompute):
+        net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+        batch = Corpus.load(make_run().spec.data, net.tokenizer, 32).batch(0, 4, 0)
+        config = CONFIG.updated({"recompute": recompute, "hidden_weight": 0.5})
+        distill_step(net, [("J", "A", "W8", "J")], batch, LossSums(["", *net.trained()]), config)
+        return {name: p.grad for name, p in net.mixer(0, "J").named_parameters()}
+
+    kept, again = gradients(False), gradients(True)
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+
+
+def test_without_transfer_trained_mixers_start_random_and_frozen_ones_do_not(make_run, tiny_model):
+    space = make_run().spec.space
+    nets = [Supernet.build(load_model(str(tiny_model)), space, transfer=transfer) for transfer in (True, False)]
+    attention = nets[0].teacher.layers[1].self_attn
+    for net in nets:
+        assert torch.equal(net.mixer(1, "W8").q_proj.weight, attention.q_proj.weight)
+    assert not torch.equal(nets[0].mixer(1, "J").q_proj.weight, nets[1].mixer(1, "J").q_proj.weight)
+    assert distill(make_run(), CONFIG.updated({"transfer": False}), dtype=torch.float32).version
+
+
+def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
+    run = make_run(names=("A", "W4", "J"))
+    net = distill(run, CONFIG.updated({"solved": ["W"], "ridge": 1e-3}), dtype=torch.float32)
+    loaded = Supernet.load(run)
+    tokens = Corpus.load(run.spec.data, net.tokenizer, 32).search[:64]
+    for layer in range(4):
+        window, attention = loaded.mixer(layer, "W4"), loaded.teacher.layers[layer].self_attn
+        assert torch.equal(window.o_proj.weight, net.mixer(layer, "W4").o_proj.weight)
+        assert not torch.equal(window.o_proj.weight, attention.o_proj.weight)
+        assert torch.equal(window.q_proj.weight, attention.q_proj.weight)
+    plain = Supernet.build(load_model(str(tiny_model)), run.spec.space)
+    x, chunk = plain.teacher.embed(tokens), plain.teacher.chunk(0, 32)
+    inputs = plain.teacher.layers[0].attention_input(x)
+    target = plain.teacher.layers[0].self_attn(inputs, chunk)
+    errors = [float(relative_error(n.mixer(0, "W4")(inputs, chunk), target).detach()) for n in (plain, loaded)]
+    assert errors[1] < errors[0]

@@ -1,0 +1,124 @@
+"""What one training step does: which sub-network it trains, and the gradients of alignment and of distillation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from nasbench.spaces.placement import Placement, kind_of
+from nasbench.spaces.space import Space
+from nasbench.supernet.data import Batch
+from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.loop import LossSums
+from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
+from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.supernet import Supernet
+from nasbench.supernet.workers import ALONE, Workers
+
+
+def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, done: float = 0.0) -> Placement:
+    """The sub-network of a training step: a function of the seed and the step.
+
+    Every `smallest_every`-th step is the smallest network (the sandwich rule's half that needs training: the largest
+    is the teacher itself). Else the number of full-attention layers is uniform between the configured shares, the
+    upper one falling to the lower as the stage goes on where `full_schedule` says so, and either one trained kind
+    fills the other layers or each draws its own.
+
+    Args:
+        done: share of the stage that is over.
+    """
+    generator = random.Random(f"{seed}/{step}")
+    layers = space.num_layers
+    least, most = round(config.least_full * layers), round(config.most_full * layers)
+    if config.full_schedule == "falling":
+        most = round(most - (most - least) * done)
+    smallest = bool(config.smallest_every) and step % config.smallest_every == 0
+    count = least if smallest else generator.randint(least, most)
+    full = frozenset(generator.sample(range(layers), count))
+    trained = [name for name in space.names if kind_of(name) not in ("A", *config.frozen)]
+    common = generator.choice(trained) if trained and generator.random() < 0.5 else None
+    drawn = []
+    for layer in range(layers):
+        fillers = space.fillers(layer)
+        drawn.append(common if common in fillers else generator.choice(fillers) if fillers else "A")
+    return space.with_full_attention(tuple(str(name) for name in drawn), full)
+
+
+def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
+    """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
+    teacher = net.teacher
+    with torch.no_grad():
+        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
+    trained = net.trained()
+    for i, layer in enumerate(teacher.layers):
+        with torch.no_grad():
+            inputs = layer.attention_input(x)
+            target = layer.self_attn(inputs, chunk)
+            whole = energy(target)
+            x = layer.finish(x, target)
+        for name in net.space.fillers(i):
+            mixer = trained.get(f"layers.{i}.{name}")
+            if mixer is not None:
+                loss = relative_error(mixer(inputs, chunk), target, whole)
+                loss.backward()
+                sums.add(f"layers.{i}.{name}", loss.detach(), whole)
+
+
+def distill_step(
+    net: Supernet,
+    placements: Sequence[Placement],
+    batch: Batch,
+    sums: LossSums,
+    config: DistillConfig,
+    workers: Workers = ALONE,
+) -> None:
+    """Gradients of sub-networks' mean KL to the teacher on a batch.
+
+    Teacher and student share the layers before the first that differs. The KL is booked for the network and for each of
+    its trained mixers.
+    """
+    teacher, layers = net.teacher, net.teacher.layers
+    firsts = [next((i for i, name in enumerate(p) if kind_of(name) != "A"), len(p)) for p in placements]
+    chunk = chunk_of(teacher, batch)
+    with torch.no_grad():
+        shared = {0: teacher.embed(batch.tokens)}
+        x = shared[0]
+        for i, layer in enumerate(layers):
+            x = layer(x, chunk)
+            if i + 1 in firsts:
+                shared[i + 1] = x
+        target = teacher.model.norm(x)
+        whole = energy(target)
+        workers.sum_([whole])
+        whole /= workers.size
+    for placement, first in zip(placements, firsts, strict=True):
+        student = shared[first]
+        for i in range(first, len(layers)):
+            layer = layers[i].with_mixer(net.mixer(i, placement[i]))
+            if config.recompute:
+                student = recomputed(layer, student, chunk, use_reentrant=False, preserve_rng_state=False)
+            else:
+                student = layer(student, chunk)
+        student = teacher.model.norm(student)
+        kl = distillation_kl(student, target, output_weight(teacher), config.kl_chunk)
+        loss = kl
+        if config.hidden_weight:
+            loss = kl + config.hidden_weight * relative_error(student, target, whole)
+        if loss.requires_grad:
+            (loss / len(placements)).backward()
+        names = [f"layers.{i}.{name}" for i, name in enumerate(placement)]
+        sums.add_all(["", *(name for name in names if name in sums.index)], kl.detach())
+
+
+@torch.no_grad()
+def first_not_finite(net: Supernet, placement: Placement, batch: Batch) -> str | None:
+    """The first layer of a sub-network whose output on a batch is not finite, None where there is none."""
+    x, chunk = net.teacher.embed(batch.tokens), chunk_of(net.teacher, batch)
+    for i, name in enumerate(placement):
+        x = net.teacher.layers[i].with_mixer(net.mixer(i, name))(x, chunk)
+        if not bool(x.isfinite().all()):
+            return f"layers.{i}.{name}"
+    return None
