@@ -93,9 +93,9 @@ def _dry_run(out: Path, spec, settings, device: str, dtype, as_json: bool) -> No
     rows = [(s.stage, s.tokens, s.steps, s.step_tokens, round(s.tok_s), round(s.seconds / 60, 1)) for s in found.stages]
     print_table(columns, rows, f"{out}: what is left to do")
     log(
-        f"{found.seconds / 60:.1f} minutes; {found.corpus_tokens:,} tokens of text; {found.trained_parameters:,} trained "
-        f"parameters; {found.model_bytes >> 20:,} MiB model + {found.training_bytes >> 20:,} MiB training state, "
-        f"{found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
+        f"{found.seconds / 60:.1f} minutes; {found.corpus_tokens:,} tokens of text; {found.trained_parameters:,} "
+        f"trained parameters; {found.model_bytes >> 20:,} MiB model + {found.training_bytes >> 20:,} MiB training "
+        f"state, {found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
     )
 
 

@@ -49,9 +49,9 @@ def command(
             sequence=parse_size(sequence) if sequence else None,
             device=own,
             dtype=torch_dtype(dtype),
+            workers=workers,
             progress=progress,
             notice=log,
-            workers=workers,
         )
     if not workers.leads:
         return

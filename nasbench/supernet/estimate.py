@@ -72,12 +72,12 @@ def estimate(distiller: Distiller) -> Estimate:
     saved = checkpoint.latest(distiller.run.supernet)
     stage, start = ("align", 0) if saved is None else distiller.resume_point(saved)
     left = {name: distiller.steps(name, distiller.state["cycles"][name][-1]) for name in STAGES}
-    if stage == "done":
+    trained = distiller.net.trained()
+    if stage == "done" or not trained:
         left = dict.fromkeys(STAGES, 0)
     else:
         left[stage] -= start
         left |= dict.fromkeys(STAGES[: STAGES.index(stage)], 0)
-    trained = distiller.net.trained()
     parameters = [parameter for mixer in trained.values() for parameter in mixer.parameters()]
     teacher = list(distiller.net.teacher.parameters())
     stages = []
@@ -113,7 +113,12 @@ def _time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
         optimizer.apply(1.0)
 
     step(0)  # warms up, captures a graph
-    seconds = _seconds(distiller, lambda: [step(index) for index in range(1, 1 + TIMED_STEPS)])
+
+    def steps() -> None:
+        for index in range(1, 1 + TIMED_STEPS):
+            step(index)
+
+    seconds = _seconds(distiller, steps)
     distiller.forget_graph()
     return distiller.step_tokens(stage), seconds / TIMED_STEPS
 

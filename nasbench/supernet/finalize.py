@@ -130,7 +130,7 @@ def finalize(
                 state,
                 stop,
                 progress,
-                notice,
+                notice if workers.leads else no_notice,
                 workers,
                 lambda index: first_not_finite(net, placement, batch_of(index)),
                 finished[-1] // step_tokens if finished is not None and saved is None else 0,

@@ -85,7 +85,8 @@ class Distiller:
         workers: Workers = ALONE,
     ) -> None:
         self.run, self.config, self.stop = run, config, stop
-        self.progress, self.notice, self.workers = progress, notice, workers
+        self.workers = workers
+        self.progress, self.notice = (progress, notice) if workers.leads else (no_progress, no_notice)
         self.net = Supernet.build(
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
