@@ -1,7 +1,7 @@
 """Compiles what the kernels' wrappers would launch on other cards, without a GPU: run as a script, one JSON line each.
 
 The wrappers are called on tensors without memory, and a launch is recorded instead of run: what is compiled has the
-block sizes, warps and stages that the wrapper chooses, not those of a list that goes stale.
+block sizes, warps and stages that the wrapper chooses for the card, not those of a list that goes stale.
 
     python compile_launches.py 80 90
 """
@@ -14,11 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from nasbench_kernels import decode
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,8 +32,67 @@ TYPES = {BF16: "*bf16", FP32: "*fp32", torch.float16: "*fp16", torch.int32: "*i3
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "num_ctas", "maxnreg")
 
 
+@dataclass(frozen=True)
+class Card:
+    """Multiprocessors, and shared memory of each in bytes, by the architecture's data sheet."""
+
+    sms: int
+    shared: int
+
+
+CARDS = {
+    80: Card(108, 164 << 10),
+    86: Card(82, 100 << 10),
+    87: Card(16, 164 << 10),
+    89: Card(128, 100 << 10),
+    90: Card(132, 228 << 10),
+}
+
+
 def nothing(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def recurrent(batch: int, heads: int, key_dim: int, value_dim: int, state: torch.dtype) -> None:
+    keys, values = heads * key_dim, heads * value_dim
+    at = (0, keys, 2 * keys, 2 * keys + values, 2 * keys + 2 * values, 2 * keys + 2 * values + heads)
+    decode.recurrent_step(
+        nothing(batch, at[-1] + heads),
+        decode.RowLayout(*at),
+        nothing(batch, heads, key_dim, value_dim, dtype=state),
+        nothing(heads, dtype=FP32),
+        nothing(heads, dtype=FP32),
+        nothing(value_dim),
+        decode.StepWorkspace(),
+        nothing(batch, values, 4),
+        nothing(batch, 3, values),
+    )
+
+
+def attention(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype: torch.dtype, norm: bool) -> None:
+    keys = nothing(batch, kv_heads, slots, dim, dtype=dtype)
+    positions, weight = nothing(batch, dtype=torch.int64), nothing(dim, dtype=dtype) if norm else None
+    table = nothing(batch, dim, dtype=FP32)
+    row = nothing(batch, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    q = decode.rotary_write(row, positions, table, table, keys, keys, heads, weight, weight)
+    decode.decode_attention(q, keys, keys, positions, slots)
+
+
+def between_products(batch: int, hidden: int, inner: int) -> None:
+    x = nothing(batch, hidden)
+    decode.add_norm(x, x, nothing(hidden), 1e-6)
+    decode.swiglu(nothing(batch, 2 * inner))
+    decode.silu_part(nothing(batch, 2 * hidden), hidden, 384)
+    decode.conv_step(nothing(batch, 3 * hidden), nothing(2 * hidden, 4), nothing(batch, 3, 2 * hidden))
+
+
+def products(hidden: int, inner: int, vocabulary: int) -> None:
+    x, norm = nothing(1, hidden), {"before": "norm", "norm_weight": nothing(hidden), "eps": 1e-6}
+    decode.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
+    decode.gemv(nothing(1, inner), nothing(hidden, inner), add_to=x)
+    decode.gemv(x, nothing(vocabulary, hidden), **norm)
+    decode.gemv(x, nothing(2048, hidden), nothing(2048), **norm)
+    decode.gemv(nothing(1, 384), nothing(12288, 384), nothing(12288), before="silu")
 
 
 def convolutions(channels: int) -> None:
@@ -42,9 +104,30 @@ def convolutions(channels: int) -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
+    "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
+    "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
+    "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
+    "attention 2B": lambda: attention(128, 12, 2, 65536, 128, BF16, False),
+    "between products": lambda: between_products(128, 1536, 8960),
+    "products": lambda: products(1536, 8960, 151936),
     "convolutions": lambda: convolutions(3072),
-    "convolutions of an odd width": lambda: convolutions(4 * 171),
 }
+MORE: dict[str, Callable[[], None]] = {
+    "attention qwen3": lambda: attention(18, 16, 8, 65536, 128, BF16, True),
+    "attention smollm2": lambda: attention(1, 9, 3, 8192, 64, BF16, False),
+    "attention 96": lambda: attention(1, 32, 32, 4096, 96, torch.float16, False),
+    "attention fp32": lambda: attention(4, 12, 2, 4096, 128, FP32, False),
+    "between products, 4B": lambda: between_products(64, 2048, 11008),
+    "products, 4B": lambda: products(2048, 11008, 151936),
+}
+HEADS = (
+    *((4, 256, 288), (4, 192, 384), (4, 128, 576), (8, 256, 144), (8, 192, 192), (8, 128, 288)),
+    *((12, 128, 192), (12, 64, 384), (16, 128, 256), (9, 64, 171)),
+)
+"""Heads, key and value dimensions of the hardware-aware search, the 4B model, and one odd size."""
+for shape in HEADS:
+    for sequences in (1, 256):
+        MORE[f"recurrent {shape} batch {sequences}"] = partial(recurrent, sequences, *shape, FP32)
 
 
 def recorded(case: Callable[[], None]) -> dict[str, tuple[JITFunction, dict[str, Any], dict[str, Any]]]:
@@ -98,8 +181,16 @@ def registers(cubin: bytes) -> tuple[int, int]:
     return int(used[1]), int(used[2])
 
 
+def pretend(arch: int) -> None:
+    """Makes the wrappers choose for a card of this architecture."""
+    card = CARDS[arch]
+    for name in ("attention", "recurrent"):
+        sys.modules[f"nasbench_kernels.decode.{name}"].card = lambda device: (card.sms, card.shared)
+
+
 def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None:
     for arch in architectures:
+        pretend(arch)
         for name, case in cases.items():
             for kernel, bound, options in recorded(case).values():
                 compiled = triton.compile(source_of(kernel, bound), target=GPUTarget("cuda", arch, 32), options=options)
@@ -110,4 +201,5 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]], CASES)
+    chosen = CASES | MORE if "--all" in sys.argv else CASES
+    main([int(word) for word in sys.argv[1:] if word.isdigit()], chosen)

@@ -1,14 +1,10 @@
 """The decode step's Triton kernels against plain PyTorch: on a GPU where there is one, else under the interpreter."""
 
-import os
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 GPU = torch.cuda.is_available()
-if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
 pytest.importorskip("triton")
 
 # ruff: noqa: E402

@@ -61,14 +61,15 @@ def gemv_kernel(
     tl.store(out + rows, result.to(out.dtype.element_ty), mask=in_rows)
 
 
-def gemv_launch(rows: int, columns: int) -> tuple[int, int, int]:
-    """(rows, columns of a block, warps), by measurements on an H200."""
-    block_k = min(2048, triton.next_power_of_2(columns))
-    if columns <= 512:
-        return 2, block_k, 1
-    if rows >= 32768:
-        return 8, block_k, 8
-    return (8, 1024, 8) if 2048 < columns <= 4096 else (2, block_k, 2)
+def gemv_launch(rows: int, columns: int, swiglu: bool) -> tuple[int, int, int]:
+    """(rows, columns of a block, warps), by measurements on an H200: README.md."""
+    if columns <= 512 or rows >= 32768:
+        return 8, min(512, triton.next_power_of_2(columns)), 4
+    if swiglu:
+        return 4, 512, 4
+    if columns > 4096:
+        return 2, 1024, 4
+    return (4 if rows > 4096 else 1), 2048, 4
 
 
 def gemv(
@@ -92,7 +93,7 @@ def gemv(
     columns = weight.shape[1]
     rows = weight.shape[0] // (2 if swiglu else 1)
     out = torch.empty(1, rows, device=x.device, dtype=x.dtype) if add_to is None else add_to
-    block_n, block_k, warps = gemv_launch(rows, columns)
+    block_n, block_k, warps = gemv_launch(rows, columns, swiglu)
     gemv_kernel[(triton.cdiv(rows, block_n),)](
         x, weight, x if bias is None else bias, x if norm_weight is None else norm_weight, out,
         COLUMNS=columns, ROWS=rows, BLOCK_N=block_n, BLOCK_K=block_k,
