@@ -23,6 +23,7 @@ COMMANDS = (
     "cost",
     "throughput",
     "validate",
+    "corpus",
     "distill",
     "search",
     "eval",

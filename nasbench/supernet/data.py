@@ -1,4 +1,4 @@
-"""Text for training and evaluation: reading, splitting, tokenising once, packing into equal sequences.
+"""Text for training and evaluation: splitting, tokenising once, packing into equal sequences.
 
 Everything is a pure function of the text, the tokenizer, the sequence length and the seed, so that a run that stops
 and starts again sees the same batches.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nasbench.backbone.tokenizer import Tokenizer
 from nasbench.config import cache_dir
 from nasbench.errors import UserError, unknown
-from nasbench.files import atomic_path, machine_errors
+from nasbench.files import atomic_path
+from nasbench.supernet.text import read_documents
 
 SPLITS = ("train", "search", "test")
 HELD_OUT = 0.1
@@ -43,93 +43,6 @@ class TextTokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
-
-
-def default_documents() -> list[str]:
-    """The text that every Python installation has: the topics of `help()`, about 0.4 MB once repeats are gone.
-
-    Topics repeat sections of each other; a paragraph is kept where it comes first (longest topic first), so that
-    nothing held out was also trained on.
-    """
-    from pydoc_data.topics import topics
-
-    seen: set[str] = set()
-    documents = []
-    for text in sorted(topics.values(), key=lambda text: (-len(text), text)):
-        fresh = []
-        for part in re.split(r"\n\s*\n", text):
-            if part.strip() not in seen:
-                seen.add(part.strip())
-                fresh.append(part)
-        documents.append("\n\n".join(fresh))
-    return [text for text in documents if len(text) > 200]
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    yield path.read_text(encoding="utf-8")
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise UserError(f'{path}:{number}: not a JSON object with a string "text"')
-            yield text
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "text" not in names:
-                raise UserError(f"{path} has no column 'text', only: {', '.join(names)}")
-            for batch in file.iter_batches(columns=["text"]):
-                yield from (text for text in batch.column(0).to_pylist() if text)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable Parquet file: {error}") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
-
-
-def read_documents(data: str) -> list[str]:
-    """The documents of `--data`: a .txt (one document), .jsonl or .parquet (one per `text`), a folder of these, or
-    "" for the default corpus. Raises UserError for what cannot be read or holds no text."""
-    if not data:
-        return default_documents()
-    path = Path(data)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in READERS and file.is_file())
-    elif path.is_file():
-        if path.suffix not in READERS:
-            raise unknown(f"data format of {path}", path.suffix, READERS)
-        files = [path]
-    else:
-        raise UserError(f"no such data: {data}: give a file ({', '.join(READERS)}) or a folder of them")
-    documents: list[str] = []
-    for file in files:
-        try:
-            with machine_errors(f"reading {file}"):
-                documents.extend(READERS[file.suffix](file))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file} is not UTF-8 text: {error}") from None
-    documents = list(dict.fromkeys(text for text in documents if text.strip()))
-    if not documents:
-        raise UserError(f"{data} holds no text: give {', '.join(READERS)} with some")
-    return documents
 
 
 def cut(document: str, size: int = PIECE_CHARACTERS) -> list[str]:
@@ -176,13 +89,23 @@ def _tokenise(documents: list[str], tokenizer: TextTokenizer) -> dict[str, np.nd
     for name, pieces in split_documents(documents).items():
         ids: list[int] = []
         starts = []
-        for piece in pieces:
+        for encoded in _encode(pieces, tokenizer):
             starts.append(len(ids))
-            ids.extend(tokenizer.encode(piece))
+            ids.extend(encoded)
             ids.extend(end)
         streams[name] = np.asarray(ids, dtype=np.int32)
         streams[_starts(name)] = np.asarray(starts, dtype=np.int64)
     return streams
+
+
+def _encode(texts: list[str], tokenizer: TextTokenizer) -> Iterator[list[int]]:
+    """`tokenizer.encode` of every text, on all cores where the tokenizer can."""
+    if not isinstance(tokenizer, Tokenizer):
+        yield from map(tokenizer.encode, texts)
+        return
+    for first in range(0, len(texts), 1024):
+        for found in tokenizer.backend.encode_batch_fast(texts[first : first + 1024], add_special_tokens=False):
+            yield list(found.ids)
 
 
 def _starts(split: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import typer
 from supernet_tiny import one_thread, text_file, tiny_model
 
-from nasbench.cli import distill_command, eval_command, finalize_command
+from nasbench.cli import corpus_command, distill_command, eval_command, finalize_command
 from nasbench.errors import UserError
 
 __all__ = ["one_thread", "text_file", "tiny_model"]
@@ -15,6 +15,7 @@ __all__ = ["one_thread", "text_file", "tiny_model"]
 app = typer.Typer()
 for name, module in (("distill", distill_command), ("eval", eval_command), ("finalize", finalize_command)):
     app.command(name)(module.command)
+app.add_typer(corpus_command.command, name="corpus")
 
 
 @pytest.fixture
@@ -124,3 +125,13 @@ def test_dry_run_says_what_is_left_and_writes_nothing(nas, distill_args, tmp_pat
     more = json.loads(nas(*distill_args, "--supernet-tokens", "768", "--dry-run", "--json").out)
     assert [(stage["stage"], stage["tokens"]) for stage in more["stages"]] == [("supernet", 512)]
     assert "minutes" in nas(*distill_args, "--supernet-tokens", "768", "--dry-run").err
+
+
+def test_the_model_writes_what_it_is_distilled_on(nas, distill_args, tiny_model, tmp_path):
+    corpus = tmp_path / "self.jsonl"
+    args = ("--model", tiny_model, "--tokens", "4k", "--length", "64", "--batch", "16", "--device", "cpu", "--json")
+    out = json.loads(nas("corpus", "generate", *args, "--dtype", "fp32", "--out", corpus).out)
+    assert out["tokens"] >= 4096
+    assert json.loads(nas(*distill_args, "--data", corpus, "--json").out)["names"] == ["A", "W8", "J"]
+    with pytest.raises(UserError, match="bad temperature 0"):
+        nas("corpus", "generate", *args, "--out", corpus, "--temperature", "0")

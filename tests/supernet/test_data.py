@@ -1,6 +1,9 @@
 """Reading, splitting, tokenising and packing text."""
 
+import gzip
 import json
+import lzma
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -8,8 +11,10 @@ import pytest
 import torch
 
 from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
-from nasbench.supernet.data import Batch, Corpus, ages_of, cut, default_documents, pack, read_documents, split_documents
+from nasbench.errors import MachineError, UserError
+from nasbench.supernet import hub_data
+from nasbench.supernet.data import Batch, Corpus, _encode, ages_of, cut, pack, split_documents
+from nasbench.supernet.text import default_documents, read_documents
 
 
 @pytest.fixture
@@ -46,6 +51,9 @@ def test_formats_read_alike(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "b.parquet")
     assert read_documents(str(tmp_path / "a.jsonl")) == texts
     assert read_documents(str(tmp_path / "b.parquet")) == texts
+    for suffix, packer in ((".gz", gzip), (".xz", lzma)):
+        (tmp_path / f"c.jsonl{suffix}").write_bytes(packer.compress((tmp_path / "a.jsonl").read_bytes()))
+        assert read_documents(str(tmp_path / f"c.jsonl{suffix}")) == texts
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "x.txt").write_text(texts[0])
@@ -62,6 +70,9 @@ def test_formats_read_alike(tmp_path):
         ("a.txt", b"  \n", "holds no text"),
         ("a.txt", b"\xff\xfe\x00bad", "UTF-8"),
         ("a.parquet", b"not parquet", "Parquet"),
+        ("a.jsonl.xz", b"not xz", "unpacked"),
+        ("a.jsonl.gz", b"not gz", "unpacked"),
+        ("a.csv.gz", b"x", "unknown data format"),
     ],
 )
 def test_bad_data_is_one_line(tmp_path, name, content, message):
@@ -138,3 +149,69 @@ def test_the_last_token_of_a_document_predicts_nothing():
     values = torch.tensor([[1.0, 100.0, 3.0], [1.0, 2.0, 6.0]])
     assert batch.per_row(values).tolist() == [2.0, 3.0]
     assert Batch(batch.tokens).per_row(values).tolist() == [pytest.approx(104 / 3), 3.0]
+
+
+class FakeHub:
+    """A file system over a folder, as huggingface_hub's."""
+
+    def __init__(self, root):
+        self.root = root
+        self.opened = []
+
+    def glob(self, pattern):
+        folder = self.root / pattern.split("/**")[0]
+        return [str(path.relative_to(self.root)) for path in folder.rglob("*.parquet")]
+
+    def open(self, path, mode):
+        self.opened.append(path)
+        return (self.root / path).open(mode)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "cache"))
+    for name, text in {"data/train-0": "one", "data/train-1": "two", "data/test-0": "three", "valid/0": "four"}.items():
+        path = tmp_path / "datasets/org/set" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text, text + "!"]}), path)
+    fake = FakeHub(tmp_path)
+    monkeypatch.setattr(hub_data, "_file_system", lambda name: fake)
+    return fake
+
+
+def test_hub_data_is_read_as_far_as_asked_and_once(hub):
+    assert read_documents("hf:org/set") == ["one", "one!", "two", "two!"]
+    assert read_documents("hf:org/set:test") == ["three", "three!"]
+    assert read_documents("hf:org/set:valid") == ["four", "four!"]
+    assert read_documents("hf:org/set:train:5") == ["one", "one!"]
+    hub.opened.clear()
+    assert read_documents("hf:org/set") == ["one", "one!", "two", "two!"]
+    assert not hub.opened
+
+
+def test_bad_hub_data_is_one_line(hub, monkeypatch):
+    for data, message in [
+        ("hf:", "bad hub data set"),
+        ("hf:a/b/c", "bad hub data set"),
+        ("hf:org/set:train:many", "bad size"),
+        ("hf:org/none", "no Parquet files"),
+        ("hf:org/set:dev", "no files of split 'dev': the files speak of data, test, train, valid"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_documents(data)
+
+    def offline(pattern):
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr(hub, "glob", offline)
+    with pytest.raises(MachineError, match=r"hub data set 'org/set' cannot be read: no route$"):
+        read_documents("hf:org/set")
+    assert not [path for path in (Path(hub.root) / "cache").rglob("*") if path.is_file()]
+
+
+def test_tokens_are_the_same_in_batches_and_one_by_one(text_file, tokenizer):
+    class Plain:
+        encode, eos_id, vocab_size = tokenizer.encode, tokenizer.eos_id, tokenizer.vocab_size
+
+    texts = read_documents(str(text_file))[0].split("\n\n")[:50]
+    assert list(_encode(texts, tokenizer)) == list(_encode(texts, Plain()))

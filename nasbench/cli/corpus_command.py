@@ -1,0 +1,57 @@
+"""nasbench corpus: text to distil on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nasbench.config import parse_size
+from nasbench.errors import UserError
+
+command = typer.Typer(help="Text to distil on, written by the model itself.", no_args_is_help=True)
+
+
+@command.callback()
+def root() -> None:
+    """Text to distil on, written by the model itself."""
+
+
+@command.command()
+def generate(
+    out: Annotated[Path, typer.Option(help="A .jsonl, for --data of nasbench distill.")],
+    model: Annotated[
+        str, typer.Option(help="`default`, a Hugging Face folder, a GGUF file or a hub name.")
+    ] = "default",
+    tokens: Annotated[str, typer.Option(help="Tokens to write, as 4M.")] = "1M",
+    length: Annotated[str, typer.Option(help="Most tokens of a document.")] = "512",
+    batch: Annotated[str, typer.Option(help="Documents written at once; default by device.")] = "",
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 1 is the model's own distribution.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """The model writes its own corpus: distillation without other data. Stopped, the same command continues."""
+    import time
+
+    from nasbench.backbone.load import load_model
+    from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.supernet.self_corpus import BATCH, Writing, write_corpus
+
+    if temperature <= 0:
+        raise UserError(f"bad temperature {temperature}: above 0, or every document of a beginning would be the same")
+    where = torch_device(device)
+    size = parse_size(batch) if batch else BATCH[where.split(":")[0]]
+    writing = Writing(model, parse_size(length), size, temperature, top_p, seed)
+    budget = parse_size(tokens)
+    loaded = load_model(model, dtype=torch_dtype(dtype), device=where)
+    began = time.perf_counter()
+    with progress_bar() as progress:
+        written = write_corpus(loaded, writing, budget, out, progress)
+    seconds = time.perf_counter() - began
+    log(f"{out}: {written:,} tokens written by {loaded.source} in {seconds:.0f} s")
+    if as_json:
+        print_json({"out": str(out), "tokens": written, "model": model, "seconds": seconds})
