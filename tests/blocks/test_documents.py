@@ -6,7 +6,7 @@ import pytest
 import torch
 from mixer_cases import PLAIN, SHAPES, build, chunk, inputs, names, whole
 from nasbench_kernels.causal_conv import causal_conv, naive_causal_conv
-from tolerances import CHUNKED_FP32, GRADIENT_FP32, relative_rmse
+from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
 from nasbench.blocks import documents as module
 from nasbench.blocks.documents import Documents
@@ -91,3 +91,24 @@ def test_convolution_with_reach_equals_the_naive_form():
     torch.manual_seed(0)
     x, weight, reach = torch.randn(2, TOKENS, 5), torch.randn(5, 4), packed().reach(4)
     assert relative_rmse(causal_conv(x, weight, reach=reach), naive_causal_conv(x, weight, reach=reach)) < CHUNKED_FP32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", names())
+def test_packed_documents_are_the_documents_alone_on_a_gpu(name):
+    """In bf16, by the kernels that a GPU picks for attention with a mask; 1100 tokens are two blocks of queries."""
+    lengths = ((1, 300, 799), (1100,), (700, 400))
+    mixer = build(name).to("cuda", torch.bfloat16)
+    x = inputs(mixer.config, 3, 1100).to("cuda", torch.bfloat16)
+
+    def place(tokens):
+        where = chunk(PLAIN, 0, tokens)
+        return replace(where, cos=where.cos.cuda(), sin=where.sin.cuda())
+
+    documents = Documents(packed(lengths).ages.cuda())
+    got = mixer(x, replace(place(1100), documents=documents))
+    got.square().sum().backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in mixer.parameters())
+    for row, part in pieces(lengths):
+        alone = mixer(x[row : row + 1, part], place(part.stop - part.start))
+        assert relative_rmse(got[row, part], alone[0]) < BF16, (row, part)
