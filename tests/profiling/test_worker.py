@@ -90,7 +90,14 @@ def start_profile(db: Path, *more: str) -> subprocess.Popen:
     arguments = [sys.executable, *command.split(), "--device", "cpu", "--budget", "0.1", "--db", str(db), *more]
     environment = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1])}
     return subprocess.Popen(
-        arguments, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background of a shell ignores Ctrl-C, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
