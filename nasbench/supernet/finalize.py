@@ -22,6 +22,7 @@ from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Batch
+from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
     Loop,
     LossSums,
@@ -111,11 +112,17 @@ def finalize(
         elif finished is not None:
             optimizer.set_masters(load_file(folder / MIXERS, device=str(net.teacher.device)))
 
+        calls: GraphedLayerCalls | None = None
+
         def batch_of(index: int) -> Batch:
             return workers.share(corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET)).to(net.teacher.device)
 
         def step(index: int, sums: LossSums) -> None:
-            distill_step(net, [placement], batch_of(index), sums, config, workers)
+            nonlocal calls
+            batch = batch_of(index)
+            if calls is None and config.graphs and batch.tokens.is_cuda:
+                calls = GraphedLayerCalls(net, [("A", name) for name in placement], batch)
+            distill_step(net, [placement], batch, sums, config, workers, calls)
             settle(optimizer, sums, workers)
 
         with stop_on_signal() as stop:

@@ -36,6 +36,7 @@ class DistillConfig:
         kl_chunk: tokens whose logits are held at once.
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
+        graphs: on a GPU every layer of a sub-network is replayed from CUDA graphs: fewer launches, more memory.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
     """
@@ -63,6 +64,7 @@ class DistillConfig:
     kl_chunk: int = 512
     documents: bool = True
     recompute: bool = False
+    graphs: bool = False
     log_every: int = 10
     checkpoint_every_s: float = 120.0
 

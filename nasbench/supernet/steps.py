@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 
 import torch
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.layer_calls import LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
 from nasbench.supernet.settings import DistillConfig
@@ -74,6 +74,7 @@ def distill_step(
     sums: LossSums,
     config: DistillConfig,
     workers: Workers = ALONE,
+    calls: LayerCalls | None = None,
 ) -> None:
     """Gradients of sub-networks' mean KL to the teacher on a batch.
 
@@ -81,15 +82,16 @@ def distill_step(
     its trained mixers.
     """
     teacher, layers = net.teacher, net.teacher.layers
+    calls = calls or LayerCalls(net, config.recompute)
     firsts = [next((i for i, name in enumerate(p) if kind_of(name) != "A"), len(p)) for p in placements]
     chunk = chunk_of(teacher, batch)
     with torch.no_grad():
         shared = {0: teacher.embed(batch.tokens)}
         x = shared[0]
-        for i, layer in enumerate(layers):
-            x = layer(x, chunk)
+        for i in range(len(layers)):
+            x = calls(i, "A", x, chunk)
             if i + 1 in firsts:
-                shared[i + 1] = x
+                shared[i + 1] = calls.keep(x)
         target = teacher.model.norm(x)
         whole = energy(target)
         workers.sum_([whole])
@@ -97,11 +99,7 @@ def distill_step(
     for placement, first in zip(placements, firsts, strict=True):
         student = shared[first]
         for i in range(first, len(layers)):
-            layer = layers[i].with_mixer(net.mixer(i, placement[i]))
-            if config.recompute:
-                student = recomputed(layer, student, chunk, use_reentrant=False, preserve_rng_state=False)
-            else:
-                student = layer(student, chunk)
+            student = calls(i, placement[i], student, chunk)
         student = teacher.model.norm(student)
         kl = distillation_kl(student, target, output_weight(teacher), config.kl_chunk)
         loss = kl
@@ -109,6 +107,8 @@ def distill_step(
             loss = kl + config.hidden_weight * relative_error(student, target, whole)
         if loss.requires_grad:
             (loss / len(placements)).backward()
+        if placement is not placements[-1]:
+            calls.keep_gradients()
         names = [f"layers.{i}.{name}" for i, name in enumerate(placement)]
         sums.add_all(["", *(name for name in names if name in sums.index)], kl.detach())
 

@@ -30,6 +30,7 @@ from nasbench.spaces.placement import Placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.forward import mixing
+from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
     GraphedStep,
     Loop,
@@ -51,7 +52,7 @@ from nasbench.supernet.workers import ALONE, Workers
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = 2048
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
-_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute")
+_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
@@ -257,7 +258,10 @@ class Distiller:
         """Gradients of one step, ready for the optimiser."""
         batch = self.workers.share(self._batch(stage, index, self.step_rows(stage))).to(self.device)
         if stage == "supernet":
-            distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers)
+            if self._calls is None and self.config.graphs and self.device.type == "cuda":
+                choices = [("A", *self.net.space.fillers(i)) for i in range(self.net.space.num_layers)]
+                self._calls = GraphedLayerCalls(self.net, choices, batch)
+            distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers, self._calls)
         elif self.device.type == "cuda":
             if self._graphed is None:
                 self._graphed = GraphedStep(
@@ -270,10 +274,11 @@ class Distiller:
         settle(optimizer, sums, self.workers)
 
     _graphed: GraphedStep | None = None
+    _calls: GraphedLayerCalls | None = None
 
     def forget_graph(self) -> None:
         """Before the optimiser that a captured step works for goes."""
-        self._graphed = None
+        self._graphed = self._calls = None
 
     def _stage(self, stage: str, start: int, resumed: checkpoint.Checkpoint | None) -> None:
         optimizer = self.optimizer(stage)

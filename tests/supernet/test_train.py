@@ -19,6 +19,7 @@ from nasbench.spaces.placement import kind_of
 from nasbench.supernet import checkpoint
 from nasbench.supernet import train as training
 from nasbench.supernet.data import Batch, Corpus
+from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
 from nasbench.supernet.ridge import features, solve_readouts
@@ -376,3 +377,27 @@ def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
     target = plain.teacher.layers[0].self_attn(inputs, chunk)
     errors = [float(relative_error(n.mixer(0, "W4")(inputs, chunk), target).detach()) for n in (plain, loaded)]
     assert errors[1] < errors[0]
+
+
+def test_graphed_layers_are_the_layers(make_run, tiny_model, monkeypatch):
+    """What a GPU replays, called in its place: same losses and gradients, every layer and kind captured once."""
+    captured = []
+
+    def stand_in(modules, arguments, allow_unused_input):
+        captured.append((len(modules), {id(tensor) for group in arguments for tensor in group}))
+        return modules
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+
+    def gradients(graphed):
+        net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+        batch = Corpus.load(make_run().spec.data, net.tokenizer, 32).batch(0, 4, 0)
+        calls = GraphedLayerCalls(net, [("A", *net.space.fillers(i)) for i in range(4)], batch) if graphed else None
+        sums = LossSums(["", *net.trained()])
+        placements = [("J", "A", "W8", "J"), ("A", "A", "J", "W8")]
+        distill_step(net, placements, batch, sums, CONFIG, calls=calls)
+        return [sums.now, *(p.grad for layer in (0, 2, 3) for p in net.mixer(layer, "J").parameters())]
+
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
+    assert captured[0][0] == 12
+    assert len(captured[0][1]) == 24

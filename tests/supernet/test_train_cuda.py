@@ -6,6 +6,7 @@ from tolerances import relative_rmse
 
 from nasbench.runs import Run, RunSpec
 from nasbench.supernet import train as train_module
+from nasbench.supernet.loop import settle
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -13,11 +14,12 @@ pytestmark = pytest.mark.gpu
 
 
 class Eager:
-    def __init__(self, work, optimizer, sums, tokens):
-        self.work = work
+    def __init__(self, work, optimizer, sums, batch, workers):
+        self.work, self.rest = work, (optimizer, sums, workers)
 
-    def __call__(self, tokens):
-        self.work(tokens)
+    def __call__(self, batch):
+        self.work(batch)
+        settle(*self.rest)
 
 
 def test_a_replayed_step_is_the_eager_step(tiny_model, text_file, tmp_path, monkeypatch):
@@ -36,5 +38,23 @@ def test_a_replayed_step_is_the_eager_step(tiny_model, text_file, tmp_path, monk
     for group, state in weights[0].items():
         for key, value in state.items():
             assert relative_rmse(value, weights[1][group][key]) < 1e-2, (group, key)
+    for ours, theirs in zip(*(text.splitlines()[1:] for text in losses), strict=True):
+        assert float(ours.split(",")[-1]) == pytest.approx(float(theirs.split(",")[-1]), rel=1e-3)
+
+
+def test_layers_replayed_from_graphs_train_what_eager_layers_do(tiny_model, text_file, tmp_path):
+    config = DistillConfig(
+        ridge_tokens=256, align_tokens=0, supernet_tokens=4096, supernet_batch_tokens=256, supernet_lr=1e-3,
+        frozen=(), hidden_weight=0.1, sandwich=True, log_every=1,
+    )  # fmt: skip
+    weights, losses = [], []
+    for graphs in (False, True):
+        run = Run.create(tmp_path / str(graphs), RunSpec(str(tiny_model), ("A", "W8", "J", "G"), 4, str(text_file), 64))
+        net = distill(run, config.updated({"graphs": graphs}), device="cuda", dtype=torch.float32)
+        weights.append({group: mixer.state_dict() for group, mixer in net.trained().items()})
+        losses.append((run.supernet / "losses.csv").read_text())
+    for group, state in weights[0].items():
+        for key, value in state.items():
+            assert relative_rmse(weights[1][group][key], value) < 1e-2, (group, key)
     for ours, theirs in zip(*(text.splitlines()[1:] for text in losses), strict=True):
         assert float(ours.split(",")[-1]) == pytest.approx(float(theirs.split(",")[-1]), rel=1e-3)

@@ -1,0 +1,96 @@
+"""How the layers of a sub-network are called: one kernel after another, or each layer replayed from CUDA graphs.
+
+A random sub-network is different in every step, so a whole step cannot be captured; but each of its layers is one of a
+few. With graphs of every layer's forward and backward pass, one per kind, a step launches some hundred graphs instead
+of ten thousand kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from nasbench.blocks.mixer import Chunk
+from nasbench.supernet.data import Batch
+from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.supernet import Supernet
+
+
+class LayerCalls:
+    """Layers called kernel by kernel.
+
+    Args:
+        recompute: activations are computed again in the backward pass.
+    """
+
+    def __init__(self, net: Supernet, recompute: bool = False) -> None:
+        self.net, self.recompute = net, recompute
+
+    def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+        """Residual stream x [B, T, C] through a layer with the mixer `name`."""
+        module = self.net.teacher.layers[layer].with_mixer(self.net.mixer(layer, name))
+        if self.recompute and torch.is_grad_enabled():
+            return recomputed(module, x, chunk, use_reentrant=False, preserve_rng_state=False)
+        return module(x, chunk)
+
+    def keep(self, x: Tensor) -> Tensor:
+        """A result that must outlive further calls of the layer that gave it."""
+        return x
+
+    def keep_gradients(self) -> None:
+        """The gradients so far must outlive further calls."""
+
+
+class _Layer(nn.Module):
+    """A layer whose arguments are tensors alone, as graphs want them."""
+
+    def __init__(self, net: Supernet, layer: int, name: str) -> None:
+        super().__init__()
+        self.layer = net.teacher.layers[layer].with_mixer(net.mixer(layer, name))
+        self.teacher = [net.teacher]  # in a list: not a part of this module
+
+    def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
+        # Only the shape of the tokens counts here.
+        return self.layer(x, chunk_of(self.teacher[0], Batch(x[..., 0], ages)))
+
+
+class GraphedLayerCalls(LayerCalls):
+    """Layers replayed from CUDA graphs, for batches of one shape.
+
+    Args:
+        choices: per layer the mixers that will be called.
+        batch: of the shape and device of all that follow.
+    """
+
+    def __init__(self, net: Supernet, choices: Sequence[Sequence[str]], batch: Batch) -> None:
+        super().__init__(net)
+        wanted = [(layer, name) for layer, names in enumerate(choices) for name in dict.fromkeys(names)]
+        x = net.teacher.embed(batch.tokens).detach()
+        # Each graph reads its own copy of its arguments. In the order of a forward pass, which lets them share memory.
+        ages = [] if batch.ages is None else [batch.ages]
+        arguments = [(x.clone().requires_grad_(), *(tensor.clone() for tensor in ages)) for _ in wanted]
+        modules = tuple(_Layer(net, layer, name).train(net.teacher.training) for layer, name in wanted)
+        with torch.no_grad():
+            # Moves projections into one matrix each, which later passes without gradients then leave where it is.
+            for module, given in zip(modules, arguments, strict=True):
+                module(*given)
+        calls = torch.cuda.make_graphed_callables(modules, tuple(arguments), allow_unused_input=True)
+        self.calls = dict(zip(wanted, calls, strict=True))
+
+    def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+        documents = chunk.documents
+        replayed: Tensor = self.calls[layer, name](x, *([] if documents is None else [documents.ages]))
+        return replayed
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+    def keep_gradients(self) -> None:
+        # They lie in the graphs' memory, which the next forward pass writes over.
+        for mixer in self.net.mixers():
+            for parameter in mixer.parameters():
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
