@@ -7,7 +7,8 @@ of ten thousand kernels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +79,11 @@ class GraphedLayerCalls(LayerCalls):
             for module, given in zip(modules, arguments, strict=True):
                 module(*given)
         calls = torch.cuda.make_graphed_callables(modules, tuple(arguments), allow_unused_input=True)
-        self.calls = dict(zip(wanted, calls, strict=True))
+        self.calls = dict(zip(wanted, cast("tuple[Callable[..., Tensor], ...]", calls), strict=True))
 
     def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         documents = chunk.documents
-        replayed: Tensor = self.calls[layer, name](x, *([] if documents is None else [documents.ages]))
-        return replayed
+        return self.calls[layer, name](x, *([] if documents is None else [documents.ages]))
 
     def keep(self, x: Tensor) -> Tensor:
         return x.clone()
