@@ -1,10 +1,10 @@
 """Devices: what data sheets say of known ones, and what this machine is. Importing this registers the built-in ones."""
 
-from nasbench.devices import ada, ampere, hopper, orin
+from nasbench.devices import ada, ampere, blackwell, hopper, orin
 from nasbench.devices.base import DEVICES, DeviceInfo, DeviceSpec
 from nasbench.devices.detect import detect
 
-for _family in (hopper, ampere, ada, orin):
+for _family in (blackwell, hopper, ampere, ada, orin):
     for _spec in _family.SPECS:
         DEVICES.register(_spec.slug, _spec)
 

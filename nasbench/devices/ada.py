@@ -1,6 +1,7 @@
 """NVIDIA Ada Lovelace desktop GPUs."""
 
 from nasbench.devices.base import DeviceSpec
+from nasbench.devices.hopper import SHARED_MEMORY
 
 SPECS = (
     DeviceSpec(
@@ -12,6 +13,7 @@ SPECS = (
         bandwidth_gb_s=1008,
         tflop_s=165,
         shared_memory_bytes=99 << 10,
-        source="NVIDIA Ada GPU architecture white paper, fp16 with fp32 accumulation, dense",
+        source="NVIDIA Ada GPU architecture white paper, GeForce RTX 4090; fp16 with fp32 accumulation, dense",
+        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.9")),),
     ),
 )

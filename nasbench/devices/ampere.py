@@ -1,6 +1,7 @@
 """NVIDIA Ampere GPUs, data centre and desktop."""
 
 from nasbench.devices.base import DeviceSpec
+from nasbench.devices.hopper import SHARED_MEMORY
 
 SPECS = (
     DeviceSpec(
@@ -12,7 +13,8 @@ SPECS = (
         bandwidth_gb_s=2039,
         tflop_s=312,
         shared_memory_bytes=163 << 10,
-        source="NVIDIA A100 80GB data sheet, SXM4, dense; shared memory from the CUDA programming guide",
+        source="NVIDIA A100 80GB data sheet, column SXM, dense",
+        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.0")),),
     ),
     DeviceSpec(
         slug="nvidia-rtx-3090",
@@ -23,6 +25,7 @@ SPECS = (
         bandwidth_gb_s=936,
         tflop_s=71,
         shared_memory_bytes=99 << 10,
-        source="NVIDIA GA102 white paper, fp16 with fp32 accumulation, dense",
+        source="NVIDIA GA102 GPU architecture white paper, GeForce RTX 3090; fp16 with fp32 accumulation, dense",
+        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.6")),),
     ),
 )

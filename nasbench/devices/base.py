@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 from nasbench.registry import Registry
 
+FIGURES = ("memory_bytes", "bandwidth_gb_s", "tflop_s", "shared_memory_bytes")
+"""What a DeviceSpec states of a device."""
+
 
 @dataclass(frozen=True)
 class DeviceSpec:
@@ -24,6 +27,8 @@ class DeviceSpec:
         tflop_s: bf16/fp16 matrix products with fp32 accumulation.
         shared_memory_bytes: most that one thread block may use.
         source: where the figures are from.
+        sources: (figure, where it is from) for those that `source` does not cover.
+        unified_memory: whether the CPU lives in the same memory.
     """
 
     slug: str
@@ -35,6 +40,13 @@ class DeviceSpec:
     tflop_s: float
     shared_memory_bytes: int
     source: str
+    sources: tuple[tuple[str, str], ...] = ()
+    unified_memory: bool = False
+
+    @property
+    def figure_sources(self) -> dict[str, str]:
+        """Where each figure is from."""
+        return {name: dict(self.sources).get(name, self.source) for name in FIGURES}
 
     def matches(self, name: str) -> bool:
         """Whether a driver's device name is this device."""
@@ -54,6 +66,7 @@ class DeviceInfo:
         llc_bytes: last-level cache; 0 if unknown.
         driver: GPU driver's version; "" on a CPU.
         arch: compute capability or instruction set.
+        unified_memory: whether a GPU's memory is the system's (Jetson).
     """
 
     slug: str
@@ -64,6 +77,7 @@ class DeviceInfo:
     llc_bytes: int
     driver: str
     arch: str
+    unified_memory: bool = False
 
 
 DEVICES: Registry[DeviceSpec] = Registry("device", group="nasbench.devices")

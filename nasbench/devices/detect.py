@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 
 from nasbench.devices.base import DEVICES, DeviceInfo, slugify
+from nasbench.devices.jetson import Jetson
 from nasbench.errors import MachineError, unknown
 
+LEAST_UNIFIED = 0.8
+"""Of a Jetson's memory the system shows at least this share: less belongs to a smaller module of the name."""
 _CPUINFO = Path("/proc/cpuinfo")
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -34,11 +37,20 @@ def detect(torch_device: str = "auto") -> DeviceInfo:
     raise unknown("torch device", torch_device, ("auto", "cpu", "cuda"))
 
 
-def _gpu_slug(name: str) -> str:
-    """The slug of the known device that the driver's name matches, or one made of the name."""
-    known = next((DEVICES[slug].slug for slug in DEVICES if DEVICES[slug].matches(name)), "")
+def _gpu_slug(name: str, memory_bytes: int = 0) -> str:
+    """The slug of the known device that the driver's name matches, or one made of the name.
+
+    Args:
+        memory_bytes: tells modules of one name apart whose memory is the system's; 0 where it is not known.
+    """
+    known = next((DEVICES[slug] for slug in DEVICES if DEVICES[slug].matches(name)), None)
+    if known and known.unified_memory and memory_bytes and memory_bytes < LEAST_UNIFIED * known.memory_bytes:
+        gib = 1 << (memory_bytes * 8 // 7 >> 30).bit_length() - 1
+        return slugify(f"{name} {gib}GB" if name.lower().startswith("nvidia") else f"NVIDIA {name} {gib}GB")
+    if known:
+        return known.slug
     slug = slugify(name)
-    return known or (slug if slug.startswith("nvidia") else f"nvidia-{slug}")
+    return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
 
 
 def _cuda(index: int) -> DeviceInfo:
@@ -47,15 +59,18 @@ def _cuda(index: int) -> DeviceInfo:
     if index >= torch.cuda.device_count():
         raise MachineError(f"device cuda:{index} is not there: torch sees {torch.cuda.device_count()} CUDA GPUs")
     properties = torch.cuda.get_device_properties(index)
+    board = Jetson().model
+    name, memory = board or properties.name, properties.total_memory
     return DeviceInfo(
-        slug=_gpu_slug(properties.name),
-        title=properties.name,
+        slug=_gpu_slug(name, memory),
+        title=name,
         kind="cuda",
-        memory_bytes=properties.total_memory,
+        memory_bytes=memory,
         cores=properties.multi_processor_count,
         llc_bytes=getattr(properties, "L2_cache_size", 0),
         driver=_driver(),
         arch=f"sm_{properties.major}{properties.minor}",
+        unified_memory=bool(board),
     )
 
 

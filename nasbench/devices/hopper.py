@@ -2,6 +2,10 @@
 
 from nasbench.devices.base import DeviceSpec
 
+SHARED_MEMORY = "CUDA C++ programming guide, technical specifications by compute capability, {}"
+
+_SHARED = (("shared_memory_bytes", SHARED_MEMORY.format("9.0")),)
+
 SPECS = (
     DeviceSpec(
         slug="nvidia-h100-sxm",
@@ -12,7 +16,20 @@ SPECS = (
         bandwidth_gb_s=3350,
         tflop_s=989,
         shared_memory_bytes=227 << 10,
-        source="NVIDIA H100 data sheet, SXM5, dense; shared memory from the CUDA programming guide",
+        source="NVIDIA H100 data sheet, column SXM; half of the 1,979 TFLOP/s with sparsity",
+        sources=_SHARED,
+    ),
+    DeviceSpec(
+        slug="nvidia-h100-pcie",
+        title="NVIDIA H100 PCIe 80GB",
+        pattern=r"H100 PCIe",
+        arch="sm_90",
+        memory_bytes=80 * 10**9,
+        bandwidth_gb_s=2000,
+        tflop_s=756,
+        shared_memory_bytes=227 << 10,
+        source="NVIDIA H100 data sheet, column PCIe; half of the 1,513 TFLOP/s with sparsity",
+        sources=_SHARED,
     ),
     DeviceSpec(
         slug="nvidia-h200",
@@ -23,6 +40,7 @@ SPECS = (
         bandwidth_gb_s=4800,
         tflop_s=989,
         shared_memory_bytes=227 << 10,
-        source="NVIDIA H200 data sheet, SXM, dense; shared memory from the CUDA programming guide",
+        source="NVIDIA H200 data sheet, column SXM; half of the 1,979 TFLOP/s with sparsity",
+        sources=_SHARED,
     ),
 )

@@ -3,7 +3,8 @@
 import pytest
 
 from nasbench.devices import DEVICES, DeviceSpec, detect
-from nasbench.devices.base import slugify
+from nasbench.devices.base import FIGURES, slugify
+from nasbench.devices.detect import _gpu_slug
 from nasbench.errors import MachineError, UserError
 
 
@@ -12,6 +13,8 @@ def test_specs_are_plausible(slug):
     spec = DEVICES[slug]
     assert spec.slug == slug == slug.lower()
     assert spec.source
+    assert all(spec.figure_sources[figure] for figure in FIGURES)
+    assert {name for name, _ in spec.sources} <= set(FIGURES)
     assert spec.arch.startswith("sm_")
     assert 8e9 < spec.memory_bytes < 1e12
     assert 50 < spec.bandwidth_gb_s < 20_000
@@ -29,7 +32,11 @@ def test_specs_are_plausible(slug):
         ("NVIDIA A100-SXM4-80GB", "nvidia-a100-sxm"),
         ("NVIDIA GeForce RTX 3090", "nvidia-rtx-3090"),
         ("NVIDIA GeForce RTX 4090", "nvidia-rtx-4090"),
+        ("NVIDIA H100 PCIe", "nvidia-h100-pcie"),
+        ("NVIDIA B200", "nvidia-b200"),
         ("Orin", "nvidia-jetson-agx-orin-64gb"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "nvidia-jetson-agx-orin-64gb"),
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "nvidia-jetson-orin-nx-16gb"),
     ],
 )
 def test_drivers_names_are_recognised(name, slug):
@@ -37,10 +44,25 @@ def test_drivers_names_are_recognised(name, slug):
 
 
 @pytest.mark.parametrize(
-    "name", ["NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA H200 NVL", "AMD EPYC"]
+    "name",
+    [
+        "NVIDIA H100 NVL",
+        "NVIDIA GB200",
+        "NVIDIA A100-SXM4-40GB",
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA H200 NVL",
+        "AMD EPYC",
+    ],
 )
 def test_other_devices_are_not_taken_for_known_ones(name):
     assert not any(DEVICES[key].matches(name) for key in DEVICES)
+
+
+def test_modules_of_one_name_differ_by_their_memory():
+    assert _gpu_slug("NVIDIA Jetson AGX Orin Developer Kit", 65_800_000_000) == "nvidia-jetson-agx-orin-64gb"
+    assert _gpu_slug("NVIDIA Jetson AGX Orin", 32_800_000_000) == "nvidia-jetson-agx-orin-32gb"
+    assert _gpu_slug("Orin", 8_000_000_000) == "nvidia-orin-8gb"
+    assert _gpu_slug("NVIDIA H200", 1 << 30) == "nvidia-h200"
 
 
 @pytest.mark.parametrize(
