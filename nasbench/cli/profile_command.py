@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +13,12 @@ from nasbench.config import parse_size, parse_sizes
 from nasbench.errors import MachineError, UserError
 
 if TYPE_CHECKING:
+    from nasbench.backbone.shapes import ModelShape
     from nasbench.profiling.sweep import SweepResult, Todo
+    from nasbench.spaces.placement import Placement
+
+PROMPT_TOKENS = 131072
+"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU."""
 
 
 def command(
@@ -32,6 +38,12 @@ def command(
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,
+    estimate: Annotated[
+        str, typer.Option(help="Write rows of this known device by roofline, marked estimated, instead of measuring.")
+    ] = "",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Then measure a few whole steps and prompts, for the cost model.")
+    ] = False,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="No child process per group: a crash ends the sweep.")
     ] = False,
@@ -39,7 +51,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decode and prefill of layer kinds, MLP, norm, embedding and head. Rows that exist are skipped."""
-    from nasbench.cli.common import log, print_json, torch_device
+    from nasbench.cli.common import log, torch_device
     from nasbench.profiling.plan import parse_batches
 
     context_list = parse_sizes(contexts)
@@ -55,6 +67,13 @@ def command(
     from nasbench.profiling.sweep import prepare
 
     shape = resolve_shape(model)
+    if estimate:
+        if calibrate or device != "auto":
+            raise UserError("--estimate measures nothing: leave out --calibrate and --device")
+        gpu_contexts = context_list or default_contexts(shape.max_context, True)
+        asked = Asked(shape, blocks, gpu_contexts, batch_list or ["auto"], mode_list, chunk_tokens, dtype or "bf16")
+        _print_summary(_estimate(asked, estimate, db, dry_run), as_json)
+        return
     name = torch_device(device)
     on_gpu = name.startswith("cuda")
     todo = prepare(
@@ -87,13 +106,132 @@ def command(
         "skipped": result.skipped,
         **{status: result.count(status) for status in ("oom", "unsupported", "failed")},
     }
+    if calibrate:
+        contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)
+        summary["calibration"] = _calibrate(todo, calibration_points(todo, blocks, contexts_asked))
+    _print_summary(summary, as_json)
+    if result.count("failed"):
+        reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
+        raise MachineError(f"{result.count('failed')} rows failed: {reasons[:300]}")
+
+
+def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
+    from nasbench.cli.common import print_json
+
     if as_json:
         print_json(summary)
     else:
         print(", ".join(f"{key} {value}" for key, value in summary.items() if value or key == "measured"))
-    if result.count("failed"):
-        reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
-        raise MachineError(f"{result.count('failed')} rows failed: {reasons[:300]}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of a sweep does not depend on a device that is here."""
+
+    shape: ModelShape
+    blocks: str
+    contexts: list[int]
+    batches: list[int | str]
+    modes: list[str]
+    chunk: int | None
+    dtype: str
+
+
+def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict[str, Any]:
+    """Writes estimated rows where the database has no measured ones; returns what the command prints."""
+    from nasbench.cost import find_profiles, profiled_devices
+    from nasbench.devices import DEVICES
+    from nasbench.profiling.estimate import Estimator
+    from nasbench.profiling.plan import plan
+    from nasbench.profiling.sweep import CHUNKS
+    from nasbench.spaces.placement import parse_placement
+    from nasbench.store import Database, db_path
+
+    spec, shape = DEVICES[device], asked.shape
+    # The shipped measurements always teach; those of --db, which may be a new folder, too.
+    places = [None, *([db] if db is not None and db.is_dir() else [])]
+    known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
+    estimator = Estimator({row.key: row for row in known}.values(), asked.dtype)
+    names = parse_placement(asked.blocks)
+    groups = plan(
+        shape, names, asked.contexts, asked.batches, asked.modes, asked.chunk or CHUNKS["cuda"], spec.memory_bytes, 2
+    )
+    rows = estimator.rows(spec, shape, [point for group in groups for point in group])
+    path = db_path(spec.slug, db)
+    measured = {row.key for row in Database(path).read() if row.source == "measured"}
+    new = [row for row in rows if row.key not in measured]
+    if not dry_run:
+        Database(path).merge(new)
+    errors = {f"{block} {mode}": round(rule.error, 3) for (block, mode), rule in sorted(estimator.rules.items())}
+    counts = {"estimated": len(new), "measured": len(rows) - len(new)}
+    return {"device": spec.slug, "path": str(path), "source": "estimated", **counts, "errors": errors}
+
+
+def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tuple[Placement, int, int]]:
+    """(placement, context, batch) of the whole steps that calibrate: every kind alone, and full attention with each of
+    the others by turns, at the least and the most context and batch that fit. Few, and none that a search would choose:
+    those are for judging."""
+    from nasbench.profiling.plan import largest_batch
+    from nasbench.spaces.placement import parse_placement
+
+    shape, names = todo.bench.shape, list(dict.fromkeys(parse_placement(blocks)))
+    memory, width = todo.machine.info.memory_bytes, todo.bench.dtype.itemsize
+    most = {"cpu": 4, "cuda": 1 << 20}[todo.machine.info.kind]
+    first, last = contexts[0], contexts[-1]
+    placements = [((name,) * shape.num_layers, name) for name in names]
+    turns = tuple(names[i % len(names)] for i in range(shape.num_layers))
+    points = []
+    for placement, widest in [*placements, (turns, names[0])]:
+        for context in dict.fromkeys((first, last)):
+            largest = min(most, largest_batch(shape, (widest,), context, memory, width))
+            points += [(placement, context, batch) for batch in ((1, largest) if context == first else (largest,))]
+    return list(dict.fromkeys(points))
+
+
+def _calibrate(todo: Todo, points: list[tuple[Placement, int, int]]) -> int:
+    """Measures whole steps and prompts that have not been measured yet. Returns how many."""
+    import torch
+
+    from nasbench.cli.common import log
+    from nasbench.cost import CalibrationRow, add_calibration
+    from nasbench.cost.calibration import calibration_path, read_calibration
+    from nasbench.engine.throughput import DTYPE_NAMES, measure
+    from nasbench.errors import NasbenchError
+    from nasbench.profiling.sweep import CHUNKS
+    from nasbench.spaces.placement import format_placement
+
+    shape, bench = todo.bench.shape, todo.bench
+    path = calibration_path(todo.path)
+    known = {(row.model, row.dtype, row.placement, row.context, row.batch) for row in read_calibration(path)}
+    name = DTYPE_NAMES[bench.dtype]
+    done = 0
+    for placement, context, batch in points:
+        if (shape.name, name, format_placement(placement), context, batch) in known:
+            continue
+        log(f"calibration: {format_placement(placement)}, context {context}, batch {batch}")
+        prompt = min(context, max(CHUNKS[todo.machine.info.kind], PROMPT_TOKENS // batch))
+        try:
+            found = measure(
+                shape, placement, context=context, batch=batch, device=bench.device, dtype=bench.dtype,
+                prefill_context=prompt, seconds=1.0,
+            )  # fmt: skip
+        except (NasbenchError, torch.OutOfMemoryError) as error:
+            log(f"left out: {error}")
+            continue
+        cells: dict[str, Any] = {
+            "device": found.device, "model": shape.name, "dtype": name, "placement": found.placement, "batch": batch,
+            "torch": found.torch, "driver": found.driver, "project": found.nasbench,
+            "measured_utc": found.measured_utc,
+        }  # fmt: skip
+        step: dict[str, Any] = {"time_ms": found.step_ms, "p20_ms": found.step_p20_ms, "p80_ms": found.step_p80_ms}
+        rows = [CalibrationRow(mode="decode", context=context, chunk=0, repeats=found.repeats, **step, **cells)]
+        if found.prefill_s and found.prefill_chunk:
+            ms = found.prefill_s * 1e3
+            times: dict[str, Any] = {"time_ms": ms, "p20_ms": ms, "p80_ms": ms, "repeats": 1}
+            rows.append(CalibrationRow(mode="prefill", context=prompt, chunk=found.prefill_chunk, **times, **cells))
+        add_calibration(path, rows)
+        done += 1
+    return done
 
 
 def default_contexts(max_context: int, on_gpu: bool) -> list[int]:

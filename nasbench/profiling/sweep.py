@@ -11,6 +11,7 @@ from pathlib import Path
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
 from nasbench.devices import detect
+from nasbench.devices.jetson import Jetson
 from nasbench.errors import unknown
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
@@ -148,7 +149,9 @@ def prepare(
     rounds = ROUNDS[info.kind]
     budget = Budget((seconds_per_row or (CUDA_BUDGET if info.kind == "cuda" else CPU_BUDGET)) / rounds)
     machine = Machine(info, device, Telemetry(device), budget)
-    usable = int(USABLE_MEMORY * info.memory_bytes)
+    # On a Jetson the programs on the CPU have a part of the GPU's memory.
+    free = Jetson().available_bytes() if info.unified_memory else None
+    usable = int(USABLE_MEMORY * min(info.memory_bytes, free or info.memory_bytes))
     bench = Bench(shape, device, dtypes[dtype], info.llc_bytes or 32 << 20, usable)
     names = parse_placement(blocks) if isinstance(blocks, str) else blocks
     width = dtypes[dtype].itemsize

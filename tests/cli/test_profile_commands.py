@@ -118,6 +118,64 @@ def test_bad_input_is_one_line(args, said, capsys):
     assert captured.err.count("\n") == 1
 
 
+def test_estimates_are_marked_and_give_way_to_measurements(tmp_path, capsys, monkeypatch):
+    shipped = tmp_path / "shipped"
+    known = [
+        Row(
+            device="nvidia-h200", block=block, mode=mode, dtype="bf16", batch=batch, chunk=2048 * (mode == "prefill"),
+            p20_us=9.0 * batch, p50_us=10.0 * batch, p80_us=11.0 * batch, gb_s=1000.0, tflop_s=10.0,
+        )
+        for block in ("A", "mlp")
+        for mode in ("decode", "prefill")
+        for batch in (1, 4, 16)
+    ]  # fmt: skip
+    Database(shipped / "nvidia-h200.csv").merge(known)
+    monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: shipped)
+    db = str(tmp_path / "mine")
+    command = ["profile", "--model", "smollm2-135m", "--blocks", "AJ", "--contexts", "4k", "--batches", "1,8"]
+    command += ["--estimate", "nvidia-rtx-3090", "--db", db]
+    assert run([*command, "--dry-run", "--json"]) == 0
+    planned = stdout_json(capsys)["estimated"]
+    assert not (tmp_path / "mine").exists()
+    assert run([*command, "--json"]) == 0
+    summary = stdout_json(capsys)
+    assert (summary["source"], summary["estimated"], summary["measured"]) == ("estimated", planned, 0)
+    path = tmp_path / "mine" / "nvidia-rtx-3090.csv"
+    rows = read_db(path)
+    assert {row.source for row in rows} == {"estimated"}
+    assert all("nvidia-h200" in row.reason for row in rows)
+    assert run(["db", "show", db]) == 0
+    assert "ESTIM" in capsys.readouterr().out
+    cost = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--device", "nvidia-rtx-3090", "--db", db]
+    assert run(cost) == 0
+    assert "ESTIMATED" in capsys.readouterr().out
+    assert run([*cost, "--json"]) == 0
+    assert stdout_json(capsys)["source"] == "estimated"
+    # Someone measures one of the rows: a new estimate leaves it alone.
+    real = replace(rows[0], source="measured", p20_us=1.0, p50_us=1.0, p80_us=1.0)
+    Database(path).merge([real])
+    assert run([*command, "--json"]) == 0
+    assert stdout_json(capsys)["measured"] == 1
+    assert real in read_db(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "said"),
+    [
+        (["--estimate", "nvidia-rtx-3080"], 2, "unknown device 'nvidia-rtx-3080': choose from"),
+        (["--estimate", "nvidia-rtx-3090", "--device", "cpu"], 2, "measures nothing"),
+        (["--estimate", "nvidia-rtx-3090", "--dtype", "fp32"], 2, "unknown dtype of an estimate 'fp32'"),
+        (["--estimate", "nvidia-rtx-3090"], 2, "nothing to estimate from"),
+        (["--timeout", "-1"], 2, "timeout -1"),
+    ],
+)
+def test_what_cannot_be_estimated_is_one_line(more, code, said, tmp_path, capsys):
+    assert run(["profile", "--model", "smollm2-135m", "--contexts", "4k", "--db", str(tmp_path), *more]) == code
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
 def test_an_older_database_is_migrated(tmp_path, capsys):
     times = {"p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
     path = tmp_path / "one.csv"

@@ -122,7 +122,9 @@ def test_the_fastest_of_all_rounds_is_kept(tmp_path, monkeypatch):
     def drifting(machine, bench, point):
         calls[point] = calls.get(point, 0) + 1
         row = real(machine, bench, point)
-        return replace(row, p20_us=90.0 + calls[point] % 3, p50_us=90.0 + calls[point] % 3, p80_us=93.0)
+        return replace(
+            row, p20_us=90.0 + calls[point] % 3, p50_us=90.0 + calls[point] % 3, p80_us=93.0, throttled=False
+        )
 
     monkeypatch.setattr(sweep_module, "measure", drifting)
     asked = ASKED | {"blocks": "A", "contexts": [64], "batches": [1], "modes": ("decode",)}
