@@ -26,7 +26,7 @@ def command(
         for row in select(find_profiles(slug, db), block=CEILING, status="ok"):
             names = ("device", "args", "dtype", "p50_us", "gb_s", "tflop_s", "source", "measured_utc")
             ceilings.append({name: getattr(row, name) for name in names})
-    known = [asdict(DEVICES[slug]) for slug in DEVICES]
+    known = [asdict(DEVICES[slug]) | {"sources": DEVICES[slug].figure_sources} for slug in DEVICES]
     if as_json:
         mine = [row for row in ceilings if row["device"] == here.slug]
         others = [row for row in ceilings if row["device"] != here.slug]
@@ -40,10 +40,14 @@ def command(
     ]
     print_table(["known device", "arch", "GB", "GB/s", "TFLOP/s", "source"], rows, "data sheets")
     if ceilings:
-        cells = [[row["device"], row["args"], row["dtype"], _reached(row), row["source"]] for row in ceilings]
-        print_table(["device", "ceiling", "dtype", "reached", "source"], cells, "\nmeasured ceilings")
+        cells = [[row["device"], row["args"], row["dtype"], _reached(row), _mark(row["source"])] for row in ceilings]
+        print_table(["device", "ceiling", "dtype", "reached", "source"], cells, "\nceilings")
     else:
         print("\nno ceilings measured yet: run `nasbench profile --model MODEL`")
+
+
+def _mark(source: str) -> str:
+    return "ESTIMATED" if source == "estimated" else source
 
 
 def _reached(row: dict[str, Any]) -> str:

@@ -56,7 +56,9 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     assert run(["devices", "--json", "--db", str(tmp_path)]) == 0
     devices = stdout_json(capsys)
     assert devices["profiled"] == [CPU]
-    assert "nvidia-h200" in {spec["slug"] for spec in devices["known"]}
+    known = {spec["slug"]: spec for spec in devices["known"]}
+    assert "DGX B200" in known["nvidia-b200"]["sources"]["bandwidth_gb_s"]
+    assert all(len(spec["sources"]) == 4 for spec in known.values())
     assert run(["devices", "--db", str(tmp_path)]) == 0
     assert "GB/s" in capsys.readouterr().out
 
