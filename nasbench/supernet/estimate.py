@@ -82,7 +82,7 @@ def estimate(distiller: Distiller) -> Estimate:
     teacher = list(distiller.net.teacher.parameters())
     stages = []
     solves = (saved is None) + bool(left["align"])
-    ridge_tokens = solves * distiller.config.ridge_tokens if trained else 0
+    ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.solvable() else 0
     one_batch = max(SOLVE_BATCH_TOKENS, distiller.corpus.sequence)
     seconds = _seconds(distiller, lambda: distiller.prepare(one_batch))
     stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))

@@ -26,7 +26,10 @@ class DistillConfig:
         warmup: share of a stage's steps that warm up.
         clip: largest gradient norm of one mixer; each is clipped alone.
         frozen: letters of the kinds that are not trained. The window's weights are the attention's.
-        solved: letters of kinds whose readout is solved in closed form though they are frozen.
+        solved: letters of kinds whose readout is solved in closed form though they are frozen. A window that is shorter
+            than the row misses the attention's first tokens, into which much of its weight sinks: all of SmolLM2-135M
+            in W64 at rows of 256 has a KL of 0.38 to the model so, 0.91 without; 0.35 and 0.89 with 4 layers of
+            attention.
         transfer: mixers start from the attention's weights where shapes allow; false: random, to see what it is worth.
         least_full, most_full: shares of the layers between which the sampled number of full-attention layers varies.
         full_schedule: `uniform`, or `falling`: the upper of the two falls to the lower in the course of the stage.
@@ -53,7 +56,7 @@ class DistillConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     frozen: tuple[str, ...] = ("W",)
-    solved: tuple[str, ...] = ()
+    solved: tuple[str, ...] = ("W",)
     transfer: bool = True
     least_full: float = 0.0
     most_full: float = 0.6

@@ -116,6 +116,7 @@ class Distiller:
         else:
             stage, start = self.resume_point(saved)
             self.weights = saved.weights(str(self.device))
+            self.net.load_weights(self.weights)  # no optimiser puts back what is solved and not trained
         resumed = saved if saved is not None and saved.state["stage"] == stage and saved.state["step"] else None
         for name in STAGES[STAGES.index(stage) :] if stage != "done" else ():
             self._stage(name, start, resumed)

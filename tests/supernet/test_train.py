@@ -64,7 +64,7 @@ def test_everything_else_is_bit_identical_afterwards(make_run, tiny_model, dtype
         assert torch.equal(tensor, after[name]), name
     for layer in range(4):
         window, attention = net.mixer(layer, "W8").state_dict(), net.teacher.layers[layer].self_attn.state_dict()
-        assert all(torch.equal(window[name], attention[name]) for name in attention), layer
+        assert all(torch.equal(window[name], attention[name]) != (name == "o_proj.weight") for name in attention), layer
 
 
 def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
@@ -363,7 +363,7 @@ def test_without_transfer_trained_mixers_start_random_and_frozen_ones_do_not(mak
 
 def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
     run = make_run(names=("A", "W4", "J"))
-    net = distill(run, CONFIG.updated({"solved": ["W"], "ridge": 1e-3}), dtype=torch.float32)
+    net = distill(run, CONFIG.updated({"ridge": 1e-3}), dtype=torch.float32)
     loaded = Supernet.load(run)
     tokens = Corpus.load(run.spec.data, net.tokenizer, 32).search[:64]
     for layer in range(4):
@@ -401,3 +401,17 @@ def test_graphed_layers_are_the_layers(make_run, tiny_model, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
     assert captured[0][0] == 12
     assert len(captured[0][1]) == 24
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_window_that_sees_the_whole_row_stays_the_attention(make_run, dtype):
+    net = distill(make_run(names=("A", "W64", "W4", "J")), CONFIG, dtype=dtype)
+    for layer in range(4):
+        attention = net.teacher.layers[layer].self_attn.o_proj.weight
+        assert torch.equal(net.mixer(layer, "W64").o_proj.weight, attention)
+        assert not torch.equal(net.mixer(layer, "W4").o_proj.weight, attention)
+
+
+def test_frozen_without_solving_is_the_attention(make_run):
+    net = distill(make_run(names=("A", "W4", "J")), CONFIG.updated({"solved": []}), dtype=torch.float32)
+    assert torch.equal(net.mixer(1, "W4").o_proj.weight, net.teacher.layers[1].self_attn.o_proj.weight)
