@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from nasbench.profiling.sweep import SweepResult, Todo
     from nasbench.spaces.placement import Placement
 
-PROMPT_TOKENS = 131072
-"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU."""
+PROMPT_TOKENS = {"cpu": 2048, "cuda": 131072}
+"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
 
 
 def command(
@@ -205,11 +205,12 @@ def _calibrate(todo: Todo, points: list[tuple[Placement, int, int]]) -> int:
     known = {(row.model, row.dtype, row.placement, row.context, row.batch) for row in read_calibration(path)}
     name = DTYPE_NAMES[bench.dtype]
     done = 0
+    kind = todo.machine.info.kind
     for placement, context, batch in points:
         if (shape.name, name, format_placement(placement), context, batch) in known:
             continue
         log(f"calibration: {format_placement(placement)}, context {context}, batch {batch}")
-        prompt = min(context, max(CHUNKS[todo.machine.info.kind], PROMPT_TOKENS // batch))
+        prompt = min(context, max(CHUNKS[kind], PROMPT_TOKENS[kind] // batch))
         try:
             found = measure(
                 shape, placement, context=context, batch=batch, device=bench.device, dtype=bench.dtype,

@@ -119,6 +119,8 @@ def _stages(
     goal = ["--context", target[0], "--batch", target[1], "--dtype", dtype, "--db", db, "--on", device]
     held_out = ["--search-tokens", tokens(preset.search_tokens), "--test-tokens", tokens(preset.test_tokens)]
     profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
+    # A CPU's rows are its caches', too: measured in the process that measures the whole steps, both see the same.
+    measuring = ["--calibrate", *([] if device.startswith("cuda") else ["--in-process"])]
     search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
     distill = ["distill", "--model", model, "--names", "W,J", "--out", folder, "--device", device]
     budget = ["--sequence", preset.sequence]
@@ -129,7 +131,7 @@ def _stages(
     return [
         (
             "profile: every layer kind on this device",
-            [*profile, "--chunk", preset.chunk, "--device", device, "--dtype", dtype, "--db", db],
+            [*profile, *measuring, "--chunk", preset.chunk, "--device", device, "--dtype", dtype, "--db", db],
         ),
         ("distill: the alternatives of every layer", [*distill, *budget]),
         ("search: beam over the full-attention layers", [*search, *beam]),

@@ -66,7 +66,7 @@ def command(
     held_out = parse_size(test_tokens) if test_tokens != "0" else None
 
     from nasbench.backbone.resolve import resolve_shape
-    from nasbench.cost import check_context, find_profiles
+    from nasbench.cost import check_context, find_profiles, load_cost_model
     from nasbench.search.run_folder import choose_dtype, search_run
     from nasbench.search.trials import Target
 
@@ -74,15 +74,15 @@ def command(
     shape = resolve_shape(opened.spec.model)
     check_context(shape, sizes[0])
     device = device or _device_here(torch_name)
-    rows = find_profiles(device, db)
-    target = Target(device, sizes[0], sizes[1], choose_dtype(rows, dtype, device))
+    target = Target(device, sizes[0], sizes[1], choose_dtype(find_profiles(device, db), dtype, device))
+    cost = load_cost_model(device, shape, target.dtype, db)
 
     from nasbench.evaluation.evaluator import Evaluator
 
     evaluator = Evaluator.open(opened, device=torch_name, search_tokens=sizes[2], test_tokens=held_out)
     with progress_bar() as progress:
         outcome = search_run(
-            opened, evaluator, rows, shape, target, strategy, options, test=held_out is not None, progress=progress
+            opened, evaluator, cost, target, strategy, options, test=held_out is not None, progress=progress
         )
     if json:
         print_json(as_json(outcome, target, opened.front))

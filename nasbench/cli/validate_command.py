@@ -26,7 +26,7 @@ def command(
     """
     from nasbench.backbone.resolve import resolve_shape
     from nasbench.cli.common import print_json, print_table, progress_bar, torch_device
-    from nasbench.cost import CostModel, find_profiles
+    from nasbench.cost import find_profiles, load_cost_model
     from nasbench.devices import detect
     from nasbench.errors import UserError
     from nasbench.runs import Run
@@ -39,8 +39,8 @@ def command(
         raise UserError(f"bad --placements {placements}: choose 1 or more")
     where = torch_device(device)
     name = detect(where).slug
-    rows = find_profiles(name, db)
-    target = Target(name, parse_size(context), parse_size(batch), choose_dtype(rows, dtype, name))
+    width = choose_dtype(find_profiles(name, db), dtype, name)
+    target = Target(name, parse_size(context), parse_size(batch), width)
     shape = resolve_shape(opened.spec.model)
     chosen = choose(opened, target, placements)
     with progress_bar() as bar:
@@ -48,7 +48,7 @@ def command(
             opened,
             chosen,
             target,
-            CostModel(rows, shape, target.dtype),
+            load_cost_model(name, shape, width, db),
             where,
             progress=lambda done, total: bar("end to end", done, total),
         )

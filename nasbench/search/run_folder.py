@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nasbench.backbone.shapes import ModelShape
 from nasbench.config import parse_size
 from nasbench.cost import CostModel
 from nasbench.errors import UserError
@@ -50,8 +49,7 @@ def choose_dtype(rows: Sequence[Row], asked: str, device: str) -> str:
 def search_run(
     run: Run,
     evaluator: Evaluator,
-    rows: Sequence[Row],
-    shape: ModelShape,
+    cost: CostModel,
     target: Target,
     strategy: str,
     options: Options,
@@ -62,7 +60,7 @@ def search_run(
     """Runs one strategy, adds its trials to trials.csv and writes the target's front to front.csv.
 
     Args:
-        rows: profile rows of the target's device.
+        cost: of the target's device and data type.
         test: score the front, and the compared placements, on the test split as well (kept in evals.csv).
 
     Raises:
@@ -70,10 +68,9 @@ def search_run(
     """
     if strategy not in strategies.STRATEGIES:
         strategies.STRATEGIES[strategy]
-    cost = CostModel(rows, shape, target.dtype)
     # Missing rows are the user's to fix: say so before the first loss is measured.
     for name in evaluator.supernet.space.names:
-        cost.decode((name,) * shape.num_layers, target.context, target.batch)
+        cost.decode((name,) * cost.shape.num_layers, target.context, target.batch)
     objective = RunObjective(target, evaluator, cost, progress)
     search = Search(run.path, objective, options, progress)
     run_search(search, strategy)
