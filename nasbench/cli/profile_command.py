@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,12 +49,17 @@ def command(
         bool, typer.Option("--in-process", help="No child process per group: a crash ends the sweep.")
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one row may take; 0: by the budget.")] = 0.0,
+    limit: Annotated[
+        float, typer.Option(help="Seconds that the sweep may take; the rest is left for the same command. 0: none.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decode and prefill of layer kinds, MLP, norm, embedding and head. Rows that exist are skipped."""
     from nasbench.cli.common import log, torch_device
     from nasbench.profiling.plan import parse_batches
 
+    if limit < 0:
+        raise UserError(f"limit {limit}: write seconds, or 0 for none")
     context_list = parse_sizes(contexts)
     if budget < 0:
         raise UserError(f"budget {budget}: write seconds, or 0 to leave it to the device")
@@ -90,10 +96,12 @@ def command(
         seconds_per_row=budget or None,
         isolate=not in_process,
         patience_s=timeout or None,
+        limit_s=limit or None,
     )
     if dry_run:
         _print_plan(todo, as_json)
         return
+    began = time.monotonic()
     try:
         result = _run(todo)
     except KeyboardInterrupt:
@@ -104,7 +112,9 @@ def command(
         "path": str(result.path),
         "measured": result.count("ok"),
         "skipped": result.skipped,
+        "left": result.left,
         **{status: result.count(status) for status in ("oom", "unsupported", "failed")},
+        "seconds": round(time.monotonic() - began, 1),
     }
     if calibrate:
         contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)

@@ -3,6 +3,7 @@ end-to-end measurements that are kept apart from those that judge the model.
 
     time = constant * layers + shared * (embedding, norms, MLPs, head) + sum over kinds of scale[kind] * (its mixers)
 
+Chunks of a prompt that the host takes longer to launch than the device to run are a feature of their own, `host`.
 The fit is linear regression on relative errors with a prior, constant 0 and every scale 1, so that few measurements
 move little: a kind that none of them contains keeps its scale. The posterior's covariance and the fit's residual are
 part of every prediction's uncertainty. Measurements lie in `calibration/<device>.csv` beside the profile database, with
@@ -25,20 +26,21 @@ from nasbench.errors import UserError
 from nasbench.files import atomic_path, machine_errors
 
 SCHEMA = 1
-PRIOR_SD = {"constant": 1.0}
-"""Standard deviations of the prior: microseconds a layer for the constant ..."""
+PRIOR_SD = {"constant": 1.0, "host": 0.3}
+"""Standard deviations of the prior: microseconds a layer for the constant, of the host's scale, which depends on what
+else it does ..."""
 PRIOR_SCALE_SD = 0.1
-"""... and of every scale around 1."""
+"""... and of every other scale around 1."""
 RESIDUAL = 0.02
 """Relative error that the fit expects of a measurement before it has seen any."""
 LEAST_RESIDUAL = 0.01
 """Few measurements may agree by chance."""
 FOREIGN = 3.0
 """Measurements of another model of the same device count as so much less precise."""
-CONSTANT, SHARED = "constant", "shared"
+CONSTANT, SHARED, HOST = "constant", "shared", "host"
 
 Features = Mapping[str, float]
-"""Microseconds by feature: SHARED and the letters of kinds; CONSTANT is a number of layers."""
+"""Microseconds by feature: SHARED, HOST and the letters of kinds; CONSTANT is a number of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

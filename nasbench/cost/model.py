@@ -3,6 +3,9 @@
     decode step = embedding + sum over layers (2 norms + mixer + MLP) + final norm + head
     prefill     = sum over chunks of the same without the head, + one head for the last token
 
+On a GPU a prompt's kernels are launched one by one. The host runs ahead of the device, so that a chunk takes what is
+longer, all of its kernels or all of their launches.
+
 What a whole step costs beyond that sum is nasbench.cost.calibration's.
 """
 
@@ -18,8 +21,8 @@ import numpy as np
 
 from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.config import format_size
-from nasbench.cost.calibration import CONSTANT, SHARED, CalibrationRow, Features, calibrate
-from nasbench.cost.table import Table, Time, total
+from nasbench.cost.calibration import CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
+from nasbench.cost.table import NOTHING, Table, Time, total
 from nasbench.errors import UserError, unknown
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
@@ -306,24 +309,27 @@ class CostModel:
         return Parts(tuple(times), layers)
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
-        layers, chunks = len(placement), context / chunk
+        layers, chunks = len(placement), ceil(context / chunk)
         counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers}
-        times = [
-            (SHARED, self._block(name, "prefill", 0, batch, extrapolate, chunk) * (count * chunks))
-            for name, count in counts.items()
-        ]
-        times.append((SHARED, self._head(batch, extrapolate)))
-        for name in dict.fromkeys(placement):
-            ends = [
-                self._block(name, "prefill", end, batch, extrapolate, chunk) for end in range(chunk, context + 1, chunk)
-            ]
-            rest = context % chunk
-            if rest:
-                # The shorter last chunk is taken from the whole one that would end where it ends.
-                last = self._block(name, "prefill", max(context, chunk), batch, extrapolate, chunk)
-                ends.append(last * (rest / chunk))
-            times.append((kind_of(name), total(ends) * placement.count(name)))
-        return Parts(tuple(times), layers * ceil(chunks))
+        shared = [self._block(name, "prefill", 0, batch, extrapolate, chunk) * n for name, n in counts.items()]
+        names = {name: placement.count(name) for name in dict.fromkeys(placement)}
+        blocks = [(SHARED, time) for time in shared] + [(kind_of(name), NOTHING) for name in names]
+        sums = [NOTHING] * len(blocks)
+        host = NOTHING
+        for end in range(chunk, chunks * chunk + 1, chunk):
+            # The shorter last chunk is taken from the whole one that would end where it ends.
+            share = 1.0 if end <= context else (context % chunk) / chunk
+            at = max(min(end, context), chunk)
+            mixers = [self._block(name, "prefill", at, batch, extrapolate, chunk) * n for name, n in names.items()]
+            times = [time.longer(share) for time in (*shared, *mixers)]
+            every = total(times)
+            if every.host_us > every.us:
+                host += replace(every, us=every.host_us, sd_us=0.0)
+            else:
+                sums = [known + time for known, time in zip(sums, times, strict=True)]
+        found = [(feature, time) for (feature, _), time in zip(blocks, sums, strict=True) if time.us]
+        found += [(HOST, host)] if host.us else []
+        return Parts((*found, (SHARED, self._head(batch, extrapolate))), layers * chunks)
 
     def _head(self, batch: int, extrapolate: bool) -> Time:
         """The output matrix after a prompt, for at most as many sequences as it was measured with."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nasbench.config import format_size
 from nasbench.store import Row
@@ -25,21 +25,28 @@ class Time:
         estimated: whether an estimated row is in them.
         sd_us: standard deviation, from p20 and p80 of the rows: scatter of measured ones, error bar of estimates.
         joules: energy; None where a row does not tell.
+        host_us: what the host needs to launch it; 0 where it runs from a captured graph, or on a CPU.
     """
 
     us: float
     estimated: bool = False
     sd_us: float = 0.0
     joules: float | None = None
+    host_us: float = 0.0
 
     def __mul__(self, factor: float) -> Time:
         joules = None if self.joules is None else self.joules * factor
-        return Time(self.us * factor, self.estimated, self.sd_us * factor, joules)
+        return Time(self.us * factor, self.estimated, self.sd_us * factor, joules, self.host_us * factor)
+
+    def longer(self, factor: float) -> Time:
+        """As many launches of so much more work."""
+        return replace(self * factor, host_us=self.host_us)
 
     def __add__(self, other: Time) -> Time:
         """The sum of times that err together: of the same rows."""
         joules = None if self.joules is None or other.joules is None else self.joules + other.joules
-        return Time(self.us + other.us, self.estimated or other.estimated, self.sd_us + other.sd_us, joules)
+        estimated, host_us = self.estimated or other.estimated, self.host_us + other.host_us
+        return Time(self.us + other.us, estimated, self.sd_us + other.sd_us, joules, host_us)
 
 
 NOTHING = Time(0.0, joules=0.0)
@@ -55,7 +62,9 @@ def of_row(row: Row) -> Time:
     assert row.p20_us is not None
     assert row.p50_us is not None
     assert row.p80_us is not None
-    return Time(row.p50_us, row.source == "estimated", (row.p80_us - row.p20_us) / SPREAD_SD, row.energy_j)
+    energy_j = row.energy_j if row.p50_us else 0.0
+    sd_us = (row.p80_us - row.p20_us) / SPREAD_SD
+    return Time(row.p50_us, row.source == "estimated", sd_us, energy_j, row.host_us or 0.0)
 
 
 def _bracket(known: Sequence[int], at: int, extrapolate: bool) -> tuple[int, int, float] | None:
@@ -87,6 +96,7 @@ def _blend(low: Time, high: Time, weight: float) -> Time:
         low.estimated or high.estimated,
         low.sd_us + inside * (high.sd_us - low.sd_us),
         joules,
+        low.host_us + inside * (high.host_us - low.host_us),
     )
 
 
@@ -124,7 +134,7 @@ class Table:
     def _along_batches(self, line: dict[int, Time], batch: int, extrapolate: bool) -> Time | None:
         largest = max(line)
         if self.in_turns and batch > largest:
-            return line[largest] * (batch / largest)
+            return line[largest].longer(batch / largest)
         return _along(line, batch, extrapolate)
 
     def measured(self) -> str:

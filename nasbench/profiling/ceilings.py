@@ -28,7 +28,7 @@ def _buffer_bytes(machine: Machine) -> int:
 
 def _row(machine: Machine, args: str, dtype: str, calls: Sequence[Call], amount: dict[str, float]) -> Row:
     """`amount` is what one call does: bytes under "gb_s", operations under "tflop_s"."""
-    each, telemetry = time_calls(machine, calls, graph=True)
+    each, telemetry = time_calls(machine, calls)
     cells: dict[str, Any] = {**asdict(each), **telemetry, **provenance(machine)}
     cells["noisy"] = is_noisy(each.p20_us, each.p50_us, each.p80_us)
     cells |= {name: count / each.p50_us / {"gb_s": 1e3, "tflop_s": 1e6}[name] for name, count in amount.items()}

@@ -16,7 +16,7 @@ from nasbench import __version__
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
 from nasbench.profiling.telemetry import SHARED_REASON, Load, Reading, Telemetry, shared
-from nasbench.profiling.timing import Budget, Call, Timing, time_cpu, time_cuda
+from nasbench.profiling.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
 from nasbench.store import Row, block_cells, is_noisy
 
@@ -40,7 +40,8 @@ class Machine:
 
 
 def implementation(kind: str, mode: str) -> str:
-    """How the engine runs a block on a device of this kind: decode steps of a GPU are replays of a CUDA graph."""
+    """How the engine runs a block on a device of this kind: decode steps of a GPU are replays of a CUDA graph, the
+    chunks of a prompt are launched kernel by kernel."""
     return "cuda-graph" if kind == "cuda" and mode == "decode" else "torch-eager"
 
 
@@ -71,13 +72,24 @@ def provenance(machine: Machine) -> dict[str, Any]:
 
 
 def time_calls(
-    machine: Machine, calls: Sequence[Call], graph: bool, evict: Call | None = None
+    machine: Machine, calls: Sequence[Call], launched: bool = False, evict: Call | None = None
 ) -> tuple[Timing, dict[str, Any]]:
-    """(time of one call, telemetry cells with the energy of one call) on the machine."""
+    """(time of one call, telemetry cells with the energy of one call) on the machine.
+
+    Args:
+        launched: the engine launches these calls kernel by kernel. What the device takes for them is timed in a graph
+            nevertheless, where they can be captured; what the host takes is `launch_us`.
+    """
     before, began = machine.telemetry.read(), time.perf_counter()
     loads: list[Load] = []
     if machine.info.kind == "cuda":
-        together = time_cuda(calls, machine.budget, graph, lambda work: loads.append(machine.telemetry.load(work)))
+        watch_s = machine.budget.watch
+
+        def watch(work: Call) -> None:
+            if watch_s > 0:
+                loads.append(machine.telemetry.load(work, watch_s))
+
+        together = time_cuda(calls, machine.budget, True, watch, fall_back=launched)
     else:
         together = time_cpu(calls, machine.budget, evict)
     seconds = time.perf_counter() - began
@@ -138,12 +150,17 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
     held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    each, telemetry = time_calls(machine, work.calls, graph=point.mode == "decode", evict=work.evict)
+    if not work.calls:
+        # What it does is a part of other blocks' kernels, and of their rows.
+        return {"p20_us": 0.0, "p50_us": 0.0, "p80_us": 0.0, "repeats": 0, "noisy": False, "reason": work.reason}
+    launched = cuda and implementation("cuda", point.mode) == "torch-eager"
+    each, telemetry = time_calls(machine, work.calls, launched, work.evict)
     # Work space, and of the weights and caches those of one instance.
     peak = torch.cuda.max_memory_allocated() - held + held // len(work.calls) if cuda else None
     rates = _rates(machine, work, each, DTYPE_NAMES[bench.dtype])
     return {
         **asdict(each),
+        "host_us": launch_us(work.calls[0]) if launched else None,
         "noisy": is_noisy(each.p20_us, each.p50_us, each.p80_us),
         "peak_bytes": peak,
         "cache_bytes": work.cache_bytes,

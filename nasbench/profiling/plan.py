@@ -75,7 +75,8 @@ def plan(
     memory_bytes: int,
     dtype_bytes: int,
 ) -> list[list[Point]]:
-    """The points of a sweep in groups of one block each, shared blocks first.
+    """The points of a sweep in groups: the shared blocks, then one kind after another in decode, then in prefill. A
+    sweep that is cut short lacks the last kinds' prefill first.
 
     Prefill is measured at its first chunk and at every context; a placement's prefill is summed over chunks in between.
 
@@ -94,7 +95,8 @@ def plan(
     def batches_at(context: int) -> list[int]:
         largest = largest_batch(shape, names, context, memory_bytes, dtype_bytes)
         sizes = {largest if batch == "max" else int(batch) for batch in batches if batch != "auto"}
-        return sorted(sizes | (_powers(4, largest) if "auto" in batches else set()))
+        # At 2 as well: decoders run one sequence by other kernels than more.
+        return sorted(sizes | (_powers(4, largest) | {min(2, largest)} if "auto" in batches else set()))
 
     everywhere = sorted({batch for context in contexts for batch in batches_at(context)})
     chunk = min(chunk, shape.max_context)
@@ -108,19 +110,20 @@ def plan(
 
     # Matrix products change their pace at every power of two, and these rows are few.
     shared = sorted({*everywhere, *(_powers(2, everywhere[-1]) if "auto" in batches else ())})
-    groups = []
+    first: list[Point] = []
     for block in SHARED_BLOCKS:
-        group = [Point(block, "decode", batch) for batch in shared]
+        if "decode" in modes or block == "head":  # prefill ends with one head
+            first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
-            group += [Point(block, "prefill", batch, chunk=chunk) for batch in prefill_batches(chunk)]
-        groups.append(group if "decode" in modes or block == "head" else [p for p in group if p.mode == "prefill"])
-    for name in dict.fromkeys(names):
-        group = []
-        if "decode" in modes:
-            group += [Point(name, "decode", batch, context) for context in contexts for batch in batches_at(context)]
-        if "prefill" in modes:
-            group += [Point(name, "prefill", batch, end, chunk) for end in ends for batch in prefill_batches(end)]
-        groups.append(group)
+            first += [Point(block, "prefill", batch, chunk=chunk) for batch in prefill_batches(chunk)]
+    groups = [first]
+    kinds = list(dict.fromkeys(names))
+    if "decode" in modes:
+        for name in kinds:
+            groups.append([Point(name, "decode", batch, end) for end in contexts for batch in batches_at(end)])
+    if "prefill" in modes:
+        for name in kinds:
+            groups.append([Point(name, "prefill", batch, end, chunk) for end in ends for batch in prefill_batches(end)])
     return [group for group in groups if group]
 
 

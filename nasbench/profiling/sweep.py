@@ -42,10 +42,13 @@ KEEP_S = 2.0
 PATIENCE_S = 180.0
 """Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
 hung."""
-ROW_S = {"cpu": 0.25, "cuda": 0.6}
+ROW_S = {"cpu": 0.25, "cuda": 0.4}
 """About what a row takes besides its timing: weights, caches, capture, the watch on power."""
 GUESSED_TFLOP_S = {"cpu": 0.1, "cuda": 100.0}
 """Matrix-product rate that a plan counts on before it is measured, 10^12 operations per second."""
+LEAST_SECONDS, WATCHED = 0.02, 0.3
+"""A sweep with a limit gives a row less time where it must, at least the first; a GPU's power is watched only while a
+row has the second."""
 FEWEST_RUNS = 6
 """Runs of a workload that even the slowest row takes: warm-up, and three that count."""
 CHUNKS = {"cpu": 512, "cuda": 2048}
@@ -63,11 +66,13 @@ class SweepResult:
         path: the database file.
         rows: measured now, ceilings included, in the order of measurement.
         skipped: points that the database had already.
+        left: points that the limit left for the next sweep.
     """
 
     path: Path
     rows: list[Row] = field(default_factory=list)
     skipped: int = 0
+    left: int = 0
 
     def count(self, status: str) -> int:
         """Rows of this sweep with a status."""
@@ -87,6 +92,7 @@ class Todo:
     rounds: int = 1
     isolate: bool = True
     patience_s: float = PATIENCE_S
+    limit_s: float | None = None
 
     @property
     def points(self) -> list[Point]:
@@ -123,6 +129,7 @@ def prepare(
     seconds_per_row: float | None = None,
     isolate: bool = True,
     patience_s: float | None = None,
+    limit_s: float | None = None,
 ) -> Todo:
     """Plans a sweep and takes away what the database has: rows measured as ok, oom or unsupported.
 
@@ -137,6 +144,8 @@ def prepare(
         isolate: measure every group in a child process of its own; a script that asks for that needs the guard
             `if __name__ == "__main__"`.
         patience_s: a row that takes longer than this is given up.
+        limit_s: about how long the sweep may take. Rows get less time where that is not enough for all, and at the end
+            of it the rest is left; second looks and the plan's last groups go first.
 
     Raises:
         UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
@@ -169,7 +178,7 @@ def prepare(
     left = [group for group in left if group]
     ceilings = bool(left) and (force or len(known) < 4)
     patience_s = patience_s or PATIENCE_S + 20 * budget.seconds
-    return Todo(path, machine, bench, left, skipped, ceilings, rounds, isolate, patience_s)
+    return Todo(path, machine, bench, left, skipped, ceilings, rounds, isolate, patience_s, limit_s)
 
 
 def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
@@ -195,6 +204,29 @@ class InProcess:
 
     close = new_group
 
+    def start_ahead(self) -> None:
+        """Nothing to start."""
+
+
+class Pace:
+    """How much time the next row may take, so that as many as possible fit into a limit."""
+
+    def __init__(self, limit_s: float | None, kind: str) -> None:
+        self.end = None if limit_s is None else time.monotonic() + limit_s
+        self.kind = kind
+
+    def budget(self, wanted: Budget, rows: int) -> Budget | None:
+        """Of the next of so many rows; None when the time is up."""
+        if self.end is None:
+            return wanted
+        left = self.end - time.monotonic()
+        if left <= 0:
+            return None
+        spare = left / rows - ROW_S[self.kind]
+        if spare >= wanted.seconds:
+            return wanted
+        return replace(wanted, seconds=max(LEAST_SECONDS, spare), watch=wanted.watch if left / rows > WATCHED else 0.0)
+
 
 def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
     """Measures what is left, ceilings first. Rows are merged every KEEP_S seconds, after each group, and when the sweep
@@ -214,6 +246,7 @@ def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) ->
     result = SweepResult(todo.path, skipped=todo.skipped)
     database, machine = Database(todo.path), todo.machine
     total = todo.rounds * len(todo.points) + 4 * todo.ceilings
+    pace = Pace(todo.limit_s, machine.info.kind)
     done = 0
 
     def tell(row: Row) -> None:
@@ -236,7 +269,11 @@ def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) ->
         kept = time.monotonic()
         try:
             for point in points:
-                row = measurer.measure(point, budget)
+                some = pace.budget(budget, max(1, total - done))
+                if some is None:
+                    break
+                row = measurer.measure(point, some)
+                measurer.start_ahead()
                 if point not in best or _faster(row, best[point]):
                     best[point] = row
                     faster.append(row)
@@ -252,11 +289,12 @@ def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) ->
     for turn in range(todo.rounds):
         for group in todo.groups:
             # What does not fit or does not run will not do so the next time either.
-            look([point for point in group if turn == 0 or best[point].p50_us is not None], machine.budget)
-            skipped = len(group) - sum(best[point].p50_us is not None for point in group)
-            done += skipped if turn else 0
+            again = [point for point in group if point in best and best[point].p50_us is not None]
+            look(again if turn else group, machine.budget)
+            done += len(group) - len(again) if turn else 0
     again = _second_looks(best, machine.info.kind)
-    total += len(again)
+    result.left = len(todo.points) - len(best)
+    total = done + len(again)
     budget = machine.budget
     if machine.info.kind == "cuda":
         budget = replace(budget, seconds=LONGER * budget.seconds, most=LONGER * budget.most)
@@ -298,12 +336,13 @@ def sweep(
     seconds_per_row: float | None = None,
     isolate: bool = True,
     patience_s: float | None = None,
+    limit_s: float | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """`prepare` and `run` in one: see there."""
     todo = prepare(
         model, blocks, contexts, batches, modes,
         device=device, db=db, dtype=dtype, chunk=chunk, force=force, seconds_per_row=seconds_per_row,
-        isolate=isolate, patience_s=patience_s,
+        isolate=isolate, patience_s=patience_s, limit_s=limit_s,
     )  # fmt: skip
     return run(todo, progress)

@@ -16,9 +16,9 @@ from typing import Any
 
 from nasbench.devices.jetson import Jetson
 
-LOAD_S, LONGEST_LOAD_S = 0.25, 0.6
-"""The work runs this long under observation; the second where the energy counter, which is refreshed a few tens of
-times per second, has not moved on by then."""
+LONGEST_LOAD = 2.5
+"""The work runs so many times longer under observation where the energy counter, which is refreshed a few tens of times
+per second, has not moved on by then."""
 SHARED = 0.05
 """A CPU row counts as throttled when other programs took more than this share of the cores."""
 SHARED_REASON = "shared"
@@ -125,16 +125,16 @@ class Telemetry:
             reasons=None if bits is None else tuple(name for name, bit in held.items() if int(bits) & bit),
         )
 
-    def load(self, work: Callable[[], object]) -> Load:
-        """Runs the work again and again for a quarter of a second and watches the device: its mean power from the
-        energy counter, between two of its refreshes, or from the sensors."""
+    def load(self, work: Callable[[], object], seconds: float = 0.25) -> Load:
+        """Runs the work again and again for a while and watches the device: its mean power from the energy counter,
+        between two of its refreshes, or from the sensors."""
         first = self.read()
         if first.power_w is None and first.energy_mj is None:
             return Load(first, reasons=first.reasons)
         began = now = time.perf_counter()
         last, edges, watts = first, [], []
         reasons = dict.fromkeys(first.reasons or ())
-        while now - began < LONGEST_LOAD_S:
+        while now - began < LONGEST_LOAD * seconds:
             work()
             reading, now = self.read(), time.perf_counter()
             reasons.update(dict.fromkeys(reading.reasons or ()))
@@ -142,8 +142,8 @@ class Telemetry:
             if reading.energy_mj is not None and reading.energy_mj != last.energy_mj:
                 edges.append((now, reading.energy_mj))
             last = reading
-            refreshed = last.energy_mj is None or (len(edges) > 1 and edges[-1][0] - edges[0][0] > LOAD_S / 2)
-            if now - began >= LOAD_S and refreshed:
+            refreshed = last.energy_mj is None or (len(edges) > 1 and edges[-1][0] - edges[0][0] > seconds / 2)
+            if now - began >= seconds and refreshed:
                 break
         if last.over_current is not None and first.over_current is not None and last.over_current > first.over_current:
             reasons["over-current"] = None

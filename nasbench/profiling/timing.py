@@ -17,11 +17,12 @@ Call = Callable[[], object]
 @dataclass(frozen=True)
 class Budget:
     """How long one row may take: until the spread of `least` or more repeats is small, or `seconds` are over, but never
-    fewer than three repeats."""
+    fewer than three repeats. `watch` is how long a GPU's power is watched afterwards, in seconds."""
 
     seconds: float = 0.6
     least: int = 15
     most: int = 200
+    watch: float = 0.12
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,28 @@ def time_cpu(calls: Sequence[Call], budget: Budget, evict: Call | None = None) -
     return repeat(sample_us, budget)
 
 
+QUICK_US = 5000.0
+"""Work that takes less is timed behind a run of itself: the host launches it while the device is busy, as it does in a
+loop of decode steps, and the launch is not counted. Longer work hides it by itself."""
+HOST_RUNS = 5
+BURST_US = 10_000.0
+"""Work is watched in bursts of about this length, one of them always ahead: the device is never idle in between."""
+
+
 def time_cuda(
-    calls: Sequence[Call], budget: Budget, graph: bool, then: Callable[[Call], None] = lambda work: None
+    calls: Sequence[Call],
+    budget: Budget,
+    graph: bool,
+    then: Callable[[Call], None] = lambda work: None,
+    fall_back: bool = False,
 ) -> Timing:
     """Device time of all calls together, between two events on the current GPU.
 
     Args:
         graph: capture them in one CUDA graph and time its replays, as the decode loop runs; without it they are
             launched kernel by kernel, and the launches count where they are the bottleneck.
-        then: called after the timing with what was timed, which it may run again.
+        then: called after the timing with a burst of what was timed, which it may run again and again.
+        fall_back: where the calls cannot be captured, time them without a graph instead of raising RuntimeError.
     """
 
     def work() -> None:
@@ -102,21 +116,66 @@ def time_cuda(
             work()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    launch: Call = work
-    if graph:
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            work()
-        launch = captured.replay
+    captured = _capture(work, fall_back) if graph else None
+    launch: Call = work if captured is None else captured.replay
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    ahead = False
 
     def sample_us() -> float:
+        if ahead:
+            launch()
         begin.record()
         launch()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3
 
+    ahead = captured is not None and sample_us() < QUICK_US
     timing = repeat(sample_us, budget)
-    then(sample_us)
+    then(_bursts(launch, max(1, int(BURST_US / timing.p50_us))))
+    torch.cuda.synchronize()
     return timing
+
+
+def _bursts(launch: Call, runs: int) -> Call:
+    """Launches `runs` runs and waits for those of the burst before."""
+    before: list[torch.cuda.Event] = []
+
+    def burst() -> None:
+        for _ in range(runs):
+            launch()
+        done = torch.cuda.Event()
+        done.record()
+        before.append(done)
+        if len(before) > 1:
+            before.pop(0).synchronize()
+
+    return burst
+
+
+def _capture(work: Call, fall_back: bool) -> torch.cuda.CUDAGraph | None:
+    captured = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(captured):
+            work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        if not fall_back:
+            raise
+        torch.cuda.synchronize()
+        return None
+    return captured
+
+
+def launch_us(call: Call) -> float:
+    """Microseconds that the host needs to launch the kernels of a call, which runs on an idle GPU. Where the call waits
+    for its results, that is part of them."""
+    samples = []
+    for _ in range(HOST_RUNS):
+        torch.cuda.synchronize()
+        began = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - began) / 1e3)
+    torch.cuda.synchronize()
+    return float(np.median(samples))

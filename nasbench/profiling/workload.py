@@ -1,5 +1,7 @@
 """The work that a row times: several instances of a block, called one after another on random data.
 
+A decode step on a GPU runs each block as the engine's fused step does (nasbench.profiling.fused_calls).
+
 In a model every layer has weights and a cache of its own, so each finds the last-level cache full of its predecessors'.
 One instance called again and again would find its own there. A workload therefore goes round instances that together
 are several times larger than the last-level cache, and calls the very modules that the decoder is made of.
@@ -22,21 +24,25 @@ from torch import Tensor, nn
 
 from nasbench.backbone.decoder import Decoder, GatedMLP
 from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks import fused
 from nasbench.blocks.mixer import Chunk, MixerCache, Step
+from nasbench.profiling import fused_calls
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
 
 FEWEST, MOST = 4, 64
 """Instances that a workload goes round, unless memory allows fewer."""
-SMALL = 16
-"""Calls of a small block in one timed run."""
+SMALL = {"cpu": 16, "cuda": 64}
+"""Calls of a small block in one timed run; on a GPU enough to hide the launch of the graph."""
 COLD = 8
 """Size of all instances over that of the last-level cache: at 2, caches that do not evict strictly in turn still held
 a part of them, and A at batch 4 and 2k came out a fifth too fast."""
 EVICTED_BYTES = 16 << 20
 """What passes through the caches between two small blocks: about the weights of a layer."""
 MOST_PREFILL = 4
-"""Instances of a prefill workload, whose time is arithmetic, not the fetching of weights."""
+"""Instances of a prefill workload, whose time is arithmetic, not the fetching of weights ..."""
+LONG_PREFILL = 16384
+"""... and half of them where its chunks have as many tokens together: they take tens of milliseconds each."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Bench:
 
 @dataclass(frozen=True)
 class Workload:
-    """Each of `calls` does the block's work once, on an instance of its own.
+    """Each of `calls` does the block's work once, on an instance of its own; without calls the work is a part of other
+    blocks' calls, and `reason` says so.
 
     Attributes:
         evict: untimed, before each call; None where the calls evict one another.
@@ -75,6 +82,7 @@ class Workload:
     cache_formula_bytes: int | None = None
     history_bytes: int | None = None
     evict: Callable[[], object] | None = None
+    reason: str = ""
 
 
 def build(bench: Bench, point: Point) -> Workload:
@@ -89,7 +97,7 @@ def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
         raise MemoryError(f"one layer needs {instance_bytes} bytes, usable are {bench.memory_bytes}")
     wanted = max(FEWEST, min(MOST, -(-COLD * bench.llc_bytes // max(1, instance_bytes))))
     if point.mode == "prefill":
-        wanted = min(wanted, MOST_PREFILL)
+        wanted = min(wanted, MOST_PREFILL if point.batch * point.chunk < LONG_PREFILL else MOST_PREFILL // 2)
     return min(wanted, bench.memory_bytes // max(1, instance_bytes))
 
 
@@ -132,9 +140,24 @@ def _places(bench: Bench) -> Decoder:
     return _instances(bench, "places", partial(_layerless, replace(bench.shape, vocab_size=1)), 1)[0]
 
 
+def _fused(x: Tensor, point: Point) -> bool:
+    """Whether the engine would run this point by its fused step."""
+    return point.mode == "decode" and fused.usable(x)
+
+
+def _norm_of(bench: Bench) -> nn.RMSNorm:
+    """A norm that stands before a block: its weight is too small to matter to the caches."""
+    size, eps = bench.shape.hidden_size, bench.shape.rms_eps
+    return _instances(bench, "norm before", partial(nn.RMSNorm, size, eps), 1)[0]
+
+
+def _positions(bench: Bench, point: Point) -> Tensor:
+    return torch.full((point.batch,), point.context - 1, device=bench.device)
+
+
 def _step(bench: Bench, decoder: Decoder, point: Point) -> Step:
     chunk = decoder.chunk(point.context - 1, 1)
-    positions = torch.full((point.batch,), point.context - 1, device=bench.device)
+    positions = _positions(bench, point)
     rows = (point.batch, 1, chunk.cos.shape[-1])
     return Step(positions, point.context, True, chunk.cos.expand(rows), chunk.sin.expand(rows))
 
@@ -161,7 +184,14 @@ def _mixer(bench: Bench, point: Point) -> Workload:
     decoder = _places(bench)
     x = _activations(bench, point, bench.shape.hidden_size)
     where: Step | Chunk
-    if point.mode == "decode":
+    calls: list[Callable[[], object]]
+    if _fused(x, point):
+        where, norm = fused_calls.step_tables(decoder, _positions(bench, point), point.context), _norm_of(bench)
+        calls = [
+            partial(fused_calls.mixer_call, mixer, norm, x[:, 0].clone(), where, cache)
+            for mixer, cache in zip(mixers, caches, strict=True)
+        ]
+    elif point.mode == "decode":
         where = _step(bench, decoder, point)
         calls = [partial(mixer.step, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
     else:
@@ -174,28 +204,49 @@ def _mlp(bench: Bench, point: Point) -> Workload:
     nbytes = bench.shape.mlp_parameters() * bench.dtype.itemsize
     count = _count(bench, point, nbytes)
     x = _activations(bench, point, bench.shape.hidden_size)
-    calls = [partial(mlp, x) for mlp in _instances(bench, "mlp", partial(GatedMLP, bench.shape), count)]
+    mlps = _instances(bench, "mlp", partial(GatedMLP, bench.shape), count)
+    calls: list[Callable[[], object]]
+    if _fused(x, point):
+        norm = _norm_of(bench)
+        calls = [partial(fused_calls.mlp_call, mlp, norm, x[:, 0].clone()) for mlp in mlps]
+    else:
+        calls = [partial(mlp, x) for mlp in mlps]
     return Workload(calls, *_amounts(bench, point))
+
+
+def _small(bench: Bench) -> int:
+    return SMALL[torch.device(bench.device).type]
 
 
 def _norm(bench: Bench, point: Point) -> Workload:
     """Residual addition and RMSNorm, twice in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
-    norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), SMALL)
+    if _fused(x, point) and point.batch == 1:
+        return Workload([], *_amounts(bench, point), reason=fused_calls.NO_CALL)
+    norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), _small(bench))
 
     def call(norm: nn.Module) -> Tensor:
         return norm(x + y)
 
-    calls = [partial(call, norm) for norm in norms]
+    calls: list[Callable[[], object]]
+    if _fused(x, point):
+        calls = [partial(fused_calls.norm_call, norm, x[:, 0], y[:, 0]) for norm in norms]
+    else:
+        calls = [partial(call, norm) for norm in norms]
     return Workload(calls, *_amounts(bench, point), evict=_evict(bench))
 
 
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
     (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
-    tokens = torch.randint(bench.shape.vocab_size, (SMALL, point.batch, point.chunk or 1), device=bench.device)
+    tokens = torch.randint(bench.shape.vocab_size, (_small(bench), point.batch, point.chunk or 1), device=bench.device)
     where = replace(point, context=1)
+    calls: list[Callable[[], object]]
+    if _fused(decoder.head_weight, point):
+        positions = _positions(bench, where)
+        calls = [partial(fused_calls.embedding_call, decoder, ids[:, 0], positions, 256) for ids in tokens]
+        return Workload(calls, *_amounts(bench, point))
 
     def call(ids: Tensor) -> Tensor:
         if point.mode == "decode":
@@ -215,9 +266,13 @@ def _head(bench: Bench, point: Point) -> Workload:
     def call(decoder: Decoder) -> Tensor:
         return decoder.logits(x)[:, 0].argmax(-1)
 
-    calls = [
-        partial(call, decoder) for decoder in _instances(bench, "decoder", partial(_layerless, bench.shape), count)
-    ]
+    decoders = _instances(bench, "decoder", partial(_layerless, bench.shape), count)
+    calls: list[Callable[[], object]]
+    if _fused(x, point):
+        tokens = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
+        calls = [partial(fused_calls.head_call, decoder, x[:, 0], tokens) for decoder in decoders]
+    else:
+        calls = [partial(call, decoder) for decoder in decoders]
     return Workload(calls, *_amounts(bench, point))
 
 

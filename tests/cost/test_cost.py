@@ -86,6 +86,25 @@ def test_prefill_is_the_sum_of_its_chunks(costs):
     assert costs.cost(placement, 2048, 4).prefill_tok_s == costs.prefill(placement, 2048, 4).prefill_tok_s
 
 
+def test_a_chunk_takes_the_longer_of_launches_and_work():
+    """A is long on the device, J on the host, which runs ahead: their sums compete, not each layer's two times."""
+    host_us = {"A": 10.0, "J": 70_000.0}
+    rows = [
+        replace(row, host_us=host_us[row.block]) if row.chunk and row.block in host_us else row for row in rows_of()
+    ]
+    costs, without = CostModel(rows, SHAPE, "fp32"), CostModel(rows_of(), SHAPE, "fp32")
+
+    def us(model, placement, batch=1):
+        found = model.prefill(SHAPE.parse(placement), CHUNK, batch)
+        return batch * CHUNK * 1e6 / found.prefill_tok_s - model._head(batch, False).us
+
+    assert us(costs, "28A 2J") == pytest.approx(us(without, "28A 2J"))
+    assert us(costs, "15A 15J") > us(without, "15A 15J")
+    assert us(costs, "1A 29J") == pytest.approx(29 * 70_000 + 10, rel=1e-9)
+    # More sequences are more work by as many launches.
+    assert us(costs, "1A 29J", 64) == pytest.approx(us(without, "1A 29J", 64))
+
+
 def test_prefill_is_none_without_its_rows():
     costs = CostModel([row for row in rows_of() if row.mode == "decode"], SHAPE, "fp32")
     cost = costs.cost(SHAPE.placement, 2048, 1)

@@ -42,11 +42,11 @@ def test_one_mode_only():
     assert {p.block for p in points(modes=("prefill",)) if p.mode == "decode"} == {"head"}
 
 
-def test_a_group_is_one_block():
-    groups = plan(SHAPE, ("A", "W64", "W128"), [1024], [1], ("decode",), 512, 16 * GIB, 4)
-    assert [{p.block for p in group} for group in groups] == [
-        {"embedding"}, {"norm"}, {"mlp"}, {"head"}, {"A"}, {"W64"}, {"W128"},
-    ]  # fmt: skip
+def test_a_group_is_one_kind_in_one_mode_and_prefill_comes_last():
+    groups = plan(SHAPE, ("A", "W64", "W128"), [1024], [1], ("decode", "prefill"), 512, 16 * GIB, 4)
+    assert {p.block for p in groups[0]} == {"embedding", "norm", "mlp", "head"}
+    found = [{(p.block, p.mode) for p in group} for group in groups[1:]]
+    assert found == [{(name, mode)} for mode in ("decode", "prefill") for name in ("A", "W64", "W128")]
 
 
 def test_max_batch_follows_memory_and_context():
@@ -77,7 +77,7 @@ def test_auto_batches_are_powers_of_four_up_to_the_largest():
     for context in contexts:
         largest = largest_batch(shape, "AWJG", context, memory, 2)
         batches = {p.batch for p in found if (p.block, p.mode, p.context) == ("A", "decode", context)}
-        assert {1, 4, 16, 64, largest} <= batches
+        assert {1, 2, 4, 16, 64, largest} <= batches
         assert max(batches) == largest
     norms = {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")}
     assert {1 << power for power in range(11)} <= norms

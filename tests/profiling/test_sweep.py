@@ -14,11 +14,11 @@ from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.cost import CostModel
 from nasbench.errors import MachineError, UserError
 from nasbench.profiling import sweep as sweep_module
-from nasbench.profiling.measure import point_cells, provenance
+from nasbench.profiling.measure import measure, point_cells, provenance
 from nasbench.profiling.plan import Point
 from nasbench.profiling.sweep import prepare, run, sweep
 from nasbench.profiling.telemetry import Reading, Telemetry, shared
-from nasbench.profiling.workload import build
+from nasbench.profiling.workload import Workload, build
 from nasbench.store import CEILINGS, Database, Row, read_db
 
 TINY = ModelShape("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
@@ -229,6 +229,35 @@ def test_noisy_rows_get_a_second_look_and_keep_the_shorter_time(tmp_path, monkey
     assert {turns[block] for block in ("embedding", "norm", "mlp", "head")} == {3}
     kept = {row.block: row.p50_us for row in read_db(result.path)}
     assert (kept["A"], kept["J"]) == (100.0 / turns["A"], 100.0)
+
+
+def test_a_limit_leaves_the_last_groups_to_the_same_command(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: clock[0])
+    budgets = []
+
+    def fake(machine, bench, point):
+        clock[0] += 1.0
+        budgets.append(machine.budget.seconds)
+        return Row(**point_cells(bench, machine.info, point), p20_us=1.0, p50_us=1.0, p80_us=1.0)
+
+    monkeypatch.setattr(sweep_module, "measure", fake)
+    monkeypatch.setattr(sweep_module, "ROUNDS", {"cpu": 1})
+    planned = prepare(TINY, db=tmp_path, **ASKED).points
+    asked = ASKED | {"seconds_per_row": 9.0}
+    result = sweep(TINY, db=tmp_path, limit_s=20.0, **asked)
+    assert (result.left, len(budgets)) == (len(planned) - 20, 20)
+    assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
+    left = prepare(TINY, db=tmp_path, **ASKED).points
+    assert left == planned[20:]
+    assert sweep(TINY, db=tmp_path, limit_s=1e6, **ASKED).left == 0
+
+
+def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch):
+    todo = prepare(TINY, db=tmp_path, **ASKED)
+    monkeypatch.setattr("nasbench.profiling.measure.build", lambda bench, point: Workload([], 1, 1, reason="elsewhere"))
+    row = measure(todo.machine, todo.bench, Point("norm", "decode", 1))
+    assert (row.status, row.p50_us, row.noisy, row.reason) == ("ok", 0.0, False, "elsewhere")
 
 
 def test_without_nvml_readings_are_empty():

@@ -117,7 +117,7 @@ def test_which_row_of_a_key_stays(path):
         ("source", "guessed", "measured, estimated"),
         ("device", "", "device's name"),
         ("chunk", "512", "decode row has 0"),
-        ("schema", "99", "the header is of schema 2"),
+        ("schema", "99", "the header is of schema 3"),
     ],
 )
 def test_a_bad_cell_is_named_by_file_line_and_column(path, column, value, said):
@@ -186,9 +186,9 @@ def test_an_older_schema_is_read_and_becomes_the_present_one(path):
 
 def test_a_newer_schema_is_refused_with_what_to_do(path):
     Database(path).merge([row()])
-    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n2,", "\n3,1,")
+    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n3,", "\n4,1,")
     path.write_text(text)
-    with pytest.raises(UserError, match=r"schema 3 is of a newer nasbench, .*`pip install -U nasbench`"):
+    with pytest.raises(UserError, match=r"schema 4 is of a newer nasbench, .*`pip install -U nasbench`"):
         Database(path).merge([row(batch=2)])
     assert path.read_text() == text
 
@@ -267,3 +267,11 @@ def test_a_killed_writer_leaves_a_whole_file(path):
 def test_select():
     rows = [row(), row(mode="prefill", chunk=512)]
     assert select(rows, mode="prefill", chunk=512) == rows[1:]
+
+
+def test_only_a_norm_may_take_no_time(path):
+    nothing = {"p20_us": 0.0, "p50_us": 0.0, "p80_us": 0.0}
+    Database(path).merge([row(block="norm", context=0, **nothing)])
+    assert read_db(path)[0].p50_us == 0.0
+    with pytest.raises(UserError, match="one is zero"):
+        Database(path).merge([row(**nothing)])
