@@ -4,22 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nasbench.backbone.shapes import ModelShape
 from nasbench.cost import CostModel
 from nasbench.errors import UserError
 from nasbench.runs import Run
 from nasbench.search.table import read_rows, write_rows
 from nasbench.search.trials import Target, latest, read_front, read_trials
 from nasbench.spaces.placement import Placement, count_kind, format_placement
-
-if TYPE_CHECKING:
-    import torch
-
-    from nasbench.backbone.decoder import Decoder
 
 MOST = 12
 """Placements that are measured if not told otherwise."""
@@ -104,6 +96,7 @@ def validate(
     """
     import torch
 
+    from nasbench.end_to_end import Decoders
     from nasbench.engine.floor import measure_ceilings
     from nasbench.engine.memory import free_bytes
     from nasbench.engine.throughput import DTYPE_NAMES, measure
@@ -115,7 +108,7 @@ def validate(
     left = [placement for placement in placements if format_placement(placement) not in known]
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
-    decoders = _Decoders(cost.shape, torch_device, dtype) if left else None
+    decoders = Decoders(cost.shape, torch_device, dtype) if left else None
     ceilings = measure_ceilings(torch_device, free_bytes(torch_device), dtype) if left else None
     best: dict[Placement, float] = {}
     for placement in left * rounds:
@@ -159,26 +152,6 @@ def validate(
         progress(done, total)
     names = {format_placement(placement) for placement in placements}
     return [row for row in read_rows(path, ValidationRow) if row.target == target and row.placement in names]
-
-
-class _Decoders:
-    """Decoders of random weights over one embedding and one set of MLPs, each layer's mixers made once per name."""
-
-    def __init__(self, shape: ModelShape, device: str, dtype: torch.dtype) -> None:
-        from nasbench.backbone.load import random_decoder
-
-        self.shape = shape
-        self._make = partial(random_decoder, shape, dtype=dtype, device=device)
-        self._by_name: dict[str, Decoder] = {}
-
-    def of(self, placement: Placement) -> Decoder:
-        for name in placement:
-            if name not in self._by_name:
-                made = self._make((name,) * self.shape.num_layers)
-                first = next(iter(self._by_name.values()), made)
-                self._by_name[name] = first.with_mixers(made.mixers, made.placement)
-        mixers = [self._by_name[name].mixers[i] for i, name in enumerate(placement)]
-        return next(iter(self._by_name.values())).with_mixers(mixers, placement)
 
 
 def _add(path: Path, row: ValidationRow) -> None:

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "pareto": set(),
     "search": {"spaces", "backbone", "store", "cost", "evaluation", "pareto"},
     "report": {"spaces", "blocks", "backbone", "store", "cost", "search", "pareto"},
-    "validation": {"spaces", "backbone", "engine", "store", "cost", "search"},
+    "end_to_end": {"spaces", "backbone", "engine", "devices", "cost"},
+    "validation": {"spaces", "backbone", "engine", "store", "cost", "search", "end_to_end"},
     "export": {"spaces", "blocks", "backbone", "supernet"},
 }
 NO_TORCH = ["errors", "registry", "config", "files", "runs", "spaces", "store", "cost", "pareto", "devices"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nasbench.profiling.sweep import SweepResult, Todo
     from nasbench.spaces.placement import Placement
 
-PROMPT_TOKENS = {"cpu": 2048, "cuda": 131072}
+PROMPT_TOKENS = {"cpu": 2048, "cuda": 65536}
 """Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
 
 
@@ -118,7 +118,8 @@ def command(
     }
     if calibrate:
         contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)
-        summary["calibration"] = _calibrate(todo, calibration_points(todo, blocks, contexts_asked))
+        points = calibration_points(todo, blocks, contexts_asked)
+        summary["calibration"] = _calibrate(todo, points, chunk_tokens)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
@@ -177,70 +178,61 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     return {"device": spec.slug, "path": str(path), "source": "estimated", **counts, "errors": errors}
 
 
-def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tuple[Placement, int, int]]:
-    """(placement, context, batch) of the whole steps that calibrate: every kind alone, and full attention with each of
-    the others by turns, at the least and the most context and batch that fit. Few, and none that a search would choose:
-    those are for judging."""
+def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tuple[str, Placement, int, int]]:
+    """(mode, placement, context, batch) of the whole prompts and steps that calibrate: every kind alone, and all by
+    turns, at the least and the most context and batch that fit. Few, and none that a search would choose: those are for
+    judging. Prompts come first, short ones before long ones: steps leave a profiler behind that slows launches down.
+    """
     from nasbench.profiling.plan import largest_batch
     from nasbench.spaces.placement import parse_placement
 
     shape, names = todo.bench.shape, list(dict.fromkeys(parse_placement(blocks)))
-    memory, width = todo.machine.info.memory_bytes, todo.bench.dtype.itemsize
-    most = {"cpu": 4, "cuda": 1 << 20}[todo.machine.info.kind]
+    kind, memory, width = todo.machine.info.kind, todo.machine.info.memory_bytes, todo.bench.dtype.itemsize
+    most, tokens = {"cpu": 4, "cuda": 1 << 20}[kind], PROMPT_TOKENS[kind]
     first, last = contexts[0], contexts[-1]
     placements = [((name,) * shape.num_layers, name) for name in names]
-    turns = tuple(names[i % len(names)] for i in range(shape.num_layers))
-    points = []
-    for placement, widest in [*placements, (turns, names[0])]:
+    placements.append((tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0]))
+    shapes = [(min(first, tokens), 1), (min(first, tokens), max(1, tokens // first)), (min(last, tokens), 1)]
+    points = [("prefill", placement, context, batch) for context, batch in shapes for placement, _ in placements]
+    for placement, widest in placements:
         for context in dict.fromkeys((first, last)):
             largest = min(most, largest_batch(shape, (widest,), context, memory, width))
-            points += [(placement, context, batch) for batch in ((1, largest) if context == first else (largest,))]
+            batches = (1, largest) if context == first else (largest,)
+            points += [("decode", placement, context, batch) for batch in batches]
     return list(dict.fromkeys(points))
 
 
-def _calibrate(todo: Todo, points: list[tuple[Placement, int, int]]) -> int:
-    """Measures whole steps and prompts that have not been measured yet. Returns how many."""
+def _calibrate(todo: Todo, points: list[tuple[str, Placement, int, int]], chunk: int | None) -> int:
+    """Measures whole prompts and steps that have not been measured yet. Returns how many."""
     import torch
 
     from nasbench.cli.common import log
-    from nasbench.cost import CalibrationRow, add_calibration
+    from nasbench.cost import add_calibration
     from nasbench.cost.calibration import calibration_path, read_calibration
-    from nasbench.engine.throughput import DTYPE_NAMES, measure
+    from nasbench.end_to_end import EndToEnd
     from nasbench.errors import NasbenchError
-    from nasbench.profiling.sweep import CHUNKS
+    from nasbench.profiling.measure import DTYPE_NAMES
     from nasbench.spaces.placement import format_placement
 
     shape, bench = todo.bench.shape, todo.bench
-    path = calibration_path(todo.path)
-    known = {(row.model, row.dtype, row.placement, row.context, row.batch) for row in read_calibration(path)}
-    name = DTYPE_NAMES[bench.dtype]
+    path, dtype = calibration_path(todo.path), DTYPE_NAMES[bench.dtype]
+    known = {(row.model, row.dtype, row.mode, row.placement, row.context, row.batch) for row in read_calibration(path)}
+    whole = EndToEnd(shape, bench.device, bench.dtype)
     done = 0
-    kind = todo.machine.info.kind
-    for placement, context, batch in points:
-        if (shape.name, name, format_placement(placement), context, batch) in known:
+    for mode, placement, context, batch in points:
+        name = format_placement(placement)
+        if (shape.name, dtype, mode, name, context, batch) in known:
             continue
-        log(f"calibration: {format_placement(placement)}, context {context}, batch {batch}")
-        prompt = min(context, max(CHUNKS[kind], PROMPT_TOKENS[kind] // batch))
+        log(f"calibration: {mode} of {name}, context {context}, batch {batch}")
         try:
-            found = measure(
-                shape, placement, context=context, batch=batch, device=bench.device, dtype=bench.dtype,
-                prefill_context=prompt, seconds=1.0,
-            )  # fmt: skip
+            if mode == "prefill":
+                row = whole.prompt(placement, context, batch, chunk=chunk)
+            else:
+                row = whole.step(placement, context, batch)
         except (NasbenchError, torch.OutOfMemoryError) as error:
             log(f"left out: {error}")
             continue
-        cells: dict[str, Any] = {
-            "device": found.device, "model": shape.name, "dtype": name, "placement": found.placement, "batch": batch,
-            "torch": found.torch, "driver": found.driver, "project": found.nasbench,
-            "measured_utc": found.measured_utc,
-        }  # fmt: skip
-        step: dict[str, Any] = {"time_ms": found.step_ms, "p20_ms": found.step_p20_ms, "p80_ms": found.step_p80_ms}
-        rows = [CalibrationRow(mode="decode", context=context, chunk=0, repeats=found.repeats, **step, **cells)]
-        if found.prefill_s and found.prefill_chunk:
-            ms = found.prefill_s * 1e3
-            times: dict[str, Any] = {"time_ms": ms, "p20_ms": ms, "p80_ms": ms, "repeats": 1}
-            rows.append(CalibrationRow(mode="prefill", context=prompt, chunk=found.prefill_chunk, **times, **cells))
-        add_calibration(path, rows)
+        add_calibration(path, [row])
         done += 1
     return done
 

@@ -12,13 +12,15 @@ from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
 WORDS = ("auto", "max")
-"""What may stand for a batch beside numbers: the largest that fits, or powers of four up to it."""
+"""What may stand for a batch beside numbers: the largest that fits, or powers of four up to it, and two."""
 PREFILL_BATCHES = (1, 8, 64)
 """With `auto`: from the second on a chunk of every kind fills a GPU, the third is what many short prompts come to."""
 LONG = 32768
 """Beyond this context prefill is measured at the first two of those batches: the third would take seconds a row."""
 LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
+FULL_MEMORY = 0.95
+"""Share of it that a whole model may come to fill, up to which its layers are measured."""
 USABLE_MEMORY = 0.85
 """Share of the device's memory that a plan counts on; the rest is for work space and what else runs."""
 
@@ -65,6 +67,22 @@ def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_
     return 1 << max(0, fits.bit_length() - 1)
 
 
+def batch_limit(
+    shape: ModelShape, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
+) -> int:
+    """The largest batch up to 1024 that a model with a layer of this kind can have: beside it, all layers are of the
+    kind of `names` with the smallest cache, and nearly all of the memory is theirs. At least 1."""
+    each = {other: shape.mixer(other) for other in {name, *names}}
+    bytes_of = {
+        other: config.cache_bytes(1, context, dtype_bytes) + config.history_bytes(1, dtype_bytes)
+        for other, config in each.items()
+    }
+    room = FULL_MEMORY * memory_bytes - shape.parameters() * dtype_bytes
+    fits = int(room // (bytes_of[name] + (shape.num_layers - 1) * min(bytes_of.values()))) if room > 0 else 0
+    # Rounded down: what a larger model's last sequence costs is not known to the byte.
+    return max(1, min(LARGEST_BATCH, fits - fits % 8 if fits > 64 else fits))
+
+
 def plan(
     shape: ModelShape,
     names: Sequence[str],
@@ -92,13 +110,13 @@ def plan(
         if context > shape.max_context:
             raise UserError(f"context {context} is not of {shape.name}: choose up to {format_size(shape.max_context)}")
 
-    def batches_at(context: int) -> list[int]:
-        largest = largest_batch(shape, names, context, memory_bytes, dtype_bytes)
+    def batches_at(name: str, context: int) -> list[int]:
+        largest = batch_limit(shape, name, names, context, memory_bytes, dtype_bytes)
         sizes = {largest if batch == "max" else int(batch) for batch in batches if batch != "auto"}
         # At 2 as well: decoders run one sequence by other kernels than more.
         return sorted(sizes | (_powers(4, largest) | {min(2, largest)} if "auto" in batches else set()))
 
-    everywhere = sorted({batch for context in contexts for batch in batches_at(context)})
+    everywhere = sorted({batch for name in names for context in contexts for batch in batches_at(name, context)})
     chunk = min(chunk, shape.max_context)
     ends = sorted({chunk, *(context for context in contexts if context >= chunk)})
 
@@ -120,7 +138,7 @@ def plan(
     kinds = list(dict.fromkeys(names))
     if "decode" in modes:
         for name in kinds:
-            groups.append([Point(name, "decode", batch, end) for end in contexts for batch in batches_at(end)])
+            groups.append([Point(name, "decode", batch, end) for end in contexts for batch in batches_at(name, end)])
     if "prefill" in modes:
         for name in kinds:
             groups.append([Point(name, "prefill", batch, end, chunk) for end in ends for batch in prefill_batches(end)])

@@ -4,7 +4,7 @@ import pytest
 
 from nasbench.backbone.shapes import MODELS
 from nasbench.errors import UserError
-from nasbench.profiling.plan import Point, largest_batch, parse_batches, plan
+from nasbench.profiling.plan import Point, batch_limit, largest_batch, parse_batches, plan
 
 SHAPE = MODELS["smollm2-135m"]
 GIB = 1 << 30
@@ -61,7 +61,18 @@ def test_max_batch_follows_memory_and_context():
         assert needed < 141e9
     assert largest_batch(shape, ("A",), 262144, 1 << 20, 2) == 1
     with_max = [p.batch for p in points(batches=[1, "max"], contexts=[8192]) if p.block == "A" and p.mode == "decode"]
-    assert with_max == [1, largest_batch(SHAPE, ("A", "J"), 8192, 16 * GIB, 4)]
+    assert with_max == [1, batch_limit(SHAPE, "A", ("A", "J"), 8192, 16 * GIB, 4)]
+
+
+def test_every_batch_that_a_model_may_have_is_covered():
+    shape, memory = MODELS["jet-nemotron-2b"], 141 * 10**9
+    for context in (4096, 131072, 262144):
+        assert batch_limit(shape, "J", "AWJG", context, memory, 2) == 1024
+        limit = batch_limit(shape, "A", "AWJG", context, memory, 2)
+        lean = ("A", *("W",) * 27)
+        room = memory - 2 * shape.parameters()
+        assert limit == 1024 or 0.9 * room < shape.cache_bytes(lean, limit, context) <= room
+    assert batch_limit(shape, "A", "A", 262144, 1 << 30, 2) == 1
 
 
 def test_auto_batches_are_powers_of_four_up_to_the_largest():
@@ -75,7 +86,7 @@ def test_auto_batches_are_powers_of_four_up_to_the_largest():
     ]
     assert len(found) == len(set(found))
     for context in contexts:
-        largest = largest_batch(shape, "AWJG", context, memory, 2)
+        largest = batch_limit(shape, "A", "AWJG", context, memory, 2)
         batches = {p.batch for p in found if (p.block, p.mode, p.context) == ("A", "decode", context)}
         assert {1, 2, 4, 16, 64, largest} <= batches
         assert max(batches) == largest
