@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     target: Annotated[str, typer.Argument(help="A run folder, a finalised hybrid, a model folder or name.")],
-    tasks: Annotated[str, typer.Option(help="As loss,kl,retrieval@512,mc:FILE.jsonl.")] = "loss",
+    tasks: Annotated[str, typer.Option(help="As loss,kl,retrieval@2k,agreement@128,suite:FILE.jsonl.")] = "loss",
     placement: Annotated[str | None, typer.Option(help="Of a run: default full attention.")] = None,
     split: Annotated[str, typer.Option(help="Held-out text: test, or search (what searches see).")] = "test",
     data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",

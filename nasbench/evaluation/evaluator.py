@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from nasbench.supernet.supernet import Supernet
 
 SEARCH_TOKENS = 2048
 """Held-out tokens that score a placement while searching."""
-SHARED_TOKENS = 4096
-"""Tokens that `losses` forwards at once: its memory is layers x these x hidden size."""
+SHARED_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens that `measure` forwards at once: its memory is layers x these x hidden size."""
 
 KEPT_BYTES = 1 << 30
 """Teacher's distributions are kept up to this size: making them again would be a third of a CPU's time for a score."""
@@ -53,6 +54,7 @@ class Evaluator:
         self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
         self.cache = EvalsFile(run.evals)
         self._teachers: dict[tuple[str, int], Tensor | Distribution] = {}
+        self._memo: dict[object, Any] = {}
 
     @classmethod
     def open(
@@ -71,7 +73,9 @@ class Evaluator:
 
     def context(self, split: str) -> Context:
         """What tasks see, for a split of the held-out text."""
-        return Context(self.supernet.tokenizer, self.corpus, self.supernet.teacher, split, self.tokens[split])
+        return Context(
+            self.supernet.tokenizer, self.corpus, self.supernet.teacher, split, self.tokens[split], self._memo
+        )
 
     def key(self, placement: Placement, task: str, detail: str) -> Key:
         """A score's key in evals.csv."""
@@ -108,23 +112,39 @@ class Evaluator:
         """KL to the teacher of every placement, in order; see `measure`."""
         return [scores["kl"] for scores in self.measure(placements, split, progress)]
 
-    @torch.inference_mode()
     def measure(
         self, placements: Sequence[Placement], split: str = "search", progress: Progress | None = None
     ) -> list[dict[str, Score]]:
-        """Held-out loss and KL to the teacher of every placement, as {"loss": Score, "kl": Score}, in order.
+        """Held-out loss and KL to the teacher of every placement, as {"loss": Score, "kl": Score}, in order. Known
+        scores come from evals.csv."""
+        detail = held_out_key(self.context(split))
+        wanted = sorted({p for p in placements if self.cache.get(self.key(p, "kl", detail)) is None})
+        new: dict[Key, Score] = {}
+        for placement, columns in self.held_out(wanted, split, progress).items():
+            for task, values in zip(("loss", "kl"), columns, strict=True):
+                new[self.key(placement, task, detail)] = summarise(task, "nats", values, False)
+        self.cache.merge(new)
+        return [
+            {task: self.cache.scores[self.key(placement, task, detail)] for task in ("loss", "kl")}
+            for placement in placements
+        ]
+
+    @torch.inference_mode()
+    def held_out(
+        self, placements: Sequence[Placement], split: str, progress: Progress | None = None
+    ) -> dict[Placement, tuple[Tensor, Tensor]]:
+        """Loss and KL of every row of a split [rows], measured now.
 
         Placements are walked in sorted order, and the hidden states of the layers that a placement shares with the
         one before it are not computed again: neighbours in a search cost a fraction of a forward each.
-        Known scores come from evals.csv.
         """
-        detail = held_out_key(self.context(split))
-        wanted = sorted({p for p in placements if self.cache.get(self.key(p, "kl", detail)) is None})
+        wanted = sorted(set(placements))
         for placement in wanted:
             self.supernet.space.check(placement)
-        sequences = self.corpus.held_out(split, self.tokens[split]).to(self.supernet.teacher.device)
+        device = self.supernet.teacher.device
+        sequences = self.corpus.held_out(split, self.tokens[split]).to(device)
         values: dict[Placement, list[tuple[Tensor, Tensor]]] = {placement: [] for placement in wanted}
-        batches = sequences.split(max(1, SHARED_TOKENS // self.corpus.sequence))
+        batches = sequences.split(max(1, SHARED_TOKENS[device.type] // self.corpus.sequence))
         done, total = 0, len(wanted) * len(batches)
         for index, batch in enumerate(batches if wanted else ()):
             reference = self._teacher(split, index, batch)
@@ -135,16 +155,10 @@ class Evaluator:
                 done += 1
                 if progress:
                     progress(done * len(wanted) // total, len(wanted))
-        new: dict[Key, Score] = {}
-        for placement, parts in values.items():
-            for task, columns in zip(("loss", "kl"), zip(*parts, strict=True), strict=True):
-                score = summarise(task, "nats", torch.cat(columns).cpu(), False)
-                new[self.key(placement, task, detail)] = score
-        self.cache.merge(new)
-        return [
-            {task: self.cache.scores[self.key(placement, task, detail)] for task in ("loss", "kl")}
-            for placement in placements
-        ]
+        return {
+            placement: (torch.cat([loss for loss, _ in parts]).cpu(), torch.cat([kl for _, kl in parts]).cpu())
+            for placement, parts in values.items()
+        }
 
     def _teacher(self, split: str, index: int, batch: Batch) -> Tensor | Distribution:
         """What the teacher says of a batch, kept: its distribution while there is room, else its final hidden states,

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nasbench.backbone.decoder import Decoder
+from nasbench.backbone.tokenizer import Tokenizer
 from nasbench.errors import UserError
-from nasbench.evaluation.score import Score
-from nasbench.evaluation.tasks import BATCH_TOKENS, TASKS, Context, Task, summarise
+from nasbench.evaluation.reading import Text, read_ends
+from nasbench.evaluation.tasks import TASKS, Context, Task
 from nasbench.files import machine_errors
 
 
@@ -56,32 +55,21 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-@torch.inference_mode()
 def log_likelihoods(decoder: Decoder, pairs: list[tuple[list[int], list[int]]]) -> list[float]:
     """log p(continuation | context) of token id lists, in nats. A context that is too long loses its beginning."""
-    longest = decoder.shape.max_context
-    rows = [((context + continuation)[-longest:], len(continuation)) for context, continuation in pairs]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
-    result = [0.0] * len(rows)
-    start = 0
-    while start < len(order):
-        # Sorted by length, so the last row of a batch is its longest.
-        size = 1
-        while start + size < len(order) and (size + 1) * len(rows[order[start + size]][0]) <= BATCH_TOKENS:
-            size += 1
-        batch = order[start : start + size]
-        width = len(rows[batch[-1]][0])
-        # Padding stands behind the text, where causal layers never look back from it.
-        tokens = torch.tensor([rows[i][0] + [0] * (width - len(rows[i][0])) for i in batch], device=decoder.device)
-        hidden = decoder.hidden(tokens)
-        for row, i in enumerate(batch):
-            ids, count = rows[i]
-            count = min(count, len(ids) - 1)
-            place = slice(len(ids) - 1 - count, len(ids) - 1)
-            log_p = F.log_softmax(decoder.logits(hidden[row, place]).float(), -1)
-            result[i] = float(log_p.gather(-1, tokens[row, len(ids) - count : len(ids), None]).sum())
-        start += size
-    return result
+    ends = read_ends(decoder, [Text(context + continuation, len(continuation)) for context, continuation in pairs])
+    return [float(log_p.sum()) for log_p, _ in ends]
+
+
+def tokenised(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) of each pair of texts. Tokenised together, since the first token of a continuation
+    usually holds the space before it; apart where the context's tokens would change."""
+    pairs = []
+    for (first, second), together in zip(texts, tokenizer.encode_batch([a + b for a, b in texts]), strict=True):
+        prefix = tokenizer.encode(first) or [tokenizer.eos_id or 0]
+        tail = together[len(prefix) :] if together[: len(prefix)] == prefix else tokenizer.encode(second)
+        pairs.append((prefix, tail or tokenizer.encode(second)))
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -106,17 +94,10 @@ class MultipleChoice(Task):
         read_questions(self.path)
         return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
-    def score(self, decoder: Decoder, context: Context) -> Score:
+    def values(self, decoder: Decoder, context: Context) -> Tensor:
         questions = read_questions(self.path)
-        encode = context.tokenizer.encode
-        pairs = []
-        for question in questions:
-            prefix = encode(question.query) or [context.tokenizer.eos_id or 0]
-            for choice in question.choices:
-                # Tokenised together: a choice's first token usually holds the space before it.
-                together = encode(question.query + choice)
-                tail = together[len(prefix) :] if together[: len(prefix)] == prefix else encode(choice)
-                pairs.append((prefix, tail or encode(choice)))
+        texts = [(question.query, choice) for question in questions for choice in question.choices]
+        pairs = context.once((self.name, self.path), lambda: tokenised(context.tokenizer, texts))
         values = iter(log_likelihoods(decoder, pairs))
         correct = []
         for question in questions:
@@ -124,7 +105,7 @@ class MultipleChoice(Task):
                 next(values) / (max(1, len(choice.encode())) if self.normalised else 1) for choice in question.choices
             ]
             correct.append(float(max(range(len(scores)), key=scores.__getitem__) == question.gold))
-        return summarise(self.label, "accuracy", Tensor(correct), True)
+        return Tensor(correct)
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from nasbench.backbone.decoder import Decoder
 from nasbench.config import format_size
 from nasbench.errors import UserError
-from nasbench.evaluation.score import Score
-from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length, summarise
+from nasbench.evaluation.reading import Text, read_ends
+from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 
 NAMES = (
     "Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
@@ -68,12 +67,14 @@ class Retrieval(Task):
     def key(self, context: Context) -> str:
         return f"v1/{self.items}/{context.corpus.fingerprint[:8]}"
 
-    @torch.inference_mode()
-    def score(self, decoder: Decoder, context: Context) -> Score:
+    def values(self, decoder: Decoder, context: Context) -> Tensor:
         if self.length > decoder.shape.max_context:
             raise UserError(f"task {self.label}: {decoder.shape.name} has a context of {decoder.shape.max_context}")
-        items = make_items(context, self.length, self.items)
-        return summarise(self.label, "accuracy", Tensor([float(hit) for hit in _answers(decoder, items)]), True)
+        items = context.once((self.name, self.length, self.items), lambda: make_items(context, self.length, self.items))
+        # Whether greedy decoding gives an answer: reading it at once is the same, since a token is only reached when
+        # all before it were right.
+        ends = read_ends(decoder, [Text(item.prompt + item.answer, len(item.answer)) for item in items])
+        return Tensor([float(right.all()) for _, right in ends])
 
 
 def make_items(context: Context, length: int, count: int, seed: int = 0) -> list[Item]:
@@ -105,18 +106,6 @@ def _prose(prose: Tensor, size: int, generator: random.Random) -> list[int]:
     rows = [(first + i) % len(prose) for i in range(size // prose.shape[1] + 2)]
     start = generator.randrange(prose.shape[1])
     return prose[rows].flatten()[start : start + size].tolist()
-
-
-def _answers(decoder: Decoder, items: list[Item]) -> list[bool]:
-    """Whether greedy decoding gives each answer. Reading the answer at once is the same: a token is only reached when
-    all before it were right."""
-    hits = []
-    for item in items:
-        tokens = torch.tensor([item.prompt + item.answer[:-1]], device=decoder.device)
-        hidden = decoder.hidden(tokens)[0, -len(item.answer) :]
-        greedy = decoder.logits(hidden).argmax(-1)
-        hits.append(greedy.tolist() == item.answer)
-    return hits
 
 
 TASKS.register(Retrieval.name, Retrieval)

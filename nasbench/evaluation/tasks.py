@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Self
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,14 +19,14 @@ from nasbench.backbone.decoder import Decoder
 from nasbench.backbone.tokenizer import Tokenizer
 from nasbench.config import format_size, parse_size
 from nasbench.errors import UserError
+from nasbench.evaluation.reading import BATCH_TOKENS
 from nasbench.evaluation.score import Score
 from nasbench.registry import Registry
 from nasbench.supernet.data import Corpus
 from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import output_weight, token_losses
 
-BATCH_TOKENS = 4096
-"""Tokens that one forward of a task takes."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Context:
         teacher: the full-attention model; None when a checkpoint is evaluated alone.
         split: "search" or "test": which held-out text.
         tokens: most held-out tokens to read, None for all.
+        memo: what tasks made once for many decoders: tokenised questions, the teacher's answers.
     """
 
     tokenizer: Tokenizer
@@ -43,12 +45,25 @@ class Context:
     teacher: Decoder | None
     split: str = "test"
     tokens: int | None = None
+    memo: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returns, made on the first call with this key."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return cast("T", self.memo[key])
 
 
 class Task(ABC):
-    """One way to score a decoder."""
+    """One way to score a decoder.
+
+    Attributes:
+        metric: what its values are: "nats", "accuracy".
+    """
 
     name: ClassVar[str]
+    metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod
@@ -65,7 +80,16 @@ class Task(ABC):
         """Everything that the score depends on beside the weights: the cache's key."""
 
     @abstractmethod
-    def score(self, decoder: Decoder, context: Context) -> Score: ...
+    def values(self, decoder: Decoder, context: Context) -> Tensor:
+        """The value of every item, [n], the same items in the same order for every decoder."""
+
+    def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
+        """`values` under the task's label, and what else comes out of the same reading, under `label.what`."""
+        return {self.label: self.values(decoder, context)}
+
+    def score(self, decoder: Decoder, context: Context) -> Score:
+        """The mean of the values."""
+        return summarise(self.label, self.metric, self.values(decoder, context), self.higher_is_better)
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
@@ -74,7 +98,7 @@ TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
 def parse_task(text: str) -> Task:
     """`loss`, `retrieval@512`, `mc:questions.jsonl` -> the task. Raises UserError naming the legal ones."""
     # Registered by their own modules, which import this one.
-    from nasbench.evaluation import multiple_choice, retrieval  # noqa: F401
+    from nasbench.evaluation import agreement, multiple_choice, retrieval, suite  # noqa: F401
 
     head, _, argument = text.strip().partition(":")
     name, _, length = head.partition("@")
@@ -114,6 +138,9 @@ def parse_length(name: str, length: str, default: int) -> int:
 class _HeldOut(Task):
     """Over the held-out sequences of the corpus."""
 
+    metric = "nats"
+    higher_is_better = False
+
     @classmethod
     def parse(cls, length: str, argument: str) -> Self:
         refuse_arguments(cls.name, length, argument)
@@ -127,16 +154,16 @@ class _HeldOut(Task):
         return held_out_key(context)
 
     @torch.inference_mode()
-    def score(self, decoder: Decoder, context: Context) -> Score:
+    def values(self, decoder: Decoder, context: Context) -> Tensor:
         if self.name == "kl" and context.teacher is None:
             raise UserError("task kl needs a teacher: evaluate a run, not a checkpoint alone")
         sequences = context.corpus.held_out(context.split, context.tokens).to(decoder.device)
         values = []
-        for batch in sequences.split(max(1, BATCH_TOKENS // context.corpus.sequence)):
+        for batch in sequences.split(max(1, BATCH_TOKENS[decoder.device.type] // context.corpus.sequence)):
             reference = hidden_of(context.teacher, batch) if self.name == "kl" and context.teacher else None
             nll, kl = token_losses(hidden_of(decoder, batch), batch.tokens, output_weight(decoder), reference)
             values.append(batch.per_row(nll if kl is None else kl))
-        return summarise(self.label, "nats", torch.cat(values).cpu(), False)
+        return torch.cat(values).cpu()
 
 
 class HeldOutLoss(_HeldOut):

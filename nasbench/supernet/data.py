@@ -104,8 +104,7 @@ def _encode(texts: list[str], tokenizer: TextTokenizer) -> Iterator[list[int]]:
         yield from map(tokenizer.encode, texts)
         return
     for first in range(0, len(texts), 1024):
-        for found in tokenizer.backend.encode_batch_fast(texts[first : first + 1024], add_special_tokens=False):
-            yield list(found.ids)
+        yield from tokenizer.encode_batch(texts[first : first + 1024])
 
 
 def _starts(split: str) -> str:

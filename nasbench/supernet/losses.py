@@ -34,11 +34,12 @@ class _ChunkedKL(torch.autograd.Function):
         total = torch.zeros((), device=student.device, dtype=torch.float32)
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
-            target = F.log_softmax(F.linear(teacher[part], weight).float(), -1)
-            log_p = F.log_softmax(F.linear(student[part], weight).float(), -1)
+            # Passes over logits in fp32 are what this costs: casts are left to the softmax, results replace arguments.
+            target = F.log_softmax(F.linear(teacher[part], weight), -1, dtype=torch.float32)
+            log_p = F.log_softmax(F.linear(student[part], weight), -1, dtype=torch.float32)
             p = target.exp()
-            total += (p * (target - log_p)).sum()
-            gradient[part] = (log_p.exp_().sub_(p)).to(weight.dtype) @ weight
+            total += torch.linalg.vecdot(p, target.sub_(log_p)).sum()
+            gradient[part] = torch.sub(log_p.exp_(), p, out=torch.empty_like(p, dtype=weight.dtype)) @ weight
         ctx.save_for_backward(gradient)
         return total
 
@@ -82,7 +83,7 @@ def teacher_distribution(hidden: Tensor, weight: Tensor, chunk: int | None = Non
     chunk = chunk or CHUNK[flat.device.type]
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
-        log_p = F.log_softmax(F.linear(flat[part], weight).float(), -1)
+        log_p = F.log_softmax(F.linear(flat[part], weight), -1, dtype=torch.float32)
         torch.exp(log_p, out=p[part])
         negentropy[part] = torch.linalg.vecdot(p[part], log_p)
     return Distribution(p, negentropy)
@@ -114,12 +115,12 @@ def token_losses(
     nll, kl = [], []
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
-        log_p = F.log_softmax(F.linear(flat[part], weight).float(), -1)
+        log_p = F.log_softmax(F.linear(flat[part], weight), -1, dtype=torch.float32)
         nll.append(-log_p.gather(-1, target[part, None])[:, 0])
         if isinstance(teacher, Distribution):
             kl.append(teacher.negentropy[part] - torch.linalg.vecdot(teacher.p[part], log_p))
         elif reference is not None:
-            log_q = F.log_softmax(F.linear(reference[part], weight).float(), -1)
+            log_q = F.log_softmax(F.linear(reference[part], weight), -1, dtype=torch.float32)
             kl.append(torch.linalg.vecdot(log_q.exp(), log_q - log_p))
     return torch.cat(nll).view(batch, length), torch.cat(kl).view(batch, length) if kl else None
 

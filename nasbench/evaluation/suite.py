@@ -1,0 +1,156 @@
+"""A benchmark from JSONL, its form read from its keys:
+
+    {"query", "choices", "gold"}      the likeliest " " + choice behind the query, for its length in bytes
+    {"prefixes", "suffix", "gold"}    the prefix behind which " " + suffix is likeliest
+    {"query", "answers"}              one line written greedily: right if one of the answers occurs in it, case-blind
+
+`suite:FILE.jsonl` reads all items, `suite@200:FILE.jsonl` 200 of them, evenly spread over the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from nasbench.backbone.decoder import Decoder
+from nasbench.backbone.tokenizer import Tokenizer
+from nasbench.errors import UserError
+from nasbench.evaluation.multiple_choice import log_likelihoods, tokenised
+from nasbench.evaluation.reading import greedy
+from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
+from nasbench.files import machine_errors
+
+ANSWER_TOKENS = 24
+"""Longest line that is written as an answer."""
+FORMS = ({"query", "choices", "gold"}, {"prefixes", "suffix", "gold"}, {"query", "answers"})
+
+
+@dataclass(frozen=True)
+class SuiteItem:
+    """One item: its alternatives as (context, continuation), of which `gold` is right, or a query and its answers."""
+
+    alternatives: tuple[tuple[str, str], ...] = ()
+    gold: int = 0
+    query: str = ""
+    answers: tuple[str, ...] = ()
+
+
+def _item(data: Any) -> SuiteItem:
+    """Raises KeyError, TypeError or ValueError for what is none of the forms."""
+    keys = set(data) if isinstance(data, dict) else set()
+    form = next((form for form in FORMS if form <= keys), None)
+    if form is None:
+        raise TypeError("the keys must be " + " or ".join(", ".join(sorted(form)) for form in FORMS))
+    lists = data.get("choices") or data.get("prefixes") or data.get("answers")
+    texts = [*lists, data.get("query", ""), data.get("suffix", "")] if isinstance(lists, list) else [None]
+    if not all(isinstance(text, str) for text in texts) or not lists or not all(lists):
+        raise TypeError("texts, and lists of texts that are not empty")
+    if "answers" in form:
+        return SuiteItem(query=data["query"], answers=tuple(data["answers"]))
+    pairs = [(data["query"], f" {choice}") for choice in data.get("choices", ())]
+    pairs = pairs or [(prefix, f" {data['suffix']}") for prefix in data["prefixes"]]
+    if type(data["gold"]) is not int or not 0 <= data["gold"] < len(pairs) >= 2:
+        raise TypeError("gold must be the index of one of at least 2 alternatives")
+    return SuiteItem(tuple(pairs), data["gold"])
+
+
+def read_items(path: Path) -> list[SuiteItem]:
+    """Raises UserError with file and line for a bad item, for items of both kinds, and for a file without any."""
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    with machine_errors(f"reading {path}"):
+        lines = path.read_bytes().splitlines()
+    items = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            items.append(_item(json.loads(line)))
+            if bool(items[-1].answers) != bool(items[0].answers):
+                raise TypeError("some items ask for a choice, some for an answer")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: not an item of a benchmark: {error}") from None
+    if not items:
+        raise UserError(f"{path} holds no item")
+    return items
+
+
+def chance(items: list[SuiteItem]) -> float:
+    """What guessing scores."""
+    return sum(1 / len(item.alternatives) if item.alternatives else 0.0 for item in items) / len(items)
+
+
+@dataclass(frozen=True)
+class Suite(Task):
+    """Accuracy over the items of a file.
+
+    Attributes:
+        limit: how many of them, 0 for all.
+    """
+
+    path: Path
+    limit: int = 0
+    name: ClassVar[str] = "suite"
+
+    @classmethod
+    def parse(cls, length: str, argument: str) -> Self:
+        if not argument:
+            raise UserError(f"task {cls.name} needs its items: write {cls.name}:FILE.jsonl")
+        return cls(Path(argument), parse_length(cls.name, length, 0))
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}{f'@{self.limit}' if self.limit else ''}:{self.path}"
+
+    def key(self, context: Context) -> str:
+        read_items(self.path)
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+    def items(self) -> list[SuiteItem]:
+        """Those that are asked."""
+        items = read_items(self.path)
+        count = min(self.limit or len(items), len(items))
+        return [items[i * len(items) // count] for i in range(count)]
+
+    def values(self, decoder: Decoder, context: Context) -> Tensor:
+        return self.measures(decoder, context)[self.label]
+
+    def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
+        items = context.once(self, self.items)
+        if items[0].answers:
+            return {self.label: self._written(items, decoder, context)}
+        texts = [pair for item in items for pair in item.alternatives]
+        pairs = context.once((self, "tokens"), lambda: tokenised(context.tokenizer, texts))
+        values = iter(log_likelihoods(decoder, pairs))
+        hits: dict[str, list[float]] = {self.label: [], f"{self.label}.plain": []}
+        for item in items:
+            plain = [next(values) for _ in item.alternatives]
+            # The space that stands before a continuation is not counted.
+            by_byte = [v / (len(text.encode()) - 1) for v, (_, text) in zip(plain, item.alternatives, strict=True)]
+            for scores, found in zip((by_byte, plain), hits.values(), strict=True):
+                found.append(float(max(range(len(scores)), key=scores.__getitem__) == item.gold))
+        return {label: Tensor(found) for label, found in hits.items()}
+
+    def _written(self, items: list[SuiteItem], decoder: Decoder, context: Context) -> Tensor:
+        ends = context.once("line ends", lambda: line_ends(context.tokenizer))
+        prompts = context.once((self, "tokens"), lambda: context.tokenizer.encode_batch([item.query for item in items]))
+        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends.to(decoder.device))
+        texts = [context.tokenizer.decode(line).lower() for line in lines]
+        hits = [any(a.lower() in text for a in item.answers) for item, text in zip(items, texts, strict=True)]
+        return Tensor([float(hit) for hit in hits])
+
+
+def line_ends(tokenizer: Tokenizer) -> Tensor:
+    """Tokens that end a line: those with a newline in them, and those that end a text."""
+    size = tokenizer.vocab_size
+    broken = [number for number in range(size) if "\n" in tokenizer.decode([number])]
+    return torch.tensor(sorted({*broken, *tokenizer.eos_ids}), dtype=torch.int64)
+
+
+TASKS.register(Suite.name, Suite)
