@@ -395,6 +395,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NasbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what is measured is written", file=sys.stderr)
+        return 130
     return 0
 
 

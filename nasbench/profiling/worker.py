@@ -205,7 +205,8 @@ def _serve(connection: Connection, machine: Machine, bench: Bench, threads: int)
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     torch.set_num_threads(threads)
     if machine.info.kind == "cuda" and find_spec("triton"):
-        fused.ops()
+        with contextlib.suppress(ImportError):
+            fused.ops()
     # What is loaded by now stays: every collection before a row would go through it.
     gc.freeze()
     connection.send("ready")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -171,3 +172,26 @@ def test_two_sweeps_at_once_lose_nothing(tmp_path):
     for dtype in ("fp32", "bf16"):
         assert len([row for row in rows if row.dtype == dtype and row.block != "ceiling"]) == 6
     assert {row.status for row in rows} == {"ok"}
+
+
+def test_the_next_groups_child_starts_while_this_one_measures(tmp_path):
+    """As on a GPU, without one: the points fail, the processes come and go all the same."""
+    todo = prepare(TINY, "A", db=tmp_path, **ASKED)
+    todo.machine.info = replace(todo.machine.info, kind="cuda")
+    worker = Worker(todo.machine, todo.bench, 60.0)
+    point = todo.points[-1]
+    try:
+        assert worker.measure(point, todo.machine.budget).status == "failed"
+        worker.start_ahead()
+        worker.start_ahead()
+        assert worker._ahead is not None
+        first, ahead = worker._process, worker._ahead[0]
+        worker.new_group()
+        assert not first.is_alive()
+        assert worker.measure(point, todo.machine.budget).status == "failed"
+        assert worker._process is ahead
+        worker.start_ahead()
+        children = [worker._process, worker._ahead[0]]
+    finally:
+        worker.close()
+    assert not any(child.is_alive() for child in children)
