@@ -1,8 +1,9 @@
-"""The blocks of a decode step on a GPU, each with the kernels that nasbench.engine.fused_step launches for it.
+"""The blocks of a decode step and of a prompt's chunk on a GPU, each with the kernels that the engine launches for it
+(nasbench.engine.fused_step, Decoder.hidden).
 
-For one sequence the norms and the residual additions are parts of the products next to them, so a norm has no call of
-its own; for more, residual addition and norm are one kernel between the blocks. tests/profiling/test_fused_calls.py
-holds that a step's kernels are those of its blocks' calls, one by one.
+In a step for one sequence the norms and the residual additions are parts of the products next to them, so a norm has no
+call of its own; elsewhere residual addition and norm are one kernel between the blocks.
+tests/profiling/test_fused_calls.py holds that the kernels of a step and of a chunk are those of its blocks' calls, one by one.
 """
 
 from __future__ import annotations
@@ -50,8 +51,14 @@ def mlp_call(mlp: GatedMLP, norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return ops.gemv(inner, mlp.down_proj.weight, add_to=x)
 
 
+def mlp_chunk_call(mlp: GatedMLP, x: Tensor) -> Tensor:
+    """Of a prompt's chunk x [B, T, C]."""
+    weight, _ = mlp.stacked.matrices()
+    return mlp.down_proj(fused.ops().swiglu(F.linear(x, weight)))
+
+
 def norm_call(norm: nn.RMSNorm, x: Tensor, delta: Tensor) -> Tensor:
-    """Residual addition and norm of more than one sequence."""
+    """Residual addition and norm of a chunk or of a step of more than one sequence."""
     return fused.ops().add_norm(x, delta, norm.weight, norm.eps)
 
 

@@ -1,6 +1,6 @@
 """The work that a row times: several instances of a block, called one after another on random data.
 
-A decode step on a GPU runs each block as the engine's fused step does (nasbench.profiling.fused_calls).
+On a GPU each block runs as the engine runs it between its kernels (nasbench.profiling.fused_calls).
 
 In a model every layer has weights and a cache of its own, so each finds the last-level cache full of its predecessors'.
 One instance called again and again would find its own there. A workload therefore goes round instances that together
@@ -141,7 +141,7 @@ def _places(bench: Bench) -> Decoder:
 
 
 def _fused(x: Tensor, point: Point) -> bool:
-    """Whether the engine would run this point by its fused step."""
+    """Whether the engine would run this point, a decode step, by its fused step."""
     return point.mode == "decode" and fused.usable(x)
 
 
@@ -209,6 +209,8 @@ def _mlp(bench: Bench, point: Point) -> Workload:
     if _fused(x, point):
         norm = _norm_of(bench)
         calls = [partial(fused_calls.mlp_call, mlp, norm, x[:, 0].clone()) for mlp in mlps]
+    elif fused.usable(x):
+        calls = [partial(fused_calls.mlp_chunk_call, mlp, x) for mlp in mlps]
     else:
         calls = [partial(mlp, x) for mlp in mlps]
     return Workload(calls, *_amounts(bench, point))
@@ -230,8 +232,8 @@ def _norm(bench: Bench, point: Point) -> Workload:
         return norm(x + y)
 
     calls: list[Callable[[], object]]
-    if _fused(x, point):
-        calls = [partial(fused_calls.norm_call, norm, x[:, 0], y[:, 0]) for norm in norms]
+    if fused.usable(x):
+        calls = [partial(fused_calls.norm_call, norm, x, y) for norm in norms]
     else:
         calls = [partial(call, norm) for norm in norms]
     return Workload(calls, *_amounts(bench, point), evict=_evict(bench))

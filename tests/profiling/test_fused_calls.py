@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from nasbench.backbone.decoder import Decoder
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.shapes import ModelShape
 from nasbench.blocks import fused
@@ -41,12 +42,12 @@ class Recorder:
         return torch.ones(1, weight.shape[0] // (2 if swiglu else 1)) if add_to is None else add_to
 
     def add_norm(self, x, delta, weight, eps):
-        self.log.append(("add_norm", tuple(x.shape)))
+        self.log.append(("add_norm", x.numel()))
         return x
 
     def swiglu(self, row):
         self.log.append(("swiglu", tuple(row.shape)))
-        return row[:, : row.shape[1] // 2]
+        return row[..., : row.shape[-1] // 2]
 
     def silu_part(self, row, at, size):
         self.log.append(("silu_part", tuple(row.shape), size))
@@ -99,6 +100,32 @@ def test_a_steps_kernels_are_those_of_its_blocks(batch, monkeypatch):
     assert recorder.log == engine
     assert len(engine) > 20
     assert reasons == ({"", fused_calls.NO_CALL} if batch == 1 else {""})
+
+
+@pytest.mark.skipif(not hasattr(Decoder, "_fused_hidden"), reason="this decoder reads prompts without fused kernels")
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.inference_mode()
+def test_a_chunks_kernels_are_those_of_its_blocks(batch, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    placement, tokens = ("A", "W", "A"), 24
+    decoder = random_decoder(TINY, placement)
+    cache = decoder.new_cache(batch, tokens)
+    decoder.hidden(torch.zeros(batch, tokens, dtype=torch.int64), cache)
+    engine, recorder.log = recorder.log, []
+
+    bench = Bench(TINY, "cpu", torch.float32, 1 << 16, 1 << 30)
+
+    def call(block: str) -> None:
+        workload = build(bench, Point(block, "prefill", batch, 0 if len(block) > 1 else tokens, tokens))
+        workload.calls[0]()
+
+    call("embedding")
+    for name in placement:
+        for block in ("norm", name, "norm", "mlp"):
+            call(block)
+    call("norm")
+    assert recorder.log == engine
+    assert len(engine) > 10
 
 
 @torch.inference_mode()
