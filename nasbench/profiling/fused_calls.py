@@ -3,7 +3,7 @@
 
 In a step for one sequence the norms and the residual additions are parts of the products next to them, so a norm has no
 call of its own; elsewhere residual addition and norm are one kernel between the blocks.
-tests/profiling/test_fused_calls.py holds that the kernels of a step and of a chunk are those of its blocks' calls, one by one.
+tests/profiling/test_fused_calls.py holds that the kernels of a step and of a chunk are those of its blocks' calls.
 """
 
 from __future__ import annotations
