@@ -10,6 +10,7 @@ import torch
 from test_calibration import end_to_end
 from test_cost import rows_of
 
+from nasbench import end_to_end as end_to_end_module
 from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.cost import CostModel, add_calibration
 from nasbench.end_to_end import EndToEnd, find_largest
@@ -110,3 +111,14 @@ def test_the_report_of_known_errors(tool, tmp_path, capsys):
     assert "| decode | 8 | 1k to 8k | 1 to 4 | 1 to 30 | 2.0% | 2.0% |" in (out / "README.md").read_text()
     assert tool.main([*command, "--out", str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_largest_batches_are_written(tool, tmp_path, monkeypatch, capsys):
+    real = end_to_end_module._peak_of_a_step
+    monkeypatch.setattr(end_to_end_module, "largest_batch", lambda *arguments, **options: 5)
+    monkeypatch.setattr(end_to_end_module, "_peak_of_a_step", lambda *point: real(*point) if point[2] <= 6 else None)
+    command = ["largest", "--model", "smollm2-135m", "--dtype", "bf16", "--torch-device", "cpu", "--contexts", "8,16"]
+    assert tool.main([*command, "--out", str(tmp_path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "largest-batch.csv").open()))
+    assert [(row["predicted_batch"], row["largest_batch"]) for row in rows] == [("5", "6")] * 4
+    assert "predicted 5, runs 6 (-16.7%)" in capsys.readouterr().out
