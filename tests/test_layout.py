@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"spaces", "blocks", "backbone", "store", "cost", "search", "pareto"},
     "end_to_end": {"spaces", "backbone", "engine", "devices", "cost"},
     "validation": {"spaces", "backbone", "engine", "store", "cost", "search", "end_to_end"},
+    "reproduce": {"spaces", "backbone", "devices", "engine", "supernet", "evaluation", "search", "report"},
     "export": {"spaces", "blocks", "backbone", "supernet"},
 }
 NO_TORCH = ["errors", "registry", "config", "files", "runs", "spaces", "store", "cost", "pareto", "devices"]

@@ -28,6 +28,7 @@ COMMANDS = (
     "search",
     "eval",
     "finalize",
+    "reproduce",
     "report",
     "export",
     "generate",

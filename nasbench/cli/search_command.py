@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder with a distilled supernet, e.g. runs/NAME.")],
-    strategy: Annotated[str, typer.Option(help="beam, optuna, exact, uniform or random.")] = "beam",
+    strategy: Annotated[str, typer.Option(help="beam, kl-greedy, optuna, exact, uniform or random.")] = "beam",
     full_attention: Annotated[
         str, typer.Option("--full-attention", "-k", help="Layers with full attention, e.g. 4 or 4,8,15.")
     ] = "",

@@ -26,7 +26,8 @@ from nasbench.files import machine_errors, read_json, write_json
 WEIGHTS, OPTIMIZER, STATE, LATEST = "supernet.safetensors", "optimizer.safetensors", "state.json", "latest.json"
 
 
-def _digest(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Names a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -67,7 +68,7 @@ class Checkpoint:
     def _load(self, name: str, device: str) -> dict[str, Tensor]:
         path = self.folder / name
         try:
-            if _digest(path) != self.state["digests"].get(name):
+            if digest(path) != self.state["digests"].get(name):
                 raise UserError(f"{path} is corrupt (its checksum is wrong): {_remedy(self.folder.parent)}")
             return load_file(path, device=device)
         except (SafetensorError, OSError) as error:
@@ -99,7 +100,7 @@ def save(
                 except SafetensorError as error:
                     raise OSError(str(error)) from None
                 _flush(temporary / file)
-                digests[file] = _digest(temporary / file)
+                digests[file] = digest(temporary / file)
             full = {**state, "digests": digests}
             write_json(temporary / STATE, full)
             temporary.replace(target)

@@ -83,12 +83,12 @@ def estimate(distiller: Distiller) -> Estimate:
     stages = []
     solves = (saved is None) + bool(left["align"])
     ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.solvable() else 0
-    one_batch = max(SOLVE_BATCH_TOKENS, distiller.corpus.sequence)
+    one_batch = max(SOLVE_BATCH_TOKENS[distiller.device.type], distiller.corpus.sequence)
     seconds = _seconds(distiller, lambda: distiller.prepare(one_batch))
     stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))
     for name in STAGES:
         if left[name]:
-            stages.append(_stage(name, left[name] * distiller.step_tokens(name), *_time_steps(distiller, name)))
+            stages.append(_stage(name, left[name] * distiller.step_tokens(name), *time_steps(distiller, name)))
     return Estimate(
         stages=tuple(row for row in stages if row.tokens),
         corpus_tokens=distiller.corpus.train.numel(),
@@ -104,7 +104,8 @@ def _stage(name: str, tokens: int, step_tokens: int, step_seconds: float) -> Sta
     return StageEstimate(name, tokens, -(-tokens // step_tokens), step_tokens, speed, tokens / speed)
 
 
-def _time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
+def time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
+    """(tokens of a step, seconds that it takes), from a few steps that change the distiller's supernet."""
     optimizer = distiller.optimizer(stage)
     sums = LossSums(["", *optimizer.groups], distiller.device)
 

@@ -19,9 +19,9 @@ from nasbench.blocks.mixer import TokenMixer
 from nasbench.errors import UserError
 from nasbench.files import atomic_path, read_json, write_json
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Batch
+from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
     Loop,
@@ -51,9 +51,9 @@ def slug(placement: Placement) -> str:
     return format_placement(placement).replace(" ", "-")
 
 
-def final_folder(run: Run, placement: Placement) -> Path:
-    """Where a placement's finalised weights lie."""
-    return run.final / slug(placement)
+def final_folder(run: Run, placement: Placement, name: str = "") -> Path:
+    """Where a placement's finalised weights lie; `name` tells several trainings of one placement apart."""
+    return run.final / (f"{slug(placement)}@{name}" if name else slug(placement))
 
 
 def finalize(
@@ -68,6 +68,9 @@ def finalize(
     progress: Progress = no_progress,
     notice: Notice = no_notice,
     workers: Workers = ALONE,
+    name: str = "",
+    loaded: LoadedModel | None = None,
+    corpus: Corpus | None = None,
 ) -> Path:
     """Distils the placement for `tokens` tokens from the supernet's weights on, every replaced mixer being trained, and
     returns its folder. Stopping and starting again continues, and so do more tokens for a finished one, with another
@@ -75,13 +78,15 @@ def finalize(
 
     Args:
         sequence: tokens of a row; the run's by default, longer to learn what only long texts show.
+        name: of this training, where a placement has several.
+        loaded, corpus: the run's model, and text in rows, where they have been read already.
 
     Raises as `nasbench.supernet.train.distill`.
     """
-    net = Supernet.load(run, dtype=dtype, device=device)
+    net = Supernet.load(run, dtype=dtype, device=device, loaded=loaded)
     net.space.check(placement)
-    folder = final_folder(run, placement)
-    corpus = training_corpus(run, net, config, sequence)
+    folder = final_folder(run, placement, name)
+    corpus = training_corpus(run, net, config, sequence, corpus)
     rows = max(1, config.supernet_batch_tokens // corpus.sequence)
     step_tokens = rows * corpus.sequence
     state: dict[str, Any] = {
@@ -197,14 +202,34 @@ def teacher_name(path: Path) -> str:
     return _entry(path, "model")
 
 
+def use_final(net: Supernet, folder: Path) -> Placement:
+    """Puts a finalised hybrid's weights into the supernet that it was made from, and returns its placement, which alone
+    is what it was finalised to be. Raises UserError when it is damaged."""
+    placement = net.space.check(parse_placement(_entry(folder, "placement")))
+    weights = _weights(folder, net.teacher.device)
+    with torch.no_grad():
+        for group, mixer in replaced_mixers(net, placement).items():
+            for name, parameter in mixer.named_parameters():
+                key = f"{group}.{name}"
+                if key not in weights or weights[key].shape != parameter.shape:
+                    raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
+                parameter.copy_(weights[key])
+    net.version = checkpoint.digest(folder / MIXERS)
+    return placement
+
+
+def _weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        return load_file(path / MIXERS, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path / MIXERS} is corrupt ({error}): finalize again") from None
+
+
 def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoadedModel:
     """The finalised hybrid of a folder as a model ready to run. Raises UserError when it is damaged."""
     loaded = load_model(teacher_name(path), dtype=dtype, device=device)
     placement = loaded.shape.parse(_entry(path, "placement"))
-    try:
-        weights = load_file(path / MIXERS, device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path / MIXERS} is corrupt ({error}): finalize again") from None
+    weights = _weights(path, device)
     mixers = []
     for i, name in enumerate(placement):
         if kind_of(name) == "A":

@@ -132,15 +132,26 @@ class Supernet:
         self.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 
     @classmethod
-    def load(cls, run: Run, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Supernet:
-        """The newest supernet of a run, finished or not. Raises UserError when there is none or it is damaged."""
+    def load(
+        cls,
+        run: Run,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        loaded: LoadedModel | None = None,
+    ) -> Supernet:
+        """The newest supernet of a run, finished or not. Raises UserError when there is none or it is damaged.
+
+        Args:
+            loaded: the run's model where it has been read already, in its own dtype and on its own device.
+        """
         saved = checkpoint.latest(run.supernet)
         if saved is None:
             raise UserError(f"{run.path} has no supernet yet: run `nasbench distill --out {run.path}` first")
-        loaded = load_model(run.spec.model, dtype=dtype, device=device)
+        loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
         frozen, solved = (tuple(saved.state.get(key, ())) for key in ("frozen", "solved"))
         net = cls.build(loaded, run.spec.space, frozen, run.spec.seed, solved=solved)
-        net.load_weights(saved.weights(str(device)))
+        net.load_weights(saved.weights(str(loaded.decoder.device)))
         for mixer in net.trained().values():
             mixer.requires_grad_(False)
         net.version = saved.version

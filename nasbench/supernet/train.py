@@ -50,7 +50,7 @@ from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.workers import ALONE, Workers
 
 STAGES = ("align", "supernet")
-SOLVE_BATCH_TOKENS = 2048
+SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
 _FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
@@ -58,10 +58,12 @@ _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
 
 
-def training_corpus(run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None) -> Corpus:
-    """The run's text in rows of `sequence` tokens (the run's own by default). Raises UserError, also when documents are
-    to be kept apart and a layer kind does not."""
-    corpus = Corpus.load(run.spec.data, net.tokenizer, sequence or run.spec.sequence)
+def training_corpus(
+    run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None, corpus: Corpus | None = None
+) -> Corpus:
+    """The run's text in rows of `sequence` tokens (the run's own by default), or `corpus` where it is read already.
+    Raises UserError, also when documents are to be kept apart and a layer kind does not."""
+    corpus = corpus or Corpus.load(run.spec.data, net.tokenizer, sequence or run.spec.sequence)
     if not config.documents:
         return corpus.without_documents()
     if letters := mixing(net.mixers()):
@@ -84,6 +86,7 @@ class Distiller:
         progress: Progress = no_progress,
         notice: Notice = no_notice,
         workers: Workers = ALONE,
+        corpus: Corpus | None = None,
     ) -> None:
         self.run, self.config, self.stop = run, config, stop
         self.workers = workers
@@ -91,7 +94,7 @@ class Distiller:
         self.net = Supernet.build(
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
-        self.corpus = training_corpus(run, self.net, config)
+        self.corpus = training_corpus(run, self.net, config, corpus=corpus)
         self.device = loaded.decoder.device
         dtype = str(loaded.decoder.dtype).removeprefix("torch.")
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE}
@@ -203,7 +206,7 @@ class Distiller:
         return self.corpus.batch(index, rows, seed)
 
     def _solve(self, stage: str, tokens: int) -> None:
-        rows = self._rows(SOLVE_BATCH_TOKENS)
+        rows = self._rows(SOLVE_BATCH_TOKENS[self.device.type])
         rows = min(rows, tokens // self.corpus.sequence) or 1
         batches = tokens // (rows * self.corpus.sequence)
         total = batches * rows * self.corpus.sequence
@@ -330,8 +333,12 @@ def distill(
     notice: Notice = no_notice,
     loaded: LoadedModel | None = None,
     workers: Workers = ALONE,
+    corpus: Corpus | None = None,
 ) -> Supernet:
     """Trains the run's supernet, or continues it, and returns it; a finished one is only loaded.
+
+    Args:
+        loaded, corpus: the run's model and text where they have been read already.
 
     Raises:
         UserError: data, model or settings do not fit the run.
@@ -340,4 +347,4 @@ def distill(
     """
     loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
     with stop_on_signal() as stop:
-        return Distiller(run, loaded, config, stop, progress, notice, workers).train()
+        return Distiller(run, loaded, config, stop, progress, notice, workers, corpus).train()

@@ -1,6 +1,7 @@
 """Every strategy on an objective whose best placements are known by enumeration."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from search.synthetic import SyntheticObjective
@@ -23,7 +24,7 @@ def enumerate_best(run, count):
     return min(run.objective.loss(run.with_full(full)) for full in itertools.combinations(layers, count))
 
 
-@pytest.mark.parametrize("strategy", ["beam", "optuna", "exact", "uniform", "random"])
+@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "optuna", "exact", "uniform", "random"])
 def test_every_strategy_meets_the_contract(tmp_path, strategy):
     """Legal placements of the wanted K, within the budget, baselines included, and a second run asks nothing new."""
     run = search(tmp_path, full_attention=(2, 4), evaluations=30)
@@ -34,7 +35,7 @@ def test_every_strategy_meets_the_contract(tmp_path, strategy):
     assert {TEACHER, UNIFORM, strategy} <= {trial.strategy for trial in trials}
     mine = [trial for trial in trials if trial.strategy == strategy != UNIFORM]
     assert len(mine) <= 30
-    if strategy != "beam":  # the beam passes through every smaller K
+    if strategy not in ("beam", "kl-greedy"):  # which pass through every smaller K
         assert {trial.k for trial in mine} <= {2, 4}
     for trial in trials:
         run.space.check(trial.layers)
@@ -52,6 +53,21 @@ def test_beam_finds_the_optimum_or_comes_close(tmp_path, seed):
     for row in run_search(run, "beam"):
         least = enumerate_best(run, row.k)
         assert row.searched.loss - least <= 0.1 * (row.uniform.loss - least)
+
+
+def test_kl_greedy_restores_the_layer_that_lowers_the_kl_most(tmp_path):
+    class Divergence(SyntheticObjective):
+        def losses(self, placements):
+            return [replace(loss, value=0.0, kl=loss.value) for loss in super().losses(placements)]
+
+    run = search(tmp_path, Divergence(seed=2), full_attention=(3,), evaluations=100)
+    run_search(run, "kl-greedy")
+    chosen = frozenset()
+    for _ in range(3):
+        sets = [chosen | {i} for i in range(12) if i not in chosen]
+        chosen = min(sets, key=lambda layers: run.objective.loss(run.with_full(layers)))
+    best = min((trial for trial in run.trials() if trial.k == 3 and trial.strategy == "kl-greedy"), key=lambda t: t.kl)
+    assert best.layers == run.with_full(chosen)
 
 
 @pytest.mark.parametrize("evaluations", [1, 5, 20])

@@ -1,0 +1,156 @@
+"""What is measured of every candidate of the table, the most telling first, as far as the seconds go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from nasbench.evaluation.evaluator import Evaluator
+from nasbench.evaluation.suite import Suite
+from nasbench.evaluation.tasks import Task, parse_task
+from nasbench.reproduce.items import Items, Subject
+from nasbench.reproduce.recipe import Candidate
+from nasbench.reproduce.stages import SEARCHED, Bench
+from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.spaces.placement import format_placement
+from nasbench.supernet.finalize import final_folder, use_final
+
+GROUP = 8
+"""Placements whose held-out loss is measured together: they share the layers they begin with."""
+
+
+def subject(candidate: Candidate) -> Subject:
+    return Subject(format_placement(candidate.placement), candidate.weights)
+
+
+def suite_files(folder: Path | None) -> list[Path]:
+    """The benchmarks of a folder."""
+    return sorted(folder.glob("*.jsonl")) if folder is not None else []
+
+
+def measure_name(task: Task, label: str) -> str:
+    """What a measure is called in items.jsonl: a benchmark by its file's name, `@N` where N of its items were asked."""
+    if not isinstance(task, Suite):
+        return label
+    limit = f"@{task.limit}" if task.limit else ""
+    return task.path.stem + limit + label.removeprefix(task.label)
+
+
+def tasks_of(bench: Bench, full: bool) -> list[Task]:
+    """The tasks of a chosen placement, or of any."""
+    recipe = bench.recipe
+    limit = "" if full else f"@{recipe.quick_items}"
+    lengths = recipe.retrieval if full else recipe.quick_retrieval
+    texts = ["agreement@128", *(f"suite{limit}:{path}" for path in suite_files(recipe.suite))]
+    texts += [f"retrieval@{n}:{recipe.retrieval_items}" for n in lengths if n <= bench.shape.max_context]
+    return [parse_task(text) for text in texts]
+
+
+def is_chosen(candidate: Candidate) -> bool:
+    """Whether a candidate is asked everything: the model itself, finalised ones, and of each K the searched ones and
+    the evenly spread one with the same fillers."""
+    finished = candidate.weights.startswith("final") or candidate.method in (TEACHER, *SEARCHED)
+    return finished or (candidate.method == UNIFORM and candidate.fill == "best")
+
+
+def queue(bench: Bench) -> Iterator[tuple[Candidate, bool]]:
+    """(candidate, whether it is asked everything) in the order of measuring: the model and what was finalised, all
+    placements briefly, then those that were chosen at length."""
+    rows = bench.plan.candidates
+    first = [row for row in rows if row.method == TEACHER or row.weights.startswith("final")]
+    yield from ((row, True) for row in first)
+    briefly = [row for row in rows if row.method == TEACHER or row not in first]
+    yield from ((row, False) for row in sorted(briefly, key=lambda row: row.method != TEACHER))
+    main = [row for row in rows if is_chosen(row) and row not in first]
+    order = {count: i for i, count in enumerate((*bench.recipe.finalized, *bench.recipe.counts))}
+    yield from ((row, True) for row in sorted(main, key=lambda row: (order[row.k], row.method)))
+
+
+class Measurer:
+    """Measures candidates with the weights that each is named with."""
+
+    def __init__(self, bench: Bench, items: Items) -> None:
+        self.bench, self.items = bench, items
+        self._evaluators: dict[str, Evaluator] = {}
+        self._memo: dict[object, object] = {}
+
+    def evaluator(self, candidate: Candidate) -> Evaluator:
+        """The supernet's, or one with the finalised weights of this very placement; the last of these is kept."""
+        name = "supernet" if candidate.weights in (TEACHER, "supernet") else repr(candidate)
+        if name not in self._evaluators:
+            for old in [key for key in self._evaluators if key != "supernet"]:
+                del self._evaluators[old]
+            net = self.bench.supernet()
+            if name != "supernet":
+                _, _, remedy = candidate.weights.partition(":")
+                use_final(net, final_folder(self.bench.run, candidate.placement, remedy))
+            self.bench.forget()
+            self._evaluators[name] = self.bench.evaluator(net)
+            # Questions are tokenised, and the teacher's texts written, once for all.
+            self._evaluators[name]._memo = self._memo
+        return self._evaluators[name]
+
+    def version(self, candidate: Candidate) -> str:
+        return TEACHER if candidate.weights == TEACHER else self.evaluator(candidate).supernet.version
+
+    def held_out(self, candidates: Sequence[Candidate]) -> None:
+        """Loss and KL on the test split, of candidates with the same weights."""
+        wanted = [c for c in candidates if not self.items.has(subject(c), self.version(c), "kl")]
+        for start in range(0, len(wanted), GROUP):
+            group = wanted[start : start + GROUP]
+            found = self.evaluator(group[0]).held_out([c.placement for c in group], "test")
+            for candidate in group:
+                loss, kl = found[candidate.placement]
+                self.items.add(subject(candidate), self.version(candidate), {"loss": loss.numpy(), "kl": kl.numpy()})
+
+    def tasks(self, candidate: Candidate, tasks: Sequence[Task]) -> None:
+        """The tasks that are not measured yet."""
+        version = self.version(candidate)
+        evaluator = self.evaluator(candidate)
+        for task in tasks:
+            if self.items.has(subject(candidate), version, measure_name(task, task.label)):
+                continue
+            found = task.measures(evaluator.supernet.select(candidate.placement), evaluator.context("test"))
+            values = {measure_name(task, label): column.numpy() for label, column in found.items()}
+            self.items.add(subject(candidate), version, values)
+
+
+def measure_all(bench: Bench, items: Items, refresh: Callable[[], None]) -> bool:
+    """Measures the candidates for `measure_seconds`, and says whether all is done. Every value is on the disk at once.
+
+    Args:
+        refresh: called now and then, to write the tables anew.
+    """
+    measurer = Measurer(bench, items)
+    rows = bench.plan.candidates
+    ends = time.monotonic() + bench.recipe.measure_seconds
+    for weights in dict.fromkeys(row.weights for row in rows):
+        mine = [row for row in rows if row.weights == weights]
+        together = [mine] if weights in (TEACHER, "supernet") else [[row] for row in mine]
+        for group in together:
+            measurer.held_out(group)
+    refresh()
+    todo = list(queue(bench))
+    told = time.monotonic()
+    for done, (candidate, full) in enumerate(todo):
+        if time.monotonic() > ends:
+            bench.log(f"{done} of {len(todo)} placements measured: the same command goes on")
+            return False
+        measurer.tasks(candidate, tasks_of(bench, full))
+        bench.progress("measure", done + 1, len(todo))
+        if time.monotonic() - told > 20:
+            refresh()
+            told = time.monotonic()
+    refresh()
+    return True
+
+
+def measure_speeds(bench: Bench) -> None:
+    """Decode speeds of the compositions in the table, those of chosen placements first, for `speed_seconds`."""
+    ends = time.monotonic() + bench.recipe.speed_seconds
+    rows = bench.plan.candidates
+    for candidate in sorted(rows, key=lambda row: (not is_chosen(row), row.fill != "best")):
+        if time.monotonic() > ends:
+            return
+        bench.speeds.measure(candidate.placement, bench.device, bench.dtype, bench.log)

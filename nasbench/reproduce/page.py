@@ -1,0 +1,177 @@
+"""Figures and one HTML page of a reproduction's tables."""
+
+from __future__ import annotations
+
+import csv
+import html
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nasbench.files import atomic_path, write_text
+from nasbench.report import style
+from nasbench.search.trials import TEACHER, UNIFORM
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Row = dict[str, str]
+LOOKS = {
+    UNIFORM: ("#0072b2", "o", "evenly spread"),
+    "beam": ("#009e73", "s", "beam"),
+    "kl-greedy": ("#cc79a7", "^", "KL-greedy"),
+    "final": ("#d55e00", "*", "finalised"),
+}
+"""Colour, marker and name of each method."""
+CSS = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
+    "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
+    "td,th{padding:.15rem .5rem;border-bottom:1px solid #e2e5ea;text-align:right}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f4f5f7;padding:.6rem}"
+)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV; none where it is not there or empty."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _points(rows: Sequence[Row], x: str, y: str) -> list[tuple[float, float, float]]:
+    """(x, y, standard error of y) of the rows that have both."""
+    found = [
+        (float(row[x]), float(row[y]), float(row.get(f"{y}_se") or 0)) for row in rows if row.get(x) and row.get(y)
+    ]
+    return sorted(found)
+
+
+def by_count(axes: Axes, rows: Sequence[Row], y: str) -> None:
+    """A measure against K: random placements as dots, the methods as lines, finalised ones as stars."""
+    best = [row for row in rows if row["fill"] == "best"]
+    drawn = _points([row for row in best if row["method"].startswith("random")], "k", y)
+    if drawn:
+        axes.scatter([p[0] for p in drawn], [p[1] for p in drawn], s=9, color="#aeb6c0", label="random")
+    for method, (colour, marker, name) in LOOKS.items():
+        if method == "final":
+            mine = [row for row in best if row["weights"] == "final"]
+        else:
+            mine = [row for row in best if row["method"] == method and row["weights"] == "supernet"]
+        points = _points(mine, "k", y)
+        if points:
+            axes.errorbar(
+                [p[0] for p in points], [p[1] for p in points], yerr=[1.96 * p[2] for p in points], color=colour,
+                marker=marker, markersize=9 if method == "final" else 4.5, label=name, capsize=2,
+                linestyle="none" if method == "final" else "-",
+            )  # fmt: skip
+    teacher = _points([row for row in rows if row["method"] == TEACHER], "k", y)
+    for point in teacher:
+        axes.axhline(point[1], color="#5d6672", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("layers of full attention")
+
+
+def against_speed(axes: Axes, rows: Sequence[Row], speed: str) -> None:
+    """KL against decode speed."""
+    for row in rows:
+        if row.get("kl") and row.get(speed):
+            method = "final" if row["weights"].startswith("final") else row["method"]
+            colour, marker, _ = LOOKS.get(method, ("#aeb6c0", ".", ""))
+            axes.plot(float(row[speed]), float(row["kl"]), marker=marker, color=colour, linestyle="none")
+    axes.set_xlabel("decode tokens/s")
+    axes.set_ylabel("KL to the model, nats a token")
+
+
+def figures(folder: Path) -> list[tuple[str, str]]:
+    """Draws PNGs of what the tables hold; (file, title) of each."""
+    from matplotlib.figure import Figure
+
+    rows, curve = read(folder / "table.csv"), read(folder / "curve.csv")
+    columns = rows[0] if rows else {}
+    retrieval = [name for name in columns if name.startswith("retrieval_") and not name.endswith("_se")]
+    plots: list[tuple[str, str, Callable[[Axes], None]]] = []
+    for name, title in (
+        ("loss_above_teacher", "Held-out loss above the model's, nats a token"),
+        ("kl", "KL to the model on held-out text, nats a token"),
+        ("suite_kept", "Share of the model's suite average above chance"),
+        *((name, f"Key-value retrieval, {name.split('_')[1]} tokens") for name in retrieval),
+    ):
+        if _points(rows, "k", name):
+            plots.append((name.replace("_", "-"), title, partial(by_count, rows=rows, y=name)))
+    for name in columns:
+        if name.startswith("decode_tok_s_") and _points(rows, name, "kl"):
+            title = f"KL against decode speed at {name.removeprefix('decode_tok_s_')}"
+            plots.append((name.replace("_", "-"), title, partial(against_speed, rows=rows, speed=name)))
+    if curve:
+        plots.append(("curve", "What more tokens of finalising bring", partial(_curve, curve=curve)))
+    made = []
+    for name, title, draw in plots:
+        with style.theme(name):
+            figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+            axes = figure.subplots()
+            draw(axes)
+            axes.set_title(title)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend()
+            with atomic_path(folder / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=110)
+        made.append((f"{name}.png", title))
+    return made
+
+
+def _curve(axes: Axes, curve: Sequence[Row]) -> None:
+    for key in dict.fromkeys((row["k"], row["weights"]) for row in curve if row["weights"] == "final"):
+        points = _points([row for row in curve if (row["k"], row["weights"]) == key], "tokens", "loss_above_teacher")
+        axes.errorbar(
+            [p[0] / 1e6 for p in points], [p[1] for p in points], yerr=[1.96 * p[2] for p in points], marker="o",
+            capsize=2, label=f"K = {key[0]}",
+        )  # fmt: skip
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("loss above the model's")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """An HTML table; columns of standard errors stand behind their values as ±."""
+    if not rows:
+        return "<p>Nothing measured.</p>"
+    columns = [name for name in rows[0] if not (name.endswith("_se") and name.removesuffix("_se") in rows[0])]
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_number(row[name], row.get(f'{name}_se'))}</td>" for name in columns) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _number(text: str, error: str | None) -> str:
+    try:
+        value = float(text)
+    except ValueError:
+        return html.escape(text)
+    shown = f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
+    return f"{shown} ± {float(error):.2g}" if error else shown
+
+
+def write_page(folder: Path, title: str, introduction: str, command: str) -> Path:
+    """index.html and the PNGs, from the CSVs of the folder."""
+    pictures = "".join(
+        f'<h3>{html.escape(words)}</h3><img src="{name}" alt="{html.escape(words)}">' for name, words in figures(folder)
+    )
+    tables = "".join(
+        f"<h2>{html.escape(words)}</h2>{_table(read(folder / name))}"
+        for name, words in (
+            ("table.csv", "Every placement"),
+            ("comparison.csv", "Searched minus even and median random placements, with 95 % intervals"),
+            ("curve.csv", "What more tokens of finalising bring"),
+            ("suite.csv", "Every benchmark"),
+        )
+    )
+    path = folder / "index.html"
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>"
+        f"<p>{html.escape(introduction)}</p><pre>{html.escape(command)}</pre>{pictures}{tables}</html>\n",
+    )
+    return path

@@ -1,0 +1,215 @@
+"""The tables of a reproduction, computed from items.jsonl, speeds.csv and the plan; no weights are needed.
+
+table.csv        every placement: losses, suite, retrieval, agreement, speed
+suite.csv        every benchmark of every placement
+comparison.csv   for every K, the searched placement against the even one and the median random one
+curve.csv        what more tokens of finalising bring
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nasbench.config import format_size
+from nasbench.evaluation.suite import chance, read_items
+from nasbench.files import atomic_path
+from nasbench.reproduce.items import Items, Subject, difference, mean_and_error
+from nasbench.reproduce.recipe import Plan
+from nasbench.reproduce.speed import Speeds
+from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.spaces.placement import format_placement
+
+Cells = dict[str, object]
+Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tables are computed from.
+
+    Attributes:
+        chances: of every benchmark, by the name of its file.
+    """
+
+    plan: Plan
+    items: Items
+    speeds: Speeds
+    chances: dict[str, float]
+    quick_items: int
+
+    @property
+    def teacher(self) -> Subject | None:
+        row = next((row for row in self.plan.candidates if row.method == TEACHER), None)
+        return None if row is None else Subject(format_placement(row.placement), TEACHER)
+
+
+def suite_chances(files: Sequence[Path]) -> dict[str, float]:
+    """What guessing scores in each benchmark."""
+    return {path.stem: chance(read_items(path)) for path in files}
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """The suite of a placement beside the teacher's on the same items.
+
+    Attributes:
+        average: mean accuracy over the benchmarks; kept: what is kept of the teacher's average above chance.
+        items: in all.
+    """
+
+    average: float
+    average_se: float
+    kept: float
+    kept_se: float
+    items: int
+
+
+def suite_score(facts: Facts, subject: Subject, names: Sequence[str]) -> SuiteScore | None:
+    """Over all benchmarks in `names`; None where one was not measured of the placement or of the teacher.
+
+    The ratio's error by its first derivatives: of s - r t over the same items, with s and t the averages above chance.
+    """
+    if not names or facts.teacher is None:
+        return None
+    pairs = []
+    for name in names:
+        ours, theirs = facts.items.get(subject, name), facts.items.get(facts.teacher, name)
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return None
+        pairs.append((ours, theirs, facts.chances[name.partition("@")[0]]))
+    above = float(np.mean([ours.mean() - floor for ours, _, floor in pairs]))
+    whole = float(np.mean([theirs.mean() - floor for _, theirs, floor in pairs]))
+    kept = above / whole if whole > 0 else math.nan
+    spread = [
+        np.var(ours - kept * theirs, ddof=1) / len(ours) if len(ours) > 1 else math.nan for ours, theirs, _ in pairs
+    ]
+    errors = [mean_and_error(ours)[1] for ours, _, _ in pairs]
+    count = len(pairs)
+    return SuiteScore(
+        average=float(np.mean([ours.mean() for ours, _, _ in pairs])),
+        average_se=math.sqrt(sum(error**2 for error in errors)) / count,
+        kept=kept,
+        kept_se=math.sqrt(sum(spread)) / count / whole if whole > 0 else math.nan,
+        items=sum(len(ours) for ours, _, _ in pairs),
+    )
+
+
+def best_suite_score(facts: Facts, subject: Subject) -> SuiteScore | None:
+    """Of all items where they were asked, else of the few that every placement is asked."""
+    names = list(facts.chances)
+    return suite_score(facts, subject, names) or suite_score(
+        facts, subject, [f"{n}@{facts.quick_items}" for n in names]
+    )
+
+
+def table_rows(facts: Facts) -> list[Cells]:
+    """table.csv. Cells of what was not measured are empty."""
+    rows: list[Cells] = []
+    for candidate in sorted(facts.plan.candidates, key=lambda row: (-row.k, row.weights != TEACHER)):
+        subject = Subject(format_placement(candidate.placement), candidate.weights)
+        loss, kl = (facts.items.get(subject, name) for name in ("loss", "kl"))
+        teacher = None if facts.teacher is None else facts.items.get(facts.teacher, "loss")
+        cells: Cells = {
+            "k": candidate.k, "method": candidate.method, "fill": candidate.fill, "weights": candidate.weights,
+            "placement": subject.placement,
+            "loss": mean_and_error(loss)[0], "loss_se": mean_and_error(loss)[1],
+            "loss_above_teacher": difference(loss, teacher)[0], "loss_above_teacher_se": difference(loss, teacher)[1],
+            "kl": mean_and_error(kl)[0], "kl_se": mean_and_error(kl)[1],
+        }  # fmt: skip
+        score = best_suite_score(facts, subject)
+        for name in ("average", "average_se", "kept", "kept_se", "items"):
+            cells[f"suite_{name}"] = math.nan if score is None else getattr(score, name)
+        for measure in measures(facts.items, ("retrieval", "agreement")):
+            name = measure.replace(":", "_n").replace("@", "_").replace(".", "_")
+            cells[name], cells[f"{name}_se"] = mean_and_error(facts.items.get(subject, measure))
+        for context in facts.speeds.batches:
+            speed, at = facts.speeds.of(candidate.placement, context), format_size(context)
+            cells[f"decode_tok_s_{at}"] = math.nan if speed is None else speed.decode_tok_s
+            cells[f"speed_source_{at}"] = "" if speed is None else speed.source
+            cells[f"cache_bytes_{at}"] = "" if speed is None else speed.cache_bytes
+        rows.append(cells)
+    return rows
+
+
+def measures(items: Items, kinds: Sequence[str]) -> list[str]:
+    """Measures of these kinds that any placement has, the shorter lengths first."""
+    found = {measure for _, measure in items.values if measure.partition("@")[0] in kinds}
+    return sorted(found, key=lambda name: (kinds.index(name.partition("@")[0]), len(name), name))
+
+
+def suite_rows(facts: Facts) -> list[Cells]:
+    """suite.csv: accuracy of every benchmark, and beside the teacher's on the same items."""
+    rows: list[Cells] = []
+    for (subject, measure), values in sorted(
+        facts.items.values.items(), key=lambda item: (*vars(item[0][0]).values(), item[0][1])
+    ):
+        stem = measure.partition("@")[0].partition(".")[0]
+        if stem not in facts.chances:
+            continue
+        theirs = None if facts.teacher is None else facts.items.get(facts.teacher, measure)
+        accuracy, error = mean_and_error(values)
+        gap, gap_error = difference(values, theirs)
+        rows.append(
+            {"placement": subject.placement, "weights": subject.weights, "benchmark": stem,
+             "scoring": "plain" if measure.endswith(".plain") else "standard", "n": len(values),
+             "accuracy": accuracy, "se": error, "above_teacher": gap, "above_teacher_se": gap_error,
+             "chance": facts.chances[stem]}
+        )  # fmt: skip
+    return rows
+
+
+def comparison_rows(facts: Facts) -> list[Cells]:
+    """comparison.csv: loss and KL of searched placements minus those of the even and the median random one of the same
+    K and fillers, over the same rows of text, with 95 % intervals. Below zero the search is better, and beyond chance
+    where the interval's upper end is, too."""
+    rows: list[Cells] = []
+    best = [row for row in facts.plan.candidates if row.fill == "best" and row.weights == "supernet"]
+    for count in sorted({row.k for row in best}):
+        mine = {row.method: Subject(format_placement(row.placement), row.weights) for row in best if row.k == count}
+        others = {UNIFORM: mine.get(UNIFORM), "median random": _median_random(facts, mine)}
+        for method in ("beam", "kl-greedy"):
+            for other, subject in others.items():
+                if method not in mine or subject is None:
+                    continue
+                cells: Cells = {"k": count, "searched": method, "against": other}
+                for measure in ("loss", "kl"):
+                    gap, error = difference(facts.items.get(mine[method], measure), facts.items.get(subject, measure))
+                    cells |= {measure: gap, f"{measure}_low": gap - Z95 * error, f"{measure}_high": gap + Z95 * error}
+                rows.append(cells)
+    return rows
+
+
+def _median_random(facts: Facts, mine: dict[str, Subject]) -> Subject | None:
+    drawn = [subject for method, subject in mine.items() if method.startswith("random-")]
+    known = [(mean_and_error(facts.items.get(subject, "kl"))[0], subject) for subject in drawn]
+    known = sorted(((kl, subject) for kl, subject in known if not math.isnan(kl)), key=lambda pair: pair[0])
+    return known[len(known) // 2][1] if known else None
+
+
+def write_cells(path: Path, rows: Sequence[Cells]) -> None:
+    """A CSV with the columns of all rows; NaN is an empty cell."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(row.get(column, "")) for column in columns] for row in rows)
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def write_tables(folder: Path, facts: Facts) -> None:
+    """All of them into the folder."""
+    write_cells(folder / "table.csv", table_rows(facts))
+    write_cells(folder / "suite.csv", suite_rows(facts))
+    write_cells(folder / "comparison.csv", comparison_rows(facts))
+    write_cells(folder / "curve.csv", facts.plan["curve"] or [])

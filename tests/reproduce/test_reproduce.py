@@ -1,0 +1,116 @@
+"""The whole recipe on a tiny model: every stage, its tables, and that it goes on where it stopped."""
+
+import json
+import string
+
+import pytest
+import typer
+
+from nasbench.cli import reproduce_command
+from nasbench.errors import UserError
+from nasbench.reproduce import stages
+from nasbench.reproduce.page import read
+
+app = typer.Typer()
+app.command("reproduce")(reproduce_command.command)
+
+
+def nas(*args):
+    app([str(arg) for arg in args], standalone_mode=False)
+
+
+@pytest.fixture
+def arguments(tiny_model, text_file, tmp_path):
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    choices = [{"query": "the layer", "choices": ["holds", "a key"], "gold": i % 2} for i in range(6)]
+    written = [{"query": "the state of each", "answers": list(string.printable.strip())} for _ in range(3)]
+    for name, items in (("choices", choices), ("written", written)):
+        (suite / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    settings = tmp_path / "settings.toml"
+    settings.write_text(
+        "ridge_tokens = 512\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\nlog_every = 1\n"
+        "frozen = []\nsolved = []\ndocuments = false\n"
+    )
+    return (
+        *("--out", tmp_path / "run", "--model", tiny_model, "--names", "W8,J", "--data", text_file, "--suite", suite),
+        *("--sequence", "32", "-k", "0,1,2,4", "--finalize", "1", "--seeds", "2", "--config", settings),
+        *("--align-seconds", "0.5", "--supernet-seconds", "0.5", "--search-seconds", "0.5"),
+        *("--finalize-seconds", "0.5"),
+        *("--speed-seconds", "0.1", "--contexts", "128,1k", "--batches", "2,1", "--search-tokens", "256"),
+        *("--test-tokens", "256", "--quick-items", "2", "--retrieval", "96,128", "--quick-retrieval", "96"),
+        *("--retrieval-items", "2", "--device", "cpu", "--dtype", "fp32"),
+    )
+
+
+def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, monkeypatch):
+    run, report = tmp_path / "run", tmp_path / "run" / "report"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "finalise", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            nas(*arguments)
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["align"]["tokens"] > 0
+    assert plan["supernet"]["tokens"] > 0
+
+    nas(*arguments, "--remedies", "long,self", "--remedy-seconds", "0.2")
+    after = json.loads((run / "plan.json").read_text())
+    assert after["supernet"] == plan["supernet"]
+    rows = read(report / "table.csv")
+    methods = {(row["k"], row["method"], row["fill"]) for row in rows if row["weights"] == "supernet"}
+    assert methods >= {("0", "uniform", "J"), ("0", "uniform", "best")}
+    for count in ("1", "2"):
+        names = ("uniform", "random-0", "random-1", "beam", "kl-greedy")
+        assert methods >= {(count, name, "best") for name in names}
+    assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", "final:long", "final:self"}
+    teacher = next(row for row in rows if row["method"] == "teacher")
+    assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
+    assert float(teacher["suite_kept"]) == 1
+    assert float(teacher["agreement_128"]) == 1
+    assert all(float(row["kl"]) > 0 for row in rows if row is not teacher)
+    assert all(row["suite_kept"] and row["retrieval_96_n2"] for row in rows)
+    final = next(row for row in rows if row["weights"] == "final")
+    assert final["retrieval_128_n2"]
+    assert final["suite_items"] == "9"
+    assert float(final["decode_tok_s_1k"]) > 0
+    assert {row["speed_source_128"] for row in rows} <= {"measured", "estimated"}
+    curve = [row for row in read(report / "curve.csv") if row["weights"] == "final"]
+    tokens = [int(row["tokens"]) for row in curve]
+    assert tokens[0] == 0
+    assert tokens == sorted(tokens)
+    assert float(curve[-1]["kl"]) == pytest.approx(float(final["kl"]), rel=1e-3)
+    assert {row["against"] for row in read(report / "comparison.csv")} == {"uniform", "median random"}
+    assert (report / "kl.png").is_file()
+    assert "Every placement" in (report / "index.html").read_text()
+
+    lines = (run / "items.jsonl").read_text()
+    (run / "items.jsonl").write_text(lines + '{"placement": "4')
+    monkeypatch.setattr(stages, "_largest_step", lambda *_: pytest.fail("timed again"))
+    monkeypatch.setattr(stages, "finalize", lambda *_, **__: pytest.fail("finalised again"))
+    again = [*arguments[: arguments.index("--speed-seconds") + 1], "0", *arguments[arguments.index("0.1") + 1 :]]
+    nas(*again, "--remedies", "long,self", "--remedy-seconds", "0.2")
+    assert (run / "items.jsonl").read_text() == lines + '{"placement": "4'
+    assert read(report / "table.csv") == rows
+    for path in report.iterdir():
+        path.unlink()
+    nas(*arguments, "--report-only")
+    assert read(report / "table.csv") == rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("--finalize", "3"), "bad --finalize 3"),
+        (("-k", "9"), "choose 0 to 4"),
+        (("--remedies", "fats"), "did you mean 'fast'"),
+        (("--suite", "absent"), "no such folder"),
+        (("--contexts", "8k"), "1 contexts and 2 batches"),
+        (("--align-seconds", "-1"), "bad align-seconds"),
+        (("--sequence", "4k"), "beyond the context"),
+        (("--report-only",), "nothing to report"),
+    ],
+)
+def test_bad_input(arguments, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        nas(*arguments, *changes)
+    assert "\n" not in str(caught.value)
