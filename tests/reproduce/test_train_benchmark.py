@@ -1,0 +1,51 @@
+"""benchmarks/train.py on a tiny model, and the FLOPs that it counts."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from supernet_tiny import SHAPE
+from torch import nn
+
+from nasbench.backbone.load import random_decoder
+from nasbench.spaces.placement import parse_placement
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train.py"
+
+
+def test_speeds_of_both_stages_are_told(tiny_model, tmp_path):
+    out = tmp_path / "train.json"
+    command = [
+        *(sys.executable, SCRIPT, "--model", tiny_model, "--names", "W8,J", "--sequence", "32", "--align", "128"),
+        *("--supernet", "64,128", "--steps", "2", "--device", "cpu", "--dtype", "fp32", "--out", out, "--documents"),
+    ]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=True).stdout
+    rows = json.loads(out.read_text())
+    assert [(row["stage"], row["step_tokens"], row["documents"]) for row in rows] == [
+        (stage, size, documents)
+        for documents in (False, True)
+        for stage, size in (("align", 128), ("supernet", 64), ("supernet", 128))
+    ]
+    for row in rows:
+        assert row["tok_s"] == pytest.approx(row["step_tokens"] / row["step_ms"] * 1e3)
+        assert row["utilisation"] == pytest.approx(row["model_tflop_s"] / row["product_tflop_s"])
+        assert row["kernels"]
+    assert said.count("tokens/s") == 6
+
+
+def test_model_flops_are_those_of_the_products():
+    """Of a forward pass of full attention: two for every weight of a projection and token, four for every channel of a
+    query and key that it sees."""
+    spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    decoder = random_decoder(SHAPE, parse_placement("4A"))
+    rows, sequence = 2, 128
+    linears = [part for part in decoder.model.layers.modules() if isinstance(part, nn.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
+    seen = sequence * (sequence + 1) / 2
+    expected = 2 * rows * sequence * weights + 4 * rows * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim * seen
+    assert module._teacher_flops(SHAPE, rows, sequence) == pytest.approx(expected, rel=0.01)
