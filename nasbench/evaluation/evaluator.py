@@ -38,6 +38,7 @@ class Evaluator:
     Args:
         search_tokens: held-out tokens for split "search" (evenly many for every placement).
         test_tokens: the same for split "test", None for all there are.
+        memo: what tasks make once, shared by evaluators of one model and corpus.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class Evaluator:
         *,
         search_tokens: int = SEARCH_TOKENS,
         test_tokens: int | None = None,
+        memo: dict[object, Any] | None = None,
     ) -> None:
         self.run, self.supernet = run, supernet
         self.corpus = corpus.without_documents() if mixing(supernet.mixers()) else corpus
         self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
         self.cache = EvalsFile(run.evals)
         self._teachers: dict[tuple[str, int], Tensor | Distribution] = {}
-        self._memo: dict[object, Any] = {}
+        self._memo: dict[object, Any] = {} if memo is None else memo
 
     @classmethod
     def open(

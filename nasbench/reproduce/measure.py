@@ -72,24 +72,20 @@ class Measurer:
 
     def __init__(self, bench: Bench, items: Items) -> None:
         self.bench, self.items = bench, items
-        self._evaluators: dict[str, Evaluator] = {}
-        self._memo: dict[object, object] = {}
+        self._final: tuple[Candidate, Evaluator] | None = None
 
     def evaluator(self, candidate: Candidate) -> Evaluator:
         """The supernet's, or one with the finalised weights of this very placement; the last of these is kept."""
-        name = "supernet" if candidate.weights in (TEACHER, "supernet") else repr(candidate)
-        if name not in self._evaluators:
-            for old in [key for key in self._evaluators if key != "supernet"]:
-                del self._evaluators[old]
+        if candidate.weights in (TEACHER, "supernet"):
+            return self.bench.supernet_evaluator
+        if self._final is None or self._final[0] != candidate:
+            self._final = None
             net = self.bench.supernet()
-            if name != "supernet":
-                _, _, remedy = candidate.weights.partition(":")
-                use_final(net, final_folder(self.bench.run, candidate.placement, remedy))
+            _, _, remedy = candidate.weights.partition(":")
+            use_final(net, final_folder(self.bench.run, candidate.placement, remedy))
             self.bench.forget()
-            self._evaluators[name] = self.bench.evaluator(net)
-            # Questions are tokenised, and the teacher's texts written, once for all.
-            self._evaluators[name]._memo = self._memo
-        return self._evaluators[name]
+            self._final = candidate, self.bench.evaluator(net)
+        return self._final[1]
 
     def version(self, candidate: Candidate) -> str:
         return TEACHER if candidate.weights == TEACHER else self.evaluator(candidate).supernet.version

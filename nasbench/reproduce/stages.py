@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +75,11 @@ class Bench:
         self.speeds = Speeds(self.out / "speeds.csv", self.shape, recipe.contexts, recipe.batches)
 
     @cached_property
+    def memo(self) -> dict[object, Any]:
+        """What tasks make once for all placements: tokenised questions, texts that the teacher wrote."""
+        return {}
+
+    @cached_property
     def corpus(self) -> Corpus:
         return self.read(self.run.spec.data, self.recipe.sequence)
 
@@ -84,11 +90,23 @@ class Bench:
 
     def evaluator(self, net: Supernet) -> Evaluator:
         recipe = self.recipe
-        return Evaluator(self.run, net, self.corpus, search_tokens=recipe.search_tokens, test_tokens=recipe.test_tokens)
+        return Evaluator(
+            self.run,
+            net,
+            self.corpus,
+            search_tokens=recipe.search_tokens,
+            test_tokens=recipe.test_tokens,
+            memo=self.memo,
+        )
 
     def supernet(self) -> Supernet:
         """The trained one, read anew: finalising trains the mixers that it is given."""
         return Supernet.load(self.run, dtype=self.dtype, device=self.device, loaded=self.loaded)
+
+    @cached_property
+    def supernet_evaluator(self) -> Evaluator:
+        """Of the supernet as it was trained; for after the training."""
+        return self.evaluator(self.supernet())
 
     def forget(self) -> None:
         """Gives memory back that captured graphs and their tensors held."""
@@ -191,7 +209,7 @@ def search(bench: Bench) -> None:
     recipe, layers = bench.recipe, bench.shape.num_layers
     for name in recipe.names:
         bench.speeds.measure((name,) * layers, bench.device, bench.dtype, bench.log)
-    evaluator = bench.evaluator(bench.supernet())
+    evaluator = bench.supernet_evaluator
     objective = MeasuredObjective(bench, evaluator)
     if bench.plan["searched"] == objective.version:
         return
@@ -254,7 +272,7 @@ def chosen(bench: Bench, count: int) -> Candidate:
     if not rows:
         raise MachineError(f"no searched placement of {count} full-attention layers yet")
     found = [row for row in rows if row.method in SEARCHED] or rows
-    scores = bench.evaluator(bench.supernet()).divergences([row.placement for row in found])
+    scores = bench.supernet_evaluator.divergences([row.placement for row in found])
     return found[min(range(len(found)), key=lambda i: (scores[i].value, i))]
 
 
