@@ -53,7 +53,8 @@ class Recipe:
     seeds: int = 5
     training: DistillConfig = field(
         default_factory=lambda: DistillConfig(
-            ridge_tokens=131072, align_lr=1e-3, align_batch_tokens=65536, supernet_batch_tokens=32768, supernet_lr=5e-4, kl_chunk=4096,
+            ridge_tokens=131072, align_lr=1e-3, align_batch_tokens=65536,
+            supernet_batch_tokens=32768, supernet_lr=5e-4, kl_chunk=4096,
             frozen=(), solved=(), documents=False, most_full=0.5, checkpoint_every_s=300.0,
         )
     )  # fmt: skip
