@@ -252,11 +252,29 @@ class Decoder(nn.Module):
             start = cache.length
         chunk = self.chunk(start, tokens.shape[1])
         x = self.embed(tokens)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, chunk, None if cache is None else cache.mixers[i])
+        mixer_caches = [None] * len(self.model.layers) if cache is None else cache.mixers
+        if fused.usable(x):
+            hidden = self._fused_hidden(x, chunk, mixer_caches)
+        else:
+            for layer, mixer_cache in zip(self.model.layers, mixer_caches, strict=True):
+                x = layer(x, chunk, mixer_cache)
+            hidden = self.model.norm(x)
         if cache is not None:
             cache.length = start + tokens.shape[1]
-        return self.model.norm(x)
+        return hidden
+
+    def _fused_hidden(self, x: Tensor, chunk: Chunk, caches: Sequence[MixerCache | None]) -> Tensor:
+        """The layers and the last norm on embeddings x [B, T, C], which it adds to in place: residual addition and norm
+        are one kernel, and so is SwiGLU."""
+        ops = fused.ops()
+        delta: Tensor | None = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            norm, mlp_norm, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
+            mixed = layer.self_attn(ops.add_norm(x, delta, norm.weight, norm.eps), chunk, cache)
+            weight, _ = mlp.stacked.matrices()
+            inner = F.linear(ops.add_norm(x, mixed.contiguous(), mlp_norm.weight, mlp_norm.eps), weight)
+            delta = mlp.down_proj(ops.swiglu(inner))
+        return ops.add_norm(x, delta, self.model.norm.weight, self.model.norm.eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states [..., C] -> [..., V]."""

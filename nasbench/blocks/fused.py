@@ -1,4 +1,4 @@
-"""Decode steps of the shipped kinds by the kernels of `nasbench_kernels.decode`, on CUDA devices.
+"""The shipped kinds by Triton kernels, on CUDA devices: decode steps, prefill and training.
 
 A kind's `fused_mix` stands between its stacked input projections and its output projection; the engine puts it together
 with norms and residual additions, a mixer's own `step` without.
@@ -24,14 +24,27 @@ def _triton() -> bool:
 
 
 def usable(x: Tensor) -> bool:
-    """Whether the kernels can run on x: a CUDA tensor, triton installed, no gradient asked for."""
-    return x.is_cuda and not torch.is_grad_enabled() and _triton()
+    """Whether kernels without a backward can run on x: a CUDA tensor, triton installed, no gradient asked for."""
+    return differentiable(x) and not torch.is_grad_enabled()
+
+
+def differentiable(x: Tensor) -> bool:
+    """Whether kernels that have a backward can run on x: a CUDA tensor, triton installed."""
+    return x.is_cuda and _triton()
 
 
 @cache
 def ops() -> Any:
     """The module `nasbench_kernels.decode`, imported when it is first needed: triton takes a second."""
     import nasbench_kernels.decode as module
+
+    return module
+
+
+@cache
+def prompt_ops() -> Any:
+    """The module `nasbench_kernels.prefill`, imported when it is first needed."""
+    import nasbench_kernels.prefill as module
 
     return module
 

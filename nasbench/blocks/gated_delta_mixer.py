@@ -27,6 +27,8 @@ FP32_PARAMETERS = ("A_log", "dt_bias")
 """Kept in fp32 whatever the model's dtype: bf16 would round the slowest decays to one another."""
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1.0, 256.0
 """Tokens after which a head's memory has halved, at the start of training; heads are spread in between."""
+WIDEST_KEY, WIDEST_TRAINED_KEY = 256, 128
+"""Key dimensions up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the attention's queries and keys, and its values, are multiplied by before their SiLU.
 
@@ -130,12 +132,34 @@ class GatedDeltaMixer(TokenMixer):
         return self.o_proj(self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate))
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v, decay, beta, gate = self.inputs(x, cache.history if cache else None, False, chunk.documents)
-        state = cache.state["state"] if cache else None
-        mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
+        history, state = (cache.history, cache.state["state"]) if cache else (None, None)
+        if fused.usable(x) and chunk.documents is None and self.key_dim <= WIDEST_KEY:
+            return self.fused_forward(x, history, state)
+        q, k, v, decay, beta, gate = self.inputs(x, history, False, chunk.documents)
+        if fused.differentiable(x) and self.key_dim <= WIDEST_TRAINED_KEY:
+            q, k = q.to(v.dtype), k.to(v.dtype)
+            mixed, new_state = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, state)
+        else:
+            mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
         if state is not None:
             state.copy_(new_state)
         return self.finish(mixed, gate)
+
+    def fused_forward(self, x: Tensor, history: dict[str, Tensor] | None, state: Tensor | None) -> Tensor:
+        """`forward` without a gradient, by Triton kernels between the matrix products."""
+        ops, layout = fused.prompt_ops(), self.row_layout
+        row = F.linear(x, *self.stacked.matrices())
+        mixed, v = self.fused_convolve_prompt(row, history)
+        q, k, decay, beta = ops.rule_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
+        output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
+        if state is not None:
+            state.copy_(new_state)
+        return self.o_proj(ops.gated_norm(output, row, layout.gate, self.o_norm.weight))
+
+    @abstractmethod
+    def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
+        """Short convolutions and SiLU of stacked rows [B, T, P], a history advanced in place -> queries and keys in the
+        first 2 H K columns of [B, T, >= 2 H K], or None where they have no convolution; values [B, T, H * V]."""
 
     @abstractmethod
     def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[Tensor | None, Tensor | None]:

@@ -57,6 +57,9 @@ class GatedDeltaNet(GatedDeltaMixer):
         weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
         if single and history is not None:
             mixed = causal_conv_step(projected, weight, history["qkv"])
+        elif fused.differentiable(projected):
+            ages = None if documents is None else documents.ages
+            mixed = fused.prompt_ops().triton_short_conv(projected, weight, history["qkv"] if history else None, ages)
         else:
             reach = documents.reach(self.config.conv_size) if documents is not None else None
             mixed = causal_conv(projected, weight, history["qkv"] if history else None, reach)
@@ -67,6 +70,11 @@ class GatedDeltaNet(GatedDeltaMixer):
         weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
         fused.ops().conv_step(row, weight, cache.history["qkv"])
         return None, None
+
+    def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
+        mixed = fused.prompt_ops().conv_part(row, 0, weight, history["qkv"] if history else None)
+        return mixed, mixed[..., 2 * self.config.keys :].contiguous()
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

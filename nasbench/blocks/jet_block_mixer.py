@@ -76,6 +76,10 @@ class JetBlock(GatedDeltaMixer):
         documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         kernels = self.dynamic_conv1d.kernel_generator(further[0])
+        if not single and fused.differentiable(v):
+            ages = None if documents is None else documents.ages
+            past = history["values"] if history else None
+            return F.silu(torch.cat((q, k), dim=-1)), fused.prompt_ops().triton_short_conv(v, kernels, past, ages)
         if documents is not None:
             kernels.mul_(documents.reach(self.config.conv_size)[:, :, None].to(kernels.dtype))
         if single and history is not None:
@@ -92,6 +96,12 @@ class JetBlock(GatedDeltaMixer):
         else:
             flat = F.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
         return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]
+
+    def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[None, Tensor]:
+        generator, at = self.dynamic_conv1d.kernel_generator, 2 * (self.config.keys + self.config.values)
+        kernels = generator(row[..., at : at + self.config.generator_size])
+        past = history["values"] if history else None
+        return None, fused.prompt_ops().conv_part(row, self.row_layout.v, kernels, past)
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

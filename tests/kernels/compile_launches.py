@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import triton
-from nasbench_kernels import decode
+from nasbench_kernels import decode, prefill
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -103,6 +103,25 @@ def convolutions(channels: int) -> None:
     triton_short_conv(x.detach(), nothing(2, 2048, channels, 4), nothing(2, 3, channels))
 
 
+def rule(heads: int, key_dim: int, value_dim: int, train: bool) -> None:
+    keys = (2, 2048, heads, key_dim)
+    q, k, v = (nothing(*size).requires_grad_(train) for size in (keys, keys, (2, 2048, heads, value_dim)))
+    gates = nothing(2, 2048, heads, dtype=FP32).requires_grad_(train)
+    out, state = prefill.triton_gated_delta(q, k, v, gates, gates)
+    if train:
+        (out.sum() + state.sum()).backward()
+
+
+def around_the_rule(heads: int, key_dim: int, value_dim: int) -> None:
+    keys, values = heads * key_dim, heads * value_dim
+    at = (0, keys, 2 * keys, 2 * keys + values, 2 * keys + 2 * values, 2 * keys + 2 * values + heads)
+    row, gates = nothing(2, 2048, at[-1] + heads), nothing(heads, dtype=FP32)
+    for mixed in (None, nothing(2, 2048, 2 * keys + values)):
+        prefill.rule_inputs(row, decode.RowLayout(*at), key_dim, gates, gates, mixed)
+    prefill.gated_norm(nothing(2, 2048, heads, value_dim), row, at[3], nothing(value_dim))
+    prefill.conv_part(row, at[2], nothing(2, 2048, values, 4), nothing(2, 3, values))
+
+
 CASES: dict[str, Callable[[], None]] = {
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
@@ -111,6 +130,9 @@ CASES: dict[str, Callable[[], None]] = {
     "between products": lambda: between_products(128, 1536, 8960),
     "products": lambda: products(1536, 8960, 151936),
     "convolutions": lambda: convolutions(3072),
+    "gated delta rule 2B": lambda: rule(12, 96, 256, False),
+    "gated delta rule 2B, training": lambda: rule(12, 96, 256, True),
+    "around the rule 2B": lambda: around_the_rule(12, 96, 256),
 }
 MORE: dict[str, Callable[[], None]] = {
     "attention qwen3": lambda: attention(18, 16, 8, 65536, 128, BF16, True),
@@ -119,6 +141,11 @@ MORE: dict[str, Callable[[], None]] = {
     "attention fp32": lambda: attention(4, 12, 2, 4096, 128, FP32, False),
     "between products, 4B": lambda: between_products(64, 2048, 11008),
     "products, 4B": lambda: products(2048, 11008, 151936),
+}
+MORE |= {
+    "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),
+    "gated delta rule of wide keys": lambda: rule(4, 256, 288, False),
+    "gated delta rule of 128 keys, training": lambda: rule(16, 128, 256, True),
 }
 HEADS = (
     *((4, 256, 288), (4, 192, 384), (4, 128, 576), (8, 256, 144), (8, 192, 192), (8, 128, 288)),
@@ -184,8 +211,8 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("attention", "recurrent"):
-        sys.modules[f"nasbench_kernels.decode.{name}"].card = lambda device: (card.sms, card.shared)
+    for name in ("decode.attention", "decode.recurrent", "gated_delta.kernel"):
+        sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
 
 
 def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import Decoder
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.shapes import ModelShape
 from nasbench.blocks import fused
@@ -102,7 +101,6 @@ def test_a_steps_kernels_are_those_of_its_blocks(batch, monkeypatch):
     assert reasons == ({"", fused_calls.NO_CALL} if batch == 1 else {""})
 
 
-@pytest.mark.skipif(not hasattr(Decoder, "_fused_hidden"), reason="this decoder reads prompts without fused kernels")
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.inference_mode()
 def test_a_chunks_kernels_are_those_of_its_blocks(batch, monkeypatch):

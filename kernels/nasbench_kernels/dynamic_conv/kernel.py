@@ -17,14 +17,16 @@ BLOCK_T, BLOCK_C, WARPS = 16, 64, 4
 
 
 @triton.jit
-def _input(x, history, age, t, c, j, T, C, in_c, W: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr):
+def _input(x, stride, history, age, t, c, j, T, C, in_c, W: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr):
     """What tap j of each token reads, [BT, BC] fp32: zero before the start, and across the border of a document."""
     source = t - (W - 1) + j
     read = (t < T) & (source >= 0)
     if AGE:
         same = tl.load(age + t, mask=t < T, other=0) >= W - 1 - j
         read = read & same
-    value = tl.load(x + source.to(tl.int64)[:, None] * C + c[None, :], mask=read[:, None] & in_c[None, :], other=0.0)
+    value = tl.load(
+        x + source.to(tl.int64)[:, None] * stride + c[None, :], mask=read[:, None] & in_c[None, :], other=0.0
+    )
     value = value.to(tl.float32)
     if HISTORY:
         before = (t < T) & (source < 0)
@@ -48,7 +50,7 @@ def _tap(kernels, t, c, j, C, inside, W: tl.constexpr, STATIC: tl.constexpr):
 
 @triton.jit
 def conv_forward_kernel(
-    x, kernels, history, age, y, T, C,
+    x, stride, kernels, history, age, y, T, C,
     W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -57,15 +59,30 @@ def conv_forward_kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = c < C
     inside = (t < T)[:, None] & in_c[None, :]
-    x += i_b * T * C
+    x += i_b * T * stride
     age += i_b * T
     history += i_b * (W - 1) * C
     if not STATIC:
         kernels += i_b * T * C * W
-    total = tl.zeros((BT, BC), tl.float32)
-    for j in tl.static_range(W):
-        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    if (not STATIC) and W == 4:
+        # All taps of a tile are one block of memory, read once as it lies and taken apart in registers.
+        lanes = tl.program_id(0) * (BC * W) + tl.arange(0, BC * W)
+        taps = tl.load(
+            kernels + t.to(tl.int64)[:, None] * C * W + lanes[None, :],
+            mask=(t < T)[:, None] & (lanes < C * W)[None, :], other=0.0,
+        )  # fmt: skip
+        even, odd = tl.split(tl.reshape(taps, (BT, BC, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        total = _input(x, stride, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE) * first.to(tl.float32)
+        total += _input(x, stride, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE) * second.to(tl.float32)
+        total += _input(x, stride, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE) * third.to(tl.float32)
+        total += _input(x, stride, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE) * fourth.to(tl.float32)
+    else:
+        total = tl.zeros((BT, BC), tl.float32)
+        for j in tl.static_range(W):
+            window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+            total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     result = total * tl.sigmoid(total)
     tl.store(y + i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :], result, mask=inside)
 
@@ -91,7 +108,7 @@ def conv_backward_taps_kernel(
         dkernels += i_b * T * C * W
     total = tl.zeros((BT, BC), tl.float32)
     for j in tl.static_range(W):
-        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
         total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
@@ -100,7 +117,7 @@ def conv_backward_taps_kernel(
     tl.store(d + at, change, mask=inside)
     for j in tl.static_range(W):
         # Inputs a second time, from the cache, instead of W windows in registers.
-        window = _input(x, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
         if STATIC:
             block = i_b * tl.num_programs(1) + tl.program_id(1)
             tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
@@ -152,7 +169,8 @@ class _ShortConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, kernels)
         y = torch.empty_like(x)
         conv_forward_kernel[_grid(x)](
-            x, kernels, x if history is None else history, x if age is None else ctx.age, y, x.shape[1], x.shape[2],
+            x, x.shape[2], kernels, x if history is None else history, x if age is None else ctx.age, y,
+            x.shape[1], x.shape[2],
             W=kernels.shape[-1], STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=age is not None,
             BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
@@ -195,6 +213,13 @@ def ages(cu_seqlens: Tensor, tokens: int) -> Tensor:
     return (place - starts[torch.searchsorted(starts, place, right=True) - 1])[None]
 
 
+def _advance(history: Tensor, x: Tensor) -> None:
+    """The last W-1 of the inputs [B, W-1, C] and [B, T, C], in place."""
+    kept = history.shape[1]
+    fresh = x[:, -kept:] if x.shape[1] >= kept else torch.cat((history[:, x.shape[1] :].to(x.dtype), x), dim=1)
+    history.copy_(fresh[:, fresh.shape[1] - kept :])
+
+
 def triton_short_conv(x: Tensor, kernels: Tensor, history: Tensor | None = None, age: Tensor | None = None) -> Tensor:
     """`naive_dynamic_conv` or `naive_causal_conv`, by the shape of the kernels; differentiable in x and kernels.
 
@@ -211,7 +236,20 @@ def triton_short_conv(x: Tensor, kernels: Tensor, history: Tensor | None = None,
     y = _ShortConvolution.apply(x, kernels, history, age)
     if history is not None:
         with torch.no_grad():
-            kept = history.shape[1]
-            fresh = x[:, -kept:] if x.shape[1] >= kept else torch.cat((history[:, x.shape[1] :].to(x.dtype), x), dim=1)
-            history.copy_(fresh[:, fresh.shape[1] - kept :])
+            _advance(history, x)
+    return y
+
+
+def conv_part(row: Tensor, at: int, kernels: Tensor, history: Tensor | None) -> Tensor:
+    """`triton_short_conv` of columns at..at+C of rows [B, T, P], read where they lie; no gradient -> [B, T, C]."""
+    channels, taps = kernels.shape[-2:]
+    x = row[..., at : at + channels]
+    y = torch.empty(x.shape, device=row.device, dtype=row.dtype)
+    conv_forward_kernel[_grid(x)](
+        x, row.stride(1), kernels, x if history is None else history, x, y, row.shape[1], channels,
+        W=taps, STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=False,
+        BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+    )  # fmt: skip
+    if history is not None:
+        _advance(history, x)
     return y
