@@ -35,7 +35,7 @@ def command(
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: fp32 on a CPU, bf16 on a GPU.")] = "",
-    chunk: Annotated[str, typer.Option(help="Tokens of a prefill chunk; default: 512 on a CPU, 4k on a GPU.")] = "",
+    chunk: Annotated[str, typer.Option(help="Tokens of a prefill chunk; default: 512 on a CPU, 8k on a GPU.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,

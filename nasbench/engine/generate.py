@@ -12,8 +12,8 @@ from nasbench.backbone.decoder import Decoder, DecoderCache
 from nasbench.engine.graph import Stepper
 from nasbench.errors import UserError
 
-CHUNK = {"cpu": 512, "cuda": 4096}
-"""Prefill tokens of a sequence at a time: enough to keep the device busy (one sequence of 64K tokens in chunks of 2048
+CHUNK = {"cpu": 512, "cuda": 8192}
+"""Prefill tokens of a sequence at a time: enough to keep the device busy (one sequence of 64K tokens in chunks of 4096
 waits for the launches of a slow host a third of the time), little enough that activations stay small."""
 
 

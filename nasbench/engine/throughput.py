@@ -115,7 +115,7 @@ def measure(
         batch: sequences, or "max" for the most that fit: as the memory model says, confirmed by running them.
         decoder: of this shape and placement, on its device and in its dtype.
         prefill_context: prompt tokens of the prefill measurement; 0 = as the context; None leaves it out.
-        chunk: prefill tokens of a sequence at a time; default 512 on a CPU, 4096 on a GPU.
+        chunk: prefill tokens of a sequence at a time; default 512 on a CPU, 8192 on a GPU.
         seconds: time for the decode repeats.
         ceilings: of the device where they have just been measured; None to measure them.
 

@@ -51,7 +51,7 @@ LEAST_SECONDS, WATCHED = 0.02, 0.3
 row has the second."""
 FEWEST_RUNS = 6
 """Runs of a workload that even the slowest row takes: warm-up, and three that count."""
-CHUNKS = {"cpu": 512, "cuda": 4096}
+CHUNKS = {"cpu": 512, "cuda": 8192}
 """Prefill chunk by kind of device."""
 
 Progress = Callable[[int, int, Row], None]
@@ -138,7 +138,7 @@ def prepare(
         batches: numbers, or "max" for the largest that fits at each context.
         device: torch device.
         db: folder of the database; None for the default one.
-        chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 4096 on a GPU.
+        chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 8192 on a GPU.
         force: measure again what is there.
         seconds_per_row: cap on the timing of one row, all rounds together.
         isolate: measure every group in a child process of its own; a script that asks for that needs the guard

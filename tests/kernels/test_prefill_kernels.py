@@ -85,11 +85,14 @@ def test_mixed_dtypes_are_refused():
 
 
 @pytest.mark.gpu
-def test_rule_in_bf16_is_as_close_as_the_plain_form():
+@pytest.mark.parametrize("tokens", [1, 33, 66, 300, 1000])
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 8), (16, 4), (64, 64), (96, 256), (128, 128)])
+def test_rule_in_bf16_is_as_close_as_the_plain_form(tokens, key_dim, value_dim):
+    """Sizes of tiles choose the GPU's instructions, and the interpreter knows none of them."""
     from nasbench_kernels.gated_delta import chunked_gated_delta
     from nasbench_kernels.prefill import triton_gated_delta
 
-    case = make(1000, heads=12, key_dim=96, value_dim=256)
+    case = make(tokens, heads=6, key_dim=key_dim, value_dim=value_dim)
     exact = outcome(naive_gated_delta, case)
     narrow = [tensor.bfloat16() if at < 3 else tensor for at, tensor in enumerate(case)]
     fast, plain = outcome(triton_gated_delta, narrow), outcome(chunked_gated_delta, narrow)

@@ -24,7 +24,9 @@ CHUNK = 64
 BLOCK = 16
 """Rows whose triangle is inverted by substitution; blocks of them are put together by matrix products."""
 SCAN_STAGES = 2
-COLLECT_WARPS = 8
+WARPS = 8
+"""With one warp group of four, Triton 3.6's matrix instructions on Hopper give wrong results or stray addresses for some of
+these shapes: tests/kernels/test_prefill_kernels.py shows which."""
 
 
 @triton.jit
@@ -361,22 +363,17 @@ class _Tiles:
     """Value channels of a scan's program."""
     prepare: int
     collect: int
-    warps: int
-    """Of prepare and the scans."""
 
 
 def _tiles(like: Tensor, value_dim: int) -> _Tiles:
-    """Hopper's matrix instructions take operands from shared memory; elsewhere these live in registers, which twice the
-    warps have twice of."""
     key_dim, values = like.shape[-1], max(16, triton.next_power_of_2(value_dim))
-    hopper = card(like.device)[1] >= 200 << 10
     wide = like.dtype == torch.float32 or key_dim > 128
     return _Tiles(
         keys=max(16, triton.next_power_of_2(key_dim)),
         scan=min(32, values),
         prepare=min(32 if wide else 64, values),
-        collect=min(32 if hopper else 16, values),
-        warps=4 if hopper else 8,
+        # Operands of Hopper's matrix instructions lie in shared memory, elsewhere in registers.
+        collect=min(32 if card(like.device)[1] >= 200 << 10 else 16, values),
     )
 
 
@@ -406,7 +403,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         inverses = torch.empty_like(scores) if keep else scores
         prepare_kernel[(count, batch * heads)](
             q, k, v, g, beta, totals, inverses, writes, reads, scores, tokens, heads, scale,
-            **sizes, BLOCK=BLOCK, BLOCK_V=tiles.prepare, KEEP=keep, num_warps=tiles.warps,
+            **sizes, BLOCK=BLOCK, BLOCK_V=tiles.prepare, KEEP=keep, num_warps=WARPS,
         )  # fmt: skip
         state_out = torch.empty(batch, heads, key_dim, value_dim, device=k.device)
         states = torch.empty(batch * heads, count, key_dim, value_dim, device=k.device, dtype=kind) if keep else out
@@ -415,7 +412,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
             q, k, totals, writes, reads, scores, state_out if state is None else state.contiguous(), state_out,
             states, updates, out, tokens, heads, scale,
             **sizes, BLOCK_V=tiles.scan, STATE=state is not None, KEEP=keep, STAGES=SCAN_STAGES,
-            num_warps=tiles.warps,
+            num_warps=WARPS,
         )  # fmt: skip
         if keep:
             ctx.save_for_backward(q, k, v, beta, totals, inverses, reads, scores, states, updates)
@@ -433,18 +430,18 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         dstate_in, dstates, dupdates = torch.empty_like(dstate_out), torch.empty_like(states), torch.empty_like(updates)
         unscan_kernel[(triton.cdiv(value_dim, tiles.scan), batch * heads)](
             q, k, totals, reads, scores, dout, dstate_out, dstate_in, dstates, dupdates, tokens, heads, ctx.scale,
-            **sizes, BLOCK_V=tiles.scan, STATE=True, STAGES=SCAN_STAGES, num_warps=tiles.warps,
+            **sizes, BLOCK_V=tiles.scan, STATE=True, STAGES=SCAN_STAGES, num_warps=WARPS,
         )  # fmt: skip
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg, dbeta = torch.empty_like(totals), torch.empty_like(totals)
         dkeys = torch.empty_like(k, dtype=torch.float32)  # what the outputs and the kept updates give
         collect_outputs_kernel[(count, batch * heads)](
             q, k, totals, states, updates, dout, dstates, dq, dkeys, dg, tokens, heads, ctx.scale,
-            **sizes, BLOCK_V=tiles.collect, num_warps=COLLECT_WARPS,
+            **sizes, BLOCK_V=tiles.collect, num_warps=WARPS,
         )  # fmt: skip
         collect_updates_kernel[(count, batch * heads)](
             k, v, beta, totals, inverses, states, dupdates, dkeys, dk, dv, dg, dbeta, tokens, heads,
-            **sizes, BLOCK_V=tiles.collect, num_warps=COLLECT_WARPS,
+            **sizes, BLOCK_V=tiles.collect, num_warps=WARPS,
         )  # fmt: skip
         return dq, dk, dv, dg.to(ctx.gates), dbeta.to(beta.dtype), dstate_in if ctx.stateful else None, None
 
