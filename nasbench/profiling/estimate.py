@@ -87,7 +87,7 @@ def samples(rows: Iterable[Row], dtype: str) -> dict[tuple[str, str], list[Sampl
     found: dict[tuple[str, str], list[Sample]] = {}
     for row in rows:
         usable = row.status == "ok" and row.source == "measured" and row.dtype == dtype and row.block != CEILING
-        if not usable or row.device not in DEVICES or row.p50_us is None or row.gb_s is None or row.tflop_s is None:
+        if not usable or row.device not in DEVICES or not row.p50_us or row.gb_s is None or row.tflop_s is None:
             continue
         spec = DEVICES[row.device]
         memory_us = row.gb_s * row.p50_us / spec.bandwidth_gb_s

@@ -315,8 +315,9 @@ def _faster(new: Row, old: Row) -> bool:
 
 
 def noise(row: Row) -> float:
-    """Spread of a row over its median; 1 is added where the device was throttled or shared. 0 without a time."""
-    if row.p20_us is None or row.p50_us is None or row.p80_us is None:
+    """Spread of a row over its median; 1 is added where the device was throttled or shared. 0 without a time, and where
+    the work is part of another block's."""
+    if row.p20_us is None or row.p80_us is None or not row.p50_us:
         return 0.0
     return (row.p80_us - row.p20_us) / row.p50_us + (1.0 if row.throttled else 0.0)
 

@@ -9,6 +9,7 @@ block sizes, warps and stages that the wrapper chooses for the card, not those o
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TYPES = {BF16: "*bf16", FP32: "*fp32", torch.float16: "*fp16", torch.int32: "*i32", torch.int64: "*i64"}
+SWITCH = "DISABLE_MMA_V3"
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "num_ctas", "maxnreg")
 
 
@@ -165,6 +167,7 @@ def recorded(case: Callable[[], None]) -> dict[str, tuple[JITFunction, dict[str,
         options = {name: keywords.pop(name) for name in OPTIONS if name in keywords}
         bound = dict(zip(self.arg_names, args, strict=False)) | keywords
         shown = {name: str(value.dtype) if torch.is_tensor(value) else value for name, value in bound.items()}
+        options[SWITCH] = os.environ.get(SWITCH)
         launches[f"{self.fn.__name__} {shown} {options}"] = (self, bound, options)
 
     original = JITFunction.run
@@ -211,7 +214,7 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("decode.attention", "decode.recurrent", "gated_delta.kernel"):
+    for name in ("decode.attention", "decode.recurrent"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
 
 
@@ -220,10 +223,14 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
         pretend(arch)
         for name, case in cases.items():
             for kernel, bound, options in recorded(case).values():
+                switch = options.pop(SWITCH)
+                os.environ |= {} if switch is None else {SWITCH: switch}
                 compiled = triton.compile(source_of(kernel, bound), target=GPUTarget("cuda", arch, 32), options=options)
+                os.environ.pop(SWITCH, None)
                 count, stack = registers(compiled.asm["cubin"])
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
+                row["wgmma"] = "wgmma" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)
 
 

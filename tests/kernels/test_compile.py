@@ -18,7 +18,7 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 22
 MOST_REGISTERS = 255
 SMALL_STACK = 16
 """Bytes of stack that are no spill: ptxas now and then keeps a scalar or two there."""
-LARGER_STACK = {"collect_outputs_kernel": 128, "collect_updates_kernel": 192}
+LARGER_STACK = {"collect_outputs_kernel": 192, "collect_updates_kernel": 192}
 """Once a chunk of 64 tokens, of kernels that hold three tiles of sums at once; more warps spill more."""
 
 
@@ -37,6 +37,7 @@ def check(arch, rows):
     for row in rows:
         assert row["shared"] <= SHARED_BYTES[arch], row
         assert row["registers"] <= MOST_REGISTERS, row
+        assert not row["wgmma"], row  # why: nasbench_kernels/gated_delta/kernel.py
         assert row["stack"] <= LARGER_STACK.get(row["kernel"], SMALL_STACK), row
 
 

@@ -10,6 +10,9 @@ States stay in registers in fp32; operands of matrix products are in the inputs'
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +21,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nasbench_kernels.decode.card import card
-
 CHUNK = 64
 BLOCK = 16
 """Rows whose triangle is inverted by substitution; blocks of them are put together by matrix products."""
 SCAN_STAGES = 2
 WARPS = 8
-"""With one warp group of four, Triton 3.6's matrix instructions on Hopper give wrong results or stray addresses for some of
-these shapes: tests/kernels/test_prefill_kernels.py shows which."""
+WGMMA_OFF = "DISABLE_MMA_V3"
+"""Triton's switch, read when a kernel is compiled, that takes Ampere's matrix instructions on Hopper as well.
+
+Hopper's read shared memory by descriptors, whose upper half ptxas 12.9 (in Triton 3.6) fills from the wrong register
+for some tile sizes here: results of arbitrary memory, or an illegal access.
+"""
+
+
+@contextmanager
+def _without_wgmma() -> Iterator[None]:
+    before = os.environ.get(WGMMA_OFF)
+    os.environ[WGMMA_OFF] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[WGMMA_OFF]
+        else:
+            os.environ[WGMMA_OFF] = before
 
 
 @triton.jit
@@ -372,8 +390,7 @@ def _tiles(like: Tensor, value_dim: int) -> _Tiles:
         keys=max(16, triton.next_power_of_2(key_dim)),
         scan=min(32, values),
         prepare=min(32 if wide else 64, values),
-        # Operands of Hopper's matrix instructions lie in shared memory, elsewhere in registers.
-        collect=min(32 if card(like.device)[1] >= 200 << 10 else 16, values),
+        collect=16,
     )
 
 
@@ -388,6 +405,7 @@ def _sizes(like: Tensor, value_dim: int, tiles: _Tiles) -> dict[str, Any]:
 
 class _ChunkedGatedDelta(torch.autograd.Function):
     @staticmethod
+    @_without_wgmma()
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -420,6 +438,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         return out, state_out
 
     @staticmethod
+    @_without_wgmma()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, totals, inverses, reads, scores, states, updates = ctx.saved_tensors
         dout, dstate_out = (x.contiguous() for x in gradients)
