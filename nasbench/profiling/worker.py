@@ -33,6 +33,8 @@ from nasbench.store import Row
 START_S = {"cpu": 0.5, "cuda": 3.0}
 """About what a group waits for its child, for the plan."""
 LONGEST_START_S = 300.0
+CEILINGS_S = 120.0
+"""The device's own limits may take this long whatever the patience with a row: a slow CPU needs seconds."""
 DEATHS = 3
 """After this many deaths in a row the rest of a group is not tried: it would take a time-out each."""
 _BROKEN = ("CUDA error", "AcceleratorError")
@@ -74,7 +76,7 @@ class Worker:
 
     def ceilings(self) -> list[Row]:
         """The device's own limits. Raises MachineError where the child does not survive that."""
-        answer = self._ask("ceilings", None, None)
+        answer = self._ask("ceilings", None, None, max(self.patience_s, CEILINGS_S))
         if isinstance(answer, str):
             raise MachineError(f"measuring {self.machine.info.title}'s bandwidth: {answer.partition(' ')[2]}")
         return answer
@@ -83,7 +85,7 @@ class Worker:
         """The row of a point, of whatever status."""
         if self._deaths >= DEATHS:
             return self._problem(point, "failed", f"not tried: {DEATHS} points of this block before it ended so")
-        answer = self._ask("point", point, budget)
+        answer = self._ask("point", point, budget, self.patience_s)
         if isinstance(answer, str):
             self._deaths += 1
             status, _, reason = answer.partition(" ")
@@ -127,7 +129,7 @@ class Worker:
         cells = point_cells(self.bench, self.machine.info, point)
         return Row(**cells, status=status, reason=reason, **provenance(self.machine))
 
-    def _ask(self, what: str, point: Point | None, budget: Budget | None) -> Any:
+    def _ask(self, what: str, point: Point | None, budget: Budget | None, patience_s: float) -> Any:
         """The child's answer; where it died or hung, a status and the reason as one string."""
         if self._process is None:
             self._start()
@@ -137,9 +139,9 @@ class Worker:
         answer: Any = None
         try:
             connection.send((what, point, budget))
-            if not wait([connection, process.sentinel], self.patience_s):
+            if not wait([connection, process.sentinel], patience_s):
                 self._kill()
-                return f"failed hung: no answer for {self.patience_s:.0f} s"
+                return f"failed hung: no answer for {patience_s:.0f} s"
             answer = connection.recv() if connection.poll() else None
         except (EOFError, OSError):
             answer = None

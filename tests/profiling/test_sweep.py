@@ -16,7 +16,7 @@ from nasbench.errors import MachineError, UserError
 from nasbench.profiling import sweep as sweep_module
 from nasbench.profiling.measure import measure, point_cells, provenance
 from nasbench.profiling.plan import Point
-from nasbench.profiling.sweep import prepare, run, sweep
+from nasbench.profiling.sweep import noise, prepare, run, sweep
 from nasbench.profiling.telemetry import Reading, Telemetry, shared
 from nasbench.profiling.workload import Workload, build
 from nasbench.store import CEILINGS, Database, Row, read_db
@@ -258,6 +258,7 @@ def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch)
     monkeypatch.setattr("nasbench.profiling.measure.build", lambda bench, point: Workload([], 1, 1, reason="elsewhere"))
     row = measure(todo.machine, todo.bench, Point("norm", "decode", 1))
     assert (row.status, row.p50_us, row.noisy, row.reason) == ("ok", 0.0, False, "elsewhere")
+    assert noise(row) == 0.0
 
 
 def test_without_nvml_readings_are_empty():
