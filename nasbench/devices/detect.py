@@ -140,8 +140,13 @@ def _memory_bytes() -> int:
     return total
 
 
+LLC_BYTES_PER_CPU = 32 << 20
+"""The most last-level cache that any processor has for one core. A virtual machine of few cores shows all of its
+host's, which its neighbours fill."""
+
+
 def _llc_bytes() -> int:
-    """Size of the highest cache level of the first CPU; 0 if the system does not tell."""
+    """Size of the highest cache level of the first CPU, as far as it can be ours; 0 if the system does not tell."""
     levels: dict[int, int] = {}
     try:
         for folder in _CACHES.glob("index*"):
@@ -150,4 +155,4 @@ def _llc_bytes() -> int:
             levels[int((folder / "level").read_text())] = int(size.rstrip("KM")) * scale
     except (OSError, ValueError):
         return 0
-    return levels[max(levels)] if levels else 0
+    return min(levels[max(levels)], LLC_BYTES_PER_CPU * (os.cpu_count() or 1)) if levels else 0
