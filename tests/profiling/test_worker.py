@@ -89,7 +89,8 @@ def start_profile(db: Path, *more: str) -> subprocess.Popen:
     """The command itself, in a session of its own, so that signals reach what a terminal's would."""
     command = "-m nasbench profile --model smollm2-135m --blocks W --contexts 64,128 --batches 1 --modes decode"
     arguments = [sys.executable, *command.split(), "--device", "cpu", "--budget", "0.1", "--db", str(db), *more]
-    environment = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1])}
+    # Two processes of as many threads as cores each would wait for one another most of the time.
+    environment = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         arguments,
         env=environment,
