@@ -60,7 +60,7 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     context: Annotated[str, typer.Option(help="Context to be fast at; default by device.")] = "",
     batch: Annotated[str, typer.Option(help="Batch to be fast at; default by device.")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16; default: the faster one here.")] = "",
     full_attention: Annotated[str, typer.Option(help="Numbers of full-attention layers to search.")] = FULL_ATTENTION,
     scale: Annotated[
         float, typer.Option(help="Multiplies every budget: 0.1 for a smoke test, 4 for a better front.")
@@ -83,6 +83,7 @@ def command(
     target = (context or preset.context, batch or preset.batch)
     check_context(shape, parse_size(target[0]))
     began = time.perf_counter()
+    dtype = dtype or _dtype(out, device)
     stages = _stages(preset, out, model, device, target, dtype, full_attention, scale)
     for number, (title, arguments) in enumerate(stages, 1):
         log(f"\n[{number}/{len(stages)}] {title}\n      nasbench {' '.join(arguments)}")
@@ -92,6 +93,23 @@ def command(
             raise typer.Exit(code)
         log(f"      {title}: {time.perf_counter() - stage_began:.0f} s")
     _summary(out, out / "profiles", full_attention, time.perf_counter() - began)
+
+
+def _dtype(out: Path, device: str) -> str:
+    """The faster data type, as the first run of this folder found it: a second one goes on with its rows."""
+    from nasbench.devices.dtype import faster_dtype
+    from nasbench.files import atomic_path, machine_errors
+
+    path = out / "dtype.txt"
+    with machine_errors(f"writing {path}"):
+        known = path.read_text(encoding="ascii").strip() if path.exists() else ""
+        if known in ("fp32", "bf16"):
+            return known
+        found = faster_dtype(device)
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(found + "\n", encoding="ascii")
+    return found
 
 
 def _stages(
@@ -123,6 +141,7 @@ def _stages(
     measuring = ["--calibrate", *([] if device.startswith("cuda") else ["--in-process"])]
     search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
     distill = ["distill", "--model", model, "--names", "W,J", "--out", folder, "--device", device]
+    distill += ["--dtype", dtype]
     budget = ["--sequence", preset.sequence]
     budget += ["--align-tokens", tokens(preset.align_tokens), "--align-batch", preset.align_batch]
     budget += ["--supernet-tokens", tokens(preset.supernet_tokens), "--supernet-batch", preset.supernet_batch]

@@ -11,8 +11,8 @@ from nasbench.backbone.shapes import ModelShape
 from nasbench.spaces.placement import Placement
 
 USABLE = {"cuda": 0.985, "cpu": 0.6}
-"""Share of the free memory that a measurement may take: allocators fragment (by less on an H200, where 8 % more than 0.92
-of it could be used: reports/cost-h200/largest-batch.csv), and a CPU has other programs to feed."""
+"""Share of the free memory that a measurement may take: allocators fragment (on an H200, 8 % more sequences ran than
+fit in 0.92 of it: reports/cost-h200/largest-batch.csv), and a CPU has other programs to feed."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
