@@ -29,10 +29,11 @@ from nasbench.engine.memory import USABLE, sequence_bytes, weight_bytes
 from nasbench.errors import NasbenchError, UserError
 from nasbench.profiling.estimate import Estimator
 from nasbench.profiling.plan import plan
+from nasbench.profiling.sweep import CHUNKS
 from nasbench.search.table import write_rows
 from nasbench.store import CEILING, Row
 
-WIDTH, DTYPE, CHUNK = 2, "bf16", 2048
+WIDTH, DTYPE, CHUNK = 2, "bf16", CHUNKS["cuda"]
 CONTEXTS = tuple(4096 << power for power in range(7))
 LONG = 65536
 MOST = 1024

@@ -197,7 +197,8 @@ def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tup
     for placement, widest in placements:
         for context in dict.fromkeys((first, last)):
             largest = min(most, largest_batch(shape, (widest,), context, memory, width))
-            batches = (1, largest) if context == first else (largest,)
+            # A few sequences: what lies between the kernels shows where they are short.
+            batches = (1, min(4, largest), largest) if context == first else (largest,)
             points += [("decode", placement, context, batch) for batch in batches]
     return list(dict.fromkeys(points))
 

@@ -3,6 +3,7 @@ end-to-end measurements that are kept apart from those that judge the model.
 
     time = constant * layers + shared * (embedding, norms, MLPs, head) + sum over kinds of scale[kind] * (its mixers)
 
+In decode steps of one sequence `alone` takes the constant's place: on a GPU they are other kernels, about half as many.
 Chunks of a prompt that the host takes longer to launch than the device to run are a feature of their own, `host`.
 The fit is linear regression on relative errors with a prior, constant 0 and every scale 1, so that few measurements
 move little: a kind that none of them contains keeps its scale. The posterior's covariance and the fit's residual are
@@ -26,8 +27,8 @@ from nasbench.errors import UserError
 from nasbench.files import atomic_path, machine_errors
 
 SCHEMA = 1
-PRIOR_SD = {"constant": 1.0, "host": 0.3}
-"""Standard deviations of the prior: microseconds a layer for the constant, of the host's scale, which depends on what
+PRIOR_SD = {"constant": 3.0, "alone": 3.0, "host": 0.3}
+"""Standard deviations of the prior: microseconds a layer for the constants, of the host's scale, which depends on what
 else it does ..."""
 PRIOR_SCALE_SD = 0.1
 """... and of every other scale around 1."""
@@ -37,10 +38,10 @@ LEAST_RESIDUAL = 0.01
 """Few measurements may agree by chance."""
 FOREIGN = 3.0
 """Measurements of another model of the same device count as so much less precise."""
-CONSTANT, SHARED, HOST = "constant", "shared", "host"
+CONSTANT, ALONE, SHARED, HOST = "constant", "alone", "shared", "host"
 
 Features = Mapping[str, float]
-"""Microseconds by feature: SHARED, HOST and the letters of kinds; CONSTANT is a number of layers."""
+"""Microseconds by feature: SHARED, HOST and the letters of kinds; CONSTANT and ALONE are numbers of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class Calibration:
     rows: int = 0
 
     def coefficient(self, name: str) -> float:
-        """Microseconds a layer for CONSTANT, else the scale of a feature."""
+        """Microseconds a layer for CONSTANT and ALONE, else the scale of a feature."""
         if name in self.names:
             return self.mean[self.names.index(name)]
         return _prior_mean(name)
@@ -110,7 +111,7 @@ class Calibration:
 
 
 def _prior_mean(name: str) -> float:
-    return 0.0 if name == CONSTANT else 1.0
+    return 0.0 if name in (CONSTANT, ALONE) else 1.0
 
 
 def _prior_sd(name: str) -> float:

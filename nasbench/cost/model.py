@@ -21,7 +21,7 @@ import numpy as np
 
 from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.config import format_size
-from nasbench.cost.calibration import CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
+from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Table, Time, total
 from nasbench.errors import UserError, unknown
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
@@ -85,14 +85,16 @@ class Parts:
     Attributes:
         times: (feature, time) of every block by itself: blocks err independently of one another.
         layers: layers times chunks, what the calibration's constant counts.
+        constant: which of its constants.
     """
 
     times: tuple[tuple[str, Time], ...]
     layers: int
+    constant: str = CONSTANT
 
     @property
     def features(self) -> Features:
-        found: dict[str, float] = {CONSTANT: float(self.layers)}
+        found: dict[str, float] = {self.constant: float(self.layers)}
         for feature, time in self.times:
             found[feature] = found.get(feature, 0.0) + time.us
         return found
@@ -294,7 +296,7 @@ class CostModel:
         fit = self._calibrations["decode"]
         scale = fit.coefficient(SHARED)
         shared = {name: self._block(name, "decode", 0, batch, extrapolate).us for name in SHARED_BLOCKS}
-        every = fit.coefficient(CONSTANT) + scale * (2 * shared["norm"] + shared["mlp"])
+        every = fit.coefficient(_constant(batch)) + scale * (2 * shared["norm"] + shared["mlp"])
         mixers = [self._block(name, "decode", context, batch, extrapolate).us for name in names]
         times = [every + fit.coefficient(kind_of(name)) * us for name, us in zip(names, mixers, strict=True)]
         return times, scale * (shared["embedding"] + shared["norm"] + shared["head"])
@@ -306,7 +308,7 @@ class CostModel:
         for name in dict.fromkeys(placement):
             time = self._block(name, "decode", context, batch, extrapolate) * placement.count(name)
             times.append((kind_of(name), time))
-        return Parts(tuple(times), layers)
+        return Parts(tuple(times), layers, _constant(batch))
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
         layers, chunks = len(placement), ceil(context / chunk)
@@ -392,6 +394,11 @@ class CostModel:
 
 _IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")
 """The columns of store.block_cells, in its order."""
+
+
+def _constant(batch: int) -> str:
+    """The calibration's constant of a decode step."""
+    return ALONE if batch == 1 else CONSTANT
 
 
 def _source(estimated: bool) -> str:

@@ -19,8 +19,9 @@ LONG = 32768
 """Beyond this context prefill is measured at the first two of those batches: the third would take seconds a row."""
 LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
-FULL_MEMORY = 0.95
-"""Share of it that a whole model may come to fill, up to which its layers are measured."""
+FULL_MEMORY = 1.0
+"""Share of it that a whole model may come to fill, up to which its layers are measured; no less than what
+nasbench.engine.memory lets a model fill, or its largest batch has no rows."""
 USABLE_MEMORY = 0.85
 """Share of the device's memory that a plan counts on; the rest is for work space and what else runs."""
 

@@ -12,6 +12,7 @@ from nasbench.cost import CalibrationRow, CostModel, add_calibration, judge, loa
 from nasbench.cost.calibration import (
     FOREIGN,
     PRIOR_SCALE_SD,
+    PRIOR_SD,
     RESIDUAL,
     Calibration,
     calibration_path,
@@ -37,7 +38,7 @@ def end_to_end(placement: str, context: int, batch: int, time_ms: float, **cells
 def world_ms(costs: CostModel, placement: str, context: int, batch: int) -> float:
     """A device on which shared blocks take 0.8 of their rows, J 1.2, and every layer 3 us more."""
     parts = costs._decode_parts(SHAPE.parse(placement), context, batch, False).features
-    scales = {"shared": 0.8, "J": 1.2, "constant": 3.0}
+    scales = {"shared": 0.8, "J": 1.2, "constant": 3.0, "alone": 3.0}
     return sum(scales.get(name, 1.0) * value for name, value in parts.items()) / 1e3
 
 
@@ -75,7 +76,8 @@ def test_without_measurements_the_model_is_the_sum_of_its_rows(plain):
     assert fit([]) == Calibration()
     mean, stderr = Calibration().apply({"shared": 100.0, "A": 50.0, "constant": 30.0})
     assert mean == 150.0
-    expected = (PRIOR_SCALE_SD * 100) ** 2 + (PRIOR_SCALE_SD * 50) ** 2 + 30.0**2 + (RESIDUAL * 150) ** 2
+    constant = PRIOR_SD["constant"] * 30
+    expected = (PRIOR_SCALE_SD * 100) ** 2 + (PRIOR_SCALE_SD * 50) ** 2 + constant**2 + (RESIDUAL * 150) ** 2
     assert stderr == pytest.approx(expected**0.5)
 
 
@@ -85,6 +87,17 @@ def test_one_measurement_moves_little_and_leaves_other_kinds_alone():
     assert one.coefficient("J") == 1.0
     foreign = fit([({"shared": 100.0, "A": 100.0, "constant": 30.0}, 300.0, FOREIGN)])
     assert 1.0 < foreign.coefficient("A") < one.coefficient("A")
+
+
+def test_steps_of_one_sequence_have_a_constant_of_their_own(plain):
+    us = {batch: 1e3 * plain.decode(SHAPE.parse("30A"), 2048, batch).step_ms for batch in (1, 2)}
+    several = CostModel(rows_of(), SHAPE, "fp32", [end_to_end("30A", 2048, 2, (us[2] + 100) / 1e3)])
+    alone, beside = (several.decode(SHAPE.parse("30A"), 2048, batch).step_ms * 1e3 for batch in (1, 2))
+    assert several._calibrations["decode"].coefficient("alone") == 0.0
+    assert several._calibrations["decode"].coefficient("constant") > 0.0
+    assert beside > us[2]
+    codes = several.decode_many([SHAPE.parse("30A")], 2048, 1)
+    assert codes[0] == pytest.approx(1e6 / alone)
 
 
 def test_prefill_has_a_calibration_of_its_own(plain):
