@@ -1,6 +1,7 @@
 """Configurations of the gated-delta family: G, Gated DeltaNet (arXiv 2412.06464), and J, JetBlock (arXiv 2508.15884).
 
-Both keep one fp32 matrix of key_dim x value_dim per head and update it by the gated delta rule. They differ in what
+Both keep one matrix of key_dim x value_dim per head, in fp32 unless asked otherwise, and update it by the gated delta
+rule. They differ in what
 stands before it: G convolves queries, keys and values with static kernels; J convolves the values alone, with a kernel
 that a small network makes from each token.
 """
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.blocks.base import LayerShape, MixerConfig, parse_ints
+from nasbench.errors import UserError
 
 if TYPE_CHECKING:
     from nasbench.blocks.mixer import TokenMixer
 
-STATE_BYTES = 4
-"""The recurrent state is fp32."""
+STATE_BITS = (32, 16)
+"""Of an element of the recurrent state: fp32, as published checkpoints were trained, or bf16."""
 CHUNK = 64
 """Tokens that the chunked-parallel form solves at once."""
 
@@ -30,15 +32,25 @@ class GatedDeltaConfig(MixerConfig):
     key_dim: int = 0
     value_dim: int = 0
     conv_size: int = 4
+    state_bits: int = 32
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
         args = args or f"{shape.num_heads}x{shape.head_dim}x{shape.head_dim}"
-        return cls(shape, *parse_ints(cls.kind, args, ("heads", "key_dim", "value_dim")))
+        names = ("heads", "key_dim", "value_dim")
+        if args.count("x") < 3:
+            return cls(shape, *parse_ints(cls.kind, args, names))
+        heads, key_dim, value_dim, bits = parse_ints(cls.kind, args, (*names, "state bits"))
+        if bits not in STATE_BITS:
+            raise UserError(
+                f"bad arguments {args!r} of layer kind {cls.kind}: the state has 32 bits (fp32) or 16 (bf16)"
+            )
+        return cls(shape, heads, key_dim, value_dim, state_bits=bits)
 
     @property
     def args(self) -> str:
-        return f"{self.num_heads}x{self.key_dim}x{self.value_dim}"
+        bits = "" if self.state_bits == STATE_BITS[0] else f"x{self.state_bits}"
+        return f"{self.num_heads}x{self.key_dim}x{self.value_dim}{bits}"
 
     @property
     def keys(self) -> int:
@@ -51,7 +63,7 @@ class GatedDeltaConfig(MixerConfig):
         return self.num_heads * self.value_dim
 
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
-        return batch * self.num_heads * self.key_dim * self.value_dim * STATE_BYTES
+        return batch * self.num_heads * self.key_dim * self.value_dim * self.state_bits // 8
 
     def state_traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return 2 * (self.cache_bytes(batch, context, dtype_bytes) + self.history_bytes(batch, dtype_bytes))

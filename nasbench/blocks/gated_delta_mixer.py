@@ -122,9 +122,10 @@ class GatedDeltaMixer(TokenMixer):
         return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta.float().sigmoid(), gate
 
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
-        """The state [B, H, K, V] fp32 and the convolutions' histories."""
+        """The state [B, H, K, V], fp32 or bf16 as configured, and the convolutions' histories."""
         size = (batch, self.heads, self.key_dim, self.value_dim)
-        state = {"state": torch.zeros(size, device=device, dtype=torch.float32)}
+        kind = torch.float32 if self.config.state_bits == 32 else torch.bfloat16
+        state = {"state": torch.zeros(size, device=device, dtype=kind)}
         return MixerCache(context, state, self.new_history(batch, device=device, dtype=dtype))
 
     def finish(self, mixed: Tensor, gate: Tensor) -> Tensor:
@@ -140,7 +141,8 @@ class GatedDeltaMixer(TokenMixer):
             q, k = q.to(v.dtype), k.to(v.dtype)
             mixed, new_state = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, state)
         else:
-            mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, state)
+            before = None if state is None else state.float()
+            mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, before)
         if state is not None:
             state.copy_(new_state)
         return self.finish(mixed, gate)

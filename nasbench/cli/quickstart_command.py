@@ -139,7 +139,7 @@ def _stages(
     profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
     # A CPU's rows are its caches', too: measured in the process that measures the whole steps, both see the same.
     measuring = ["--calibrate", *([] if device.startswith("cuda") else ["--in-process"])]
-    search = ["search", folder, "--full-attention", full_attention, *goal, *held_out]
+    search = ["search", folder, "--full-attention", full_attention, *goal, "--eval-dtype", dtype, *held_out]
     distill = ["distill", "--model", model, "--names", "W,J", "--out", folder, "--device", device]
     distill += ["--dtype", dtype]
     budget = ["--sequence", preset.sequence]

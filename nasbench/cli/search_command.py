@@ -25,6 +25,7 @@ def command(
     context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "4k",
     batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the speeds; default: what was profiled.")] = "",
+    eval_dtype: Annotated[str, typer.Option(help="fp32 or bf16, in which the supernet is scored.")] = "bf16",
     filler: Annotated[
         str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
     ] = "",
@@ -44,7 +45,7 @@ def command(
 
     The same command again continues where it stopped; what was evaluated once costs nothing.
     """
-    from nasbench.cli.common import print_json, progress_bar, torch_device
+    from nasbench.cli.common import print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.search.session import Options
     from nasbench.search.strategies import STRATEGIES
@@ -79,7 +80,8 @@ def command(
 
     from nasbench.evaluation.evaluator import Evaluator
 
-    evaluator = Evaluator.open(opened, device=torch_name, search_tokens=sizes[2], test_tokens=held_out)
+    kind = torch_dtype(eval_dtype)
+    evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=sizes[2], test_tokens=held_out)
     with progress_bar() as progress:
         outcome = search_run(
             opened, evaluator, cost, target, strategy, options, test=held_out is not None, progress=progress
