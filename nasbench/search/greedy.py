@@ -7,11 +7,8 @@ layers that are worth most alone are tried.
 
 from __future__ import annotations
 
-import math
-
 from nasbench.errors import UserError
 from nasbench.search.session import STRATEGIES, Search
-from nasbench.spaces.placement import Placement
 
 NAME = "kl-greedy"
 
@@ -33,12 +30,7 @@ def kl_greedy(search: Search) -> None:
         answered = search.evaluate(sets, NAME)
         if not answered:
             return
-        chosen = sets[min(answered, key=lambda placement: _divergence(search, placement))]
-
-
-def _divergence(search: Search, placement: Placement) -> tuple[float, Placement]:
-    loss = search.losses[placement]
-    return loss.value if math.isnan(loss.kl) else loss.kl, placement
+        chosen = sets[min(answered, key=lambda placement: (answered[placement], placement))]
 
 
 STRATEGIES.register(NAME, kl_greedy)

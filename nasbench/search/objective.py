@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from nasbench.search.trials import Target
+from nasbench.search.trials import Target, score
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space
 
@@ -23,6 +23,11 @@ class Loss:
     value: float
     stderr: float = math.nan
     kl: float = math.nan
+
+    @property
+    def score(self) -> float:
+        """What placements are ranked by, lower is better."""
+        return score(self.value, self.kl)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class Objective(Protocol):
         """On the target. Cheap."""
 
     def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
-        """Loss increase of putting each of the names in one layer of the otherwise unchanged model."""
+        """What putting each of the names in one layer of the otherwise unchanged model costs, in nats a token: the
+        divergence from it, which a single layer moves beyond the noise of a few thousand tokens' loss."""
 
 
 class RunObjective:
@@ -99,4 +105,4 @@ class RunObjective:
             self._progress("layer importance", done, total)
 
         rows = self._evaluator.importance(names, progress=progress)
-        return {(row.layer, row.name): row.loss_increase for row in rows}
+        return {(row.layer, row.name): row.kl for row in rows}

@@ -66,7 +66,7 @@ def open_study(search: Search) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options, objective = search.options, search.objective
-    identity = repr((objective.target, objective.version, search.space, options.full_attention, search.useful))
+    identity = repr(("kl", objective.target, objective.version, search.space, options.full_attention, search.useful))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     try:
         if options.storage:
@@ -102,7 +102,7 @@ def seeds(search: Search) -> list[Placement]:
 
 
 def optuna_study(search: Search) -> None:
-    """The strategy: asks a batch of trials, evaluates the placements, tells their loss and speed."""
+    """The strategy: asks a batch of trials, evaluates the placements, tells their score and speed."""
     import optuna
 
     study, space = open_study(search), distributions(search)

@@ -14,6 +14,7 @@ from nasbench.errors import UserError, unknown
 from nasbench.registry import Registry
 from nasbench.search.objective import Loss, Objective
 from nasbench.search.trials import (
+    FILLERS,
     TEACHER,
     UNIFORM,
     Trial,
@@ -96,7 +97,7 @@ class Search:
 
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
-        """Loss increase of each (layer, useful name) alone; full attention is 0."""
+        """What each (layer, useful name) costs alone; full attention is 0."""
         return self.objective.importance(self.useful)
 
     @cached_property
@@ -125,13 +126,22 @@ class Search:
 
     @cached_property
     def base(self) -> Placement:
-        """The filler of every layer: the one asked for, or the one that costs the layer the least loss."""
+        """The filler of every layer: the one asked for, or the one that costs the layer the least, or the same in all
+        layers where that scores better: what layers cost alone does not add up."""
         if self.options.filler:
             return (self.options.filler,) * self.space.num_layers
-        return tuple(
+        mixed = tuple(
             min(self.fillers(layer), key=lambda name: self.importance.get((layer, name), math.inf))
             for layer in range(self.space.num_layers)
         )
+        scores = self.evaluate(dict.fromkeys([mixed, *self.pure]), FILLERS, free=True)
+        return min(scores, key=lambda placement: (scores[placement], placement != mixed, placement))
+
+    @property
+    def pure(self) -> list[Placement]:
+        """No full attention, one useful filler in all layers."""
+        layers = self.space.num_layers
+        return [(name,) * layers for name in self.useful if all(name in legal for legal in self.space.choices)]
 
     def with_full(self, layers: Iterable[int]) -> Placement:
         """Full attention at `layers`, the filler elsewhere."""
@@ -139,15 +149,14 @@ class Search:
 
     @cached_property
     def worth(self) -> tuple[float, ...]:
-        """Loss that full attention in a layer saves, measured alone."""
+        """What full attention in a layer saves, measured alone."""
         return tuple(self.importance.get((layer, name), 0.0) for layer, name in enumerate(self.base))
 
     def uniforms(self, count: int) -> list[Placement]:
         """Evenly spread placements of K full layers: with the base's fillers, and with every useful filler alone."""
         layers = self.space.num_layers
         even = frozenset(i for i, name in enumerate(uniform_placement(layers, count, "-")) if name == "A")
-        pure = [name for name in self.useful if all(name in legal for legal in self.space.choices)]
-        fills = [self.base, *((name,) * layers for name in pure)]
+        fills = [self.base, *self.pure]
         return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in fills))
 
     def remaining(self, strategy: str) -> int:
@@ -155,7 +164,8 @@ class Search:
         return self.options.evaluations - len(self.visited.get(strategy, ()))
 
     def evaluate(self, placements: Iterable[Placement], strategy: str, free: bool = False) -> dict[Placement, float]:
-        """Losses of the placements, as far as the strategy's budget goes; trials are written as they come.
+        """Scores of the placements (`Loss.score`), as far as the strategy's budget goes; trials are written as they
+        come.
 
         Args:
             free: charge no budget (baselines).
@@ -183,7 +193,7 @@ class Search:
             seconds = (time.perf_counter() - began) / len(unknown_ones)
         fresh = set(unknown_ones)
         add_trials(self.path, [self._trial(p, strategy, seconds if p in fresh else 0.0) for p in placements])
-        return {placement: self.losses[placement].value for placement in placements}
+        return {placement: self.losses[placement].score for placement in placements}
 
     def _trial(self, placement: Placement, strategy: str, seconds: float) -> Trial:
         loss, speed, target = self.losses[placement], self.objective.speed(placement), self.objective.target

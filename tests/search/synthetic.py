@@ -38,7 +38,7 @@ class SyntheticObjective:
 
     def losses(self, placements: Sequence[Placement]) -> list[Loss]:
         self.asked.extend(placements)
-        return [Loss(self.loss(placement), 0.01, 0.1) for placement in placements]
+        return [Loss(self.loss(placement), 0.01, self.loss(placement) - 2.5) for placement in placements]
 
     def speed(self, placement: Placement) -> Speed:
         step_ms = 2.0 + sum(MS[name] for name in placement)

@@ -70,7 +70,7 @@ def test_beam_then_optuna(prepared, capsys):
     data = json.loads(captured.out)
     assert captured.out.count("\n") == 1
     assert [pair["k"] for pair in data["comparisons"]] == [1, 2]
-    assert all(pair["searched"]["loss"] <= pair["uniform"]["loss"] for pair in data["comparisons"])
+    assert all(pair["searched"]["kl"] <= pair["uniform"]["kl"] for pair in data["comparisons"])
     assert data["target"] == {"device": "test-device", "context": 128, "batch": 2, "dtype": "bf16"}
     front = read_front(run.front)
     assert [row.placement for row in front] == [row["placement"] for row in data["front"]]
