@@ -9,14 +9,13 @@ from pathlib import Path
 from nasbench.cost import CostModel
 from nasbench.errors import UserError
 from nasbench.runs import Run
+from nasbench.search.session import compare
 from nasbench.search.table import read_rows, write_rows
 from nasbench.search.trials import Target, latest, read_front, read_trials
-from nasbench.spaces.placement import Placement, count_kind, format_placement
+from nasbench.spaces.placement import Placement, format_placement
 
 MOST = 12
 """Placements that are measured if not told otherwise."""
-_NAMED_K = (1, 2, 4, 8, 15)
-"""Numbers of full-attention layers whose best placements are measured first: the paper's and the quickstart's."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
 ROUNDS = {"cpu": 3, "cuda": 1}
@@ -60,7 +59,8 @@ class ValidationRow:
 
 
 def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
-    """Full attention, the front of the target thinned evenly, and uniform placements, `most` in all.
+    """Full attention, the best of every K that was searched for, the front of the target thinned evenly, and uniform
+    placements, `most` in all.
 
     Raises UserError where no search has looked at this target.
     """
@@ -74,7 +74,7 @@ def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
         )
     baselines = [trial.layers for trial in trials if trial.strategy in ("teacher", "uniform")]
     share = max(1, most - min(len(baselines), most // 3))
-    named = [layers for layers in front if count_kind(layers, "A") in _NAMED_K]
+    named = [pair.searched.layers for pair in compare(trials, sorted({trial.k for trial in trials}))]
     spread = [front[round(i * (len(front) - 1) / (share - 1 or 1))] for i in range(share)]
     thinned = list(dict.fromkeys([*named, *spread]))[: share - 1]
     return list(dict.fromkeys([run.spec.space.original, *thinned, *baselines, *front]))[:most]
