@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from nasbench.config import format_size
 from nasbench.report import style
 from nasbench.report.facts import Facts, KRow, Point, TargetFacts
+from nasbench.search.trials import score
 from nasbench.spaces.placement import kind_of
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
 
 
 def importance(facts: Facts, narrow: bool) -> Drawing:
-    """Loss increase of each layer, one small chart a layer kind, each with its own scale."""
+    """KL to the full-attention model of each layer replaced alone (the loss where an older file has no KL), one small
+    chart a layer kind, each with its own scale."""
     names = list(dict.fromkeys(row.name for row in facts.importance))
     drawing = Drawing(_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
     charts = drawing.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
@@ -192,14 +194,15 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
         rows = [row for row in facts.importance if row.name == name]
         for row in rows:
             gid = f"importance-{name.replace('@', '-').replace('.', '-')}-{row.layer}"
-            axes.bar([row.layer], [row.loss_increase], color=style.colour(name), width=0.8, gid=gid)
-            drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nloss +{row.loss_increase:.4f}, KL {row.kl:.4f}"
+            height = score(row.loss_increase, row.kl)
+            axes.bar([row.layer], [height], color=style.colour(name), width=0.8, gid=gid)
+            drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nKL {row.kl:.4f}, loss {row.loss_increase:+.4f}"
         axes.axhline(0, color=style.SOFT, linewidth=0.8)
         axes.grid(visible=False, axis="x")
         axes.set_title(facts.title(name))
         axes.margins(x=0.01)
     charts[-1].set_xlabel("layer, from the first")
-    drawing.figure.supylabel("loss increase, nats a token", fontsize=9, color=style.MUTED)
+    drawing.figure.supylabel("KL to the model, nats a token", fontsize=9, color=style.MUTED)
     return drawing
 
 

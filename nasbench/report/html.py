@@ -69,8 +69,9 @@ def introduction(facts: Facts) -> str:
     if facts.main:
         times = "estimated" if facts.main.estimated else "measured"
         text += (
-            f" Then {len(facts.main.trials)} placements of full attention and its replacements were scored by their "
-            f"loss on held-out text, and by the decode speed that a cost model predicts from {times} layer times."
+            f" Then {len(facts.main.trials)} placements of full attention and its replacements were scored on "
+            "held-out text by their divergence from the model and their loss, and by the decode speed that a cost "
+            f"model predicts from {times} layer times."
         )
     return text
 
