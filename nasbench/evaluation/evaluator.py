@@ -17,6 +17,7 @@ from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.forward import chunk_of, hidden_of, mixing
+from nasbench.supernet.fused_layers import run_layer
 from nasbench.supernet.losses import Distribution, output_weight, teacher_distribution, token_losses
 from nasbench.supernet.supernet import Supernet
 
@@ -186,7 +187,7 @@ class Evaluator:
             del states[shared + 1 :]
             for i in range(shared, len(placement)):
                 layer = teacher.layers[i].with_mixer(self.supernet.mixer(i, placement[i]))
-                states.append(layer(states[-1], chunk))
+                states.append(run_layer(layer, states[-1], chunk))
             last = placement
             yield placement, teacher.model.norm(states[-1])
 

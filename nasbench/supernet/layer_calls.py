@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from nasbench.blocks.mixer import Chunk
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.fused_layers import run_layer
 from nasbench.supernet.supernet import Supernet
 
 
@@ -34,8 +35,8 @@ class LayerCalls:
         """Residual stream x [B, T, C] through a layer with the mixer `name`."""
         module = self.net.teacher.layers[layer].with_mixer(self.net.mixer(layer, name))
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(module, x, chunk, use_reentrant=False, preserve_rng_state=False)
-        return module(x, chunk)
+            return recomputed(run_layer, module, x, chunk, use_reentrant=False, preserve_rng_state=False)
+        return run_layer(module, x, chunk)
 
     def keep(self, x: Tensor) -> Tensor:
         """A result that must outlive further calls of the layer that gave it."""
@@ -55,7 +56,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
         # Only the shape of the tokens counts here.
-        return self.layer(x, chunk_of(self.teacher[0], Batch(x[..., 0], ages)))
+        return run_layer(self.layer, x, chunk_of(self.teacher[0], Batch(x[..., 0], ages)))
 
 
 class GraphedLayerCalls(LayerCalls):

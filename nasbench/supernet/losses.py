@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasbench.backbone.decoder import Decoder
+from nasbench.blocks import fused
 
 CHUNK = {"cpu": 128, "cuda": 1024}
 """Tokens whose logits are scored at once. 128 are 25 MB in fp32 for a vocabulary of 49152, which a last-level cache
@@ -32,6 +33,16 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, chunk: int) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device, dtype=torch.float32)
+        if fused.differentiable(student):
+            from nasbench_kernels.distill import divergence_rows
+
+            for start in range(0, len(student), chunk):
+                part = slice(start, start + chunk)
+                logits = F.linear(student[part], weight)
+                total += divergence_rows(logits, F.linear(teacher[part], weight), gradient=True)[0].sum()
+                torch.mm(logits, weight, out=gradient[part])
+            ctx.save_for_backward(gradient)
+            return total
         for start in range(0, len(student), chunk):
             part = slice(start, start + chunk)
             # Passes over logits in fp32 are what this costs: casts are left to the softmax, results replace arguments.
@@ -115,6 +126,14 @@ def token_losses(
     nll, kl = [], []
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
+        if reference is not None and fused.differentiable(flat):
+            from nasbench_kernels.distill import divergence_rows
+
+            logits = F.linear(flat[part], weight)
+            apart, whole = divergence_rows(logits, F.linear(reference[part], weight))
+            nll.append(whole - logits.gather(-1, target[part, None])[:, 0].float())
+            kl.append(apart)
+            continue
         log_p = F.log_softmax(F.linear(flat[part], weight), -1, dtype=torch.float32)
         nll.append(-log_p.gather(-1, target[part, None])[:, 0])
         if isinstance(teacher, Distribution):
@@ -127,13 +146,29 @@ def token_losses(
 
 def energy(target: Tensor) -> Tensor:
     """||target||^2 in fp32, a scalar that can be divided by."""
-    return target.float().square().sum().clamp_min(1e-12)
+    return torch.linalg.vector_norm(target, dtype=torch.float32).square().clamp_min(1e-12)
+
+
+class _SquaredError(torch.autograd.Function):
+    """||value - target||^2 in fp32. Half-precision tensors are subtracted as they are, which rounds the difference and
+    not the two: casts to fp32 would write each of them to memory at twice its size."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, target: Tensor) -> Tensor:
+        difference = value - target
+        ctx.save_for_backward(difference)
+        return torch.linalg.vector_norm(difference, dtype=torch.float32).square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference * (2 * gradients[0]), None
 
 
 def relative_error(value: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
-    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer.
+    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer. The target is constant.
 
     Args:
         whole: the denominator where it is known already.
     """
-    return (value.float() - target.float()).square().sum() / (energy(target) if whole is None else whole)
+    return _SquaredError.apply(value, target) / (energy(target) if whole is None else whole)

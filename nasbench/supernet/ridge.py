@@ -19,6 +19,7 @@ from nasbench.backbone.decoder import Decoder
 from nasbench.blocks.mixer import Chunk, TokenMixer
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.fused_layers import finish_layer, mix, run_layer
 
 ROUNDING = 1e-4
 """A share of the target's energy that is no error: bf16 rounds away about 4e-6. A window that sees the whole row is the
@@ -48,7 +49,7 @@ def calibrate_writing(
             projection = getattr(mixer, "b_proj", None)
             if isinstance(projection, nn.Linear) and projection.bias is None:
                 projection.weight.copy_((logit * constant).expand_as(projection.weight))
-        x = layer(x, chunk)
+        x = run_layer(layer, x, chunk)
 
 
 def readout(mixer: TokenMixer) -> nn.Linear | None:
@@ -65,7 +66,7 @@ def features(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
     assert projection is not None
     handle = projection.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
-        mixer(x, chunk)
+        mix(mixer, x, chunk)
     finally:
         handle.remove()
     return caught[0].flatten(0, -2).float()
@@ -92,7 +93,7 @@ def solve_readouts(
         x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
         for i, layer in enumerate(teacher.layers):
             inputs = layer.attention_input(x)
-            target = layer.self_attn(inputs, chunk)
+            target = mix(layer.self_attn, inputs, chunk)
             for name, mixer in mixers[i].items():
                 projection = readout(mixer)
                 if projection is None:
@@ -104,7 +105,7 @@ def solve_readouts(
                 gram, cross = seen.T @ seen, seen.T @ error
                 old = sums.get((i, name))
                 sums[i, name] = (gram, cross) if old is None else (old[0].add_(gram), old[1].add_(cross))
-            x = layer.finish(x, target)
+            x = finish_layer(layer, x, target)
         progress(batch.tokens.numel())
     for (i, name), (gram, cross) in sums.items():
         projection = readout(mixers[i][name])

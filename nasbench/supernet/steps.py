@@ -11,6 +11,7 @@ from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
+from nasbench.supernet.fused_layers import finish_layer, mix, run_layer
 from nasbench.supernet.layer_calls import LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
@@ -56,13 +57,13 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
     for i, layer in enumerate(teacher.layers):
         with torch.no_grad():
             inputs = layer.attention_input(x)
-            target = layer.self_attn(inputs, chunk)
+            target = mix(layer.self_attn, inputs, chunk)
             whole = energy(target)
-            x = layer.finish(x, target)
+            x = finish_layer(layer, x, target)
         for name in net.space.fillers(i):
             mixer = trained.get(f"layers.{i}.{name}")
             if mixer is not None:
-                loss = relative_error(mixer(inputs, chunk), target, whole)
+                loss = relative_error(mix(mixer, inputs, chunk), target, whole)
                 loss.backward()
                 sums.add(f"layers.{i}.{name}", loss.detach(), whole)
 
@@ -118,7 +119,7 @@ def first_not_finite(net: Supernet, placement: Placement, batch: Batch) -> str |
     """The first layer of a sub-network whose output on a batch is not finite, None where there is none."""
     x, chunk = net.teacher.embed(batch.tokens), chunk_of(net.teacher, batch)
     for i, name in enumerate(placement):
-        x = net.teacher.layers[i].with_mixer(net.mixer(i, name))(x, chunk)
+        x = run_layer(net.teacher.layers[i].with_mixer(net.mixer(i, name)), x, chunk)
         if not bool(x.isfinite().all()):
             return f"layers.{i}.{name}"
     return None

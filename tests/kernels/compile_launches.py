@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from nasbench_kernels import decode, prefill
+from nasbench_kernels import decode, distill, prefill
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -124,6 +124,24 @@ def around_the_rule(heads: int, key_dim: int, value_dim: int) -> None:
     prefill.conv_part(row, at[2], nothing(2, 2048, values, 4), nothing(2, 3, values))
 
 
+def distillation(tokens: int, inner: int, heads: int, kv_heads: int, dim: int, vocabulary: int) -> None:
+    logits = nothing(tokens, vocabulary)
+    distill.divergence_rows(logits, logits)
+    distill.divergence_rows(logits, logits, gradient=True)
+    inner_row = nothing(2, tokens, 2 * inner).requires_grad_()
+    distill.swiglu(inner_row).backward(nothing(2, tokens, inner))
+    table = nothing(tokens, dim, dtype=FP32)
+    row = nothing(2, tokens, (heads + 2 * kv_heads) * dim).requires_grad_()
+    q, k, v = distill.rotary(row, table, table, heads, kv_heads)
+    (q.sum() + k.sum() + v.sum()).backward()
+    row = nothing(2, tokens, 4 * heads * dim + 72 + 2 * heads).requires_grad_()
+    gates = nothing(heads, dtype=FP32).requires_grad_()
+    sizes = (heads * dim, heads * dim, 72)
+    q, k, g, beta, v, gate, further = distill.rule_inputs(row, gates, gates, heads, dim, sizes)
+    out = distill.gated_norm(v.unflatten(-1, (heads, dim)), gate, nothing(dim).requires_grad_())
+    (q.sum() + k.sum() + g.sum() + beta.sum() + further.sum() + out.sum()).backward()
+
+
 CASES: dict[str, Callable[[], None]] = {
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
@@ -135,6 +153,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gated delta rule 2B": lambda: rule(12, 96, 256, False),
     "gated delta rule 2B, training": lambda: rule(12, 96, 256, True),
     "around the rule 2B": lambda: around_the_rule(12, 96, 256),
+    "distillation smollm2": lambda: distillation(2048, 1536, 9, 3, 64, 49152),
 }
 MORE: dict[str, Callable[[], None]] = {
     "attention qwen3": lambda: attention(18, 16, 8, 65536, 128, BF16, True),
@@ -145,6 +164,7 @@ MORE: dict[str, Callable[[], None]] = {
     "products, 4B": lambda: products(2048, 11008, 151936),
 }
 MORE |= {
+    "distillation 2B": lambda: distillation(2048, 8960, 12, 2, 128, 151936),
     "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),
     "gated delta rule of wide keys": lambda: rule(4, 256, 288, False),
     "gated delta rule of 128 keys, training": lambda: rule(16, 128, 256, True),

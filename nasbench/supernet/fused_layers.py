@@ -1,0 +1,130 @@
+"""A decoder's layers as training and scoring run them on a GPU: few launches, nothing in memory twice.
+
+    projections   one product for all that read the same input, so that its gradient is one product, too, not a sum
+    attention     rotary embedding in one launch; flash attention, which knows windows and grouped heads
+    JetBlock      what stands around the convolution and the rule in one launch each (nasbench_kernels.distill)
+    MLP           SwiGLU in one launch, forward and backward
+
+A mask would take a window with grouped heads to the form of attention that writes all scores to memory. What has no
+path here, and everything on a CPU, is the layer as its kind defines it.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasbench.backbone.decoder import DecoderLayer, GatedMLP
+from nasbench.blocks import fused
+from nasbench.blocks.documents import RESET_LOG_DECAY
+from nasbench.blocks.full_attention_mixer import FullAttention
+from nasbench.blocks.gated_delta_mixer import WIDEST_TRAINED_KEY
+from nasbench.blocks.jet_block_mixer import JetBlock
+from nasbench.blocks.mixer import Chunk, TokenMixer
+from nasbench.blocks.sliding_window_mixer import SlidingWindow
+from nasbench.blocks.stacked import StackedProjections
+
+ALIGNED = 8
+"""Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""
+
+
+def run_layer(layer: DecoderLayer, x: Tensor, chunk: Chunk) -> Tensor:
+    """Residual stream x [B, T, C] through a layer, without a cache."""
+    return finish_layer(layer, x, mix(layer.self_attn, layer.attention_input(x), chunk))
+
+
+def mix(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
+    """`mixer(x, chunk)`: normalised input [B, T, C] -> [B, T, C]."""
+    if fused.differentiable(x):
+        if isinstance(mixer, FullAttention) and takes_flash(mixer, x, chunk):
+            return _attention(mixer, x, chunk)
+        # Without a gradient JetBlock has a fused path of its own.
+        if isinstance(mixer, JetBlock) and torch.is_grad_enabled() and mixer.key_dim <= WIDEST_TRAINED_KEY:
+            return fused_jet_block(mixer, x, chunk)
+    return mixer(x, chunk)
+
+
+def finish_layer(layer: DecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a layer: residual stream x and the mixer's output, both [B, T, C]."""
+    if not fused.differentiable(x):
+        return layer.finish(x, mixed)
+    x = x + mixed
+    return x + fused_mlp(layer.mlp, layer.post_attention_layernorm(x))
+
+
+def fused_mlp(mlp: GatedMLP, x: Tensor) -> Tensor:
+    """`mlp(x)`, x [B, T, C]."""
+    return mlp.down_proj(_ops().swiglu(_project(mlp.stacked, x)))
+
+
+def fused_jet_block(mixer: JetBlock, x: Tensor, chunk: Chunk) -> Tensor:
+    """`mixer(x, chunk)` with gradients."""
+    heads, values = mixer.heads, mixer.config.values
+    row = _project(mixer.stacked, x)
+    q, k, decay, beta, v, gate, middle = _ops().rule_inputs(
+        row, mixer.A_log, mixer.dt_bias, heads, mixer.key_dim, (values, values, mixer.config.generator_size)
+    )
+    ages = None
+    if chunk.documents is not None:
+        ages = chunk.documents.ages
+        decay = decay.masked_fill(chunk.documents.first[..., None], RESET_LOG_DECAY)
+    kernels = mixer.dynamic_conv1d.kernel_generator(middle)
+    v = fused.prompt_ops().triton_short_conv(v, kernels, None, ages).unflatten(-1, (heads, -1))
+    mixed, _ = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, None)
+    return mixer.o_proj(_ops().gated_norm(mixed, gate, mixer.o_norm.weight))
+
+
+def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
+    """Whether flash attention can do the work of a mixer."""
+    return (
+        type(mixer) in (FullAttention, SlidingWindow)
+        and chunk.documents is None
+        and chunk.start == 0
+        and isinstance(mixer.q_norm, torch.nn.Identity)
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and mixer.head_dim % 8 == 0
+        and mixer.head_dim <= 256
+        and _has_flash(x.device)
+    )
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _attention(mixer: FullAttention, x: Tensor, chunk: Chunk) -> Tensor:
+    row, tokens = _project(mixer.stacked, x), x.shape[1]
+    q, k, v = _ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
+    window: dict[str, int] = {}
+    if isinstance(mixer, SlidingWindow) and mixer.config.window < tokens:
+        window = {"window_size_left": mixer.config.window - 1, "window_size_right": 0}
+    # The public form, scaled_dot_product_attention, does not pass windows on.
+    mixed = torch.ops.aten._flash_attention_forward(q, k, v, None, None, tokens, tokens, 0.0, True, False, **window)[0]
+    return mixer.o_proj(mixed.flatten(2))
+
+
+def _project(stacked: StackedProjections, x: Tensor) -> Tensor:
+    """Every projection of x side by side, [B, T, P], zeros up to a multiple of ALIGNED behind them where they learn."""
+    learnt = any(linear.weight.requires_grad for linear in stacked.linears)
+    if not (learnt and torch.is_grad_enabled()):
+        return F.linear(x, *stacked.matrices())
+    weights, missing = [linear.weight for linear in stacked.linears], -sum(stacked.sizes) % ALIGNED
+    if missing:
+        weights.append(weights[0].new_zeros(missing, x.shape[-1]))
+    if stacked.linears[0].bias is None:
+        return F.linear(x, torch.cat(weights))
+    biases = [linear.bias for linear in stacked.linears] + ([weights[0].new_zeros(missing)] if missing else [])
+    return F.linear(x, torch.cat(weights), torch.cat(biases))
+
+
+@cache
+def _ops() -> Any:
+    """The module `nasbench_kernels.distill`, imported when it is first needed: triton takes a second."""
+    import nasbench_kernels.distill as module
+
+    return module
