@@ -40,9 +40,8 @@ def command(
     search_seconds: Annotated[float, typer.Option(help="Of both searches together.")] = 120,
     finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 240,
     remedies: Annotated[
-        str, typer.Option(help="Other ways to finalise that are tried: hidden, long, fast, self.")
+        str, typer.Option(help="Other ways to finalise that are tried: whole, hidden, long, fast, self.")
     ] = "",
-    remedy_seconds: Annotated[float, typer.Option(help="Of each.")] = 90,
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,
     contexts: Annotated[str, typer.Option(help="Of the decode speeds.")] = "8k,64k",
@@ -83,7 +82,7 @@ def command(
         model=model, names=parse_names(names, shape), data=data, suite=suite, sequence=parse_size(sequence), seed=seed,
         counts=parse_counts(full_attention), finalized=parse_counts(finalize), seeds=seeds, training=settings,
         align_seconds=align_seconds, supernet_seconds=supernet_seconds, search_seconds=search_seconds,
-        finalize_seconds=finalize_seconds, remedy_seconds=remedy_seconds, speed_seconds=speed_seconds,
+        finalize_seconds=finalize_seconds, speed_seconds=speed_seconds,
         measure_seconds=measure_seconds, finalize_lr=finalize_lr,
         remedies=tuple(name.strip() for name in remedies.split(",") if name.strip()),
         search_tokens=parse_size(search_tokens), test_tokens=parse_size(test_tokens),

@@ -186,8 +186,7 @@ class Evaluator:
             )
             del states[shared + 1 :]
             for i in range(shared, len(placement)):
-                layer = teacher.layers[i].with_mixer(self.supernet.mixer(i, placement[i]))
-                states.append(run_layer(layer, states[-1], chunk))
+                states.append(run_layer(self.supernet.layer(i, placement[i]), states[-1], chunk))
             last = placement
             yield placement, teacher.model.norm(states[-1])
 

@@ -15,9 +15,10 @@ from nasbench.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 
-REMEDIES = ("hidden", "long", "fast", "self")
-"""What may be tried where a finalised hybrid falls short: a loss on hidden states beside the KL; rows as long as the
-model's context; three times the learning rate; text that the model writes itself."""
+REMEDIES = ("whole", "hidden", "long", "fast", "self")
+"""What may be tried where a finalised hybrid falls short: every weight of the layers behind the first replaced one is
+trained, not the mixers alone; a loss on hidden states beside the KL; rows four times as long; three times the learning
+rate; text that the model writes itself, half and half with the run's own."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Recipe:
         finalized: those of them of which one placement is distilled further.
         seeds: random placements of each K.
         training: settings of alignment and supernet; their token budgets come from the seconds.
-        align_seconds, supernet_seconds, search_seconds, finalize_seconds, remedy_seconds, speed_seconds,
-        measure_seconds: time of each stage; of finalising and of remedies, each placement's.
+        align_seconds, supernet_seconds, search_seconds, finalize_seconds, speed_seconds, measure_seconds: time of each
+            stage; of finalising, each placement's.
         finalize_lr: peak learning rate of finalising.
-        remedies: which are tried, on the first of `finalized`.
+        remedies: which are tried, on the first of `finalized`, with the tokens of the first point of its curve.
         search_tokens, test_tokens: held-out tokens that score a placement, while searching and in the table.
         contexts: of the decode speeds; `batches` decoded at once at each.
         quick_items: items of each file of the suite that every placement is asked; the chosen ones are asked all.
@@ -62,7 +63,6 @@ class Recipe:
     supernet_seconds: float = 240.0
     search_seconds: float = 120.0
     finalize_seconds: float = 240.0
-    remedy_seconds: float = 90.0
     speed_seconds: float = 60.0
     measure_seconds: float = 420.0
     finalize_lr: float = 5e-4

@@ -30,7 +30,7 @@ from nasbench.runs import Run, RunSpec
 from nasbench.search import strategies
 from nasbench.search.objective import Loss, Speed
 from nasbench.search.session import Options, Search, baselines
-from nasbench.search.trials import TEACHER, UNIFORM, Target, Trial
+from nasbench.search.trials import TEACHER, UNIFORM, Target, best_of
 from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
@@ -67,6 +67,7 @@ class Bench:
         self.plan = Plan(self.out / "plan.json")
         self.loaded: LoadedModel = load_model(self.recipe.model, dtype=self.dtype, device=self.device)
         self.shape: ModelShape = self.loaded.shape
+        self.plan["source"] = self.loaded.source
         recipe = self.recipe
         self.recipe.check(self.shape.num_layers)
         data = str(Path(recipe.data).resolve()) if recipe.data and Path(recipe.data).exists() else recipe.data
@@ -258,13 +259,8 @@ def candidates(state: Search, recipe: Recipe) -> list[Candidate]:
         for strategy in SEARCHED:
             mine = [trial for trial in trials if trial.k == count and trial.strategy == strategy]
             if mine:
-                found.append(Candidate(count, strategy, min(mine, key=_rank(strategy)).layers))
+                found.append(Candidate(count, strategy, best_of(mine).layers))
     return found
-
-
-def _rank(strategy: str) -> Callable[[Trial], tuple[float, str]]:
-    """Each search is judged by what it looked at."""
-    return lambda trial: (trial.kl if strategy == "kl-greedy" else trial.loss, trial.placement)
 
 
 def chosen(bench: Bench, count: int) -> Candidate:
@@ -344,7 +340,8 @@ def _finalise(
 
 
 def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None]) -> None:
-    """Distils the first finalised placement another way from the supernet's weights on, for `remedy_seconds`."""
+    """Distils the first finalised placement another way from the supernet's weights on, with as many tokens as the
+    first point of its curve had: what is compared is the way, not the time."""
     if _done(bench, f"remedy-{name}"):
         return
     count = bench.recipe.finalized[0]
@@ -354,7 +351,9 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     candidate = Candidate(count, pick["method"], bench.shape.parse(pick["placement"]), weights=f"final:{name}")
     config = replace(_settings(bench), supernet_lr=bench.recipe.finalize_lr)
     corpus = bench.corpus
-    if name == "hidden":
+    if name == "whole":
+        config = config.updated({"whole": True})
+    elif name == "hidden":
         config = config.updated({"hidden_weight": 1.0})
     elif name == "fast":
         config = config.updated({"supernet_lr": 3 * config.supernet_lr})
@@ -365,8 +364,8 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     step = max(config.supernet_batch_tokens, corpus.sequence)
     planned = bench.plan[f"remedy-{name}"]
     if planned is None:
-        tok_s = bench.plan[f"finalize-{count}-tok_s"] or bench.plan["supernet"]["tok_s"]
-        planned = max(1, int(bench.recipe.remedy_seconds * tok_s / step)) * step
+        points = [bench.plan[f"finalize-{count}-{share}"] for share in CURVE]
+        planned = max(1, next(filter(None, points), 0) // step) * step
         bench.plan[f"remedy-{name}"] = planned
     began = time.monotonic()
     folder = _finalise(bench, candidate, config, planned, name, corpus)

@@ -1,21 +1,23 @@
 """Distilling one chosen placement further, and reading it back.
 
 runs/NAME/final/<slug>/final.json            model, placement, tokens, settings
-runs/NAME/final/<slug>/mixers.safetensors    whole weights of every layer that is not the model's own attention
+runs/NAME/final/<slug>/mixers.safetensors    whole weights of every layer that is not the model's own attention, or of
+                                             every weight that was trained
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from nasbench.backbone.decoder import DecoderLayer
 from nasbench.backbone.load import LoadedModel, load_model
-from nasbench.blocks.mixer import TokenMixer
 from nasbench.errors import UserError
 from nasbench.files import atomic_path, read_json, write_json
 from nasbench.runs import Run
@@ -35,7 +37,7 @@ from nasbench.supernet.loop import (
 )
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import distill_step, first_not_finite
+from nasbench.supernet.steps import REST, distill_step, first_not_finite
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import training_corpus
 from nasbench.supernet.workers import ALONE, Workers
@@ -43,7 +45,9 @@ from nasbench.supernet.workers import ALONE, Workers
 CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"
 _SEED_OFFSET = 7919
-_SETTINGS = ("supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "documents")
+_SETTINGS = (
+    "supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "whole", "documents",
+)  # fmt: skip
 
 
 def slug(placement: Placement) -> str:
@@ -105,12 +109,14 @@ def finalize(
     known = saved.state["cycles"] if saved is not None else finished or []
     cycles = [*known, tokens] if tokens // step_tokens > (known[-1] if known else 0) // step_tokens else known
     state["cycles"] = cycles or [tokens]
-    mixers = replaced_mixers(net, placement)
+    if config.whole:
+        own_layers(net, placement)
+    groups = trained_parts(net, placement)
     weights: dict[str, Tensor] = {}
-    if mixers:
-        for mixer in mixers.values():
-            mixer.requires_grad_(True)
-        groups = {name: dict(mixer.named_parameters()) for name, mixer in mixers.items()}
+    if groups:
+        for parameters in groups.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
         optimizer = MasterAdamW(groups, lr=config.supernet_lr, weight_decay=config.weight_decay, clip=config.clip)
         if saved is not None:
             optimizer.set_masters(saved.weights(str(net.teacher.device)))
@@ -126,7 +132,7 @@ def finalize(
             nonlocal calls
             batch = batch_of(index)
             if calls is None and config.graphs and batch.tokens.is_cuda:
-                calls = GraphedLayerCalls(net, [("A", name) for name in placement], batch)
+                calls = GraphedLayerCalls(net, [(name,) for name in placement], batch)
             distill_step(net, [placement], batch, sums, config, workers, calls)
             settle(optimizer, sums, workers)
 
@@ -174,9 +180,31 @@ def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int] | N
     return list(data["cycles"]) if fits and data["cycles"][-1] <= tokens else None
 
 
-def replaced_mixers(net: Supernet, placement: Placement) -> dict[str, TokenMixer]:
-    """The placement's mixers that are not the teacher's own, by `layers.<i>.<name>`."""
-    return {f"layers.{i}.{name}": net.mixer(i, name) for i, name in enumerate(placement) if kind_of(name) != "A"}
+def own_layers(net: Supernet, placement: Placement) -> None:
+    """Gives the hybrid its own copies of MLP and norms, and of the attention that stays, from the first replaced layer
+    on. The layers before it read what they read in the teacher, and stay as they are."""
+    first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
+    for i, name in enumerate(placement[first:], first):
+        layer = net.teacher.layers[i]
+        mixer = copy.deepcopy(layer.self_attn) if kind_of(name) == "A" else net.mixer(i, name)
+        norm, mlp_norm = copy.deepcopy(layer.input_layernorm), copy.deepcopy(layer.post_attention_layernorm)
+        own = DecoderLayer(norm, mixer, mlp_norm, copy.deepcopy(layer.mlp))
+        net.own[i, name] = own.train(net.teacher.training)
+
+
+def trained_parts(net: Supernet, placement: Placement) -> dict[str, dict[str, nn.Parameter]]:
+    """What finalising trains: the parameters of every replaced mixer, by `layers.<i>.<name>`; of a hybrid with layers
+    of its own also those of its attention and, by `layers.<i>.rest`, of all else in the layer."""
+    parts = {}
+    for i, name in enumerate(placement):
+        own = net.own.get((i, name))
+        if own is not None or kind_of(name) != "A":
+            mixer = net.mixer(i, name) if own is None else own.self_attn
+            parts[f"layers.{i}.{name}"] = dict(mixer.named_parameters())
+        if own is not None:
+            named = own.named_parameters()
+            parts[f"layers.{i}.{REST}"] = {key: p for key, p in named if not key.startswith("self_attn.")}
+    return parts
 
 
 def _write(folder: Path, weights: dict[str, Tensor], data: dict[str, object]) -> None:
@@ -207,9 +235,11 @@ def use_final(net: Supernet, folder: Path) -> Placement:
     is what it was finalised to be. Raises UserError when it is damaged."""
     placement = net.space.check(parse_placement(_entry(folder, "placement")))
     weights = _weights(folder, net.teacher.device)
+    if any(f".{REST}." in key for key in weights):
+        own_layers(net, placement)
     with torch.no_grad():
-        for group, mixer in replaced_mixers(net, placement).items():
-            for name, parameter in mixer.named_parameters():
+        for group, parameters in trained_parts(net, placement).items():
+            for name, parameter in parameters.items():
                 key = f"{group}.{name}"
                 if key not in weights or weights[key].shape != parameter.shape:
                     raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
@@ -225,6 +255,11 @@ def _weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
         raise UserError(f"{path / MIXERS} is corrupt ({error}): finalize again") from None
 
 
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
 def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoadedModel:
     """The finalised hybrid of a folder as a model ready to run. Raises UserError when it is damaged."""
     loaded = load_model(teacher_name(path), dtype=dtype, device=device)
@@ -232,17 +267,19 @@ def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     weights = _weights(path, device)
     mixers = []
     for i, name in enumerate(placement):
-        if kind_of(name) == "A":
-            mixers.append(loaded.decoder.layers[i].self_attn)
-            continue
-        mixer = loaded.shape.mixer(name).build().to(device=device, dtype=dtype)
-        prefix = f"layers.{i}.{name}."
-        own = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        layer, own = loaded.decoder.layers[i], _part(weights, f"layers.{i}.{name}.")
+        mixer = layer.self_attn if kind_of(name) == "A" else loaded.shape.mixer(name).build()
+        mixer = mixer.to(device=device, dtype=dtype)
         try:
-            mixer.load_state_dict(own)
+            if own or kind_of(name) != "A":
+                mixer.load_state_dict(own)
+            # The model was read for this hybrid alone: its layers may be changed.
+            found = layer.load_state_dict(_part(weights, f"layers.{i}.{REST}."), strict=False)
         except RuntimeError as error:
             reason = str(error).split("\n")[-1].strip()
             raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): {reason}") from None
+        if found.unexpected_keys:
+            raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): it has no {found.unexpected_keys[0]}")
         mixers.append(mixer.eval().requires_grad_(False))
     decoder = loaded.decoder.with_mixers(mixers, placement)
     return LoadedModel(decoder, loaded.tokenizer, loaded.shape, f"{path} (finalised from {loaded.source})")

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nasbench.blocks.mixer import Chunk
+from nasbench.spaces.placement import kind_of
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.fused_layers import run_layer
 from nasbench.supernet.supernet import Supernet
+
+TEACHER = ""
+"""Names the teacher's own layer, beside which a finalised hybrid may have an attention layer of its own."""
 
 
 class LayerCalls:
@@ -32,8 +36,8 @@ class LayerCalls:
         self.net, self.recompute = net, recompute
 
     def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        """Residual stream x [B, T, C] through a layer with the mixer `name`."""
-        module = self.net.teacher.layers[layer].with_mixer(self.net.mixer(layer, name))
+        """Residual stream x [B, T, C] through a sub-network's layer with the mixer `name`; TEACHER: the teacher's."""
+        module = self.net.teacher.layers[layer] if name == TEACHER else self.net.layer(layer, name)
         if self.recompute and torch.is_grad_enabled():
             return recomputed(run_layer, module, x, chunk, use_reentrant=False, preserve_rng_state=False)
         return run_layer(module, x, chunk)
@@ -51,7 +55,7 @@ class _Layer(nn.Module):
 
     def __init__(self, net: Supernet, layer: int, name: str) -> None:
         super().__init__()
-        self.layer = net.teacher.layers[layer].with_mixer(net.mixer(layer, name))
+        self.layer = net.teacher.layers[layer] if name == TEACHER else net.layer(layer, name)
         self.teacher = [net.teacher]  # in a list: not a part of this module
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
@@ -63,13 +67,15 @@ class GraphedLayerCalls(LayerCalls):
     """Layers replayed from CUDA graphs, for batches of one shape.
 
     Args:
-        choices: per layer the mixers that will be called.
+        choices: per layer the mixers that will be called, beside the teacher's layer.
         batch: of the shape and device of all that follow.
     """
 
     def __init__(self, net: Supernet, choices: Sequence[Sequence[str]], batch: Batch) -> None:
         super().__init__(net)
-        wanted = [(layer, name) for layer, names in enumerate(choices) for name in dict.fromkeys(names)]
+        wanted = list(
+            dict.fromkeys(self._key(i, name) for i, names in enumerate(choices) for name in (TEACHER, *names))
+        )
         x = net.teacher.embed(batch.tokens).detach()
         # Each graph reads its own copy of its arguments. In the order of a forward pass, which lets them share memory.
         ages = [] if batch.ages is None else [batch.ages]
@@ -84,14 +90,19 @@ class GraphedLayerCalls(LayerCalls):
 
     def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
         documents = chunk.documents
-        return self.calls[layer, name](x, *([] if documents is None else [documents.ages]))
+        return self.calls[self._key(layer, name)](x, *([] if documents is None else [documents.ages]))
+
+    def _key(self, layer: int, name: str) -> tuple[int, str]:
+        """One graph for the teacher's layer and a sub-network's where they are the same."""
+        same = name == TEACHER or (kind_of(name) == "A" and (layer, name) not in self.net.own)
+        return layer, TEACHER if same else name
 
     def keep(self, x: Tensor) -> Tensor:
         return x.clone()
 
     def keep_gradients(self) -> None:
         # They lie in the graphs' memory, which the next forward pass writes over.
-        for mixer in self.net.mixers():
-            for parameter in mixer.parameters():
+        for module in (*self.net.mixers(), *self.net.own.values()):
+            for parameter in module.parameters():
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()

@@ -36,6 +36,9 @@ class DistillConfig:
         smallest_every: every so many steps of random sub-networks train the smallest one; 0 for none.
         sandwich: every step trains the smallest sub-network beside the sampled one.
         hidden_weight: weight of the relative L2 loss on the last hidden state beside the KL.
+        whole: finalising trains every weight of the layers from the first replaced one on, on copies of MLPs, norms and
+            the attention that stays among them; false: the replaced mixers alone. Random sub-networks share those
+            weights, so that alignment and supernet never train them.
         kl_chunk: tokens whose logits are held at once.
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
@@ -64,6 +67,7 @@ class DistillConfig:
     smallest_every: int = 4
     sandwich: bool = False
     hidden_weight: float = 0.0
+    whole: bool = False
     kl_chunk: int = 512
     documents: bool = True
     recompute: bool = False

@@ -12,12 +12,15 @@ from nasbench.spaces.space import Space
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.fused_layers import finish_layer, mix, run_layer
-from nasbench.supernet.layer_calls import LayerCalls
+from nasbench.supernet.layer_calls import TEACHER, LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.workers import ALONE, Workers
+
+REST = "rest"
+"""Names what a finalised hybrid trains of a layer beside its mixer, in losses and files."""
 
 
 def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, done: float = 0.0) -> Placement:
@@ -79,8 +82,8 @@ def distill_step(
 ) -> None:
     """Gradients of sub-networks' mean KL to the teacher on a batch.
 
-    Teacher and student share the layers before the first that differs. The KL is booked for the network and for each of
-    its trained mixers.
+    Teacher and student share the layers before the first that differs. The KL is booked for the network and for each
+    part of it that is trained.
     """
     teacher, layers = net.teacher, net.teacher.layers
     calls = calls or LayerCalls(net, config.recompute)
@@ -90,7 +93,7 @@ def distill_step(
         shared = {0: teacher.embed(batch.tokens)}
         x = shared[0]
         for i in range(len(layers)):
-            x = calls(i, "A", x, chunk)
+            x = calls(i, TEACHER, x, chunk)
             if i + 1 in firsts:
                 shared[i + 1] = calls.keep(x)
         target = teacher.model.norm(x)
@@ -110,7 +113,7 @@ def distill_step(
             (loss / len(placements)).backward()
         if placement is not placements[-1]:
             calls.keep_gradients()
-        names = [f"layers.{i}.{name}" for i, name in enumerate(placement)]
+        names = [f"layers.{i}.{part}" for i, name in enumerate(placement) for part in (name, REST)]
         sums.add_all(["", *(name for name in names if name in sums.index)], kl.detach())
 
 
@@ -119,7 +122,7 @@ def first_not_finite(net: Supernet, placement: Placement, batch: Batch) -> str |
     """The first layer of a sub-network whose output on a batch is not finite, None where there is none."""
     x, chunk = net.teacher.embed(batch.tokens), chunk_of(net.teacher, batch)
     for i, name in enumerate(placement):
-        x = run_layer(net.teacher.layers[i].with_mixer(net.mixer(i, name)), x, chunk)
+        x = run_layer(net.layer(i, name), x, chunk)
         if not bool(x.isfinite().all()):
             return f"layers.{i}.{name}"
     return None

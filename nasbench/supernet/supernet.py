@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nasbench.backbone.decoder import Decoder
+from nasbench.backbone.decoder import Decoder, DecoderLayer
 from nasbench.backbone.load import LoadedModel, load_model
 from nasbench.backbone.tokenizer import Tokenizer
 from nasbench.blocks.full_attention_mixer import FullAttention
@@ -28,6 +28,8 @@ class Supernet:
         space: what every layer may choose from.
         frozen: letters of the kinds whose weights are the attention's and are not trained.
         solved: those among them whose readout is solved in closed form all the same.
+        own: layers of one finalised hybrid whose MLP and norms, too, are its own, by index and name; the teacher's are
+            never changed.
         version: names the weights: "init" before training, else the checkpoint's digest.
     """
 
@@ -45,6 +47,7 @@ class Supernet:
         self.space = space
         self.frozen, self.solved = frozen, solved
         self.version = "init"
+        self.own: dict[tuple[int, str], DecoderLayer] = {}
         self._mixers = mixers
 
     @classmethod
@@ -80,10 +83,19 @@ class Supernet:
         """The mixer that stands for `name` in a layer; the teacher's own for full attention."""
         return self.teacher.layers[layer].self_attn if kind_of(name) == "A" else self._mixers[layer, name]
 
+    def layer(self, index: int, name: str) -> DecoderLayer:
+        """A layer of a sub-network: the teacher's with the mixer `name`, or the finalised hybrid's own."""
+        own = self.own.get((index, name))
+        return own if own is not None else self.teacher.layers[index].with_mixer(self.mixer(index, name))
+
     def select(self, placement: Placement) -> Decoder:
         """The sub-network of a placement. It shares every weight with the supernet. Raises UserError if not legal."""
         self.space.check(placement)
-        return self.teacher.with_mixers([self.mixer(i, name) for i, name in enumerate(placement)], placement)
+        decoder = self.teacher.with_mixers([self.mixer(i, name) for i, name in enumerate(placement)], placement)
+        for i, name in enumerate(placement):
+            if (i, name) in self.own:
+                decoder.model.layers[i] = self.own[i, name]
+        return decoder
 
     def mixers(self) -> Iterator[TokenMixer]:
         """Every alternative of every layer."""

@@ -263,7 +263,7 @@ class Distiller:
         batch = self.workers.share(self._batch(stage, index, self.step_rows(stage))).to(self.device)
         if stage == "supernet":
             if self._calls is None and self.config.graphs and self.device.type == "cuda":
-                choices = [("A", *self.net.space.fillers(i)) for i in range(self.net.space.num_layers)]
+                choices = [self.net.space.fillers(i) for i in range(self.net.space.num_layers)]
                 self._calls = GraphedLayerCalls(self.net, choices, batch)
             distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers, self._calls)
         elif self.device.type == "cuda":

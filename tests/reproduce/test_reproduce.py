@@ -53,7 +53,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert plan["align"]["tokens"] > 0
     assert plan["supernet"]["tokens"] > 0
 
-    nas(*arguments, "--remedies", "long,self", "--remedy-seconds", "0.2")
+    nas(*arguments, "--remedies", "whole,long,self")
     after = json.loads((run / "plan.json").read_text())
     assert after["supernet"] == plan["supernet"]
     rows = read(report / "table.csv")
@@ -62,7 +62,8 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     for count in ("1", "2"):
         names = ("uniform", "random-0", "random-1", "beam", "kl-greedy")
         assert methods >= {(count, name, "best") for name in names}
-    assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", "final:long", "final:self"}
+    tried = {"final:whole", "final:long", "final:self"}
+    assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", *tried}
     teacher = next(row for row in rows if row["method"] == "teacher")
     assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
     assert float(teacher["suite_kept"]) == 1
@@ -88,7 +89,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     monkeypatch.setattr(stages, "_largest_step", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(stages, "finalize", lambda *_, **__: pytest.fail("finalised again"))
     again = [*arguments[: arguments.index("--speed-seconds") + 1], "0", *arguments[arguments.index("0.1") + 1 :]]
-    nas(*again, "--remedies", "long,self", "--remedy-seconds", "0.2")
+    nas(*again, "--remedies", "whole,long,self")
     assert (run / "items.jsonl").read_text() == lines + '{"placement": "4'
     assert read(report / "table.csv") == rows
     for path in report.iterdir():

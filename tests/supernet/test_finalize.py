@@ -9,7 +9,7 @@ import torch
 from nasbench.errors import UserError
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
-from nasbench.supernet.finalize import MIXERS, final_folder, finalize, is_final, load_final
+from nasbench.supernet.finalize import MIXERS, final_folder, finalize, is_final, load_final, use_final
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import distill
@@ -48,6 +48,30 @@ def test_final_is_better_and_the_supernet_stays(run):
     window = loaded.decoder.layers[2].self_attn
     assert not torch.equal(window.q_proj.weight, net.mixer(2, "W8").q_proj.weight)
     assert torch.equal(loaded.decoder.layers[1].self_attn.q_proj.weight, net.teacher.layers[1].self_attn.q_proj.weight)
+
+
+def test_a_whole_hybrid_has_layers_of_its_own(run):
+    net = Supernet.load(run)
+    tokens = Corpus.load(run.spec.data, net.tokenizer, 32).search[:32]
+    whole = CONFIG.updated({"whole": True})
+    placement = ("A", "J", "A", "W8")
+    before = {name: tensor.clone() for name, tensor in net.teacher.state_dict().items()}
+    mixers_alone = load_final(finalize(run, placement, CONFIG, 4096, dtype=torch.float32)).decoder
+    folder = finalize(run, placement, whole, 4096, dtype=torch.float32, name="whole")
+    loaded = load_final(folder)
+    far = divergence(mixers_alone, net.teacher, tokens)
+    assert divergence(loaded.decoder, net.teacher, tokens) < far
+    state = loaded.decoder.state_dict()
+    changed = {name for name, tensor in before.items() if name in state and not torch.equal(state[name], tensor)}
+    assert {name.split(".")[2] for name in changed} == {"1", "2", "3"}, "nothing before the first replaced layer"
+    assert {"model.layers.2.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"} <= changed
+
+    assert use_final(net, folder) == placement
+    ours = net.select(placement).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(net.teacher.state_dict()[name], tensor) for name, tensor in before.items())
+    more = load_final(finalize(run, placement, whole, 8192, dtype=torch.float32, name="whole"))
+    assert divergence(more.decoder, net.teacher, tokens) < divergence(loaded.decoder, net.teacher, tokens)
 
 
 def test_no_tokens_takes_the_supernet_as_it_is(run):
