@@ -58,3 +58,10 @@ def workspace(device: torch.device) -> StepWorkspace:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [B, C] -> [B, N]: a matrix-vector kernel for one row, cuBLAS for more."""
     return ops().gemv(x, weight, bias) if x.shape[0] == 1 else F.linear(x, weight, bias)
+
+
+def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, C], weight [2 F, C], gate over up -> SiLU(gate) * up, [B, F]: one kernel for up to 128 sequences."""
+    if ops().fits(x):
+        return ops().swiglu_product(x, weight)
+    return ops().swiglu(F.linear(x, weight))

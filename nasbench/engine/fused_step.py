@@ -86,4 +86,4 @@ class FusedStep:
             mixed = mixer.step(hidden[:, None], step, cache)[:, 0]
         hidden = ops.add_norm(x, mixed, mlp_norm.weight, mlp_norm.eps)
         weight, _ = mlp.stacked.matrices()
-        return F.linear(ops.swiglu(F.linear(hidden, weight)), mlp.down_proj.weight)
+        return F.linear(fused.swiglu_linear(hidden, weight), mlp.down_proj.weight)

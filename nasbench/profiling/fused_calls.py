@@ -46,7 +46,7 @@ def mlp_call(mlp: GatedMLP, norm: nn.RMSNorm, x: Tensor) -> Tensor:
     ops = fused.ops()
     weight, _ = mlp.stacked.matrices()
     if len(x) > 1:
-        return F.linear(ops.swiglu(F.linear(x, weight)), mlp.down_proj.weight)
+        return F.linear(fused.swiglu_linear(x, weight), mlp.down_proj.weight)
     inner = ops.gemv(x, weight, before="norm", norm_weight=norm.weight, eps=norm.eps, swiglu=True)
     return ops.gemv(inner, mlp.down_proj.weight, add_to=x)
 

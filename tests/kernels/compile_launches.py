@@ -88,6 +88,12 @@ def between_products(batch: int, hidden: int, inner: int) -> None:
     decode.conv_step(nothing(batch, 3 * hidden), nothing(2 * hidden, 4), nothing(batch, 3, 2 * hidden))
 
 
+def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    x = nothing(batch, hidden, dtype=dtype)
+    decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
+    decode.silu_product(x[:, :384], nothing(12288, 384, dtype=dtype), nothing(12288, dtype=dtype))
+
+
 def products(hidden: int, inner: int, vocabulary: int) -> None:
     x, norm = nothing(1, hidden), {"before": "norm", "norm_weight": nothing(hidden), "eps": 1e-6}
     decode.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
@@ -148,6 +154,7 @@ CASES: dict[str, Callable[[], None]] = {
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
     "attention 2B": lambda: attention(128, 12, 2, 65536, 128, BF16, False),
     "between products": lambda: between_products(128, 1536, 8960),
+    "products of 128 sequences": lambda: batched_products(128, 1536, 8960, BF16),
     "products": lambda: products(1536, 8960, 151936),
     "convolutions": lambda: convolutions(3072),
     "gated delta rule 2B": lambda: rule(12, 96, 256, False),
@@ -161,6 +168,8 @@ MORE: dict[str, Callable[[], None]] = {
     "attention 96": lambda: attention(1, 32, 32, 4096, 96, torch.float16, False),
     "attention fp32": lambda: attention(4, 12, 2, 4096, 128, FP32, False),
     "between products, 4B": lambda: between_products(64, 2048, 11008),
+    "products of 64 sequences, 4B": lambda: batched_products(64, 2048, 11008, BF16),
+    "products of 16 sequences": lambda: batched_products(16, 576, 1536, BF16),
     "products, 4B": lambda: products(2048, 11008, 151936),
 }
 MORE |= {
@@ -234,7 +243,7 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("decode.attention", "decode.recurrent"):
+    for name in ("decode.attention", "decode.recurrent", "decode.product"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
 
 

@@ -101,7 +101,7 @@ def test_losses_on_a_gpu_equal_those_on_a_cpu():
     weight, tokens = torch.randn(9001, 16), torch.randint(9001, (2, 33))
     results = []
     for device in ("cpu", "cuda"):
-        hidden = student.to(device).requires_grad_()
+        hidden = student.detach().clone().to(device).requires_grad_()
         loss = distillation_kl(hidden, teacher.to(device), weight.to(device), chunk=10)
         (3 * loss).backward()
         nll, kl = token_losses(hidden.detach(), tokens.to(device), weight.to(device), teacher.to(device), chunk=10)
