@@ -19,7 +19,7 @@ help: ## list the targets
 quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-135M
 	$(BIN)/nasbench quickstart $(ARGS)
 
-reproduce-smollm2: $(VENV)/.installed ## train, search, finalise and measure SmolLM2-135M's hybrids (one GPU, about 25 minutes)
+reproduce-smollm2: $(VENV)/.installed ## train, search, finalise and measure SmolLM2-135M's hybrids (one GPU, about half an hour)
 	$(BIN)/nasbench reproduce --out runs/smollm2-135m $(if $(DATA),--data $(DATA)) $(if $(SUITE),--suite $(SUITE)) $(ARGS)
 
 test: $(VENV)/.installed-dev ## the test suite (CPU, under 8 minutes on 2 cores)

@@ -36,11 +36,11 @@ def command(
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
     finalize_lr: Annotated[float, typer.Option(help="Peak learning rate of finalising.")] = 5e-4,
     align_seconds: Annotated[float, typer.Option(help="Of block-wise alignment.")] = 90,
-    supernet_seconds: Annotated[float, typer.Option(help="Of random sub-networks.")] = 240,
+    supernet_seconds: Annotated[float, typer.Option(help="Of random sub-networks.")] = 150,
     search_seconds: Annotated[float, typer.Option(help="Of both searches together.")] = 120,
-    finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 240,
+    finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
     remedies: Annotated[
-        str, typer.Option(help="Other ways to finalise that are tried: whole, hidden, long, fast, self.")
+        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self.")
     ] = "",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,

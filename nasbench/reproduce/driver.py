@@ -17,6 +17,7 @@ from nasbench.reproduce.page import write_page
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.speed import Speeds
 from nasbench.reproduce.stages import Bench, Log
+from nasbench.reproduce.summary import write_summary
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import format_placement
 from nasbench.supernet.loop import Progress, no_progress
@@ -42,6 +43,7 @@ def write_report(out: Path, recipe: Recipe, command: str) -> Path:
     for name in ("plan.json", "speeds.csv", "importance.csv", "supernet/losses.csv", "supernet/progress.csv"):
         if (out / name).is_file():
             shutil.copyfile(out / name, folder / Path(name).name)
+    write_summary(folder, facts, words(facts), command)
     return write_page(folder, f"{resolve_shape(recipe.model).name}: placements compared", words(facts), command)
 
 
@@ -54,9 +56,10 @@ def words(facts: table.Facts) -> str:
         if plan[stage]
     )
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in (plan["seconds"] or {}).items())
+    source = f"The model: {plan['source']}. " if plan["source"] else ""
     return (
-        f"Every layer's alternatives: {trained}. Seconds of the stages: {seconds}. Placements before finalising have "
-        "the supernet's weights. All have held-out loss and KL; the benchmarks are asked whole of the model, of the "
+        f"{source}Every layer's alternatives: {trained}. Seconds of the stages: {seconds}. Before finalising, all "
+        "have the supernet's weights. All have held-out loss and KL; benchmarks are asked whole of the model, of the "
         "finalised, the searched and the evenly spread placements (fill: best), and "
         f"{facts.quick_items} items each of the others, beside the model's score on the same items. "
         "Errors are standard errors over items; gaps are item by item."

@@ -15,10 +15,10 @@ from nasbench.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 
-REMEDIES = ("whole", "hidden", "long", "fast", "self")
-"""What may be tried where a finalised hybrid falls short: every weight of the layers behind the first replaced one is
-trained, not the mixers alone; a loss on hidden states beside the KL; rows four times as long; three times the learning
-rate; text that the model writes itself, half and half with the run's own."""
+REMEDIES = ("mixers", "hidden", "long", "fast", "self")
+"""Other ways to finalise, where a hybrid falls short: the replaced mixers alone are trained, not whole layers; a loss
+on hidden states beside the KL; rows four times as long; three times the learning rate; text of which the model itself
+wrote one half."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,14 @@ class Recipe:
         default_factory=lambda: DistillConfig(
             ridge_tokens=131072, align_lr=1e-3, align_batch_tokens=65536,
             supernet_batch_tokens=32768, supernet_lr=5e-4, kl_chunk=4096,
-            frozen=(), solved=(), documents=False, most_full=0.5, checkpoint_every_s=300.0,
+            frozen=(), solved=(), documents=False, most_full=0.5, whole=True,
+            checkpoint_every_s=300.0,
         )
     )  # fmt: skip
     align_seconds: float = 90.0
-    supernet_seconds: float = 240.0
+    supernet_seconds: float = 150.0
     search_seconds: float = 120.0
-    finalize_seconds: float = 240.0
+    finalize_seconds: float = 420.0
     speed_seconds: float = 60.0
     measure_seconds: float = 420.0
     finalize_lr: float = 5e-4

@@ -351,8 +351,8 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     candidate = Candidate(count, pick["method"], bench.shape.parse(pick["placement"]), weights=f"final:{name}")
     config = replace(_settings(bench), supernet_lr=bench.recipe.finalize_lr)
     corpus = bench.corpus
-    if name == "whole":
-        config = config.updated({"whole": True})
+    if name == "mixers":
+        config = config.updated({"whole": False})
     elif name == "hidden":
         config = config.updated({"hidden_weight": 1.0})
     elif name == "fast":

@@ -172,7 +172,7 @@ def comparison_rows(facts: Facts) -> list[Cells]:
     best = [row for row in facts.plan.candidates if row.fill == "best" and row.weights == "supernet"]
     for count in sorted({row.k for row in best}):
         mine = {row.method: Subject(format_placement(row.placement), row.weights) for row in best if row.k == count}
-        others = {UNIFORM: mine.get(UNIFORM), "median random": _median_random(facts, mine)}
+        others = {UNIFORM: mine.get(UNIFORM), "median random": median_random(facts, mine)}
         for method in ("beam", "kl-greedy"):
             for other, subject in others.items():
                 if method not in mine or subject is None:
@@ -185,7 +185,8 @@ def comparison_rows(facts: Facts) -> list[Cells]:
     return rows
 
 
-def _median_random(facts: Facts, mine: dict[str, Subject]) -> Subject | None:
+def median_random(facts: Facts, mine: dict[str, Subject]) -> Subject | None:
+    """The random placement in the middle by its divergence, of the placements of one K by method."""
     drawn = [subject for method, subject in mine.items() if method.startswith("random-")]
     known = [(mean_and_error(facts.items.get(subject, "kl"))[0], subject) for subject in drawn]
     known = sorted(((kl, subject) for kl, subject in known if not math.isnan(kl)), key=lambda pair: pair[0])

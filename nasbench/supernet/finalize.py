@@ -46,7 +46,8 @@ CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"
 _SEED_OFFSET = 7919
 _SETTINGS = (
-    "supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "whole", "documents",
+    "supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "whole", "whole_rate",
+    "documents",
 )  # fmt: skip
 
 
@@ -117,7 +118,11 @@ def finalize(
         for parameters in groups.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
-        optimizer = MasterAdamW(groups, lr=config.supernet_lr, weight_decay=config.weight_decay, clip=config.clip)
+        fitting = {f"layers.{i}.{part}" for i in range(len(placement)) for part in ("A", REST)}
+        optimizer = MasterAdamW(
+            groups, lr=config.supernet_lr, weight_decay=config.weight_decay, clip=config.clip,
+            rate=lambda group: config.whole_rate if group in fitting else 1.0,
+        )  # fmt: skip
         if saved is not None:
             optimizer.set_masters(saved.weights(str(net.teacher.device)))
         elif finished is not None:

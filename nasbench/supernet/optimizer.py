@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,20 @@ class MasterAdamW:
 
     Args:
         groups: name of a mixer -> its named parameters. The gradient norm is clipped per group.
+        rate: what the learning rate of a group is multiplied by, of its name.
 
     Attributes:
         skipped: [groups] fp32, how often each group's gradient was not finite and counted as zero, since last cleared.
     """
 
     def __init__(
-        self, groups: Mapping[str, Mapping[str, nn.Parameter]], *, lr: float, weight_decay: float, clip: float
+        self,
+        groups: Mapping[str, Mapping[str, nn.Parameter]],
+        *,
+        lr: float,
+        weight_decay: float,
+        clip: float,
+        rate: Callable[[str], float] = lambda group: 1.0,
     ) -> None:
         self.lr, self.max_norm = lr, clip
         self.groups = {group: dict(parameters) for group, parameters in groups.items()}
@@ -46,9 +53,15 @@ class MasterAdamW:
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for name, p in self.working.items()
         }
-        self.adam = torch.optim.AdamW(
-            list(self.masters.values()), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True
-        )
+        rates = {group: rate(group) for group in self.groups}
+        equals = [
+            {
+                "params": [self.masters[f"{g}.{name}"] for g in rates if rates[g] == r for name in self.groups[g]],
+                "rate": r,
+            }
+            for r in dict.fromkeys(rates.values())
+        ]
+        self.adam = torch.optim.AdamW(equals, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
         self.device = next(iter(self.masters.values())).device
         self.skipped = torch.zeros(len(self.groups), device=self.device)
         self._present: list[str] = []
@@ -139,7 +152,7 @@ class MasterAdamW:
     def apply(self, factor: float) -> None:
         """Steps the masters that have a gradient, and rounds the working weights from them."""
         for group in self.adam.param_groups:
-            group["lr"] = self.lr * factor
+            group["lr"] = self.lr * factor * group["rate"]
         self.adam.step()
         stepped = [name for name, master in self.masters.items() if master.grad is not None]
         rounded = [name for name in stepped if self.masters[name] is not self.working[name]]

@@ -39,6 +39,7 @@ class DistillConfig:
         whole: finalising trains every weight of the layers from the first replaced one on, on copies of MLPs, norms and
             the attention that stays among them; false: the replaced mixers alone. Random sub-networks share those
             weights, so that alignment and supernet never train them.
+        whole_rate: learning rate of what is trained beside the mixers, as a share of theirs: these weights fit already.
         kl_chunk: tokens whose logits are held at once.
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
@@ -68,6 +69,7 @@ class DistillConfig:
     sandwich: bool = False
     hidden_weight: float = 0.0
     whole: bool = False
+    whole_rate: float = 0.2
     kl_chunk: int = 512
     documents: bool = True
     recompute: bool = False

@@ -77,3 +77,17 @@ def test_cosine_warms_up_and_ends_low():
     assert factors[:2] == [0.1, 0.2]
     assert max(factors) == 1.0
     assert 0.1 <= factors[-1] < 0.11
+
+
+def test_groups_may_have_learning_rates_of_their_own():
+    ours = {name: torch.nn.Parameter(torch.ones(3)) for name in "ab"}
+    rates = {"a": 1.0, "b": 0.2}
+    optimizer = MasterAdamW(
+        {name: {"w": p} for name, p in ours.items()}, lr=0.1, weight_decay=0.0, clip=1.0, rate=rates.__getitem__
+    )
+    for p in ours.values():
+        p.grad = torch.ones(3)
+    optimizer.step(0.5)
+    # Adam's first step is the learning rate.
+    assert torch.allclose(ours["a"], torch.full((3,), 0.95))
+    assert torch.allclose(ours["b"], torch.full((3,), 0.99))

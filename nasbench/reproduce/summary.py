@@ -1,0 +1,124 @@
+"""summary.md: the tables of a reproduction as a page of Markdown, for the README of a committed report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from nasbench.config import format_size
+from nasbench.files import write_text
+from nasbench.reproduce.items import Subject
+from nasbench.reproduce.recipe import Candidate
+from nasbench.reproduce.table import Z95, Cells, Facts, comparison_rows, measures, median_random, table_rows
+from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.spaces.placement import format_placement
+
+NAMES = {TEACHER: "the model itself", UNIFORM: "evenly spread", "beam": "beam", "kl-greedy": "KL-greedy"}
+
+
+def write_summary(folder: Path, facts: Facts, words: str, command: str) -> None:
+    """Placements by K, what a search is worth, what more tokens and other ways of finalising bring."""
+    parts = [
+        f"    {command}\n\n{words}\n",
+        "Intervals are 95 %. Losses in nats a token above the model's own, on held-out text; suite and retrieval as "
+        "the share that is kept of the model's score (the suite's above chance), on the same items.\n",
+        _placements(facts),
+        "## Searched minus others, over the same rows of text\n\nNegative is better; bold where the interval is below "
+        "zero.\n",
+        _comparison(facts),
+        "## What more tokens and other ways of finalising bring\n",
+        _curve(facts),
+    ]
+    write_text(folder / "summary.md", "\n".join(part for part in parts if part))
+
+
+def _placements(facts: Facts) -> str:
+    candidates = sorted(facts.plan.candidates, key=lambda row: (-row.k, row.weights != TEACHER))
+    rows = list(zip(candidates, table_rows(facts), strict=True))
+    retrieval = measures(facts.items, ("retrieval",))
+    teacher = next((cells for row, cells in rows if row.method == TEACHER), {})
+    context = next(iter(facts.speeds.batches), None)
+    shown = []
+    for candidate, cells in rows:
+        name = _name(facts, candidate)
+        if name is None:
+            continue
+        line = [
+            str(candidate.k), name, _interval(cells, "loss_above_teacher"), _interval(cells, "kl"),
+            _interval(cells, "suite_kept", percent=True),
+        ]  # fmt: skip
+        for measure in retrieval:
+            ours = facts.items.get(_subject(candidate), measure)
+            theirs = None if facts.teacher is None else facts.items.get(facts.teacher, measure)
+            whole = 0.0 if theirs is None else float(theirs.mean())
+            line.append("" if ours is None or not whole else f"{float(ours.mean()) / whole:.0%}")
+        if context is not None:
+            speed, before = (_number(row, f"decode_tok_s_{format_size(context)}") for row in (cells, teacher))
+            line.append("" if math.isnan(speed) else f"{speed:,.0f}" + (f" ({speed / before:.2f}x)" if before else ""))
+        shown.append(line)
+    head = ["K", "placement", "loss", "KL", "suite kept"]
+    head += [f"retrieval {measure.partition('@')[2].partition(':')[0]}" for measure in retrieval]
+    head += [f"decode tokens/s at {format_size(context)}"] if context is not None else []
+    return _markdown(head, shown)
+
+
+def _name(facts: Facts, candidate: Candidate) -> str | None:
+    """What a placement is called, None for one that the page has no room for."""
+    if candidate.weights.startswith("final"):
+        _, _, way = candidate.weights.partition(":")
+        return "finalised" + (f", {way}" if way else "")
+    if candidate.fill != "best":
+        return None
+    if candidate.method in NAMES:
+        return NAMES[candidate.method]
+    same = [row for row in facts.plan.candidates if row.k == candidate.k and row.weights == candidate.weights]
+    middle = median_random(facts, {row.method: _subject(row) for row in same if row.fill == "best"})
+    return "median random" if middle == _subject(candidate) else None
+
+
+def _subject(candidate: Candidate) -> Subject:
+    return Subject(format_placement(candidate.placement), candidate.weights)
+
+
+def _comparison(facts: Facts) -> str:
+    rows = []
+    for cells in comparison_rows(facts):
+        line = [str(cells["k"]), NAMES[str(cells["searched"])], str(cells["against"])]
+        for measure in ("kl", "loss"):
+            value, low, high = (_number(cells, f"{measure}{end}") for end in ("", "_low", "_high"))
+            text = "" if math.isnan(value) else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+            line.append(f"**{text}**" if high < 0 else text)
+        rows.append(line)
+    return _markdown(["K", "search", "against", "KL", "loss"], rows)
+
+
+def _curve(facts: Facts) -> str:
+    rows = [
+        [
+            str(row["k"]), str(row["weights"]).partition(":")[2] or "as the recipe says",
+            f"{float(row['tokens']) / 1e6:,.1f}", _interval(row, "loss_above_teacher"), _interval(row, "kl"),
+        ]
+        for row in facts.plan["curve"] or []
+    ]  # fmt: skip
+    return _markdown(["K", "way", "million tokens", "loss", "KL"], rows)
+
+
+def _number(cells: Cells, name: str) -> float:
+    value = cells.get(name, math.nan)
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _interval(cells: Cells, name: str, percent: bool = False) -> str:
+    """`0.0712 ± 0.0031`, half the width of the interval behind the value; nothing for what was not measured."""
+    value, error = _number(cells, name), _number(cells, f"{name}_se")
+    if math.isnan(value):
+        return ""
+    scale, digits, unit = (100, 1, " %") if percent else (1, 4, "")
+    width = "" if math.isnan(error) else f" ± {scale * Z95 * error:.{digits}f}"
+    return f"{scale * value:.{digits}f}{width}{unit}"
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) if len(lines) > 2 else "Nothing measured.\n"
