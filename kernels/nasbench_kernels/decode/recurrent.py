@@ -96,9 +96,7 @@ def recurrent_step_kernel(
         k_b = _silu(k_b)
         # Several threads may hold one element: all must have read before any writes.
         tl.debug_barrier()
-        tl.store(
-            past - width, inputs.to(history.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS)
-        )
+        tl.store(past - width, inputs.to(history.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS))
     tl.store(waiting + mine, v, mask=in_mine)
 
     q_factor = tl.rsqrt(tl.sum(q_a * q_a) + tl.sum(q_b * q_b) + L2_EPS_) * scale
