@@ -93,8 +93,6 @@ class JetBlock(GatedDeltaMixer):
         at, size = 2 * (self.config.keys + self.config.values), self.config.generator_size
         if row.shape[0] == 1:
             flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
-        elif fused.ops().fits(row):
-            flat = fused.ops().silu_product(row[:, at : at + size], generator.w2.weight, generator.w2.bias)
         else:
             flat = F.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
         return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]

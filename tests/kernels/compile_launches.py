@@ -91,7 +91,6 @@ def between_products(batch: int, hidden: int, inner: int) -> None:
 def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
     x = nothing(batch, hidden, dtype=dtype)
     decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
-    decode.silu_product(x[:, :384], nothing(12288, 384, dtype=dtype), nothing(12288, dtype=dtype))
 
 
 def products(hidden: int, inner: int, vocabulary: int) -> None:

@@ -19,7 +19,6 @@ from nasbench_kernels.decode import (
     recurrent_step,
     rotary_write,
     silu_part,
-    silu_product,
     swiglu,
     swiglu_product,
 )
@@ -193,12 +192,7 @@ def test_gemv(rows, columns, dtype):
 
 @pytest.mark.parametrize(("batch", "hidden", "inner"), [(2, 72, 100), (17, 64, 64), (100, 136, 200)])
 @pytest.mark.parametrize("dtype", PRODUCTS)
-def test_products_with_what_surrounds_them(batch, hidden, inner, dtype):
+def test_swiglu_product(batch, hidden, inner, dtype):
     x, weight = draw(batch, hidden, dtype=dtype), draw(2 * inner, hidden, dtype=dtype)
     gate, up = (part.to(dtype).float() for part in F.linear(x.float(), weight.float()).chunk(2, -1))
     assert relative_rmse(swiglu_product(x, weight).float(), F.silu(gate) * up) < CLOSE[dtype]
-
-    row, bias = draw(batch, hidden + 24, dtype=dtype, seed=1), draw(2 * inner, dtype=dtype, seed=2)
-    part = row[:, 8 : 8 + hidden]
-    wanted = F.linear(F.silu(part.float()).to(dtype).float(), weight.float(), bias.float())
-    assert relative_rmse(silu_product(part, weight, bias).float(), wanted) < CLOSE[dtype]

@@ -55,10 +55,6 @@ class Recorder:
         self.log.append(("swiglu_product", tuple(x.shape), tuple(weight.shape)))
         return x.new_zeros(x.shape[0], weight.shape[0] // 2)
 
-    def silu_product(self, x, weight, bias):
-        self.log.append(("silu_product", tuple(x.shape), tuple(weight.shape)))
-        return x.new_zeros(x.shape[0], weight.shape[0])
-
     def silu_part(self, row, at, size):
         self.log.append(("silu_part", tuple(row.shape), size))
         return row[:, at : at + size]

@@ -3,7 +3,7 @@
 from nasbench_kernels.decode.attention import decode_attention, rotary_write
 from nasbench_kernels.decode.gemv import gemv
 from nasbench_kernels.decode.pointwise import add_norm, conv_step, silu_part, swiglu
-from nasbench_kernels.decode.product import fits, silu_product, swiglu_product
+from nasbench_kernels.decode.product import fits, swiglu_product
 from nasbench_kernels.decode.recurrent import RowLayout, StepWorkspace, recurrent_step
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "recurrent_step",
     "rotary_write",
     "silu_part",
-    "silu_product",
     "swiglu",
     "swiglu_product",
 ]

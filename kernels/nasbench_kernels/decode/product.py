@@ -1,10 +1,7 @@
-"""Products for a few to a hundred sequences together with what stands before or after them, in one launch.
-
-    swiglu_product     y = SiLU(x Wg^T) * (x Wu^T)
-    silu_product       y = SiLU(x) W^T + b
+"""A product and its SwiGLU for a few to a hundred sequences in one launch: y = SiLU(x Wg^T) * (x Wu^T).
 
 The weights are the rows of a program's tile, so that each is read once whatever the batch, and the sequences its
-columns: cuBLAS writes gate and up for a second kernel to read, and needs a first one for SiLU.
+columns: cuBLAS writes gate and up for a second kernel to read.
 """
 
 from __future__ import annotations
@@ -57,31 +54,6 @@ def swiglu_product_kernel(
     tl.store(at, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
 
 
-@triton.jit
-def silu_product_kernel(
-    x, weight, bias, out, x_stride, BATCH, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    in_rows = rows < ROWS
-    sequences = tl.arange(0, BLOCK_B)
-    in_batch = sequences < BATCH
-    lanes = tl.arange(0, BLOCK_K)
-    weights = weight + rows.to(tl.int64)[:, None] * COLUMNS + lanes[None, :]
-    inputs = x + sequences[None, :].to(tl.int64) * x_stride + lanes[:, None]
-    result = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
-    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
-        inside = first + lanes < COLUMNS
-        value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0)
-        wide = value.to(tl.float32)
-        value = (wide / (1.0 + tl.exp(-wide))).to(value.dtype)
-        part = tl.load(weights + first, mask=in_rows[:, None] & inside[None, :], other=0.0)
-        result = tl.dot(part, value, result, input_precision=PRECISION)
-    result += tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-    at = out + sequences[None, :].to(tl.int64) * ROWS + rows[:, None]
-    tl.store(at, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
-
-
 @dataclass(frozen=True)
 class ProductLaunch:
     """Rows of the weights, sequences and columns of a block; warps and pipeline stages of its program."""
@@ -93,44 +65,27 @@ class ProductLaunch:
     stages: int
 
 
-def product_launch(
-    batch: int, rows: int, matrices: int, element_size: int, sms: int, shared_memory: int
-) -> ProductLaunch:
-    """By measurements on an H100: README.md. `matrices`: tiles of weights that a program holds at once."""
+def product_launch(batch: int, rows: int, element_size: int, sms: int, shared_memory: int) -> ProductLaunch:
+    """By measurements on an H100: README.md."""
     sequences = max(16, triton.next_power_of_2(batch))
     columns = 128 // element_size
     block, warps = (128, 8) if sequences > 64 and rows >= 64 * sms else (64, 8 if sequences > 64 else 4)
     room = shared_memory - 4096
-    if (matrices * block + sequences) * columns * element_size * 3 > room:
+    if (2 * block + sequences) * columns * element_size * 3 > room:
         block = 64
-    tile = (matrices * block + sequences) * columns * element_size
-    return ProductLaunch(block, sequences, columns, warps, max(1, min(4, room // tile)))
-
-
-def _arguments(x: Tensor, rows: int, matrices: int) -> tuple[ProductLaunch, dict[str, int | str]]:
-    launch = product_launch(x.shape[0], rows, matrices, x.element_size(), *card(x.device))
-    return launch, {
-        "COLUMNS": x.shape[1], "ROWS": rows, "BLOCK_R": launch.rows, "BLOCK_B": launch.sequences,
-        "BLOCK_K": launch.columns, "STAGES": launch.stages, "num_warps": launch.warps,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
+    return ProductLaunch(
+        block, sequences, columns, warps, max(1, min(4, room // ((2 * block + sequences) * columns * element_size)))
+    )
 
 
 def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, K] contiguous, B at most 128, weight [2 F, K], gate over up -> SiLU(x Wg^T) * (x Wu^T), [B, F]."""
     rows = weight.shape[0] // 2
     out = torch.empty(x.shape[0], rows, device=x.device, dtype=x.dtype)
-    launch, arguments = _arguments(x, rows, 2)
-    swiglu_product_kernel[(triton.cdiv(rows, launch.rows),)](x, weight, out, x.shape[0], **arguments)
-    return out
-
-
-def silu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x [B, K], rows of any stride, B at most 128, weight [N, K], bias [N] -> SiLU(x) W^T + bias, [B, N]."""
-    rows = weight.shape[0]
-    out = torch.empty(x.shape[0], rows, device=x.device, dtype=x.dtype)
-    launch, arguments = _arguments(x, rows, 1)
-    silu_product_kernel[(triton.cdiv(rows, launch.rows),)](
-        x, weight, bias, out, x.stride(0), x.shape[0], **arguments
+    launch = product_launch(x.shape[0], rows, x.element_size(), *card(x.device))
+    swiglu_product_kernel[(triton.cdiv(rows, launch.rows),)](
+        x, weight, out, x.shape[0], COLUMNS=x.shape[1], ROWS=rows,
+        BLOCK_R=launch.rows, BLOCK_B=launch.sequences, BLOCK_K=launch.columns, STAGES=launch.stages,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=launch.warps,
     )  # fmt: skip
     return out
