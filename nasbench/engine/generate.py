@@ -1,20 +1,25 @@
-"""Text generation: chunked prefill, then one token at a time, greedy or sampled."""
+"""Text generation: chunked prefill, then a token of every sequence at a time, whatever the prompts' lengths."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import copy
 from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from nasbench.backbone.decoder import Decoder, DecoderCache
-from nasbench.engine.graph import Stepper
+from nasbench.blocks.mixer import MixerCache
+from nasbench.engine.graph import Writer
+from nasbench.engine.sampling import Sampling
 from nasbench.errors import UserError
 
 CHUNK = {"cpu": 512, "cuda": 8192}
 """Prefill tokens of a sequence at a time: enough to keep the device busy (one sequence of 64K tokens in chunks of 4096
 waits for the launches of a slow host a third of the time), little enough that activations stay small."""
+LOOK_EVERY = {"cpu": 1, "cuda": 16}
+"""Steps between two looks at whether every sequence has ended: looking waits for a GPU."""
 
 
 def default_chunk(device: torch.device) -> int:
@@ -30,28 +35,37 @@ def prefill(decoder: Decoder, tokens: Tensor, cache: DecoderCache, chunk: int | 
     return decoder.logits(last)
 
 
-@torch.inference_mode()
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row of logits [B, V] -> [B] int64.
+def cache_rows(cache: DecoderCache, begin: int, end: int) -> DecoderCache:
+    """The cache of sequences begin to end - 1, empty as yet: views, so what is written there is written here."""
 
-    Args:
-        temperature: 0 takes the most likely token.
-        top_p: samples among the fewest most likely tokens whose probabilities sum to at least this (arXiv 1904.09751).
+    def rows(mixer: MixerCache) -> MixerCache:
+        view = copy.copy(mixer)  # whatever else a kind keeps stays
+        view.state, view.history = (
+            {name: tensor[begin:end] for name, tensor in tensors.items()} for tensors in (mixer.state, mixer.history)
+        )
+        return view
+
+    return DecoderCache([rows(mixer) for mixer in cache.mixers], end - begin, cache.context)
+
+
+def prefill_each(decoder: Decoder, prompts: Sequence[Tensor], cache: DecoderCache, chunk: int | None = None) -> Tensor:
+    """Reads prompts [T_b], those of one length beside each other, each into its row of the cache: logits of their last
+    tokens [B, V].
+
+    Prompts of one length are read at once. Others are not padded: a recurrent layer has no mask that could hide padding
+    from its state.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True)
-        # A token stays if those before it have not reached top_p; the first always does.
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    logits, begin = [], 0
+    for _, members in groupby(prompts, len):
+        tokens = torch.stack(list(members)).to(decoder.device)
+        logits.append(prefill(decoder, tokens, cache_rows(cache, begin, begin + len(tokens)), chunk))
+        begin += len(tokens)
+    return torch.cat(logits)
 
 
 def stream(
     decoder: Decoder,
-    prompts: Tensor,
+    prompts: Tensor | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -59,26 +73,34 @@ def stream(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yields the next tokens [B] of prompts [B, T] of one length, `max_new_tokens` times unless the caller stops.
+    """Yields the next tokens [B] of all prompts, `max_new_tokens` times unless the caller stops; each is valid until
+    the next.
+
+    Args:
+        prompts: [B, T], or one sequence of tokens each.
 
     Raises:
         UserError: an empty prompt, a bad option, or more tokens than the model's context.
     """
-    batch, length = prompts.shape
-    if length == 0 or max_new_tokens < 1:
-        raise UserError(f"a prompt of {length} tokens and {max_new_tokens} new ones: both must be at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} and top_p {top_p}: choose at least 0, and above 0 up to 1")
+    texts = [torch.as_tensor(prompt, dtype=torch.int64) for prompt in prompts]
+    lengths = [len(text) for text in texts]
+    if min(lengths, default=0) == 0 or max_new_tokens < 1:
+        raise UserError(
+            f"a prompt of {min(lengths, default=0)} tokens and {max_new_tokens} new ones: both must be at least 1"
+        )
+    sampling = Sampling(temperature, top_p, seed)
+    # Rows by length, so that prompts of one length are one part of the cache.
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
     # The last token is not read back, so it needs no place in the cache.
-    cache = decoder.new_cache(batch, length + max_new_tokens - 1)
-    stepper = Stepper(decoder, cache)
-    generator = torch.Generator(decoder.device).manual_seed(seed)
-    logits = prefill(decoder, prompts.to(decoder.device), cache, chunk)
+    cache = decoder.new_cache(len(texts), max(lengths) + max_new_tokens - 1)
+    writer = Writer(decoder, cache, sampling)
+    logits = prefill_each(decoder, [texts[index] for index in order], cache, chunk)
+    row_of = None
+    if order != sorted(order):
+        row_of = torch.tensor(order).argsort().to(decoder.device)
     for index in range(max_new_tokens):
-        tokens = choose(logits, temperature, top_p, generator)
-        yield tokens
-        if index + 1 < max_new_tokens:
-            logits = stepper.step(tokens)
+        tokens = writer.step() if index else writer.begin(logits, [lengths[i] for i in order])
+        yield tokens if row_of is None else tokens[row_of]
 
 
 def generate(
@@ -94,25 +116,34 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, in order, without the end-of-text token that stopped it.
 
-    Prompts of equal length run as one batch: recurrent layers have no mask that could hide padding from their state,
-    so padding would change the result.
+    All run as one batch, whatever their lengths. A sequence that has ended goes on until all have; what it writes
+    behind its end is dropped.
     """
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, prompt in enumerate(prompts):
-        groups[len(prompt)].append(index)
-    results: list[list[int]] = [[] for _ in prompts]
-    for members in groups.values():
-        open_rows = dict(enumerate(members))
-        tokens = torch.tensor([list(prompts[index]) for index in members], dtype=torch.int64)
-        for new in stream(
-            decoder, tokens, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chunk=chunk
-        ):
-            ids = new.tolist()
-            for row, index in list(open_rows.items()):
-                if ids[row] in eos_ids:
-                    del open_rows[row]
-                else:
-                    results[index].append(ids[row])
-            if not open_rows:
+    if not prompts:
+        return []
+    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=decoder.device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
+    look_every = LOOK_EVERY.get(decoder.device.type, 1)
+    columns = []
+    for index, tokens in enumerate(
+        stream(
+            decoder,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            chunk=chunk,
+        ),
+        1,
+    ):
+        columns.append(tokens.clone())
+        if len(ends):
+            ended |= torch.isin(tokens, ends)
+            if index % look_every == 0 and bool(ended.all()):
                 break
-    return results
+    stops = set(eos_ids)
+    return [
+        row[: next((at for at, token in enumerate(row) if token in stops), len(row))]
+        for row in torch.stack(columns, 1).tolist()
+    ]

@@ -185,6 +185,19 @@ def measure(
     )
 
 
+def measure_prefill(
+    decoder: Decoder, context: int, batch: int, chunk: int | None = None, log: Callable[[str], None] = lambda _: None
+) -> tuple[float, int]:
+    """(seconds to read prompts of `context` tokens and score their last, tokens of a sequence at a time), on random
+    tokens and without a decode; a chunk that does not fit is halved. Raises UserError, and MachineError for memory."""
+    _check(decoder.shape, context, batch, None)
+    try:
+        cache = decoder.new_cache(batch, context)
+    except torch.OutOfMemoryError:
+        raise MachineError(f"the cache of {batch} sequences of {context} tokens does not fit") from None
+    return _prefill(decoder, cache, context, chunk or default_chunk(decoder.device), log)
+
+
 def _check(shape: ModelShape, context: int, batch: int | str, prefill_context: int | None) -> None:
     for value in (context, prefill_context or 1):
         if not 1 <= value <= shape.max_context:
