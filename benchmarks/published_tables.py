@@ -272,9 +272,9 @@ def readme(rows: Iterable[Figure], found: dict[str, Device]) -> str:
         *_basis(found),
         "",
         "Figures in *italics* rest on roofline estimates; ± is half a 90 % interval. The limit is the least time of a",
-        "step, bytes over bandwidth and operations over rate; of a speed-up, the ratio of both models' limits, exceeded",
-        "where the baseline is the further from its own. The paper's steps launch kernel by kernel from Python,",
-        "ours replay one CUDA graph of fused kernels.",
+        "step, bytes over bandwidth and operations over rate; of a speed-up, the ratio of both limits, exceeded where",
+        "the baseline is the further from its own. The paper's steps launch kernel by kernel, ours replay one CUDA",
+        "graph of fused kernels.",
     ]
     for table in dict.fromkeys(row.table for row in rows):
         some = [row for row in rows if row.table == table]
