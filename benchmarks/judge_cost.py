@@ -20,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -28,7 +29,7 @@ from nasbench.backbone.shapes import ModelShape
 from nasbench.config import format_size, parse_sizes
 from nasbench.cost import CostModel, add_calibration, judge, load_cost_model
 from nasbench.cost.calibration import CalibrationRow, calibration_path, read_calibration
-from nasbench.cost.judge import Judgement
+from nasbench.cost.judge import Judged, Judgement
 from nasbench.cost.judge_points import MOST_BATCH, JudgePoint, judge_points
 from nasbench.errors import MachineError, NasbenchError, UserError
 from nasbench.search.table import write_rows
@@ -183,7 +184,7 @@ def _judge(
     return (judge(costs, measured, mode, chunk=min(chunks, default=None)) if measured else None), refused
 
 
-def _prediction(shape: ModelShape, mode: str, row) -> Prediction:
+def _prediction(shape: ModelShape, mode: str, row: Judged) -> Prediction:
     full = count_kind(parse_placement(row.placement, shape.num_layers), "A")
     cells = {name: value for name, value in asdict(row).items() if name != "inside"}
     return Prediction(mode=mode, full_attention=full, inside=int(row.inside), **cells)
@@ -294,7 +295,7 @@ def _key(row: CalibrationRow) -> tuple[str, str, int, int]:
     return row.mode, row.placement, row.context, row.batch
 
 
-def _where(options: argparse.Namespace):
+def _where(options: argparse.Namespace) -> tuple[ModelShape, str, Any]:
     """(shape, torch device, dtype)."""
     from nasbench.cli.common import torch_device, torch_dtype
 

@@ -219,9 +219,11 @@ def _speed_up(device: Device, mode: str, fast: ModelShape, slow: ModelShape, con
     source = next((name for name in ("not profiled", "estimated") if name in sources), "measured")
     shares = [speed.tok_s / limit for speed, limit in zip(ours, limits, strict=True)]
     error = sum(speed.error**2 for speed in ours) ** 0.5
-    numbers = (published, ours[0].tok_s / ours[1].tok_s, error, limits[0] / limits[1], *shares)
-    table = f"{mode} speed-up over {slow.name}"
-    return Figure(table, fast.name, device.spec.slug, context, *batches, *numbers, source)
+    return Figure(
+        table=f"{mode} speed-up over {slow.name}", model=fast.name, device=device.spec.slug, context=context,
+        batch=batches[0], baseline_batch=batches[1], published=published, ours=ours[0].tok_s / ours[1].tok_s,
+        error=error, limit=limits[0] / limits[1], share=shares[0], baseline_share=shares[1], source=source,
+    )  # fmt: skip
 
 
 def sentence(figure: Figure) -> str:
