@@ -1,12 +1,12 @@
-"""The published tables of arXiv 2508.15884 beside what the profile says: cache, throughput at 64K, speed-up by context.
+"""The published tables of arXiv 2508.15884 beside what the profiles say: cache, throughput at 64K, speed-up by context.
 
-    python benchmarks/published_tables.py [--db profiles] [--out reports/published-tables] [--measured nvidia-h200]
+    python benchmarks/published_tables.py [--db profiles] [--out reports/published-tables]
 
-Needs measured rows of the shapes in MODELS, from `nasbench profile --model NAME --blocks AWJ` on one GPU. Rows of the
-other devices are roofline estimates from them (nasbench.profiling.estimate), made anew here; every figure that rests on
-one is marked. The limit is the least time of a step: bytes over bandwidth, operations over rate, data sheet for devices
-that are estimated and ceilings of the profile for the measured one. Writes README.md and figures.csv; what is not
-profiled is left blank and said.
+Rows that were measured on a device count first (`nasbench profile --model NAME --blocks AWJ` for each of MODELS); where
+there are none they are roofline estimates (nasbench.profiling.estimate), made anew here from the device's own measured
+rows of other shapes or, without any, from those of all measured GPUs. Every figure that rests on an estimate is marked.
+The limit is the least time of a step: bytes over bandwidth, operations over rate, by the profile's ceilings where the
+device was measured, else by its data sheet. Writes README.md and figures.csv.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
 from nasbench.config import format_size, profiles_dir
-from nasbench.cost import CostModel, find_profiles, load_cost_model
+from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
+from nasbench.cost.model import INTERVAL_SD
 from nasbench.devices import DEVICES, DeviceSpec
 from nasbench.engine.floor import Ceilings, decode_floor
 from nasbench.engine.memory import USABLE, sequence_bytes, weight_bytes
@@ -59,16 +61,29 @@ SPEED_UP = {
 """Published, of jet-nemotron-2b over qwen3-1.7b on an H100."""
 EDGE = {"nvidia-jetson-agx-orin-64gb": 8.84, "nvidia-rtx-3090": 6.5}
 """Published, decoding of jet-nemotron-2b over qwen2.5-1.5b at 64K."""
-PUBLISHED_DEVICE = "nvidia-h100-sxm"
+PUBLISHED_DEVICE, OTHER_DEVICE = "nvidia-h100-sxm", "nvidia-h200"
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens/s of all sequences, half the width of its 90 % interval as a share of it, and what the rows are."""
+
+    tok_s: float = NAN
+    error: float = NAN
+    source: str = "not profiled"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A published number and ours: a row of figures.csv. NaN is a number that the profile does not give.
+    """A published number and ours: a row of figures.csv. NaN is a number that there is not.
 
     Attributes:
         batch: of the model; of a speed-up, the faster model's.
-        limit: what the device's memory and matrix units allow.
+        baseline_batch: of a speed-up, the slower model's.
+        error: half the width of the 90 % interval, as a share of ours.
+        limit: what the device's memory and matrix units allow; of a speed-up, with both models at their limits.
+        share, baseline_share: of its own limit that the model reaches here, and of a speed-up the slower model.
         source: measured or estimated rows, or the formula.
     """
 
@@ -77,9 +92,13 @@ class Figure:
     device: str
     context: int
     batch: int
+    baseline_batch: int
     published: float
     ours: float
+    error: float
     limit: float
+    share: float
+    baseline_share: float
     source: str
 
 
@@ -87,12 +106,14 @@ class Device:
     """A device's cost models and limits.
 
     Args:
-        rows: of this device, measured or estimated.
+        rows: its own measured ones.
+        costs: by model, measured before estimated.
     """
 
-    def __init__(self, spec: DeviceSpec, rows: Sequence[Row], costs: dict[str, CostModel], measured: bool) -> None:
-        self.spec, self.costs, self.measured = spec, costs, measured
-        known = {row.args: row for row in rows if row.block == CEILING and row.status == "ok"} if measured else {}
+    def __init__(self, spec: DeviceSpec, rows: Sequence[Row], costs: dict[str, list[CostModel]]) -> None:
+        self.spec, self.costs = spec, costs
+        known = {row.args: row for row in rows if row.block == CEILING and row.status == "ok"}
+        self.days = sorted({row.measured_utc[:10] for row in rows})
 
         def figure(name: str, column: str, sheet: float) -> float:
             return getattr(known[name], column) if name in known else sheet
@@ -111,21 +132,23 @@ class Device:
         largest = self.largest_batch(shape, context)
         return min(largest, BATCHES[context]) if shape.name == "jet-nemotron-2b" else largest
 
-    def tok_s(self, mode: str, shape: ModelShape, context: int, batch: int) -> tuple[float, str]:
-        """(tokens/s, source); NaN where it is not profiled or does not fit."""
-        try:
-            costs = self.costs[shape.name]
-            if mode == "decode":
-                cost = costs.decode(shape.placement, context, batch)
-                return cost.decode_tok_s or float("nan"), cost.source
-            cost = costs.prefill(shape.placement, context, batch, chunk=CHUNK)
-            return cost.prefill_tok_s or float("nan"), cost.source
-        except (KeyError, UserError):
-            return float("nan"), "not profiled"
+    def speed(self, mode: str, shape: ModelShape, context: int, batch: int) -> Speed:
+        """Without a number where it does not fit or no rows cover it."""
+        for costs in self.costs[shape.name] if batch else ():
+            with suppress(UserError):
+                if mode == "decode":
+                    cost = costs.decode(shape.placement, context, batch)
+                    tok_s, error = cost.decode_tok_s or NAN, (cost.step_stderr_ms or NAN) / (cost.step_ms or NAN)
+                else:
+                    cost = costs.prefill(shape.placement, context, batch, chunk=CHUNK)
+                    tok_s = cost.prefill_tok_s or NAN
+                    error = (cost.prefill_stderr_tok_s or NAN) / tok_s
+                return Speed(tok_s, INTERVAL_SD * error, cost.source)
+        return Speed()
 
     def limit_tok_s(self, mode: str, shape: ModelShape, context: int, batch: int) -> float:
         if not batch:
-            return float("nan")
+            return NAN
         if mode == "decode":
             parts = decode_floor(shape, shape.placement, batch, context, WIDTH, self.ceilings)
             return batch * 1e3 / sum(part.ms for part in parts)
@@ -134,162 +157,197 @@ class Device:
         return context * self.ceilings.matmul_tflop_s * 1e12 / flops
 
 
-def devices(measured: str, db: Path | None) -> dict[str, Device]:
-    """The measured device, and those of the tables estimated from its rows.
+def devices(db: Path) -> dict[str, Device]:
+    """The devices of the tables, each with its measured rows and estimates of what has none.
 
     Raises:
-        UserError: no measured rows.
+        UserError: no measured rows of any GPU.
     """
-    rows = find_profiles(measured, db)
     shapes = {name: resolve_shape(name) for name in MODELS}
-    own = {name: load_cost_model(measured, shape, DTYPE, db) for name, shape in shapes.items()}
-    found = {measured: Device(DEVICES[measured], rows, own, True)}
-    estimator = Estimator(rows, DTYPE)
-    for slug in (PUBLISHED_DEVICE, *EDGE):
-        spec = DEVICES[slug]
-        costs = {}
+    measured = {
+        slug: [row for row in find_profiles(slug, db) if row.source == "measured"]
+        for slug in profiled_devices(db)
+        if slug in DEVICES
+    }
+    every = [row for rows in measured.values() for row in rows]
+    found = {}
+    for slug in (PUBLISHED_DEVICE, OTHER_DEVICE, *EDGE):
+        spec, own = DEVICES[slug], measured.get(slug, [])
+        estimator = Estimator(own or every, DTYPE)
+        costs: dict[str, list[CostModel]] = {}
         for name, shape in shapes.items():
             points = plan(
                 shape, MODELS[name], CONTEXTS, ["auto"], ("decode", "prefill"), CHUNK, spec.memory_bytes, WIDTH
             )
             estimated = estimator.rows(spec, shape, [point for group in points for point in group])
-            costs[name] = CostModel(estimated, shape, DTYPE)
-        found[slug] = Device(spec, [], costs, False)
+            costs[name] = [load_cost_model(slug, shape, DTYPE, db)] if own else []
+            costs[name].append(CostModel(estimated, shape, DTYPE))
+        found[slug] = Device(spec, own, costs)
     return found
 
 
-def figures(found: dict[str, Device], measured: str) -> list[Figure]:
-    """Every published number with ours, on the published device and on the measured one."""
+def figures(found: dict[str, Device]) -> list[Figure]:
+    """Every published number with ours."""
     shapes = {name: resolve_shape(name) for name in MODELS}
     jet, qwen3, qwen2 = (shapes[name] for name in ("jet-nemotron-2b", "qwen3-1.7b", "qwen2.5-1.5b"))
     rows = []
     for name, shape in shapes.items():
         mib = shape.cache_bytes(shape.placement, 1, LONG, WIDTH) / 2**20
-        rows.append(Figure("cache MiB", name, "", LONG, 1, CACHE_MIB[name], mib, float("nan"), "formula"))
-    for slug in (PUBLISHED_DEVICE, measured):
+        numbers = (CACHE_MIB[name], mib, NAN, NAN, NAN, NAN)
+        rows.append(Figure("cache MiB", name, "", LONG, 1, 0, *numbers, "formula"))
+    for slug in (PUBLISHED_DEVICE, OTHER_DEVICE):
         device = found[slug]
         for name, shape in shapes.items():
             batch = device.batch(shape, LONG)
-            ours, source = device.tok_s("decode", shape, LONG, batch)
-            limit = device.limit_tok_s("decode", shape, LONG, batch)
-            rows.append(Figure("decode tokens/s", name, slug, LONG, batch, TOK_S[name], ours, limit, source))
+            ours, limit = device.speed("decode", shape, LONG, batch), device.limit_tok_s("decode", shape, LONG, batch)
+            numbers = (TOK_S[name], ours.tok_s, ours.error, limit, ours.tok_s / limit, NAN)
+            rows.append(Figure("decode tokens/s", name, slug, LONG, batch, 0, *numbers, ours.source))
         for mode, published in SPEED_UP.items():
             for context in CONTEXTS:
-                rows.append(_speed_up(device, slug, mode, jet, qwen3, context, published[context]))
+                rows.append(_speed_up(device, mode, jet, qwen3, context, published[context]))
     for slug, value in EDGE.items():
-        rows.append(_speed_up(found[slug], slug, "decode", jet, qwen2, LONG, value))
+        rows.append(_speed_up(found[slug], "decode", jet, qwen2, LONG, value))
     return rows
 
 
-def _speed_up(
-    device: Device, slug: str, mode: str, fast: ModelShape, slow: ModelShape, context: int, published: float
-) -> Figure:
+def _speed_up(device: Device, mode: str, fast: ModelShape, slow: ModelShape, context: int, published: float) -> Figure:
     batches = [device.batch(shape, context) for shape in (fast, slow)]
-    pairs = [
-        device.tok_s(mode, shape, context, batch) for shape, batch in zip((fast, slow), batches, strict=True) if batch
-    ]
-    limits = [
-        device.limit_tok_s(mode, shape, context, batch)
-        for shape, batch in zip((fast, slow), batches, strict=True)
-    ]  # fmt: skip
-    ours = pairs[0][0] / pairs[1][0] if len(pairs) == 2 else float("nan")
-    sources = {source for _, source in pairs}
+    pairs = list(zip((fast, slow), batches, strict=True))
+    ours = [device.speed(mode, shape, context, batch) for shape, batch in pairs]
+    limits = [device.limit_tok_s(mode, shape, context, batch) for shape, batch in pairs]
+    sources = {speed.source for speed in ours}
     source = next((name for name in ("not profiled", "estimated") if name in sources), "measured")
-    table = f"{mode} speed-up over {slow.name}"
-    return Figure(table, fast.name, slug, context, batches[0], published, ours, limits[0] / limits[1], source)
+    shares = [speed.tok_s / limit for speed, limit in zip(ours, limits, strict=True)]
+    error = sum(speed.error**2 for speed in ours) ** 0.5
+    return Figure(
+        table=f"{mode} speed-up over {slow.name}", model=fast.name, device=device.spec.slug, context=context,
+        batch=batches[0], baseline_batch=batches[1], published=published, ours=ours[0].tok_s / ours[1].tok_s,
+        error=error, limit=limits[0] / limits[1], share=shares[0], baseline_share=shares[1], source=source,
+    )  # fmt: skip
 
 
 def sentence(figure: Figure) -> str:
     """What stands between the published number and ours."""
     if figure.ours != figure.ours:
-        why = "does not fit" if not figure.batch else "no measured rows of this shape"
-        return f"{why[0].upper()}{why[1:]}."
+        return "No rows of this shape." if figure.batch else "Does not fit."
     ratio = figure.ours / figure.published
     if figure.table == "cache MiB":
         if abs(ratio - 1) < 1e-9:
             return "The same to the MiB."
-        return "Two full layers, two windows and 24 fp32 states by formula; the paper does not say how it counts."
-    share = figure.ours / figure.limit
-    if figure.table == "decode tokens/s":
-        theirs = figure.published / figure.limit
-        where = (
-            "the published step is bound by launches, ours by memory" if theirs < 0.5 else "both are bound by memory"
+        return (
+            "128 of full attention, 2.25 of windows, 27 of fp32 states; the paper's number would be 1 MiB a layer "
+            "instead of 1.125 for the last two, and it does not say how it counts."
         )
+    if figure.table == "decode tokens/s":
         card = "" if figure.device == PUBLISHED_DEVICE else " of this larger card"
-        return f"{ratio:.1f} times the published: that is {theirs:.0%}, ours {share:.0%} of the limit{card}; {where}."
-    near = f"the limit allows {figure.limit:.1f}"
+        theirs = figure.published / figure.limit
+        why = "; launches bind the paper's, memory ours" if theirs < 0.5 < figure.share else ""
+        return f"{ratio:.1f} times the paper's, which is {theirs:.0%} of the limit{card}, ours {figure.share:.0%}{why}."
+    both = f"ours reach {figure.share:.0%} (hybrid) and {figure.baseline_share:.0%} (baseline) of their limits"
     if abs(ratio - 1) <= 0.15:
-        return f"Within 15 % of the published; {near}."
+        return f"Within 15 % of the paper's; {both}."
+    word = "More" if ratio > 1 else "Less"
     if figure.device in EDGE:
-        return f"{'More' if ratio > 1 else 'Less'} than published at the batch that fits here; {near}."
-    if figure.table.startswith("decode"):
-        if ratio < 1:
-            return f"Less, because our full attention is nearer its own limit than the baseline of the paper; {near}."
-        return f"More, because our small kernels cost less beside the cache; {near}."
-    if ratio < 1:
-        return f"Less, because the linear layers' chunks cost more beside full attention here; {near}."
-    return f"More, because attention over long prompts costs more beside the linear layers here; {near}."
+        return f"{word} at the largest batches that fit, the paper's are not stated; {both}."
+    if ratio < 1 < figure.published / figure.limit:
+        return (
+            f"{word}: the paper's is beyond the limits' ratio, so its baseline is the further from its limit; {both}."
+        )
+    if ratio > 1 and figure.share > figure.baseline_share:
+        return f"{word}, because our baseline is further from its limit than our hybrid; {both}."
+    if ratio < 1 and figure.share < figure.baseline_share:
+        return f"{word}, because our hybrid is further from its limit than our baseline; {both}."
+    return f"{word}; {both}."
 
 
-def readme(rows: Iterable[Figure], found: dict[str, Device], measured: str, stamps: str) -> str:
+def readme(rows: Iterable[Figure], found: dict[str, Device]) -> str:
     rows = list(rows)
     lines = [
         "# The published tables and this instrument",
         "",
         "    python benchmarks/published_tables.py",
         "",
-        f"Figures of arXiv 2508.15884 beside those of the profile: {found[measured].spec.title}, measured layer by",
-        f"layer ({stamps}), and {found[PUBLISHED_DEVICE].spec.title}, the paper's card, estimated by roofline from",
-        "those rows. *Estimated* figures are in italics. The limit is the least time of a step: bytes over bandwidth,",
-        "operations over rate. Batches: the paper's for the 2B, the largest that fits for the others, at most 1024.",
+        "Figures of arXiv 2508.15884 beside those of the profiles in `profiles/`, measured layer by layer and added up",
+        "by the cost model. Batches are the paper's for the 2B, the largest that fits for the others, at most 1024.",
+        f"Prompts are read in chunks of {CHUNK} tokens, the paper's in 2048.",
+        "",
+        *_basis(found),
+        "",
+        "Figures in *italics* rest on roofline estimates; ± is half a 90 % interval. The limit is the least time of a",
+        "step, bytes over bandwidth and operations over rate; of a speed-up, the ratio of both limits, exceeded where",
+        "the baseline is the further from its own. The paper's steps launch kernel by kernel, ours replay one CUDA",
+        "graph of fused kernels.",
     ]
     for table in dict.fromkeys(row.table for row in rows):
+        some = [row for row in rows if row.table == table]
         lines += ["", f"## {table[0].upper()}{table[1:]}", ""]
-        lines += ["| model | device | context | batch | paper | ours | limit | |", "|---|---|---|---|---|---|---|---|"]
-        for row in rows:
-            if row.table == table:
-                lines.append(_line(row))
+        if not some[0].device:
+            lines += ["| model | context | paper | ours | |", "|---|---|---|---|---|"]
+        else:
+            both = "batches" if some[0].baseline_batch else "batch"
+            lines += [
+                f"| model | device | context | {both} | paper | ours | limit | |",
+                "|---|---|---|---|---|---|---|---|",
+            ]
+        lines += map(_line, some)
     return "\n".join(lines) + "\n"
+
+
+def _basis(found: dict[str, Device]) -> list[str]:
+    """What was measured on each device."""
+    lines = []
+    for device in found.values():
+        if device.days:
+            when = " to ".join(dict.fromkeys((device.days[0], device.days[-1])))
+            lines.append(
+                f"- {device.spec.title}: measured {when}; shapes without rows by roofline from its other rows."
+            )
+        else:
+            lines.append(f"- {device.spec.title}: estimated from the measured cards and its data sheet.")
+    return lines
 
 
 def _line(row: Figure) -> str:
     ours = _number(row.ours)
-    marked = f"*{ours}*" if row.source == "estimated" and ours else ours
-    batch = row.batch if row.device else ""
-    return (
-        f"| {row.model} | {row.device} | {format_size(row.context)} | {batch} | {_number(row.published)} | {marked} | "
-        f"{_number(row.limit)} | {sentence(row)} |"
-    )
+    if row.source == "estimated" and ours:
+        ours = f"*{ours}*"
+    if row.error == row.error and ours:
+        ours += f" ± {row.error:.0%}"
+    start = f"| {row.model} | "
+    if row.device:
+        batches = f"{row.batch} : {row.baseline_batch}" if row.baseline_batch else f"{row.batch}"
+        limit = f" {_number(row.limit)} |"
+        return (
+            f"{start}{row.device} | {format_size(row.context)} | {batches} | {_number(row.published)} | {ours} |"
+            f"{limit} {sentence(row)} |"
+        )
+    return f"{start}{format_size(row.context)} | {_number(row.published)} | {ours} | {sentence(row)} |"
 
 
 def _number(value: float) -> str:
     if value != value:
         return ""
-    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+    if value >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.6g}" if abs(value * 100 % 1) < 1e-9 else f"{value:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--db", type=Path, help="folder of the profile databases; default: those that ship")
     parser.add_argument("--out", type=Path, default=Path("reports/published-tables"))
-    parser.add_argument("--measured", default="nvidia-h200", help="the device that was measured")
     options = parser.parse_args(arguments)
     try:
-        db = options.db or profiles_dir()
-        found = devices(options.measured, db)
-        rows = figures(found, options.measured)
-        days = sorted(
-            {row.measured_utc[:10] for row in find_profiles(options.measured, db) if row.source == "measured"}
-        )
+        found = devices(options.db or profiles_dir())
+        rows = figures(found)
         options.out.mkdir(parents=True, exist_ok=True)
         write_rows(options.out / "figures.csv", Figure, rows)
-        text = readme(rows, found, options.measured, " to ".join(dict.fromkeys((days[0], days[-1]))))
-        (options.out / "README.md").write_text(text, encoding="utf-8")
+        (options.out / "README.md").write_text(readme(rows, found), encoding="utf-8")
     except NasbenchError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    missing = sum(row.source == "not profiled" for row in rows)
-    print(f"{len(rows)} figures in {options.out}, {missing} of them not profiled")
+    counts = {source: sum(row.source == source for row in rows) for source in dict.fromkeys(row.source for row in rows)}
+    print(f"{len(rows)} figures in {options.out}: " + ", ".join(f"{n} {source}" for source, n in counts.items()))
     return 0
 
 

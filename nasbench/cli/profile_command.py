@@ -29,7 +29,7 @@ def command(
         str, typer.Option(help="Contexts, e.g. 4k,64k; default: powers of two from 1k (CPU) or 4k.")
     ] = "",
     batches: Annotated[
-        str, typer.Option(help="Batches, e.g. 1,8,max; auto: powers of 4 to the largest that fits.")
+        str, typer.Option(help="Batches, e.g. 1,8,max; auto: powers of 2 to the largest that fits.")
     ] = "",
     modes: Annotated[str, typer.Option(help="decode, prefill or both.")] = "decode,prefill",
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,

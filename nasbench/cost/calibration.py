@@ -36,6 +36,8 @@ RESIDUAL = 0.02
 """Relative error that the fit expects of a measurement before it has seen any."""
 LEAST_RESIDUAL = 0.01
 """Few measurements may agree by chance."""
+LEAST_FREEDOM = 0.2
+"""A measurement that the fit follows alone says little of its error: no more than so much counts."""
 FOREIGN = 3.0
 """Measurements of another model of the same device count as so much less precise."""
 CONSTANT, ALONE, SHARED, HOST = "constant", "alone", "shared", "host"
@@ -139,9 +141,12 @@ def fit(measured: Sequence[tuple[Features, float, float]]) -> Calibration:
         mean = prior + covariance @ (scaled.T @ ((1.0 - x @ prior) / (residual * weight)))
         errors = (x @ mean - 1.0) / weight
         # Effective number of coefficients that the measurements, and not the prior, have set.
-        used = float(np.trace(scaled @ covariance @ scaled.T))
-        freedom = max(1.0, len(measured) - used)
+        leverage = np.einsum("ij,jk,ik->i", scaled, covariance, scaled)
+        freedom = max(1.0, len(measured) - float(leverage.sum()))
         residual = max(LEAST_RESIDUAL, float(np.sqrt((errors**2).sum() / freedom)))
+    # A fit bends towards each measurement by its leverage: it would err by so much more on one that it was not shown.
+    left_out = errors / np.maximum(1.0 - leverage, LEAST_FREEDOM)
+    residual = max(residual, float(np.sqrt((left_out**2).mean())))
     return Calibration(
         tuple(names), tuple(map(float, mean)), tuple(tuple(map(float, row)) for row in covariance), residual,
         len(measured),

@@ -21,11 +21,12 @@ import numpy as np
 
 from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.config import format_size
+from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
-from nasbench.cost.table import NOTHING, Table, Time, total
+from nasbench.cost.table import NOTHING, Time, total
 from nasbench.errors import UserError, unknown
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
-from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
+from nasbench.store import SHARED_BLOCKS, Row
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTERVAL_SD = 1.645
@@ -147,14 +148,8 @@ class CostModel:
         self.shape = shape
         self.dtype = dtype
         self.dtype_bytes = dtype_bytes(dtype)
-        self._tables: dict[tuple[Any, ...], Table] = {}
-        self._known: dict[tuple[Any, ...], Time] = {}
-        for row in rows:
-            if row.dtype == dtype and row.status == "ok" and row.p50_us is not None:
-                cells = [getattr(row, column) for column in _IDENTITY]
-                key = (*cells, row.mode, row.chunk)
-                self._tables.setdefault(key, Table(in_turns=row.mode == "prefill")).add(row)
-        self.chunks = sorted({row.chunk for row in rows if row.mode == "prefill" and row.dtype == dtype})
+        self._blocks = Blocks(rows, shape, dtype, self.device)
+        self.chunks = self._blocks.chunks
         self._others = {shape.name: self}
         self._calibrations = {}
         usable = [row for row in calibration if row.device == self.device and row.dtype == dtype]
@@ -187,8 +182,9 @@ class CostModel:
     ) -> Cost:
         """A prompt of `context` tokens in chunks of `chunk` (default: the largest that was measured).
 
-        A last, shorter chunk costs its share of a whole one. More sequences than were measured together take the time
-        of the largest measured batch in turns. Raises UserError as `decode` does.
+        A last, shorter chunk costs its share of a whole one, a short prompt what was measured of its length. More
+        sequences than were measured together take the time of the largest measured batch in turns. Raises UserError as
+        `decode` does.
         """
         cost = self.cache(placement, context, batch)
         size = chunk or (self.chunks[-1] if self.chunks else 0)
@@ -196,7 +192,7 @@ class CostModel:
             legal = ", ".join(map(str, self.chunks)) or "none"
             raise UserError(
                 f"no prefill rows of chunk {size or 'of any size'} for {self.dtype} on {self.device or 'any device'} "
-                f"(measured: {legal}): {self._command('prefill', context, batch)}"
+                f"(measured: {legal}): {self._blocks.command('prefill', context, batch)}"
             )
         parts = self._prefill_parts(placement, context, batch, size, extrapolate)
         us, stderr_us = self._predict(parts, "prefill")
@@ -295,50 +291,44 @@ class CostModel:
         check_context(self.shape, context)
         fit = self._calibrations["decode"]
         scale = fit.coefficient(SHARED)
-        shared = {name: self._block(name, "decode", 0, batch, extrapolate).us for name in SHARED_BLOCKS}
+        shared = {name: self._blocks.time(name, "decode", 0, batch, extrapolate).us for name in SHARED_BLOCKS}
         every = fit.coefficient(_constant(batch)) + scale * (2 * shared["norm"] + shared["mlp"])
-        mixers = [self._block(name, "decode", context, batch, extrapolate).us for name in names]
+        mixers = [self._blocks.time(name, "decode", context, batch, extrapolate).us for name in names]
         times = [every + fit.coefficient(kind_of(name)) * us for name, us in zip(names, mixers, strict=True)]
         return times, scale * (shared["embedding"] + shared["norm"] + shared["head"])
 
     def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
         layers = len(placement)
         counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers, "head": 1}
-        times = [(SHARED, self._block(name, "decode", 0, batch, extrapolate) * count) for name, count in counts.items()]
+        times = [
+            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count) for name, count in counts.items()
+        ]
         for name in dict.fromkeys(placement):
-            time = self._block(name, "decode", context, batch, extrapolate) * placement.count(name)
+            time = self._blocks.time(name, "decode", context, batch, extrapolate) * placement.count(name)
             times.append((kind_of(name), time))
         return Parts(tuple(times), layers, _constant(batch))
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
         layers, chunks = len(placement), ceil(context / chunk)
         counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers}
-        shared = [self._block(name, "prefill", 0, batch, extrapolate, chunk) * n for name, n in counts.items()]
-        names = {name: placement.count(name) for name in dict.fromkeys(placement)}
-        blocks = [(SHARED, time) for time in shared] + [(kind_of(name), NOTHING) for name in names]
-        sums = [NOTHING] * len(blocks)
+        counts |= {name: placement.count(name) for name in dict.fromkeys(placement)}
+        features = {name: SHARED if name in SHARED_BLOCKS else kind_of(name) for name in counts}
+        sums = dict.fromkeys(counts, NOTHING)
         host = NOTHING
-        for end in range(chunk, chunks * chunk + 1, chunk):
-            # The shorter last chunk is taken from the whole one that would end where it ends.
-            share = 1.0 if end <= context else (context % chunk) / chunk
-            at = max(min(end, context), chunk)
-            mixers = [self._block(name, "prefill", at, batch, extrapolate, chunk) * n for name, n in names.items()]
-            times = [time.longer(share) for time in (*shared, *mixers)]
-            every = total(times)
+        for begin in range(0, context, chunk):
+            tokens = min(chunk, context - begin)
+            times = {
+                name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * n
+                for name, n in counts.items()
+            }
+            every = total(times.values())
             if every.host_us > every.us:
                 host += replace(every, us=every.host_us, sd_us=0.0)
             else:
-                sums = [known + time for known, time in zip(sums, times, strict=True)]
-        found = [(feature, time) for (feature, _), time in zip(blocks, sums, strict=True) if time.us]
+                sums = {name: sums[name] + time for name, time in times.items()}
+        found = [(features[name], time) for name, time in sums.items() if time.us]
         found += [(HOST, host)] if host.us else []
-        return Parts((*found, (SHARED, self._head(batch, extrapolate))), layers * chunks)
-
-    def _head(self, batch: int, extrapolate: bool) -> Time:
-        """The output matrix after a prompt, for at most as many sequences as it was measured with."""
-        cells = block_cells(self.shape, "head")
-        table = self._tables.get((*cells.values(), "decode", 0))
-        largest = max(table.points[0]) if table and 0 in table.points else batch
-        return self._block("head", "decode", 0, min(batch, largest), extrapolate)
+        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), layers * chunks)
 
     def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
         """(microseconds, their standard error)."""
@@ -359,41 +349,6 @@ class CostModel:
             return costs._prefill_parts(placement, row.context, row.batch, row.chunk, False).features
         except UserError:
             return None
-
-    def _block(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int = 0) -> Time:
-        key = (name, mode, context, batch, extrapolate, chunk)
-        if key not in self._known:
-            self._known[key] = self._look_up(*key)
-        return self._known[key]
-
-    def _look_up(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int) -> Time:
-        shared = name in SHARED_BLOCKS
-        config = None if shared else self.shape.mixer(name)
-        cells = block_cells(self.shape, name) if config is None else block_cells(self.shape, config.kind, config.args)
-        table = self._tables.get((*cells.values(), mode, chunk))
-        time = table.at(context, batch, extrapolate) if table else None
-        if time is None:
-            title = name if config is None else f"{config.kind}{config.args and ' ' + config.args}"
-            at = f"batch {batch}" if shared else f"context {format_size(context)}, batch {batch}"
-            known = f"measured are {table.measured()}" if table else "it is not measured at all"
-            raise UserError(
-                f"no {mode} time of block {title} of {self.shape.name} ({self.dtype}) on "
-                f"{self.device or 'any device'} at {at}: {known}; {self._command(mode, context, batch, name)}"
-            )
-        return time
-
-    def _command(self, mode: str, context: int, batch: int, name: str = "") -> str:
-        blocks = f" --blocks {name}" if name and name not in SHARED_BLOCKS else ""
-        contexts = f" --contexts {format_size(context)}" if context else ""
-        modes = "decode" if mode == "decode" else "decode,prefill"
-        return (
-            f"measure it there with `nasbench profile --model {self.shape.name}{blocks}{contexts} --batches {batch} "
-            f"--modes {modes} --dtype {self.dtype}`"
-        )
-
-
-_IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")
-"""The columns of store.block_cells, in its order."""
 
 
 def _constant(batch: int) -> str:

@@ -82,10 +82,10 @@ def _bracket(known: Sequence[int], at: int, extrapolate: bool) -> tuple[int, int
 
 def _along(line: dict[int, Time], at: int, extrapolate: bool) -> Time | None:
     bracket = _bracket(sorted(line), at, extrapolate)
-    return _blend(line[bracket[0]], line[bracket[1]], bracket[2]) if bracket else None
+    return blend(line[bracket[0]], line[bracket[1]], bracket[2]) if bracket else None
 
 
-def _blend(low: Time, high: Time, weight: float) -> Time:
+def blend(low: Time, high: Time, weight: float) -> Time:
     """Linear between two points, and beyond them."""
     inside = min(max(weight, 0.0), 1.0)
     joules = None

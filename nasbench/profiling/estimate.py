@@ -4,9 +4,9 @@ with the efficiencies that measured devices reach.
     time = launch + max(bytes / (bandwidth * memory efficiency), operations / (rate * compute efficiency))
 
 Launch, memory and compute efficiency are learned for each block and mode from the measured rows of GPUs whose data
-sheets are known; which of the three binds a row is its regime. The error bar of a row is what the same rule errs on
-groups of measured rows that it was not shown: whole devices where several were measured, else one batch size of one
-model at a time, which says nothing of how another device differs.
+sheets are known; which of the three binds a row is its regime. The error bar of a row is what the same rule errs, in
+this regime, on groups of measured rows that it was not shown: whole devices where several were measured, else one batch
+size of one model at a time, which says nothing of how another device differs.
 
 Estimates carry the source `estimated` wherever they go and never take the place of a measurement.
 """
@@ -39,6 +39,8 @@ LEAST_ERROR = 0.05
 """Left-out groups may agree by chance."""
 UNTESTED_ERROR = 0.5
 """Relative error of a rule that no group could be left out of."""
+FEWEST = 4
+"""Left-out rows that a regime's own error needs; with fewer it has that of all."""
 ROUNDS = 12
 """Times that rows are assigned to a regime and the efficiencies fitted anew."""
 CEILING_BYTES = 1 << 30
@@ -65,6 +67,7 @@ class Roofline:
         memory, compute: efficiencies, shares of the data sheet's figures.
         error: relative, of left-out groups.
         rows, devices: what it was learned from.
+        regimes: (regime, its own error), where enough left-out rows were of it.
     """
 
     launch_us: float
@@ -73,6 +76,10 @@ class Roofline:
     error: float
     rows: int
     devices: tuple[str, ...]
+    regimes: tuple[tuple[str, float], ...] = ()
+
+    def error_of(self, regime: str) -> float:
+        return dict(self.regimes).get(regime, self.error)
 
     def time_us(self, memory_us: float, compute_us: float) -> tuple[float, str]:
         """(microseconds, regime) for the least times by the data sheet."""
@@ -134,15 +141,22 @@ def learn(found: Sequence[Sample]) -> Roofline:
     devices = tuple(sorted({sample.device for sample in found}))
     by_device = len(devices) > 1
     groups = {sample.device if by_device else sample.group for sample in found}
-    errors = []
+    errors: list[tuple[str, float]] = []
     for group in groups if len(groups) > 1 else ():
         shown = [sample for sample in found if (sample.device if by_device else sample.group) != group]
         rule = Roofline(*_learn(shown), 0.0, 0, ())
         for sample in found:
             if (sample.device if by_device else sample.group) == group:
-                errors.append(rule.time_us(sample.memory_us, sample.compute_us)[0] / sample.us - 1)
-    error = max(LEAST_ERROR, float(np.sqrt(np.mean(np.square(errors))))) if errors else UNTESTED_ERROR
-    return Roofline(*_learn(found), error, len(found), devices)
+                us, regime = rule.time_us(sample.memory_us, sample.compute_us)
+                errors.append((regime, us / sample.us - 1))
+
+    def size(chosen: list[float]) -> float:
+        return max(LEAST_ERROR, float(np.sqrt(np.mean(np.square(chosen)))))
+
+    error = size([value for _, value in errors]) if errors else UNTESTED_ERROR
+    by_regime = {name: [value for regime, value in errors if regime == name] for name, _ in errors}
+    regimes = tuple((name, size(chosen)) for name, chosen in by_regime.items() if len(chosen) >= FEWEST)
+    return Roofline(*_learn(found), error, len(found), devices, regimes)
 
 
 class Estimator:
@@ -200,9 +214,10 @@ class Estimator:
         if config is not None:
             caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
             caches["history_bytes"] = config.history_bytes(point.batch, width)
-        reason = f"{regime}-bound, +-{rule.error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
+        error = rule.error_of(regime)
+        reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(
-            **point_cells(bench, info, point), **_times(us, rule.error), **caches,
+            **point_cells(bench, info, point), **_times(us, error), **caches,
             gb_s=moved / us / 1e3, tflop_s=flops / us / 1e6, reason=reason, **_provenance(),
         )  # fmt: skip
 

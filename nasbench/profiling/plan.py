@@ -12,11 +12,11 @@ from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
 WORDS = ("auto", "max")
-"""What may stand for a batch beside numbers: the largest that fits, or powers of four up to it, and two."""
-PREFILL_BATCHES = (1, 8, 64)
-"""With `auto`: from the second on a chunk of every kind fills a GPU, the third is what many short prompts come to."""
-LONG = 32768
-"""Beyond this context prefill is measured at the first two of those batches: the third would take seconds a row."""
+"""What may stand for a batch beside numbers: the largest that fits, or powers of two up to it."""
+PREFILL_BATCHES = (1, 2, 4, 8, 64)
+"""With `auto`: from 8 on a chunk of every kind fills a GPU, the last is what many short prompts come to."""
+LONG, LONG_BATCH = 32768, 8
+"""Beyond the first, a context, prefill is measured at batches up to the second: more would take seconds a row."""
 LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
 FULL_MEMORY = 1.0
@@ -49,7 +49,7 @@ class Point:
 
 
 def parse_batches(text: str) -> list[int | str]:
-    """`"1,4,max"` -> [1, 4, "max"]; `auto` stands for powers of four up to the largest that fits. Raises UserError."""
+    """`"1,4,max"` -> [1, 4, "max"]; `auto` stands for powers of two up to the largest that fits. Raises UserError."""
     parts = [part.strip().lower() for part in text.split(",") if part.strip()]
     if not parts:
         raise UserError("no batch given: write numbers, max or auto, as 1,4,max")
@@ -94,10 +94,11 @@ def plan(
     memory_bytes: int,
     dtype_bytes: int,
 ) -> list[list[Point]]:
-    """The points of a sweep in groups: the shared blocks, then one kind after another in decode, then in prefill. A
-    sweep that is cut short lacks the last kinds' prefill first.
+    """The points of a sweep in groups: the shared blocks, then one kind after another in decode, then in prefill.
 
     Prefill is measured at its first chunk and at every context; a placement's prefill is summed over chunks in between.
+    Contexts below the chunk are prompts that are read at once: their rows are of a chunk of that length. In a prefill
+    group short and few prompts come first, so that a sweep that is cut lacks those that take longest.
 
     Raises:
         UserError: unknown kind or mode, a context beyond the model's.
@@ -114,27 +115,28 @@ def plan(
     def batches_at(name: str, context: int) -> list[int]:
         largest = batch_limit(shape, name, names, context, memory_bytes, dtype_bytes)
         sizes = {largest if batch == "max" else int(batch) for batch in batches if batch != "auto"}
-        # At 2 as well: decoders run one sequence by other kernels than more.
-        return sorted(sizes | (_powers(4, largest) | {min(2, largest)} if "auto" in batches else set()))
+        return sorted(sizes | (_powers(largest) if "auto" in batches else set()))
 
     everywhere = sorted({batch for name in names for context in contexts for batch in batches_at(name, context)})
     chunk = min(chunk, shape.max_context)
-    ends = sorted({chunk, *(context for context in contexts if context >= chunk)})
+    # (end, chunk): the first chunk may be a whole prompt.
+    chunks = sorted({(chunk, chunk), *((context, min(chunk, context)) for context in contexts)})
 
     def prefill_batches(end: int) -> list[int]:
         # Without `auto` the smallest alone: larger ones only fill the device that a long chunk fills already.
-        most = everywhere[-1] if end <= LONG else PREFILL_BATCHES[1]
+        most = everywhere[-1] if end <= LONG else LONG_BATCH
         largest = min(most, largest_batch(shape, names, end, memory_bytes, dtype_bytes))
         return [size for size in PREFILL_BATCHES if size <= largest] if "auto" in batches else everywhere[:1]
 
     # Matrix products change their pace at every power of two, and these rows are few.
-    shared = sorted({*everywhere, *(_powers(2, everywhere[-1]) if "auto" in batches else ())})
+    shared = sorted({*everywhere, *(_powers(everywhere[-1]) if "auto" in batches else ())})
     first: list[Point] = []
     for block in SHARED_BLOCKS:
         if "decode" in modes or block == "head":  # prefill ends with one head
             first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
-            first += [Point(block, "prefill", batch, chunk=chunk) for batch in prefill_batches(chunk)]
+            sizes = sorted({size for _, size in chunks})
+            first += [Point(block, "prefill", batch, chunk=size) for size in sizes for batch in prefill_batches(size)]
     groups = [first]
     kinds = list(dict.fromkeys(names))
     if "decode" in modes:
@@ -142,15 +144,11 @@ def plan(
             groups.append([Point(name, "decode", batch, end) for end in contexts for batch in batches_at(name, end)])
     if "prefill" in modes:
         for name in kinds:
-            groups.append([Point(name, "prefill", batch, end, chunk) for end in ends for batch in prefill_batches(end)])
+            group = [Point(name, "prefill", batch, end, size) for end, size in chunks for batch in prefill_batches(end)]
+            groups.append(sorted(group, key=lambda point: (point.batch * point.context, point.context)))
     return [group for group in groups if group]
 
 
-def _powers(base: int, largest: int) -> set[int]:
-    """1, base, base^2, ..., and `largest` itself."""
-    sizes = {1, largest}
-    size = base
-    while size < largest:
-        sizes.add(size)
-        size *= base
-    return sizes
+def _powers(largest: int) -> set[int]:
+    """1, 2, 4, ..., and `largest` itself."""
+    return {largest, *(1 << power for power in range(largest.bit_length()))}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
-from nasbench.devices import detect
+from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
 from nasbench.errors import unknown
 from nasbench.profiling.amounts import amounts
@@ -20,7 +20,7 @@ from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
 from nasbench.profiling.telemetry import Telemetry
 from nasbench.profiling.timing import Budget
 from nasbench.profiling.worker import START_S, Worker
-from nasbench.profiling.workload import MOST_PREFILL, Bench
+from nasbench.profiling.workload import Bench, most_instances
 from nasbench.spaces.placement import parse_placement
 from nasbench.store import KEY, SPREAD, Database, Row, db_path
 
@@ -42,15 +42,19 @@ KEEP_S = 2.0
 PATIENCE_S = 180.0
 """Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
 hung."""
-ROW_S = {"cpu": 0.25, "cuda": 0.4}
+ROW_S = {"cpu": 0.25, "cuda": 0.25}
 """About what a row takes besides its timing: weights, caches, capture, the watch on power."""
+CALM = {"cpu": 1.0, "cuda": 0.4}
+"""Share of its budget that a row takes: a GPU's percentiles are close together long before its end."""
 GUESSED_TFLOP_S = {"cpu": 0.1, "cuda": 100.0}
-"""Matrix-product rate that a plan counts on before it is measured, 10^12 operations per second."""
+"""Matrix-product rate of a device without a data sheet, before it is measured, 10^12 operations per second."""
+REACHED = 0.45
+"""Share of the rate that a chunk of a prompt comes to."""
 LEAST_SECONDS, WATCHED = 0.02, 0.3
 """A sweep with a limit gives a row less time where it must, at least the first; a GPU's power is watched only while a
 row has the second."""
-FEWEST_RUNS = 6
-"""Runs of a workload that even the slowest row takes: warm-up, and three that count."""
+FEWEST_RUNS = 9
+"""Runs of a workload that even the slowest row takes: warm-up, three that count, the watch, and the launches."""
 CHUNKS = {"cpu": 512, "cuda": 8192}
 """Prefill chunk by kind of device."""
 
@@ -100,18 +104,24 @@ class Todo:
 
     @property
     def seconds(self) -> float:
-        """Rough time: the budget of every row, or what its fewest runs need, and what stands around them."""
+        """Rough time: what every row takes, and what stands around them."""
         kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
-        rate = self.machine.matmul_tflop_s.get(DTYPE_NAMES[self.bench.dtype]) or GUESSED_TFLOP_S[kind]
+        total = self.rounds * sum(self.group_seconds(group) for group in self.groups)
+        total += self.ceilings * (4 * (budget_s + ROW_S[kind]) + self.isolate * START_S[kind])
+        return total + (0.0 if kind == "cpu" else SECOND_LOOKS / 2 * len(self.points) * LONGER * budget_s)
+
+    def group_seconds(self, points: Sequence[Point]) -> float:
+        """Rough time of points that one child measures once."""
+        kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
+        known = DEVICES[self.machine.info.slug].tflop_s if self.machine.info.slug in DEVICES else GUESSED_TFLOP_S[kind]
+        rate = self.machine.matmul_tflop_s.get(DTYPE_NAMES[self.bench.dtype]) or known
 
         def row_s(point: Point) -> float:
             flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
-            return max(budget_s, FEWEST_RUNS * MOST_PREFILL * flops / rate / 1e12) + ROW_S[kind]
+            runs_s = FEWEST_RUNS * most_instances(point) * flops / (REACHED * rate) / 1e12
+            return max(CALM[kind] * budget_s, runs_s) + ROW_S[kind]
 
-        total = self.rounds * sum(map(row_s, self.points)) + 4 * self.ceilings * (budget_s + ROW_S[kind])
-        looks = 0 if kind == "cpu" else SECOND_LOOKS * len(self.points) * LONGER * budget_s
-        starts = (self.rounds * len(self.groups) + self.ceilings) * START_S[kind] if self.isolate else 0.0
-        return total + looks + starts
+        return sum(map(row_s, points)) + (START_S[kind] if self.isolate else 0.0)
 
 
 def prepare(
@@ -144,8 +154,8 @@ def prepare(
         isolate: measure every group in a child process of its own; a script that asks for that needs the guard
             `if __name__ == "__main__"`.
         patience_s: a row that takes longer than this is given up.
-        limit_s: about how long the sweep may take. Rows get less time where that is not enough for all, and at the end
-            of it the rest is left; second looks and the plan's last groups go first.
+        limit_s: about how long the sweep may take. Rows get less time where that is not enough for all, every group
+            its part of it, and what does not fit is left: second looks first, then the rows that take longest.
 
     Raises:
         UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
@@ -213,15 +223,23 @@ class Pace:
 
     def __init__(self, limit_s: float | None, kind: str) -> None:
         self.end = None if limit_s is None else time.monotonic() + limit_s
+        self.group_end = self.end
         self.kind = kind
+
+    def new_group(self, share: float) -> None:
+        """The next rows may take this share of what is left: the dearest rows of one kind leave time for the next."""
+        if self.end is not None:
+            now = time.monotonic()
+            self.group_end = now + share * (self.end - now)
 
     def budget(self, wanted: Budget, rows: int) -> Budget | None:
         """Of the next of so many rows; None when the time is up."""
-        if self.end is None:
+        if self.end is None or self.group_end is None:
             return wanted
-        left = self.end - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if now >= self.group_end:
             return None
+        left = self.end - now
         spare = left / rows - ROW_S[self.kind]
         if spare >= wanted.seconds:
             return wanted
@@ -286,12 +304,20 @@ def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) ->
             database.merge(faster)
             measurer.new_group()
 
+    waiting = todo.rounds * sum(map(todo.group_seconds, todo.groups))
     for turn in range(todo.rounds):
         for group in todo.groups:
             # What does not fit or does not run will not do so the next time either.
             again = [point for point in group if point in best and best[point].p50_us is not None]
+            seconds = todo.group_seconds(group)
+            pace.new_group(seconds / max(waiting, seconds))
+            waiting -= seconds
             look(again if turn else group, machine.budget)
             done += len(group) - len(again) if turn else 0
+    pace.new_group(1.0)
+    for group in todo.groups:
+        # What was too dear for its group's part, where others took less than theirs.
+        look([point for point in group if point not in best], machine.budget)
     again = _second_looks(best, machine.info.kind)
     result.left = len(todo.points) - len(best)
     total = done + len(again)

@@ -84,7 +84,10 @@ def time_cpu(calls: Sequence[Call], budget: Budget, evict: Call | None = None) -
 QUICK_US = 5000.0
 """Work that takes less is timed behind a run of itself: the host launches it while the device is busy, as it does in a
 loop of decode steps, and the launch is not counted. Longer work hides it by itself."""
-HOST_RUNS = 5
+HOST_RUNS, HOST_S = 5, 0.2
+"""Times that the launches of a call are timed, unless the calls have taken so many seconds."""
+SLOW_S = 0.2
+"""Work that takes longer is warm after one run."""
 BURST_US = 10_000.0
 """Work is watched in bursts of about this length, one of them always ahead: the device is never idle in between."""
 
@@ -113,7 +116,11 @@ def time_cuda(
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
+            began = time.perf_counter()
             work()
+            stream.synchronize()
+            if time.perf_counter() - began > SLOW_S:
+                break
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     captured = _capture(work, fall_back) if graph else None
@@ -171,11 +178,11 @@ def _capture(work: Call, fall_back: bool) -> torch.cuda.CUDAGraph | None:
 def launch_us(call: Call) -> float:
     """Microseconds that the host needs to launch the kernels of a call, which runs on an idle GPU. Where the call waits
     for its results, that is part of them."""
-    samples = []
-    for _ in range(HOST_RUNS):
-        torch.cuda.synchronize()
+    samples: list[float] = []
+    start = time.perf_counter()
+    while len(samples) < HOST_RUNS and (not samples or time.perf_counter() - start < HOST_S):
         began = time.perf_counter_ns()
         call()
         samples.append((time.perf_counter_ns() - began) / 1e3)
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
     return float(np.median(samples))

@@ -95,10 +95,15 @@ def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
     would otherwise kill the process instead of refusing."""
     if instance_bytes > bench.memory_bytes:
         raise MemoryError(f"one layer needs {instance_bytes} bytes, usable are {bench.memory_bytes}")
-    wanted = max(FEWEST, min(MOST, -(-COLD * bench.llc_bytes // max(1, instance_bytes))))
-    if point.mode == "prefill":
-        wanted = min(wanted, MOST_PREFILL if point.batch * point.chunk < LONG_PREFILL else MOST_PREFILL // 2)
-    return min(wanted, bench.memory_bytes // max(1, instance_bytes))
+    wanted = max(FEWEST, min(most_instances(point), -(-COLD * bench.llc_bytes // max(1, instance_bytes))))
+    return min(wanted, most_instances(point), bench.memory_bytes // max(1, instance_bytes))
+
+
+def most_instances(point: Point) -> int:
+    """Instances that the workload of a point goes round at most."""
+    if point.mode == "decode":
+        return MOST
+    return MOST_PREFILL if point.batch * point.chunk < LONG_PREFILL else MOST_PREFILL // 2
 
 
 def _instances(bench: Bench, name: str, make: Callable[[], nn.Module], count: int) -> list[Any]:

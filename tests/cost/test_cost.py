@@ -86,6 +86,32 @@ def test_prefill_is_the_sum_of_its_chunks(costs):
     assert costs.cost(placement, 2048, 4).prefill_tok_s == costs.prefill(placement, 2048, 4).prefill_tok_s
 
 
+def test_a_prompt_shorter_than_a_chunk_takes_what_was_measured_of_its_length(costs):
+    """Half a chunk's attention is a quarter of a whole one's, so that its share would be too much."""
+    placement = SHAPE.parse("15A 15J")
+    short = {"A": 2_000.0, "J": 9_000.0, "embedding": 100.0, "norm": 50.0, "mlp": 5_000.0}
+    rows = [
+        make(block, 1, 0 if block in SHARED_BLOCKS else CHUNK // 2, CHUNK // 2, p20_us=us, p50_us=us, p80_us=us)
+        for block, us in short.items()
+    ]
+    model = CostModel([*rows_of(), *rows], SHAPE, "fp32")
+    head_us = time_us("head", 1, 0)
+
+    def us(tokens, found=model):
+        return tokens * 1e6 / found.prefill(placement, tokens, 1).prefill_tok_s - head_us
+
+    half = 15 * (short["A"] + short["J"]) + short["embedding"] + 61 * short["norm"] + 30 * short["mlp"]
+    assert us(CHUNK // 2) == pytest.approx(half, rel=1e-9)
+    assert us(CHUNK) == pytest.approx(us(CHUNK, costs), rel=1e-9)
+    assert us(3 * CHUNK // 4) == pytest.approx((half + us(CHUNK)) / 2, rel=1e-9)
+    # Below everything that was measured, and behind a whole chunk: a share.
+    assert us(CHUNK // 4) == pytest.approx(half / 2, rel=1e-9)
+    assert us(CHUNK + CHUNK // 2) == pytest.approx(us(CHUNK + CHUNK // 2, costs), rel=1e-9)
+    # A kind without such rows is a share of its whole chunk.
+    mixed = SHAPE.parse("15A 15W")
+    assert model.prefill(mixed, CHUNK // 2, 1).prefill_tok_s > 0
+
+
 def test_a_chunk_takes_the_longer_of_launches_and_work():
     """A is long on the device, J on the host, which runs ahead: their sums compete, not each layer's two times."""
     host_us = {"A": 10.0, "J": 70_000.0}
@@ -96,7 +122,7 @@ def test_a_chunk_takes_the_longer_of_launches_and_work():
 
     def us(model, placement, batch=1):
         found = model.prefill(SHAPE.parse(placement), CHUNK, batch)
-        return batch * CHUNK * 1e6 / found.prefill_tok_s - model._head(batch, False).us
+        return batch * CHUNK * 1e6 / found.prefill_tok_s - model._blocks.head(batch, False).us
 
     assert us(costs, "28A 2J") == pytest.approx(us(without, "28A 2J"))
     assert us(costs, "15A 15J") > us(without, "15A 15J")

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_every_published_figure_stands_beside_ours(tool, tmp_path, capsys):
     ]
     Database(tmp_path / "db" / "nvidia-h200.csv").merge(rows)
     assert tool.main(["--db", str(tmp_path / "db"), "--out", str(tmp_path / "out")]) == 0
-    assert "1 of them not profiled" in capsys.readouterr().out
+    assert "5 formula" in capsys.readouterr().out
     figures = list(csv.DictReader((tmp_path / "out" / "figures.csv").open()))
     found = {(row["table"], row["model"], row["device"], int(row["context"])): row for row in figures}
 
@@ -75,12 +76,19 @@ def test_every_published_figure_stands_beside_ours(tool, tmp_path, capsys):
     ratio = found["decode speed-up over qwen3-1.7b", "jet-nemotron-2b", "nvidia-h200", 65536]
     assert 30 < float(ratio["ours"]) < 56
     assert found["decode speed-up over qwen2.5-1.5b", "jet-nemotron-2b", "nvidia-rtx-3090", 65536]["published"] == "6.5"
-    missing = found["decode tokens/s", "llama3.2-3b", "nvidia-h200", 65536]
-    assert missing["ours"] == ""
-    assert missing["source"] == "not profiled"
+    assert ratio["source"] == "measured"
+    assert float(ratio["ours"]) == pytest.approx(
+        float(ratio["limit"]) * float(ratio["share"]) / float(ratio["baseline_share"]), rel=1e-6
+    )
+    # A shape without rows on a device that has some of others: by its own efficiency, one half.
+    other = found["decode tokens/s", "llama3.2-3b", "nvidia-h200", 65536]
+    assert other["source"] == "estimated"
+    assert 0.4 < float(other["share"]) < 0.55
+    assert float(other["error"]) > 0
 
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "No measured rows of this shape." in text
+    assert "NVIDIA H200 SXM 141GB: measured 2026-01-01" in text
+    assert "NVIDIA H100 SXM 80GB: estimated" in text
     assert text.count("| jet-nemotron-2b | nvidia-h100-sxm | 4k |") == 2
     estimates = [line for line in text.splitlines() if "nvidia-rtx-3090" in line]
     assert estimates
@@ -88,15 +96,35 @@ def test_every_published_figure_stands_beside_ours(tool, tmp_path, capsys):
 
 
 def test_sentences_follow_the_numbers(tool):
-    def said(ours: float, table: str = "decode speed-up over qwen3-1.7b", device: str = "nvidia-h200") -> str:
-        return tool.sentence(tool.Figure(table, "jet-nemotron-2b", device, 65536, 128, 10.0, ours, 50.0, "measured"))
+    def said(ours: float, shares=(0.8, 0.9), limit=50.0, table="decode speed-up over qwen3-1.7b", device="nvidia-h200"):
+        numbers = (10.0, ours, 0.1, limit, *shares)
+        return tool.sentence(tool.Figure(table, "jet-nemotron-2b", device, 65536, 128, 10, *numbers, "measured"))
 
     assert said(11.0).startswith("Within 15 %")
-    assert said(20.0).startswith("More")
-    assert said(5.0).startswith("Less")
-    assert "the limit allows 50.0" in said(5.0)
-    assert "2.0 times the published" in said(20.0, "decode tokens/s")
-    assert said(math.nan) == "No measured rows of this shape."
+    assert said(20.0, (0.9, 0.5)).startswith("More, because our baseline")
+    assert said(20.0).startswith("More; ours reach 80% (hybrid) and 90% (baseline)")
+    assert said(5.0).startswith("Less, because our hybrid")
+    assert said(5.0, limit=8.0).startswith("Less: the paper's is beyond the limits' ratio")
+    assert "not stated" in said(20.0, device="nvidia-rtx-3090")
+    assert "2.0 times the paper's, which is 20% of the limit" in said(20.0, table="decode tokens/s")
+    assert said(math.nan) == "No rows of this shape."
+
+
+def test_measured_rows_count_before_estimates(tool, tmp_path):
+    """Two measured cards: each figure from its own rows."""
+    rows = [row for model in ("jet-nemotron-2b", "qwen3-1.7b") for row in half_as_fast(model, tool.MODELS[model])]
+    Database(tmp_path / "nvidia-h200.csv").merge(rows)
+    slower = [
+        replace(row, device="nvidia-h100-sxm", p20_us=3 * row.p20_us, p50_us=3 * row.p50_us, p80_us=3 * row.p80_us)
+        for row in rows
+    ]
+    Database(tmp_path / "nvidia-h100-sxm.csv").merge(slower)
+    found = tool.devices(tmp_path)
+    jet = MODELS["jet-nemotron-2b"]
+    speeds = [found[slug].speed("decode", jet, 65536, 64) for slug in ("nvidia-h200", "nvidia-h100-sxm")]
+    assert [speed.source for speed in speeds] == ["measured", "measured"]
+    assert speeds[0].tok_s == pytest.approx(3 * speeds[1].tok_s, rel=1e-6)
+    assert found["nvidia-rtx-3090"].speed("decode", jet, 65536, 64).source == "estimated"
 
 
 def test_without_rows_it_is_one_line(tool, tmp_path, capsys):

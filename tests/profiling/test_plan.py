@@ -75,7 +75,7 @@ def test_every_batch_that_a_model_may_have_is_covered():
     assert batch_limit(shape, "A", "A", 262144, 1 << 30, 2) == 1
 
 
-def test_auto_batches_are_powers_of_four_up_to_the_largest():
+def test_auto_batches_are_powers_of_two_up_to_the_largest():
     shape = MODELS["jet-nemotron-2b"]
     memory = 141 * 10**9
     contexts = [4096, 65536, 262144]
@@ -88,13 +88,23 @@ def test_auto_batches_are_powers_of_four_up_to_the_largest():
     for context in contexts:
         largest = batch_limit(shape, "A", "AWJG", context, memory, 2)
         batches = {p.batch for p in found if (p.block, p.mode, p.context) == ("A", "decode", context)}
-        assert {1, 2, 4, 16, 64, largest} <= batches
+        assert {1, 2, 4, 8, 16, 32, 64, largest} <= batches
         assert max(batches) == largest
     norms = {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")}
     assert {1 << power for power in range(11)} <= norms
     prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("J", "prefill")}
-    assert prefill >= {(2048, 64), (4096, 8), (262144, 8)}
+    assert prefill >= {(2048, 64), (4096, 2), (262144, 8)}
     assert (262144, 64) not in prefill
+
+
+def test_short_prompts_have_chunks_of_their_own_and_the_dearest_rows_come_last():
+    groups = plan(SHAPE, "AJ", [1024, 8192], ["auto"], ("prefill",), 4096, 80 * GIB, 2)
+    chunks = {(point.context, point.chunk) for point in groups[1]}
+    assert chunks == {(1024, 1024), (4096, 4096), (8192, 4096)}
+    assert {point.chunk for point in groups[0] if point.block == "mlp"} == {1024, 4096}
+    for group in groups[1:]:
+        tokens = [point.batch * point.context for point in group]
+        assert tokens == sorted(tokens)
 
 
 def test_bad_plans():

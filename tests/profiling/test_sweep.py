@@ -231,7 +231,7 @@ def test_noisy_rows_get_a_second_look_and_keep_the_shorter_time(tmp_path, monkey
     assert (kept["A"], kept["J"]) == (100.0 / turns["A"], 100.0)
 
 
-def test_a_limit_leaves_the_last_groups_to_the_same_command(tmp_path, monkeypatch):
+def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_command(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(sweep_module.time, "monotonic", lambda: clock[0])
     budgets = []
@@ -243,13 +243,16 @@ def test_a_limit_leaves_the_last_groups_to_the_same_command(tmp_path, monkeypatc
 
     monkeypatch.setattr(sweep_module, "measure", fake)
     monkeypatch.setattr(sweep_module, "ROUNDS", {"cpu": 1})
-    planned = prepare(TINY, db=tmp_path, **ASKED).points
+    planned = prepare(TINY, db=tmp_path, **ASKED)
     asked = ASKED | {"seconds_per_row": 9.0}
     result = sweep(TINY, db=tmp_path, limit_s=20.0, **asked)
-    assert (result.left, len(budgets)) == (len(planned) - 20, 20)
+    assert (result.left, len(budgets)) == (len(planned.points) - 20, 20)
     assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
-    left = prepare(TINY, db=tmp_path, **ASKED).points
-    assert left == planned[20:]
+    left = prepare(TINY, db=tmp_path, **ASKED).groups
+    for before, after in zip(planned.groups, left, strict=True):
+        # Of every group the last rows, of none all.
+        assert after == before[-len(after) :]
+        assert len(after) < len(before)
     assert sweep(TINY, db=tmp_path, limit_s=1e6, **ASKED).left == 0
 
 
