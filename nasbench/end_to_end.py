@@ -26,7 +26,7 @@ from nasbench.engine.clock import stopwatch
 from nasbench.engine.floor import Ceilings, measure_ceilings
 from nasbench.engine.generate import default_chunk, prefill
 from nasbench.engine.graph import Stepper
-from nasbench.engine.memory import free_bytes, largest_batch
+from nasbench.engine.memory import free_bytes, largest_batch, ran_out
 from nasbench.engine.throughput import DTYPE_NAMES, measure
 from nasbench.errors import MachineError
 from nasbench.spaces.placement import Placement, format_placement
@@ -191,7 +191,7 @@ def _peak_of_a_step(decoder: Decoder, context: int, batch: int) -> int | None:
         with torch.inference_mode():
             stepper.step(torch.zeros(batch, dtype=torch.int64, device=decoder.device)).argmax(-1).tolist()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError, MachineError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "memory" not in str(error):
+        if not ran_out(error) and not isinstance(error, MachineError):
             raise
         return None
     return torch.cuda.max_memory_allocated() if cuda else 0

@@ -37,6 +37,15 @@ def free_bytes(device: torch.device | str) -> int:
     return min(available, limit - used)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an allocation failed. torch's own allocator has a class for it; what CUDA allocates beside it (streams,
+    graphs, kernels) and a CPU's allocator say it in words."""
+    told = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in told for words in ("out of memory", "can't allocate memory")
+    )
+
+
 def weight_bytes(shape: ModelShape, placement: Placement, dtype_bytes: int) -> int:
     return shape.parameters(placement) * dtype_bytes
 

@@ -27,7 +27,7 @@ from nasbench.engine.floor import Ceilings, decode_floor, measure_ceilings
 from nasbench.engine.fused_step import FusedStep
 from nasbench.engine.generate import default_chunk, prefill
 from nasbench.engine.graph import capture
-from nasbench.engine.memory import free_bytes, largest_batch
+from nasbench.engine.memory import free_bytes, largest_batch, ran_out
 from nasbench.errors import MachineError, UserError
 from nasbench.spaces.placement import Placement, format_placement
 
@@ -223,7 +223,7 @@ def _decode(
             log(f"decode: {batch} sequences of {context} tokens")
             return _timed_decode(decoder, context, batch, seconds)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not ran_out(error):
                 raise
             reason = MachineError(f"{batch} sequences of {context} tokens do not fit in the memory of {decoder.device}")
             if not shrink or batch == 1:
