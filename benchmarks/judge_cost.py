@@ -219,6 +219,7 @@ def _print(found: Judgement) -> None:
 
 def _draw(judgements: dict[str, Judgement], path: Path, shape: ModelShape) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     from nasbench.report.style import INK, SOFT, theme
 
@@ -237,6 +238,10 @@ def _draw(judgements: dict[str, Judgement], path: Path, shape: ModelShape) -> No
                 measured, [row.predicted_tok_s for row in found.rows], c=share, cmap="viridis", s=16, vmin=0, vmax=1
             )
             axes.set(xscale="log", yscale="log", xlabel="measured tokens/s", ylabel="predicted tokens/s")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5) if ends[1] < 20 * ends[0] else (1, 3)))
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.set_title(f"{mode}: mean error {found.mean:.1%}, worst {found.worst:.1%}", color=INK)
         figure.colorbar(points, ax=list(panels), label="share of full attention")
         figure.savefig(path)
