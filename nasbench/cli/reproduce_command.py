@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +97,8 @@ def command(
 
     from nasbench.reproduce.driver import reproduce, write_report
 
-    told = f"nasbench reproduce --model {model} --names {names} --device {where.split(':')[0]}"
+    # As it was typed: a report that leaves options out is not one to repeat.
+    told = shlex.join(["nasbench", *(word for word in sys.argv[1:] if word != "--report-only")])
     if report_only:
         page = write_report(out, recipe, told)
     else:

@@ -33,7 +33,8 @@ def facts_of(out: Path, recipe: Recipe) -> table.Facts:
 
 
 def write_report(out: Path, recipe: Recipe, command: str) -> Path:
-    """Tables and page of what a run has so far, and the small files that they were computed from."""
+    """Tables and page of what a run has so far, and the small files that they were computed from. They show the command
+    that the run was made with; `command` where none was kept."""
     facts = facts_of(out, recipe)
     if facts.teacher is None:
         raise UserError(f"{out} has nothing to report yet: run nasbench reproduce --out {out}")
@@ -43,6 +44,7 @@ def write_report(out: Path, recipe: Recipe, command: str) -> Path:
     for name in ("plan.json", "speeds.csv", "importance.csv", "supernet/losses.csv", "supernet/progress.csv"):
         if (out / name).is_file():
             shutil.copyfile(out / name, folder / Path(name).name)
+    command = facts.plan["command"] or command
     write_summary(folder, facts, words(facts), command)
     return write_page(folder, f"{resolve_shape(recipe.model).name}: placements compared", words(facts), command)
 
@@ -51,7 +53,7 @@ def words(facts: table.Facts) -> str:
     """What was done, in a paragraph."""
     plan = facts.plan
     trained = "; ".join(
-        f"{stage} {plan[stage]['tokens'] / 1e6:,.1f} million tokens at {plan[stage]['tok_s']:,.0f} tokens/s"
+        f"{stage} {plan[stage]['tokens'] / 1e6:,.3g} million tokens at {plan[stage]['tok_s']:,.0f} tokens/s"
         for stage in ("align", "supernet")
         if plan[stage]
     )
@@ -85,6 +87,7 @@ def reproduce(
     bench = Bench(recipe, out, device, dtype, log, progress)
     bench.corpus.held_out("test", recipe.test_tokens)
     log(f"model and text read: {bench.corpus.train.numel():,} tokens to train on, {time.monotonic() - began:.0f} s")
+    bench.plan["command"] = command
     items = Items(out / "items.jsonl")
 
     def timed(name: str, work: object) -> None:

@@ -97,7 +97,7 @@ def _curve(facts: Facts) -> str:
     rows = [
         [
             str(row["k"]), str(row["weights"]).partition(":")[2] or "as the recipe says",
-            f"{float(row['tokens']) / 1e6:,.1f}", _interval(row, "loss_above_teacher"), _interval(row, "kl"),
+            f"{float(row['tokens']) / 1e6:,.3g}", _interval(row, "loss_above_teacher"), _interval(row, "kl"),
         ]
         for row in facts.plan["curve"] or []
     ]  # fmt: skip

@@ -56,6 +56,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     nas(*arguments, "--remedies", "mixers,long,self")
     after = json.loads((run / "plan.json").read_text())
     assert after["supernet"] == plan["supernet"]
+    assert after["command"] in (report / "summary.md").read_text()
     rows = read(report / "table.csv")
     methods = {(row["k"], row["method"], row["fill"]) for row in rows if row["weights"] == "supernet"}
     assert methods >= {("0", "uniform", "J"), ("0", "uniform", "best")}
