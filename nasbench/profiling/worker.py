@@ -14,7 +14,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from importlib.util import find_spec
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,8 @@ class Worker:
         # A daemon: it ends with this process, however this one ends.
         arguments = (theirs, self.machine, self.bench, torch.get_num_threads())
         process = context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
-        process.start()
+        with _uninterrupted():
+            process.start()
         theirs.close()
         return process, ours
 
@@ -185,6 +188,28 @@ class Worker:
         if self._process is not None and self._process.is_alive():
             self._process.kill()
         self._end()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits till the end: a child that is half started would print how it failed to be. Processes begun inside
+    inherit that, and so none is interrupted before it can say that Ctrl-C is not for it."""
+    resource_tracker.ensure_running()  # begins with the first child, and would lift the mask
+    caught: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    # The handler for a signal that another thread of this process takes, the mask for what the children inherit.
+    if main:
+        signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _ending(code: int | None, out_of_memory: bool) -> str:
@@ -211,7 +236,10 @@ def _serve(connection: Connection, machine: Machine, bench: Bench, threads: int)
             fused.ops()
     # What is loaded by now stays: every collection before a row would go through it.
     gc.freeze()
-    connection.send("ready")
+    try:
+        connection.send("ready")
+    except OSError:  # stopped before this child was needed
+        os._exit(0)
     while True:
         try:
             what, point, budget = connection.recv()

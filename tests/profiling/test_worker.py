@@ -16,7 +16,7 @@ from nasbench.backbone.shapes import ModelShape
 from nasbench.blocks import BLOCKS
 from nasbench.profiling import worker as worker_module
 from nasbench.profiling.sweep import prepare, sweep
-from nasbench.profiling.worker import Worker, _ending, _oom_kills
+from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupted
 from nasbench.store import read_db
 
 TINY = ModelShape("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
@@ -196,3 +196,24 @@ def test_the_next_groups_child_starts_while_this_one_measures(tmp_path):
     finally:
         worker.close()
     assert not any(child.is_alive() for child in children)
+
+
+def test_ctrl_c_waits_until_a_child_is_begun():
+    steps = []
+
+    def begin():
+        with _uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            steps.append("begun")
+        steps.append("beyond")
+
+    # A suite in the background of a shell ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert steps == ["begun"]
