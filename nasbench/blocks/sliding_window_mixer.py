@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from nasbench.blocks.base import MixerConfig
 from nasbench.blocks.documents import document_attention
+from nasbench.blocks.flash import flash_attention, has_flash
 from nasbench.blocks.full_attention_mixer import FullAttention, causal_attention
 from nasbench.blocks.mixer import Chunk, MixerCache
 from nasbench.blocks.sliding_window import SlidingWindowConfig
@@ -50,12 +51,14 @@ class SlidingWindow(FullAttention):
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """q [B, H, T, D] of the last T of N positions, k and v [B, Hkv, N, D] -> [B, H, T, D].
 
-    Each block of `window` queries looks at the two windows of keys that it can see, so time and memory grow with
-    T x window, not with T x T.
+    By flash attention where it runs. Else each block of `window` queries looks at the two windows of keys that it can
+    see: time and memory grow with T x window, not with T x T, either way.
     """
     tokens, past = q.shape[2], k.shape[2] - q.shape[2]
     if k.shape[2] <= window:
         return causal_attention(q, k, v)
+    if has_flash(q, q.shape[-1]):
+        return flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window).transpose(1, 2)
     block = max(window, 64)
     outputs = []
     for first in range(0, tokens, block):

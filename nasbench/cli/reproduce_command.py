@@ -36,13 +36,16 @@ def command(
     finalize: Annotated[str, typer.Option(help="Those of which one placement is distilled further.")] = "4,8",
     seeds: Annotated[int, typer.Option(help="Random placements of each number.")] = 5,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
+    choose: Annotated[
+        str, typer.Option(help="What the finalised placement is chosen by: recall (text and retrieval) or kl (text).")
+    ] = "recall",
     finalize_lr: Annotated[float, typer.Option(help="Peak learning rate of finalising.")] = 5e-4,
     align_seconds: Annotated[float, typer.Option(help="Of block-wise alignment.")] = 90,
     supernet_seconds: Annotated[float, typer.Option(help="Of random sub-networks.")] = 150,
     search_seconds: Annotated[float, typer.Option(help="Of both searches together.")] = 120,
     finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
     remedies: Annotated[
-        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self.")
+        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self, repeat.")
     ] = "",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,
@@ -85,7 +88,7 @@ def command(
         counts=parse_counts(full_attention), finalized=parse_counts(finalize), seeds=seeds, training=settings,
         align_seconds=align_seconds, supernet_seconds=supernet_seconds, search_seconds=search_seconds,
         finalize_seconds=finalize_seconds, speed_seconds=speed_seconds,
-        measure_seconds=measure_seconds, finalize_lr=finalize_lr,
+        measure_seconds=measure_seconds, finalize_lr=finalize_lr, choose=choose,
         remedies=tuple(name.strip() for name in remedies.split(",") if name.strip()),
         search_tokens=parse_size(search_tokens), test_tokens=parse_size(test_tokens),
         contexts=_sizes(contexts), batches=_sizes(batches), quick_items=quick_items,

@@ -46,6 +46,16 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
 
 
+def end_places(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and place of the last `counts` tokens of padded rows of these lengths, [sum of counts] int64 each."""
+    places = [
+        (at, t) for at, (length, count) in enumerate(zip(lengths, counts, strict=True))
+        for t in range(length - count, length)
+    ]  # fmt: skip
+    row, place = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+    return row, place
+
+
 @torch.inference_mode()
 def read_ends(decoder: Decoder, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
     """Of every text, for each token of its end: log p in nats [count] fp32, and whether it is the most likely [count].
@@ -61,8 +71,7 @@ def read_ends(decoder: Decoder, texts: Sequence[Text]) -> list[tuple[Tensor, Ten
         order += batch
         tokens = padded([rows[i] for i in batch], device)
         hidden = decoder.hidden(tokens)
-        places = [(at, t) for at, i in enumerate(batch) for t in range(len(rows[i]) - counts[i], len(rows[i]))]
-        row, place = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
+        row, place = end_places([len(rows[i]) for i in batch], [counts[i] for i in batch], device)
         parts.append(_score(decoder, hidden[row, place - 1], tokens[row, place]))
     log_p, right = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
     sizes = [counts[i] for i in order]

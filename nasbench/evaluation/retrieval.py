@@ -78,9 +78,10 @@ class Retrieval(Task):
 
 
 def make_items(context: Context, length: int, count: int, seed: int = 0) -> list[Item]:
-    """`count` items whose prompt and answer are `length` tokens at most, and all but a few of them."""
+    """`count` items over the context's split, whose prompt and answer are `length` tokens at most, and all but a few of
+    them."""
     encode = context.tokenizer.encode
-    prose = context.corpus.held_out("test").tokens
+    prose = context.corpus.held_out(context.split).tokens
     return [_make_item(encode, prose, length, random.Random(f"{seed}/{index}/{length}")) for index in range(count)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from pathlib import Path
@@ -61,11 +62,22 @@ def words(facts: table.Facts) -> str:
     source = f"The model: {plan['source']}. " if plan["source"] else ""
     return (
         f"{source}Every layer's alternatives: {trained}. Seconds of the stages: {seconds}. Before finalising, all "
-        "have the supernet's weights. All have held-out loss and KL; benchmarks are asked whole of the model, of the "
-        "finalised, the searched and the evenly spread placements (fill: best), and "
-        f"{facts.quick_items} items each of the others, beside the model's score on the same items. "
+        f"have the supernet's weights. {asked_words(facts)} "
         "Errors are standard errors over items; gaps are item by item."
     )
+
+
+def asked_words(facts: table.Facts) -> str:
+    """How many placements were asked how much; a run that was short of seconds has not asked all."""
+    subjects = dict.fromkeys(subject(row) for row in facts.plan.candidates)
+    names = list(facts.chances)
+    whole = sum(table.suite_score(facts, each, names) is not None for each in subjects)
+    few = sum(table.best_suite_score(facts, each) is not None for each in subjects) - whole
+    parts = [f"All {len(subjects)} have held-out loss and KL"]
+    if names:
+        parts.append(f"{whole} were asked every item of the benchmarks")
+        parts.append(f"{few} others {facts.quick_items} items of each, beside the model's score on the same items")
+    return "; ".join(parts) + "."
 
 
 def reproduce(
@@ -120,8 +132,8 @@ def reproduce(
 
 
 def on_curve(bench: Bench, items: Items, candidate: Candidate, tokens: int) -> None:
-    """Held-out loss and KL after so many tokens of finalising, beside those of the supernet's weights: a row of the
-    plan's curve. Measured anew, not kept in items.jsonl: the weights are gone once training goes on."""
+    """Held-out loss, KL and retrieval after so many tokens of finalising, beside those of the supernet's weights: a row
+    of the plan's curve. Measured anew: the weights are gone once training goes on."""
     curve = list(bench.plan["curve"] or [])
     known = {(row["placement"], row["weights"], row["tokens"]) for row in curve}
     measurer = Measurer(bench, items)
@@ -136,9 +148,12 @@ def on_curve(bench: Bench, items: Items, candidate: Candidate, tokens: int) -> N
         loss, kl = (values.double().numpy() for values in found)
         gap, gap_error = difference(loss, reference)
         mean, error = mean_and_error(kl)
+        asked = measurer.recalled(row)
         curve.append(
             {"k": row.k, "placement": name, "weights": candidate.weights, "tokens": count, "loss_above_teacher": gap,
-             "loss_above_teacher_se": gap_error, "kl": mean, "kl_se": error}
+             "loss_above_teacher_se": gap_error, "kl": mean, "kl_se": error,
+             "retrieval": None if math.isnan(asked[0]) else asked[0],
+             "retrieval_se": None if math.isnan(asked[1]) else asked[1]}
         )  # fmt: skip
     bench.plan["curve"] = curve
     bench.forget()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.suite import Suite
 from nasbench.evaluation.tasks import Task, parse_task
-from nasbench.reproduce.items import Items, Subject
+from nasbench.reproduce.items import Items, Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.stages import SEARCHED, Bench
 from nasbench.search.trials import TEACHER, UNIFORM
@@ -99,6 +100,16 @@ class Measurer:
             for candidate in group:
                 loss, kl = found[candidate.placement]
                 self.items.add(subject(candidate), self.version(candidate), {"loss": loss.numpy(), "kl": kl.numpy()})
+
+    def recalled(self, candidate: Candidate) -> tuple[float, float]:
+        """The share of key-value questions that are answered, of the first length that every placement is asked, and
+        its standard error; NaN where none is asked."""
+        lengths = [n for n in self.bench.recipe.quick_retrieval if n <= self.bench.shape.max_context][:1]
+        for length in lengths:
+            task = parse_task(f"retrieval@{length}:{self.bench.recipe.retrieval_items}")
+            self.tasks(candidate, [task])
+            return mean_and_error(self.items.get(subject(candidate), measure_name(task, task.label)))
+        return math.nan, math.nan
 
     def tasks(self, candidate: Candidate, tasks: Sequence[Task]) -> None:
         """The tasks that are not measured yet."""

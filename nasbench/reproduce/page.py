@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nasbench.config import format_size, parse_size
 from nasbench.files import atomic_path, write_text
 from nasbench.report import style
 from nasbench.search.trials import TEACHER, UNIFORM
@@ -21,6 +22,7 @@ LOOKS = {
     UNIFORM: ("#0072b2", "o", "evenly spread"),
     "beam": ("#009e73", "s", "beam"),
     "kl-greedy": ("#cc79a7", "^", "KL-greedy"),
+    "recall": ("#e69f00", "D", "with retrieval"),
     "final": ("#d55e00", "*", "finalised"),
 }
 """Colour, marker and name of each method."""
@@ -29,6 +31,7 @@ CSS = (
     "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
     "td,th{padding:.15rem .5rem;border-bottom:1px solid #e2e5ea;text-align:right}"
     "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f4f5f7;padding:.6rem}"
+    ".figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}"
 )
 
 
@@ -72,6 +75,26 @@ def by_count(axes: Axes, rows: Sequence[Row], y: str) -> None:
     axes.set_xlabel("layers of full attention")
 
 
+def by_length(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Retrieval of the model, of finalised placements, and of searched ones that were asked at all lengths."""
+    lengths = [parse_size(name.split("_")[1]) for name in names]
+    for row in rows:
+        kind = "final" if row["weights"] == "final" else row["method"]
+        if kind not in (TEACHER, "final") or not all(row.get(name) for name in names):
+            continue
+        values, errors = ([float(row[f"{name}{end}"] or 0) for name in names] for end in ("", "_se"))
+        label = "the model itself" if kind == TEACHER else f"{row['k']} layers, finalised"
+        axes.errorbar(
+            lengths, values, yerr=[1.96 * error for error in errors], marker="o", markersize=4, capsize=2, label=label,
+            linestyle=":" if kind == TEACHER else "-",
+        )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [format_size(length) for length in lengths])
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("share of answers that are right")
+    axes.set_ylim(bottom=0)
+
+
 def against_speed(axes: Axes, rows: Sequence[Row], speed: str) -> None:
     """KL against decode speed."""
     for row in rows:
@@ -90,15 +113,19 @@ def figures(folder: Path) -> list[tuple[str, str]]:
     rows, curve = read(folder / "table.csv"), read(folder / "curve.csv")
     columns = rows[0] if rows else {}
     retrieval = [name for name in columns if name.startswith("retrieval_") and not name.endswith("_se")]
+    # A curve over K takes more than what was finalised; how length tells is another figure.
+    spread = [name for name in retrieval if len({point[0] for point in _points(rows, "k", name)}) > 4]
     plots: list[tuple[str, str, Callable[[Axes], None]]] = []
     for name, title in (
         ("loss_above_teacher", "Held-out loss above the model's, nats a token"),
         ("kl", "KL to the model on held-out text, nats a token"),
         ("suite_kept", "Share of the model's suite average above chance"),
-        *((name, f"Key-value retrieval, {name.split('_')[1]} tokens") for name in retrieval),
+        *((name, f"Key-value retrieval, {name.split('_')[1]} tokens") for name in spread),
     ):
         if _points(rows, "k", name):
             plots.append((name.replace("_", "-"), title, partial(by_count, rows=rows, y=name)))
+    if retrieval:
+        plots.append(("retrieval", "Key-value retrieval by length", partial(by_length, rows=rows, names=retrieval)))
     for name in columns:
         if name.startswith("decode_tok_s_") and _points(rows, name, "kl"):
             title = f"KL against decode speed at {name.removeprefix('decode_tok_s_')}"
@@ -122,13 +149,13 @@ def figures(folder: Path) -> list[tuple[str, str]]:
 
 def _curve(axes: Axes, curve: Sequence[Row]) -> None:
     for key in dict.fromkeys((row["k"], row["weights"]) for row in curve if row["weights"] == "final"):
-        points = _points([row for row in curve if (row["k"], row["weights"]) == key], "tokens", "loss_above_teacher")
+        points = _points([row for row in curve if (row["k"], row["weights"]) == key], "tokens", "kl")
         axes.errorbar(
             [p[0] / 1e6 for p in points], [p[1] for p in points], yerr=[1.96 * p[2] for p in points], marker="o",
             capsize=2, label=f"K = {key[0]}",
         )  # fmt: skip
     axes.set_xlabel("million tokens")
-    axes.set_ylabel("loss above the model's")
+    axes.set_ylabel("KL to the model, nats a token")
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -155,9 +182,7 @@ def _number(text: str, error: str | None) -> str:
 
 def write_page(folder: Path, title: str, introduction: str, command: str) -> Path:
     """index.html and the PNGs, from the CSVs of the folder."""
-    pictures = "".join(
-        f'<h3>{html.escape(words)}</h3><img src="{name}" alt="{html.escape(words)}">' for name, words in figures(folder)
-    )
+    pictures = "".join(f'<img src="{name}" alt="{html.escape(words)}">' for name, words in figures(folder))
     tables = "".join(
         f"<h2>{html.escape(words)}</h2>{_table(read(folder / name))}"
         for name, words in (
@@ -172,6 +197,7 @@ def write_page(folder: Path, title: str, introduction: str, command: str) -> Pat
         path,
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>"
-        f"<p>{html.escape(introduction)}</p><pre>{html.escape(command)}</pre>{pictures}{tables}</html>\n",
+        f"<p>{html.escape(introduction)}</p><pre>{html.escape(command)}</pre>"
+        f'<div class="figures">{pictures}</div>{tables}</html>\n',
     )
     return path

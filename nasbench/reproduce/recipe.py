@@ -15,10 +15,13 @@ from nasbench.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 
-REMEDIES = ("mixers", "hidden", "long", "fast", "self")
+REMEDIES = ("mixers", "hidden", "long", "fast", "self", "repeat")
 """Other ways to finalise, where a hybrid falls short: the replaced mixers alone are trained, not whole layers; a loss
 on hidden states beside the KL; rows four times as long; three times the learning rate; text of which the model itself
-wrote one half."""
+wrote one half; rows that end with a passage which stood in them long before."""
+CHOICES = ("recall", "kl")
+"""Which of the searched placements is finalised: the one with the least divergence on text and on answers to key-value
+questions together, or on text alone."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Recipe:
         align_seconds, supernet_seconds, search_seconds, finalize_seconds, speed_seconds, measure_seconds: time of each
             stage; of finalising, each placement's.
         finalize_lr: peak learning rate of finalising.
+        choose: which searched placement is finalised, of CHOICES.
         remedies: which are tried, on the first of `finalized`, with the tokens of the first point of its curve.
         search_tokens, test_tokens: held-out tokens that score a placement, while searching and in the table.
         contexts: of the decode speeds; `batches` decoded at once at each.
@@ -67,6 +71,7 @@ class Recipe:
     speed_seconds: float = 60.0
     measure_seconds: float = 420.0
     finalize_lr: float = 5e-4
+    choose: str = "recall"
     remedies: tuple[str, ...] = ()
     search_tokens: int = 32768
     test_tokens: int = 262144
@@ -79,6 +84,8 @@ class Recipe:
 
     def check(self, num_layers: int) -> None:
         """Raises UserError for what the model cannot do."""
+        if self.choose not in CHOICES:
+            raise unknown("choice", self.choose, CHOICES)
         for name in self.remedies:
             if name not in REMEDIES:
                 raise unknown("remedy", name, REMEDIES)
@@ -102,7 +109,7 @@ class Candidate:
     """A placement of the table.
 
     Attributes:
-        method: teacher, uniform, random-N, beam or kl-greedy.
+        method: teacher, uniform, random-N, beam, kl-greedy or recall.
         fill: "best" where every other layer has its best alternative, or the one name that all have.
         weights: "teacher", "supernet", or "final" with the remedy's name behind a colon.
     """

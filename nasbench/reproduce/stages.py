@@ -24,6 +24,7 @@ from nasbench.devices import detect
 from nasbench.engine.throughput import DTYPE_NAMES
 from nasbench.errors import MachineError
 from nasbench.evaluation.evaluator import Evaluator
+from nasbench.reproduce import recall
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.speed import Speeds
 from nasbench.runs import Run, RunSpec
@@ -42,7 +43,8 @@ from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import Distiller, distill
 
-SEARCHED = ("beam", "kl-greedy")
+STRATEGIES = ("beam", "kl-greedy")
+SEARCHED = (*STRATEGIES, recall.METHOD)
 CURVE = (0.25, 1.0)
 """Shares of a finalised hybrid's tokens after which it is measured: what more of them bring."""
 SELF_TOKENS = {"cpu": 16 << 10, "cuda": 4 << 20}
@@ -223,23 +225,41 @@ def search(bench: Bench) -> None:
     assert state.importance
     rate = singles / max(1e-6, time.monotonic() - began)
     # A search that was stopped asks again for what it knows: for the same number of evaluations.
-    afforded = max(8 * len(inner), int(recipe.search_seconds * rate / len(SEARCHED)))
+    afforded = max(8 * len(inner), int(recipe.search_seconds * rate / len(STRATEGIES)))
     evaluations = bench.plan["evaluations"] or min(afforded, MOST_EVALUATIONS)
     bench.plan["evaluations"] = evaluations
     state.options = replace(options, evaluations=evaluations)
     baselines(state)
-    for name in SEARCHED:
+    for name in STRATEGIES:
         strategies.STRATEGIES[name](state)
         bench.log(f"{name}: {evaluations} evaluations at most, {time.monotonic() - began:.0f} s since the search began")
     bench.plan["base"] = format_placement(state.base)
+    found: dict[int, Placement] = {}
+    if (judge := _recall(bench, evaluator, state.base)) is not None:
+        # A question costs more tokens than the text: the same time for fewer of them.
+        share = recipe.search_tokens / (recipe.search_tokens + judge.tokens)
+        found = recall.recall_greedy(state, judge, inner, int(evaluations * share))
+        bench.log(f"recall: done, {time.monotonic() - began:.0f} s since the search began")
     bench.plan["candidates"] = []
-    bench.plan.add_candidates(candidates(state, recipe))
+    bench.plan.add_candidates(candidates(state, recipe, found))
     bench.plan["searched"] = objective.version
     bench.forget()
 
 
-def candidates(state: Search, recipe: Recipe) -> list[Candidate]:
-    """Every placement of the table, those of one K together."""
+def _recall(bench: Bench, evaluator: Evaluator, base: Placement) -> recall.Recall | None:
+    """What judges placements by text and answers; None where the recipe asks no questions."""
+    lengths = bench.recipe.quick_retrieval
+    if not lengths:
+        return None
+    return recall.Recall(evaluator, min(lengths[0], bench.shape.max_context), base, bench.recipe.seed)
+
+
+def candidates(state: Search, recipe: Recipe, recalled: dict[int, Placement]) -> list[Candidate]:
+    """Every placement of the table, those of one K together.
+
+    Args:
+        recalled: by K, what the search that minds retrieval found.
+    """
     layers, found = state.space.num_layers, []
     names = [name for name in state.space.names if kind_of(name) != "A"]
     trials = state.trials()
@@ -256,20 +276,29 @@ def candidates(state: Search, recipe: Recipe) -> list[Candidate]:
         for seed in range(recipe.seeds):
             drawn = frozenset(random.Random(f"{recipe.seed}/{seed}/{count}").sample(range(layers), count))
             found.append(Candidate(count, f"random-{seed}", state.with_full(drawn)))
-        for strategy in SEARCHED:
+        for strategy in STRATEGIES:
             mine = [trial for trial in trials if trial.k == count and trial.strategy == strategy]
             if mine:
                 found.append(Candidate(count, strategy, best_of(mine).layers))
+        if count in recalled:
+            found.append(Candidate(count, recall.METHOD, recalled[count]))
     return found
 
 
 def chosen(bench: Bench, count: int) -> Candidate:
-    """The searched placement of K layers with the least KL on the search split: the one that is finalised."""
+    """The searched placement of K layers that is finalised: the best on the search split, by the recipe's choice."""
     rows = [row for row in bench.plan.candidates if row.k == count and row.weights == "supernet"]
     if not rows:
         raise MachineError(f"no searched placement of {count} full-attention layers yet")
     found = [row for row in rows if row.method in SEARCHED] or rows
-    scores = bench.supernet_evaluator.divergences([row.placement for row in found])
+    evaluator, placements = bench.supernet_evaluator, [row.placement for row in found]
+    judge = None
+    if bench.recipe.choose == recall.METHOD:
+        judge = _recall(bench, evaluator, bench.shape.parse(bench.plan["base"]))
+    if judge is not None:
+        by_placement = judge.scores(placements)
+        return min(found, key=lambda row: by_placement[row.placement])
+    scores = evaluator.divergences(placements)
     return found[min(range(len(found)), key=lambda i: (scores[i].value, i))]
 
 
@@ -361,6 +390,8 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
         corpus = bench.read(bench.run.spec.data, min(4 * bench.recipe.sequence, bench.shape.max_context))
     elif name == "self":
         corpus = _own_words(bench)
+    elif name == "repeat":
+        config, corpus = config.updated({"documents": False}), repeating(bench.corpus, bench.recipe.seed)
     step = max(config.supernet_batch_tokens, corpus.sequence)
     planned = bench.plan[f"remedy-{name}"]
     if planned is None:
@@ -373,6 +404,17 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     after(candidate, planned, folder)
     bench.plan.add_candidates([candidate])
     bench.plan[f"remedy-{name}-of"] = _supernet_version(bench)
+
+
+def repeating(corpus: Corpus, seed: int) -> Corpus:
+    """Training rows of which every other one ends, for a quarter of its length, with a passage of its first half: the
+    only tokens of ordinary text that are all foretold by what stood far before them."""
+    rows, tokens = corpus.train.clone(), corpus.sequence
+    length = tokens // 4
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(max(1, tokens // 2 - length + 1), (len(rows[::2]), 1), generator=generator)
+    rows[::2, tokens - length :] = corpus.train[::2].gather(1, starts + torch.arange(length))
+    return replace(corpus, train=rows, ages={}, fingerprint=f"{corpus.fingerprint[:24]}-repeat")
 
 
 def _own_words(bench: Bench) -> Corpus:

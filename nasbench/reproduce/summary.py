@@ -8,13 +8,20 @@ from pathlib import Path
 
 from nasbench.config import format_size
 from nasbench.files import write_text
-from nasbench.reproduce.items import Subject
+from nasbench.reproduce.items import Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.table import Z95, Cells, Facts, comparison_rows, measures, median_random, table_rows
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement
 
-NAMES = {TEACHER: "the model itself", UNIFORM: "evenly spread", "beam": "beam", "kl-greedy": "KL-greedy"}
+NAMES = {
+    TEACHER: "the model itself",
+    UNIFORM: "evenly spread",
+    "beam": "beam",
+    "kl-greedy": "KL-greedy",
+    "recall": "with retrieval",
+}
+AGREEMENT = "agreement@128"
 
 
 def write_summary(folder: Path, facts: Facts, words: str, command: str) -> None:
@@ -22,7 +29,8 @@ def write_summary(folder: Path, facts: Facts, words: str, command: str) -> None:
     parts = [
         f"    {command}\n\n{words}\n",
         "Intervals are 95 %. Losses in nats a token above the model's own, on held-out text; suite and retrieval as "
-        "the share that is kept of the model's score (the suite's above chance), on the same items.\n",
+        "the share that is kept of the model's score (the suite's above chance), on the same items; agreement: of 128 "
+        "tokens that the model writes, those that are the placement's first choice.\n",
         _placements(facts),
         "## Searched minus others, over the same rows of text\n\nNegative is better; bold where the interval is below "
         "zero.\n",
@@ -53,12 +61,15 @@ def _placements(facts: Facts) -> str:
             theirs = None if facts.teacher is None else facts.items.get(facts.teacher, measure)
             whole = 0.0 if theirs is None else float(theirs.mean())
             line.append("" if ours is None or not whole else f"{float(ours.mean()) / whole:.0%}")
+        agreed = mean_and_error(facts.items.get(_subject(candidate), AGREEMENT))[0]
+        line.append("" if math.isnan(agreed) else f"{agreed:.1%}")
         if context is not None:
             speed, before = (_number(row, f"decode_tok_s_{format_size(context)}") for row in (cells, teacher))
             line.append("" if math.isnan(speed) else f"{speed:,.0f}" + (f" ({speed / before:.2f}x)" if before else ""))
         shown.append(line)
     head = ["K", "placement", "loss", "KL", "suite kept"]
     head += [f"retrieval {measure.partition('@')[2].partition(':')[0]}" for measure in retrieval]
+    head += ["agreement"]
     head += [f"decode tokens/s at {format_size(context)}"] if context is not None else []
     return _markdown(head, shown)
 
@@ -98,10 +109,11 @@ def _curve(facts: Facts) -> str:
         [
             str(row["k"]), str(row["weights"]).partition(":")[2] or "as the recipe says",
             f"{float(row['tokens']) / 1e6:,.3g}", _interval(row, "loss_above_teacher"), _interval(row, "kl"),
+            _interval(row, "retrieval", percent=True),
         ]
         for row in facts.plan["curve"] or []
     ]  # fmt: skip
-    return _markdown(["K", "way", "million tokens", "loss", "KL"], rows)
+    return _markdown(["K", "way", "million tokens", "loss", "KL", "retrieval"], rows)
 
 
 def _number(cells: Cells, name: str) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nasbench.config import format_size
+from nasbench.config import format_size, parse_size
 from nasbench.evaluation.suite import chance, read_items
 from nasbench.files import atomic_path
 from nasbench.reproduce.items import Items, Subject, difference, mean_and_error
@@ -140,7 +140,13 @@ def table_rows(facts: Facts) -> list[Cells]:
 def measures(items: Items, kinds: Sequence[str]) -> list[str]:
     """Measures of these kinds that any placement has, the shorter lengths first."""
     found = {measure for _, measure in items.values if measure.partition("@")[0] in kinds}
-    return sorted(found, key=lambda name: (kinds.index(name.partition("@")[0]), len(name), name))
+    return sorted(found, key=lambda name: (kinds.index(name.partition("@")[0]), length_of(name), name))
+
+
+def length_of(measure: str) -> int:
+    """The tokens in a measure's name: `retrieval@2k:100` -> 2048, 0 where there are none."""
+    text = measure.partition("@")[2].partition(":")[0].partition(".")[0]
+    return parse_size(text) if text else 0
 
 
 def suite_rows(facts: Facts) -> list[Cells]:
@@ -173,7 +179,7 @@ def comparison_rows(facts: Facts) -> list[Cells]:
     for count in sorted({row.k for row in best}):
         mine = {row.method: Subject(format_placement(row.placement), row.weights) for row in best if row.k == count}
         others = {UNIFORM: mine.get(UNIFORM), "median random": median_random(facts, mine)}
-        for method in ("beam", "kl-greedy"):
+        for method in ("beam", "kl-greedy", "recall"):
             for other, subject in others.items():
                 if method not in mine or subject is None:
                     continue

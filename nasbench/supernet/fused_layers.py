@@ -5,8 +5,7 @@
     JetBlock      what stands around the convolution and the rule in one launch each (nasbench_kernels.distill)
     MLP           SwiGLU in one launch, forward and backward
 
-A mask would take a window with grouped heads to the form of attention that writes all scores to memory. What has no
-path here, and everything on a CPU, is the layer as its kind defines it.
+What has no path here, and everything on a CPU, is the layer as its kind defines it.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 from nasbench.backbone.decoder import DecoderLayer, GatedMLP
 from nasbench.blocks import fused
 from nasbench.blocks.documents import RESET_LOG_DECAY
+from nasbench.blocks.flash import flash_attention, has_flash
 from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta_mixer import WIDEST_TRAINED_KEY
 from nasbench.blocks.jet_block_mixer import JetBlock
@@ -85,27 +85,15 @@ def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
         and chunk.documents is None
         and chunk.start == 0
         and isinstance(mixer.q_norm, torch.nn.Identity)
-        and x.dtype in (torch.bfloat16, torch.float16)
-        and mixer.head_dim % 8 == 0
-        and mixer.head_dim <= 256
-        and _has_flash(x.device)
+        and has_flash(x, mixer.head_dim)
     )
 
 
-@cache
-def _has_flash(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
-
-
 def _attention(mixer: FullAttention, x: Tensor, chunk: Chunk) -> Tensor:
-    row, tokens = _project(mixer.stacked, x), x.shape[1]
+    row = _project(mixer.stacked, x)
     q, k, v = _ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
-    window: dict[str, int] = {}
-    if isinstance(mixer, SlidingWindow) and mixer.config.window < tokens:
-        window = {"window_size_left": mixer.config.window - 1, "window_size_right": 0}
-    # The public form, scaled_dot_product_attention, does not pass windows on.
-    mixed = torch.ops.aten._flash_attention_forward(q, k, v, None, None, tokens, tokens, 0.0, True, False, **window)[0]
-    return mixer.o_proj(mixed.flatten(2))
+    window = mixer.config.window if isinstance(mixer, SlidingWindow) else None
+    return mixer.o_proj(flash_attention(q, k, v, window).flatten(2))
 
 
 def _project(stacked: StackedProjections, x: Tensor) -> Tensor:

@@ -30,6 +30,18 @@ def test_windowed_attention(tokens, past, window):
     assert relative_rmse(windowed_attention(q, k, v, window), plain_attention(q, k, v, window)) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "past"), [(1, 9), (2, 200), (65, 0), (130, 63), (200, 3)])
+@pytest.mark.parametrize("window", [1, 3, 64, 65, 1000])
+def test_windowed_attention_by_flash_attention(tokens, past, window):
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, tokens, 8).bfloat16()
+    k, v = torch.randn(2, 2, 2, tokens + past, 8).bfloat16()
+    got = windowed_attention(q.cuda(), k.cuda(), v.cuda(), window).cpu()
+    assert got.shape == q.shape
+    assert relative_rmse(got, plain_attention(q, k, v, window)) < BF16
+
+
 @pytest.mark.parametrize("keys", [1, 100, LONG_ON_CPU])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, BF16)])
 def test_decode_attention_reads_only_unmasked_keys(keys, dtype, tolerance):

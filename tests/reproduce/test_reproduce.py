@@ -53,7 +53,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert plan["align"]["tokens"] > 0
     assert plan["supernet"]["tokens"] > 0
 
-    nas(*arguments, "--remedies", "mixers,long,self")
+    nas(*arguments, "--remedies", "mixers,long,self,repeat")
     after = json.loads((run / "plan.json").read_text())
     assert after["supernet"] == plan["supernet"]
     assert after["command"] in (report / "summary.md").read_text()
@@ -61,9 +61,9 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     methods = {(row["k"], row["method"], row["fill"]) for row in rows if row["weights"] == "supernet"}
     assert methods >= {("0", "uniform", "J"), ("0", "uniform", "best")}
     for count in ("1", "2"):
-        names = ("uniform", "random-0", "random-1", "beam", "kl-greedy")
+        names = ("uniform", "random-0", "random-1", "beam", "kl-greedy", "recall")
         assert methods >= {(count, name, "best") for name in names}
-    tried = {"final:mixers", "final:long", "final:self"}
+    tried = {"final:mixers", "final:long", "final:self", "final:repeat"}
     assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", *tried}
     teacher = next(row for row in rows if row["method"] == "teacher")
     assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
@@ -80,6 +80,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     tokens = [int(row["tokens"]) for row in curve]
     assert tokens[0] == 0
     assert tokens == sorted(tokens)
+    assert all(0 <= float(row["retrieval"]) <= 1 for row in curve)
     assert float(curve[-1]["kl"]) == pytest.approx(float(final["kl"]), rel=1e-3)
     assert {row["against"] for row in read(report / "comparison.csv")} == {"uniform", "median random"}
     assert (report / "kl.png").is_file()
@@ -93,7 +94,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     monkeypatch.setattr(stages, "_largest_step", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(stages, "finalize", lambda *_, **__: pytest.fail("finalised again"))
     again = [*arguments[: arguments.index("--speed-seconds") + 1], "0", *arguments[arguments.index("0.1") + 1 :]]
-    nas(*again, "--remedies", "mixers,long,self")
+    nas(*again, "--remedies", "mixers,long,self,repeat")
     assert (run / "items.jsonl").read_text() == lines + '{"placement": "4'
     assert read(report / "table.csv") == rows
     for path in report.iterdir():
@@ -107,6 +108,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     [
         (("--finalize", "3"), "bad --finalize 3"),
         (("-k", "9"), "choose 0 to 4"),
+        (("--choose", "klm"), "did you mean 'kl'"),
         (("--remedies", "fats"), "did you mean 'fast'"),
         (("--suite", "absent"), "no such folder"),
         (("--contexts", "8k"), "1 contexts and 2 batches"),

@@ -1,0 +1,93 @@
+"""The search that minds retrieval, against what it is said to compute."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nasbench.evaluation.evaluator import Evaluator
+from nasbench.reproduce.recall import Recall, recall_greedy
+from nasbench.reproduce.stages import repeating
+from nasbench.supernet.data import Corpus
+from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.train import distill
+
+BASE = ("W8",) * 4
+
+
+@pytest.fixture
+def evaluator(make_run):
+    run = make_run(names=("A", "W8", "J"))
+    distill(run, DistillConfig(ridge_tokens=512, align_tokens=0, supernet_tokens=0), dtype=torch.float32)
+    return Evaluator.open(run, dtype=torch.float32, search_tokens=256, test_tokens=512)
+
+
+@pytest.fixture
+def recall(evaluator):
+    return Recall(evaluator, 96, BASE)
+
+
+def search_over(evaluator, told):
+    space = evaluator.supernet.space
+    return SimpleNamespace(
+        space=space,
+        with_full=lambda layers: space.with_full_attention(BASE, frozenset(layers)),
+        progress=lambda *what: told.append(what),
+    )
+
+
+def test_the_score_is_the_sum_of_two_shares(evaluator, recall):
+    placement = ("W8", "A", "J", "W8")
+    teacher, hybrid, bare = (evaluator.supernet.select(p) for p in (evaluator.supernet.space.original, placement, BASE))
+
+    def on_answers(decoder):
+        means = []
+        for text in recall.texts:
+            ids = torch.tensor([text.ids])
+            log_q, log_p = (torch.log_softmax(m(ids)[0, -text.count - 1 : -1], -1) for m in (teacher, decoder))
+            means.append((log_q.exp() * (log_q - log_p)).sum(-1).mean())
+        return float(torch.stack(means).mean())
+
+    def on_text(p):
+        return evaluator.divergences([p])[0].value
+
+    with torch.no_grad():
+        expected = on_text(placement) / on_text(BASE) + on_answers(hybrid) / on_answers(bare)
+    scores = recall.scores([placement, BASE, evaluator.supernet.space.original])
+    assert scores[placement] == pytest.approx(expected, rel=1e-4)
+    assert scores[BASE] == pytest.approx(2)
+    assert scores[evaluator.supernet.space.original] == pytest.approx(0, abs=1e-5)
+
+
+def test_each_level_restores_the_best_layer(evaluator, recall):
+    search = search_over(evaluator, told := [])
+    found = recall_greedy(search, recall, (1, 2), 100)
+    scores = recall.scores([search.with_full({i}) for i in range(4)])
+    assert found[1] == min(scores, key=scores.get)
+    first = found[1].index("A")
+    pairs = recall.scores([search.with_full({first, i}) for i in range(4) if i != first])
+    assert found[2] == min(pairs, key=pairs.get)
+    assert told == [("recall", 1, 2), ("recall", 2, 2)]
+
+
+def test_a_small_budget_tries_the_best_single_layers(evaluator, recall, monkeypatch):
+    asked = []
+    scores = Recall.scores
+    monkeypatch.setattr(Recall, "scores", lambda self, ps: asked.append(list(ps)) or scores(self, asked[-1]))
+    found = recall_greedy(search_over(evaluator, []), recall, (1, 3), 5)
+    assert list(map(len, asked)) == [4, 1, 1]
+    assert found[3].count("A") == 3
+
+
+def test_rows_that_repeat_hold_a_passage_of_their_first_half():
+    rows = torch.arange(5 * 64).view(5, 64)
+    corpus = Corpus(rows, rows, rows, "f" * 64)
+    changed = repeating(corpus, 0)
+    assert torch.equal(changed.train[1::2], rows[1::2])
+    for before, after in zip(rows[::2], changed.train[::2], strict=True):
+        assert torch.equal(after[:48], before[:48])
+        start = int(after[48] - before[0])
+        assert 0 <= start <= 16
+        assert torch.equal(after[48:], before[start : start + 16])
+    assert changed.fingerprint != corpus.fingerprint
+    assert torch.equal(repeating(corpus, 0).train, changed.train)
