@@ -13,9 +13,10 @@ from nasbench.files import write_text
 from nasbench.reproduce.items import Items, Subject, difference, mean_and_error
 from nasbench.reproduce.recipe import Plan
 from nasbench.search.table import write_rows
+from nasbench.spaces.placement import kind_of, parse_placement
 
 STAGES = {"align": "After alignment", "supernet": "After random sub-networks"}
-TEACHER, MEAN = "teacher", "mean"
+TEACHER, MEAN = "teacher", "mean of "
 MEASURES = ("loss", "kl")
 Z95 = 1.96
 
@@ -81,8 +82,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A row of differences.csv: an arm minus the base over the same held-out rows, in nats a token. Placement `mean` is
-    the mean over the placements, taken in every row of text first."""
+    """A row of differences.csv: an arm minus the base over the same held-out rows, in nats a token. `mean of J` is
+    the mean over the placements with J, taken in every row of text first."""
 
     arm: str
     against: str
@@ -117,6 +118,14 @@ class Results:
         assert found is not None
         return found
 
+    def fillers(self) -> dict[str, list[str]]:
+        """Labels of the placements whose layers beside full attention are of one kind, by that kind."""
+        kinds = {
+            label: next(n for n in parse_placement(text) if kind_of(n) != "A")
+            for label, text in self.placements.items()
+        }
+        return {kind: [label for label in kinds if kinds[label] == kind] for kind in dict.fromkeys(kinds.values())}
+
     def rows(self) -> list[Row]:
         """ablations.csv."""
         asked, found = self.plan["asked"], []
@@ -148,7 +157,8 @@ class Results:
                 label: [self.values(key, label, m) - self.values(base, label, m) for m in MEASURES]
                 for label in self.placements
             }
-            gaps[MEAN] = [np.mean([pair[i] for pair in gaps.values()], axis=0) for i in range(2)]
+            for filler, labels in self.fillers().items():
+                gaps[MEAN + filler] = [np.mean([gaps[label][i] for label in labels], axis=0) for i in range(2)]
             for label, (loss, kl) in gaps.items():
                 found.append(Difference(arm, BASE, stage, label, *mean_and_error(loss), *mean_and_error(kl), len(loss)))
         return found
@@ -205,21 +215,23 @@ def readme(plan: Plan, rows: Sequence[Row], differences: Sequence[Difference], t
 def sentences(differences: Sequence[Difference]) -> list[str]:
     """What the differences say, a stage and an arm at a time."""
     told = []
-    for mean in (row for row in differences if row.label == MEAN):
-        mine = [row for row in differences if (row.arm, row.stage) == (mean.arm, mean.stage) and row.label != MEAN]
-        sides = [f"{abs(value):.4f} ± {Z95 * error:.4f} {_side(value)}" for value, error in map(mean.of, MEASURES)]
-        higher = sum(row.kl - Z95 * row.kl_se > 0 for row in mine)
-        lower = sum(row.kl + Z95 * row.kl_se < 0 for row in mine)
-        told.append(
-            f"{STAGES[mean.stage]} {mean.arm} is {sides[0]} {mean.against} in loss, {sides[1]} it in KL (nats a token, "
-            f"mean of {len(mine)} placements). Beyond the interval its KL is higher at {higher} of them, lower at "
-            f"{lower}."
-        )
+    for stage, arm in dict.fromkeys((row.stage, row.arm) for row in differences):
+        mine = [row for row in differences if (row.stage, row.arm) == (stage, arm)]
+        means = [row for row in mine if row.label.startswith(MEAN)]
+        parts = [
+            f"with {mean.label.removeprefix(MEAN)} {_beside(mean, 'loss')} in loss and {_beside(mean, 'kl')} in KL"
+            for mean in means
+        ]
+        told.append(f"{STAGES[stage]}, {arm} is, in nats a token, {'; '.join(parts)}.")
     return told
 
 
-def _side(gap: float) -> str:
-    return "above" if gap > 0 else "below"
+def _beside(row: Difference, measure: str) -> str:
+    """An arm beside the one that it is held against, in words."""
+    value, error = row.of(measure)
+    if not abs(value) > Z95 * error:
+        return f"not to be told apart from {row.against} ({value:+.4f} ± {Z95 * error:.4f})"
+    return f"{abs(value):.4f} ± {Z95 * error:.4f} {'above' if value > 0 else 'below'} {row.against}"
 
 
 def _written(plan: Plan) -> list[str]:

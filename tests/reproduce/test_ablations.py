@@ -93,14 +93,16 @@ def test_arms_are_measured_compared_and_not_done_twice(arguments, tiny_model, te
     paired = values["no-transfer"]["kl"] - values["base"]["kl"]
     assert gap.kl == pytest.approx(float(paired.mean()), abs=2e-5)
     assert gap.kl_se == pytest.approx(float(paired.std()) / 32**0.5, abs=2e-5)
-    mean = next(row for row in gaps if (row.arm, row.stage, row.label) == ("self", "supernet", "mean"))
-    of_arm = [row.loss for row in gaps if (row.arm, row.stage) == ("self", "supernet") and row.label != "mean"]
+    mean = next(row for row in gaps if (row.arm, row.stage, row.label) == ("self", "supernet", "mean of J"))
+    of_arm = [
+        row.loss for row in gaps if (row.arm, row.stage) == ("self", "supernet") and row.label in ("all J", "2 A, J")
+    ]
     assert mean.loss == pytest.approx(sum(of_arm) / len(of_arm))
 
     written = [json.loads(line)["tokens"] for line in (out / "work" / "self.jsonl").read_text().splitlines()]
     text = (out / "README.md").read_text()
     assert f"wrote {sum(written):,} tokens" in text
-    assert f"{abs(mean.loss):.4f} ±" in text
+    assert f"{mean.loss:+.4f} ± {1.96 * mean.loss_se:.4f}" in text or f"{abs(mean.loss):.4f} ± " in text
     assert f"({gap.kl:+.4f} ± {1.96 * gap.kl_se:.4f})" in text
     assert "nan" not in text.lower()
 
