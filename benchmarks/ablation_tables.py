@@ -179,6 +179,7 @@ def readme(plan: Plan, rows: Sequence[Row], differences: Sequence[Difference], t
     days = sorted({row.measured_utc[:10] for row in rows})
     versions = [f"{name} {', '.join(sorted({getattr(row, name) for row in rows}))}" for name in ("torch", "nasbench")]
     versions += [f"driver {first.driver}"] if first.driver else []
+    brackets = f"; in brackets the difference to {BASE}, row by row, with its 95 % interval" if differences else ""
     lines = ["# What the attention's weights and real text are worth", ""]
     lines += [f"    {command}" for command in plan["commands"]]
     lines += [
@@ -203,8 +204,7 @@ def readme(plan: Plan, rows: Sequence[Row], differences: Sequence[Difference], t
     lines += [
         "",
         f"Measured on the same {first.rows} rows of real text that nothing was trained on; the model's own loss there "
-        f"is {teacher_loss:.4f}. Nats a token; in brackets the difference to {BASE}, row by row, with its 95 % "
-        "interval.",
+        f"is {teacher_loss:.4f}. Nats a token{brackets}.",
     ]
     for measure, title in (("kl", "KL to the model"), ("loss_above_teacher", "Loss above the model's")):
         lines += ["", f"## {title}", "", *_table(rows, differences, measure)]
