@@ -31,6 +31,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
     ] = False,
@@ -54,7 +58,7 @@ def command(
     batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
     changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    settings = settings.updated(changes)
+    settings = settings.updated(changes if shard is None else {**changes, "shard": shard})
     shape = resolve_shape(model)
     spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
     if spec.sequence > shape.max_context:

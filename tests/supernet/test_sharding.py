@@ -1,0 +1,116 @@
+"""Two processes over gloo that each hold half of all weights train what one process does that holds them whole."""
+
+import pytest
+import torch
+from safetensors import safe_open
+from supernet_workers import TRAINING, assert_same, said, start, together
+
+from nasbench.errors import UserError
+from nasbench.supernet import checkpoint
+from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.train import distill
+
+WHOLE = DistillConfig(
+    ridge_tokens=512, align_tokens=768, supernet_tokens=768, align_batch_tokens=128, supernet_batch_tokens=128,
+    hidden_weight=0.5, log_every=2, checkpoint_every_s=0.0,
+)  # fmt: skip
+SHARDED = WHOLE.updated({"shard": True})
+SHARES = """
+import threading
+from torch.distributed.tensor import DTensor
+from nasbench.backbone.load import load_model
+from nasbench.supernet.loop import LossSums
+from nasbench.supernet.sharding import local
+from nasbench.supernet.train import Distiller
+with workers_of("cpu") as (workers, device):
+    loaded = load_model(run.spec.model, dtype=torch.bfloat16)
+    distiller = Distiller(run, loaded, {config!r}, threading.Event(), workers=workers)
+    distiller.prepare(512)
+    optimizer = distiller.optimizer("supernet")
+    sums = LossSums(["", *optimizer.groups])
+    distiller.step("supernet", 0, optimizer, sums)
+    optimizer.apply(1.0)
+    tensors = [*distiller.net.teacher.parameters(), *(p for m in distiller.net.mixers() for p in m.parameters())]
+    moments = [t for t in optimizer.state().values() if t.ndim]
+    for kind in (tensors, moments):
+        shared = [t for t in kind if isinstance(t, DTensor)]
+        print(sum(local(t).numel() for t in shared), sum(t.numel() for t in shared), sum(t.numel() for t in kind))
+    print(sorted({{str(p.dtype) for m in distiller.net.trained().values() for p in m.parameters()}}))
+    print(float(sums.totals[0, 0]))
+"""
+
+
+def stopped_at(run, config, step, **options):
+    """Trains until a Ctrl-C in step `step` of the supernet stage, and says where its checkpoint is."""
+    together(run, config, stop_at=step, **options)
+    state = checkpoint.latest(run.supernet).state
+    return state["stage"], state["step"]
+
+
+def test_two_processes_with_half_of_the_weights_are_one(make_run, tmp_path):
+    alone, two, there, back = (make_run(name) for name in ("alone", "two", "there", "back"))
+    distill(alone, WHOLE, dtype=torch.float32)
+    together(two, SHARDED)
+    assert_same(two, alone)
+    # Two begin and one ends.
+    assert stopped_at(there, SHARDED, 3) == ("supernet", 4)
+    saved = checkpoint.latest(there.supernet)
+    parts = sorted((saved.folder / checkpoint.MOMENTS).iterdir())
+    assert sorted(saved.state["moments"]) == [part.name for part in parts]
+    sizes = []
+    for part in parts:
+        with safe_open(part, "pt") as file:
+            sizes.append({key: file.get_slice(key).get_shape()[0] for key in file.keys()})  # noqa: SIM118
+    whole = saved.weights()
+    assert len(sizes) == 2
+    for key in sizes[0]:
+        assert sizes[0][key] + sizes[1][key] == whole[key.split(":")[1]].shape[0]
+    distill(there, WHOLE, dtype=torch.float32)
+    assert_same(there, alone)
+    # One begins and two end.
+    assert stopped_at(back, WHOLE, 3, size=1) == ("supernet", 3)
+    together(back, SHARDED)
+    assert_same(back, alone)
+
+
+def test_a_kill_leaves_a_checkpoint_that_another_number_goes_on_from(make_run):
+    alone, killed = make_run("alone"), make_run("killed")
+    batches = {"align_batch_tokens": 192, "supernet_batch_tokens": 192}
+    distill(alone, WHOLE.updated(batches), dtype=torch.float32)
+    workers = start(TRAINING.format(config=SHARDED.updated(batches), signal="signal.SIGKILL"), killed.path, 3)
+    workers[0].wait(120)
+    workers[1].kill()  # as torchrun does
+    workers[1].communicate()
+    workers[0].communicate()
+    state = checkpoint.latest(killed.supernet).state
+    assert (state["stage"], state["step"]) == ("supernet", 2)
+    together(killed, SHARDED.updated(batches), size=3)  # shares of different lengths
+    assert_same(killed, alone)
+
+
+def test_a_damaged_share_is_found(make_run):
+    run = make_run()
+    stopped_at(run, SHARDED, 3)
+    part = next((checkpoint.latest(run.supernet).folder / checkpoint.MOMENTS).iterdir())
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="corrupt"):
+        distill(run, WHOLE, dtype=torch.float32)
+
+
+def test_every_process_holds_half(make_run):
+    run = make_run()
+    for out in said(start(SHARES.format(config=SHARDED), run.path)):
+        *rows, dtypes, loss = out.splitlines()
+        for row in rows:
+            own, shared, everything = map(int, row.split())
+            assert own == pytest.approx(shared / 2, rel=0.02)
+            assert shared > 0.97 * everything
+        assert dtypes == "['torch.float32']"
+        assert float(loss) > 0
+
+
+def test_one_process_has_nobody_to_share_with(make_run):
+    with pytest.raises(UserError, match="torchrun"):
+        distill(make_run(), SHARDED)
+    with pytest.raises(UserError, match="graphs"):
+        SHARDED.updated({"graphs": True})
