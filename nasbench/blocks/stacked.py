@@ -48,8 +48,9 @@ class StackedProjections:
         """The one weight [sum of outputs, C] and bias. The parameters are views of them from now on, unless they stay
         apart."""
         if self.apart:
-            biases = [linear.bias for linear in self.linears if linear.bias is not None]
-            return torch.cat([linear.weight for linear in self.linears]), torch.cat(biases) if biases else None
+            weights: list[Tensor] = [linear.weight for linear in self.linears]
+            biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
+            return torch.cat(weights), torch.cat(biases) if biases else None
         self.weight = _stacked(self.weight, [linear.weight for linear in self.linears])
         if self.linears[0].bias is not None:
             self.bias = _stacked(self.bias, [linear.bias for linear in self.linears])

@@ -126,7 +126,7 @@ def _project(stacked: StackedProjections, x: Tensor) -> Tensor:
     """Every projection of x side by side, [B, T, P], zeros up to a multiple of ALIGNED behind them where they learn."""
     if stacked.apart:
         # A product of a matrix made here would keep it until the backward pass.
-        return torch.cat(stacked(x), -1)
+        return torch.cat(tuple(stacked(x)), -1)
     learnt = any(linear.weight.requires_grad for linear in stacked.linears)
     if not (learnt and torch.is_grad_enabled()):
         return F.linear(x, *stacked.matrices())

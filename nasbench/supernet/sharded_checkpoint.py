@@ -45,7 +45,7 @@ def save(
     """
     if not any(isinstance(tensor, DTensor) for tensor in (*weights.values(), *optimizer.values())):
         return checkpoint.save(folder, name, weights, optimizer, state)
-    shares = {key: tensor for key, tensor in optimizer.items() if isinstance(tensor, DTensor)}
+    shares: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if isinstance(tensor, DTensor)}
     rest = {key: tensor for key, tensor in optimizer.items() if key not in shares}
     device = local(next(tensor for tensor in weights.values() if isinstance(tensor, DTensor))).device
     moments = folder / f".{name}.moments"

@@ -9,15 +9,17 @@ the sub-network has it. So a unit wraps its module without becoming it, and `run
 through the wrapper, whose hooks gather the weights and let go of them, in the backward pass too. Every process calls
 the same units in the same order: sub-networks are functions of seed and step.
 
-What is trained is kept in fp32, its own master: FSDP2 rounds each share to the model's dtype before it gathers, and sums
-gradients in fp32. So a share of a trained weight takes 16 bytes a number with its gradient and moments, 1/N of it here.
+What is trained is kept in fp32, its own master: FSDP2 rounds each share to the model's dtype before it gathers, and
+adds gradients in fp32. With gradient and moments a trained weight takes 16 bytes in the process whose share it is.
 FSDP2 takes the mean over processes: steps weight their loss by this process's share of the whole times N.
+
+A process begins with the whole model in the host's memory; a card never holds more than its shares and one unit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -100,8 +102,8 @@ def shard(net: Supernet, workers: Workers) -> None:
         rounding = MixedPrecisionPolicy(dtype if trained else None, torch.float32 if trained else None, None, False)
         unit = Unit(module)
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=rounding, ignored_params=whole)
-        # Gloo has no mean; a sum and a division are the same to NCCL.
-        unit.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
+        if device.type == "cpu":
+            cast(Any, unit).set_force_sum_reduction_for_comms(True)  # gloo takes no mean
         object.__setattr__(module, _UNIT, unit)
         units.append(unit)
     root = _Root(units)
@@ -117,7 +119,7 @@ def shard(net: Supernet, workers: Workers) -> None:
 def _modules(net: Supernet) -> Iterator[nn.Module]:
     teacher, seen = net.teacher, set[int]()
     layers = [*teacher.layers, *net.own.values()]
-    candidates = [teacher.model.embed_tokens, teacher.lm_head, *net.mixers()]
+    candidates: list[nn.Module | None] = [teacher.model.embed_tokens, teacher.lm_head, *net.mixers()]
     for layer in layers:
         candidates += [layer.self_attn, layer.mlp]
     for module in candidates:
@@ -169,7 +171,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Every tensor whole, fp32, on the CPU, one after another. Every process must ask; those without `keep` get none."""
+    """Every tensor whole, fp32, on the CPU, one after another. Every process must ask; without `keep` it gets none."""
     whole = {}
     for name, tensor in tensors.items():
         value = full(tensor.detach())

@@ -15,8 +15,8 @@ from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
 from nasbench.supernet.layer_calls import TEACHER, LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
-from nasbench.supernet.sharding import full
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.sharding import full
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.workers import ALONE, Workers
 

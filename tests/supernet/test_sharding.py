@@ -1,12 +1,18 @@
 """Two processes over gloo that each hold half of all weights train what one process does that holds them whole."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from supernet_workers import TRAINING, assert_same, said, start, together
+from tolerances import relative_rmse
 
 from nasbench.errors import UserError
+from nasbench.spaces.placement import parse_placement
 from nasbench.supernet import checkpoint
+from nasbench.supernet.finalize import MIXERS, finalize
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -38,6 +44,12 @@ with workers_of("cpu") as (workers, device):
     print(sorted({{str(p.dtype) for m in distiller.net.trained().values() for p in m.parameters()}}))
     print(float(sums.totals[0, 0]))
 """
+FINALISING = """
+from nasbench.spaces.placement import parse_placement
+from nasbench.supernet.finalize import finalize
+with workers_of("cpu") as (workers, device):
+    finalize(run, parse_placement("J A W8 J"), {config!r}, {tokens}, dtype=torch.float32, workers=workers)
+"""
 
 
 def stopped_at(run, config, step, **options):
@@ -47,12 +59,17 @@ def stopped_at(run, config, step, **options):
     return state["stage"], state["step"]
 
 
-def test_two_processes_with_half_of_the_weights_are_one(make_run, tmp_path):
-    alone, two, there, back = (make_run(name) for name in ("alone", "two", "there", "back"))
+def test_two_processes_with_half_of_the_weights_are_one(make_run):
+    alone, two = make_run("alone"), make_run("two")
     distill(alone, WHOLE, dtype=torch.float32)
     together(two, SHARDED)
     assert_same(two, alone)
-    # Two begin and one ends.
+    assert not (checkpoint.latest(two.supernet).folder / checkpoint.MOMENTS).exists()
+
+
+def test_two_begin_and_one_ends_and_the_other_way_round(make_run):
+    alone, there, back = (make_run(name) for name in ("alone", "there", "back"))
+    distill(alone, WHOLE, dtype=torch.float32)
     assert stopped_at(there, SHARDED, 3) == ("supernet", 4)
     saved = checkpoint.latest(there.supernet)
     parts = sorted((saved.folder / checkpoint.MOMENTS).iterdir())
@@ -67,7 +84,6 @@ def test_two_processes_with_half_of_the_weights_are_one(make_run, tmp_path):
         assert sizes[0][key] + sizes[1][key] == whole[key.split(":")[1]].shape[0]
     distill(there, WHOLE, dtype=torch.float32)
     assert_same(there, alone)
-    # One begins and two end.
     assert stopped_at(back, WHOLE, 3, size=1) == ("supernet", 3)
     together(back, SHARDED)
     assert_same(back, alone)
@@ -114,3 +130,23 @@ def test_one_process_has_nobody_to_share_with(make_run):
         distill(make_run(), SHARDED)
     with pytest.raises(UserError, match="graphs"):
         SHARDED.updated({"graphs": True})
+
+
+def test_whole_layers_are_finalised_with_half_of_the_weights(make_run):
+    """Of every layer MLP and attention are shared out, norms are not; activations are computed again."""
+    run = make_run()
+    distill(run, WHOLE.updated({"align_tokens": 0, "supernet_tokens": 0}), dtype=torch.float32)
+    config = WHOLE.updated({"whole": True, "recompute": True})
+    placement = parse_placement("J A W8 J")
+    for tokens in (256, 512):
+        folder = finalize(run, placement, config, tokens, dtype=torch.float32)
+    expected = load_file(folder / MIXERS)
+    shutil.rmtree(folder)
+    # The second goes on from what the first has finished.
+    for tokens in (256, 512):
+        said(start(FINALISING.format(config=config.updated({"shard": True}), tokens=tokens), run.path))
+    found = load_file(folder / MIXERS)
+    assert found.keys() == expected.keys()
+    assert any(".rest." in name for name in found)
+    for name, tensor in found.items():
+        assert relative_rmse(tensor, expected[name]) < 1e-3, name
