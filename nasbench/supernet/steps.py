@@ -63,18 +63,23 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = A
             inputs = layer.attention_input(x)
             target = mix(layer.self_attn, inputs, chunk)
             whole = energy(target)
-            if net.sharded:
-                total = whole.clone()
-                workers.sum_([total])
-                weight = whole / total * workers.size
             x = finish_layer(layer, x, target)
+        losses = []
         for name in net.space.fillers(i):
             mixer = trained.get(f"layers.{i}.{name}")
             if mixer is not None:
                 loss = relative_error(mix(mixer, inputs, chunk), target, whole)
-                # Without shards gradients are weighted after the backward pass, by the sums of all losses.
-                (loss * weight if net.sharded else loss).backward()
                 sums.add(f"layers.{i}.{name}", loss.detach(), whole)
+                if net.sharded:
+                    losses.append(loss)
+                else:
+                    loss.backward()
+        if losses:
+            # Without shards gradients are weighted after the backward pass. With them, FSDP2 ends each pass with a look
+            # at all units, so that a layer's mixers share one.
+            total = whole.clone()
+            workers.sum_([total])
+            torch.stack(losses).sum().backward(whole / total * workers.size)
 
 
 def distill_step(

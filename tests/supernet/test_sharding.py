@@ -78,8 +78,10 @@ def stopped_at(run, config, step, **options):
 
 def test_two_processes_with_half_of_the_weights_are_one(make_run):
     alone, two = make_run("alone"), make_run("two")
-    distill(alone, WHOLE, dtype=torch.float32)
-    together(two, SHARDED)
+    # Two kinds of a layer learn, and in a step two sub-networks add to the same gradients.
+    both = {"frozen": (), "solved": (), "sandwich": True}
+    distill(alone, WHOLE.updated(both), dtype=torch.float32)
+    together(two, SHARDED.updated(both))
     assert_same(two, alone)
     assert not (checkpoint.latest(two.supernet).folder / checkpoint.MOMENTS).exists()
 
