@@ -18,7 +18,12 @@ class StackedProjections:
     products, and each costs more to start (a kernel launch, a oneDNN primitive) than to compute.
 
     A plain object, not a module: it owns no parameters. The projections all have a bias, or none has.
+
+    Attributes:
+        apart: the parameters must stay where they are, as FSDP2's do: the products are single ones always.
     """
+
+    apart = False
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = tuple(linears)
@@ -27,12 +32,25 @@ class StackedProjections:
         self.bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        if torch.is_grad_enabled():
+        if self.apart or torch.is_grad_enabled():
             return [linear(x) for linear in self.linears]
         return F.linear(x, *self.matrices()).split(self.sizes, dim=-1)
 
+    def stay_apart(self) -> None:
+        """Gives every parameter that lies in one matrix with others its own memory again, and leaves it there."""
+        self.apart = True
+        self.weight = self.bias = None
+        for linear in self.linears:
+            for parameter in linear.parameters():
+                parameter.data = parameter.data.clone()
+
     def matrices(self) -> tuple[Tensor, Tensor | None]:
-        """The one weight [sum of outputs, C] and bias. The parameters are views of them from now on."""
+        """The one weight [sum of outputs, C] and bias. The parameters are views of them from now on, unless they stay
+        apart."""
+        if self.apart:
+            weights: list[Tensor] = [linear.weight for linear in self.linears]
+            biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
+            return torch.cat(weights), torch.cat(biases) if biases else None
         self.weight = _stacked(self.weight, [linear.weight for linear in self.linears])
         if self.linears[0].bias is not None:
             self.bias = _stacked(self.bias, [linear.bias for linear in self.linears])

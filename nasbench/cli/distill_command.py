@@ -31,6 +31,10 @@ def command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
     ] = False,
@@ -44,6 +48,7 @@ def command(
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run, RunSpec
     from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.sharding import check
     from nasbench.supernet.train import distill
     from nasbench.supernet.workers import workers_of
 
@@ -54,38 +59,46 @@ def command(
     batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
     changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    settings = settings.updated(changes)
+    settings = settings.updated(changes if shard is None else {**changes, "shard": shard})
     shape = resolve_shape(model)
     spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
     if spec.sequence > shape.max_context:
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)
-    if dry_run:
-        _dry_run(out, spec, settings, chosen, kind, as_json)
-        return
     with workers_of(chosen) as (workers, own):
+        check(settings.shard, workers)
+        if dry_run:
+            _dry_run(out, spec, settings, own, kind, as_json, workers)
+            return
         run = Run.create(out, spec)
         with progress_bar() as progress:
             net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers)
+        source, version = net.source, net.version
+        del net  # before the processes part
     if not workers.leads:
         return
-    log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {net.source}")
+    log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {source}")
     if as_json:
-        print_json({"run": str(out), "names": list(run.spec.space.names), "version": net.version})
+        print_json({"run": str(out), "names": list(run.spec.space.names), "version": version})
 
 
-def _dry_run(out: Path, spec, settings, device: str, dtype, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _dry_run(  # type: ignore[no-untyped-def]
+    out: Path, spec, settings, device: str, dtype, as_json: bool, workers
+) -> None:
     import threading
 
     from nasbench.backbone.load import load_model
     from nasbench.cli.common import log, print_json, print_table
     from nasbench.runs import Run
     from nasbench.supernet.estimate import estimate
+    from nasbench.supernet.sharding import place_of
     from nasbench.supernet.train import Distiller
 
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
-    loaded = load_model(spec.model, dtype=dtype, device=device)
-    found = estimate(Distiller(run, loaded, settings, threading.Event()))
+    loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device))
+    found = estimate(Distiller(run, loaded, settings, threading.Event(), workers=workers))
+    if not workers.leads:
+        return
     if as_json:
         print_json({"run": str(out), **found.as_dict()})
         return
@@ -96,6 +109,7 @@ def _dry_run(out: Path, spec, settings, device: str, dtype, as_json: bool) -> No
         f"{found.seconds / 60:.1f} minutes; {found.corpus_tokens:,} tokens of text; {found.trained_parameters:,} "
         f"trained parameters; {found.model_bytes >> 20:,} MiB model + {found.training_bytes >> 20:,} MiB training "
         f"state, {found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
+        + (f", in each of {found.processes} processes" if found.processes > 1 else "")
     )
 
 

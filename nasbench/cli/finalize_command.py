@@ -20,6 +20,10 @@ def command(
     batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    shard: Annotated[
+        bool | None,
+        typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
@@ -40,6 +44,8 @@ def command(
     where = torch_device(device)
     if batch:
         settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
+    if shard is not None:
+        settings = settings.updated({"shard": shard})
     with workers_of(where) as (workers, own), progress_bar() as progress:
         folder = finalize(
             opened,

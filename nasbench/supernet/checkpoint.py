@@ -2,6 +2,7 @@
 
     supernet/latest.json            {"checkpoint": "align-00000040"}
     supernet/align-00000040/        supernet.safetensors, optimizer.safetensors, state.json
+                                    moments/ where the weights were shared out (nasbench.supernet.sharded_checkpoint)
 
 A kill at any moment leaves the pointer at a complete folder. Nothing is pickled.
 """
@@ -24,6 +25,7 @@ from nasbench.errors import UserError
 from nasbench.files import machine_errors, read_json, write_json
 
 WEIGHTS, OPTIMIZER, STATE, LATEST = "supernet.safetensors", "optimizer.safetensors", "state.json", "latest.json"
+MOMENTS = "moments"
 
 
 def digest(path: Path) -> str:
@@ -80,9 +82,17 @@ def _remedy(folder: Path) -> str:
 
 
 def save(
-    folder: Path, name: str, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    moments: Path | None = None,
 ) -> Checkpoint:
     """Writes checkpoint `name` into `folder`, points `latest.json` at it, then removes the older ones.
+
+    Args:
+        moments: a folder on the same disk that becomes the checkpoint's own.
 
     Raises MachineError when the disk refuses; the older checkpoint is then still there.
     """
@@ -101,6 +111,8 @@ def save(
                     raise OSError(str(error)) from None
                 _flush(temporary / file)
                 digests[file] = digest(temporary / file)
+            if moments is not None:
+                moments.replace(temporary / MOMENTS)
             full = {**state, "digests": digests}
             write_json(temporary / STATE, full)
             temporary.replace(target)

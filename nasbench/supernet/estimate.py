@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nasbench.supernet import checkpoint
 from nasbench.supernet.loop import LossSums
+from nasbench.supernet.sharding import local
 from nasbench.supernet.train import SOLVE_BATCH_TOKENS, STAGES, Distiller
 
 TIMED_STEPS = 3
 STATE_BYTES = 16
-"""A trained parameter's in fp32: master, gradient and two moments."""
+"""A trained parameter's in fp32: master, gradient and two moments. One that is shared out is its own master."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Estimate:
     Attributes:
         corpus_tokens: of the training split, to be read again once they are used up.
         trained_parameters: of all alternatives.
+        processes: that share the work; bytes are those of this one, of its share where weights are shared out.
         model_bytes: of the teacher's weights.
         training_bytes: of the trained mixers, their masters, gradients and moments.
         peak_bytes: the most that was allocated during the timed steps; on a CPU, that was resident.
@@ -52,6 +55,7 @@ class Estimate:
     stages: tuple[StageEstimate, ...]
     corpus_tokens: int
     trained_parameters: int
+    processes: int
     model_bytes: int
     training_bytes: int
     peak_bytes: int
@@ -93,10 +97,16 @@ def estimate(distiller: Distiller) -> Estimate:
         stages=tuple(row for row in stages if row.tokens),
         corpus_tokens=distiller.corpus.train.numel(),
         trained_parameters=sum(parameter.numel() for parameter in parameters),
-        model_bytes=sum(parameter.nbytes for parameter in teacher),
-        training_bytes=sum(parameter.nbytes + STATE_BYTES * parameter.numel() for parameter in parameters),
+        processes=distiller.workers.size,
+        model_bytes=sum(local(parameter).nbytes for parameter in teacher),
+        training_bytes=sum(map(_training_bytes, parameters)),
         peak_bytes=_peak_bytes(distiller.device),
     )
+
+
+def _training_bytes(parameter: Tensor) -> int:
+    own = local(parameter)
+    return STATE_BYTES * own.numel() + (0 if own is not parameter else own.nbytes)
 
 
 def _stage(name: str, tokens: int, step_tokens: int, step_seconds: float) -> StageEstimate:

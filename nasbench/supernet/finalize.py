@@ -22,7 +22,7 @@ from nasbench.errors import UserError
 from nasbench.files import atomic_path, read_json, write_json
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
-from nasbench.supernet import checkpoint
+from nasbench.supernet import checkpoint, sharding
 from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
@@ -88,7 +88,8 @@ def finalize(
 
     Raises as `nasbench.supernet.train.distill`.
     """
-    net = Supernet.load(run, dtype=dtype, device=device, loaded=loaded)
+    sharding.check(config.shard, workers)
+    net = Supernet.load(run, dtype=dtype, device=sharding.place_of(config.shard, device), loaded=loaded)
     net.space.check(placement)
     folder = final_folder(run, placement, name)
     corpus = training_corpus(run, net, config, sequence, corpus)
@@ -118,15 +119,19 @@ def finalize(
         for parameters in groups.values():
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
+        if config.shard:
+            sharding.shard(net, workers)
+            groups = trained_parts(net, placement)
+        place = "cpu" if config.shard else str(net.teacher.device)
         fitting = {f"layers.{i}.{part}" for i in range(len(placement)) for part in ("A", REST)}
         optimizer = MasterAdamW(
             groups, lr=config.supernet_lr, weight_decay=config.weight_decay, clip=config.clip,
             rate=lambda group: config.whole_rate if group in fitting else 1.0,
         )  # fmt: skip
         if saved is not None:
-            optimizer.set_masters(saved.weights(str(net.teacher.device)))
+            optimizer.set_masters(saved.weights(place))
         elif finished is not None:
-            optimizer.set_masters(load_file(folder / MIXERS, device=str(net.teacher.device)))
+            optimizer.set_masters(load_file(folder / MIXERS, device=place))
 
         calls: GraphedLayerCalls | None = None
 
@@ -155,7 +160,7 @@ def finalize(
                 progress,
                 notice if workers.leads else no_notice,
                 workers,
-                lambda index: first_not_finite(net, placement, batch_of(index)),
+                lambda index: first_not_finite(net, placement, batch_of(index), workers),
                 finished[-1] // step_tokens if finished is not None and saved is None else 0,
             )
             if saved is not None and saved.state["step"]:
@@ -163,7 +168,9 @@ def finalize(
             workers.any(False, net.teacher.device)  # nobody writes before all have read
             loop.cut({})
             loop.run()
-        weights = {name: master.detach() for name, master in optimizer.masters.items()}
+        weights = optimizer.weights()
+        if config.shard:
+            weights = sharding.gathered(weights, workers.leads)
     if workers.leads:
         _write(folder, weights, {"model": run.spec.model, **state, "tokens": tokens})
         checkpoint.discard(folder / TRAINING)

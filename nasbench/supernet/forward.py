@@ -11,7 +11,7 @@ from nasbench.backbone.decoder import Decoder
 from nasbench.blocks.documents import Documents
 from nasbench.blocks.mixer import Chunk, TokenMixer
 from nasbench.supernet.data import Batch
-from nasbench.supernet.fused_layers import run_layer
+from nasbench.supernet.fused_layers import embed, run_layer
 
 
 def chunk_of(decoder: Decoder, batch: Batch) -> Chunk:
@@ -22,7 +22,7 @@ def chunk_of(decoder: Decoder, batch: Batch) -> Chunk:
 
 def hidden_of(decoder: Decoder, batch: Batch) -> Tensor:
     """Final normalised hidden states [B, T, C]."""
-    chunk, x = chunk_of(decoder, batch), decoder.embed(batch.tokens)
+    chunk, x = chunk_of(decoder, batch), embed(decoder, batch.tokens)
     for layer in decoder.layers:
         x = run_layer(layer, x, chunk)
     return decoder.model.norm(x)

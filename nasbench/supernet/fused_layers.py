@@ -14,10 +14,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import DecoderLayer, GatedMLP
+from nasbench.backbone.decoder import Decoder, DecoderLayer, GatedMLP
 from nasbench.blocks import fused
 from nasbench.blocks.documents import RESET_LOG_DECAY
 from nasbench.blocks.flash import flash_attention, has_flash
@@ -27,6 +27,7 @@ from nasbench.blocks.jet_block_mixer import JetBlock
 from nasbench.blocks.mixer import Chunk, TokenMixer
 from nasbench.blocks.sliding_window_mixer import SlidingWindow
 from nasbench.blocks.stacked import StackedProjections
+from nasbench.supernet.sharding import run
 
 ALIGNED = 8
 """Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""
@@ -39,6 +40,10 @@ def run_layer(layer: DecoderLayer, x: Tensor, chunk: Chunk) -> Tensor:
 
 def mix(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
     """`mixer(x, chunk)`: normalised input [B, T, C] -> [B, T, C]."""
+    return run(mixer, _mix, x, chunk)
+
+
+def _mix(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
     if fused.differentiable(x):
         if isinstance(mixer, FullAttention) and takes_flash(mixer, x, chunk):
             return _attention(mixer, x, chunk)
@@ -50,14 +55,23 @@ def mix(mixer: TokenMixer, x: Tensor, chunk: Chunk) -> Tensor:
 
 def finish_layer(layer: DecoderLayer, x: Tensor, mixed: Tensor) -> Tensor:
     """The rest of a layer: residual stream x and the mixer's output, both [B, T, C]."""
-    if not fused.differentiable(x):
-        return layer.finish(x, mixed)
     x = x + mixed
-    return x + fused_mlp(layer.mlp, layer.post_attention_layernorm(x))
+    return x + run(layer.mlp, fused_mlp, layer.post_attention_layernorm(x))
+
+
+def embed(decoder: Decoder, tokens: Tensor) -> Tensor:
+    """`decoder.embed(tokens)`: tokens [B, T] int64 -> [B, T, C]."""
+    return run(decoder.model.embed_tokens, _call, tokens)
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
 
 
 def fused_mlp(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`mlp(x)`, x [B, T, C]."""
+    if not fused.differentiable(x):
+        return mlp(x)
     return mlp.down_proj(_ops().swiglu(_project(mlp.stacked, x)))
 
 
@@ -98,6 +112,9 @@ def _attention(mixer: FullAttention, x: Tensor, chunk: Chunk) -> Tensor:
 
 def _project(stacked: StackedProjections, x: Tensor) -> Tensor:
     """Every projection of x side by side, [B, T, P], zeros up to a multiple of ALIGNED behind them where they learn."""
+    if stacked.apart:
+        # A product of a matrix made here would keep it until the backward pass.
+        return torch.cat(tuple(stacked(x)), -1)
     learnt = any(linear.weight.requires_grad for linear in stacked.linears)
     if not (learnt and torch.is_grad_enabled()):
         return F.linear(x, *stacked.matrices())

@@ -27,7 +27,7 @@ from torch import Tensor
 from nasbench.engine.graph import capture
 from nasbench.errors import MachineError
 from nasbench.files import machine_errors, write_text
-from nasbench.supernet import checkpoint
+from nasbench.supernet import checkpoint, sharded_checkpoint
 from nasbench.supernet.data import Batch
 from nasbench.supernet.optimizer import MasterAdamW, cosine
 from nasbench.supernet.settings import DistillConfig
@@ -119,7 +119,7 @@ def settle(optimizer: MasterAdamW, sums: LossSums, workers: Workers) -> None:
         own = sums.now[1].clone()
         workers.sum_([sums.now])
         optimizer.average(workers, (own / sums.now[1])[1:])
-    optimizer.clip(sums.book()[1:])
+    optimizer.clip(sums.book()[1:], workers)
 
 
 class GraphedStep:
@@ -232,7 +232,7 @@ class Loop:
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint of this stage."""
-        tensors = saved.optimizer(str(self.optimizer.device))
+        tensors = sharded_checkpoint.optimizer_of(saved, self.optimizer, self.workers)
         self.sums.totals.copy_(tensors.pop("log:totals"))
         self.optimizer.skipped.copy_(tensors.pop("log:skipped"))
         self.optimizer.load_state(tensors)
@@ -271,22 +271,29 @@ class Loop:
                 # All stop at the same step, and asking the others waits for the device.
                 stopping = logs and self.workers.any(stopping, self.optimizer.device)
             due = time.monotonic() - saved_at > self.config.checkpoint_every_s
-            if done < self.steps and (due or stopping) and self.workers.leads:
+            if self.optimizer.sharded:
+                # All write, each its shares.
+                due = logs and self.workers.any(due, self.optimizer.device)
+            if done < self.steps and (due or stopping) and (self.workers.leads or self.optimizer.sharded):
                 self.save(done)
                 saved_at = time.monotonic()
             if stopping:
                 raise KeyboardInterrupt
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint at `step`."""
-        for name, master in self.optimizer.masters.items():
-            if not bool(torch.isfinite(master).all()):
+        """Writes a checkpoint at `step`. With shards, all processes call it."""
+        optimizer = self.optimizer
+        bad = torch.stack([~torch.isfinite(master).all() for master in optimizer.masters.values()]).float()
+        if optimizer.sharded:
+            self.workers.sum_([bad])
+        for name, count in zip(optimizer.masters, bad.tolist(), strict=True):
+            if count:
                 raise self._not_finite(name, step)
-        logged = {"log:totals": self.sums.totals, "log:skipped": self.optimizer.skipped}
+        logged = {"log:totals": self.sums.totals, "log:skipped": optimizer.skipped}
         state = {**self.state, "stage": self.stage, "step": step}
         name = f"{self.stage}-{step:08d}"
-        weights = {**self.kept, **self.optimizer.masters}
-        checkpoint.save(self.folder, name, weights, {**self.optimizer.state(), **logged}, state)
+        weights = {**self.kept, **optimizer.weights()}
+        sharded_checkpoint.save(self.folder, name, weights, {**optimizer.state(), **logged}, state, self.workers)
 
     def _log(self, step: int) -> None:
         totals, counts, bad = self.sums.totals.tolist()

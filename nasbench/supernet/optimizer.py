@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from nasbench.supernet.workers import Workers
+from nasbench.supernet.sharding import local, share_of, with_share
+from nasbench.supernet.workers import ALONE, Workers
 
 
 def cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -28,6 +30,9 @@ class MasterAdamW:
 
     The gradients of all masters lie in one fp32 buffer, a group's side by side: one sum over processes, one norm and
     one scaling a group.
+
+    A parameter that is shared out to processes (nasbench.supernet.sharding) is fp32 and its own master: gradients,
+    moments and steps are those of this process's share, and only a group's norm needs the others.
 
     Args:
         groups: name of a mixer -> its named parameters. The gradient norm is clipped per group.
@@ -49,10 +54,7 @@ class MasterAdamW:
         self.lr, self.max_norm = lr, clip
         self.groups = {group: dict(parameters) for group, parameters in groups.items()}
         self.working = {f"{group}.{name}": p for group, ps in self.groups.items() for name, p in ps.items()}
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
-            for name, p in self.working.items()
-        }
+        self.masters = {name: _master(p) for name, p in self.working.items()}
         rates = {group: rate(group) for group in self.groups}
         equals = [
             {
@@ -69,21 +71,39 @@ class MasterAdamW:
         buffer = torch.zeros(sum(p.numel() for p in self.masters.values()), device=self.device)
         self._views: dict[str, Tensor] = {}
         self._segments: dict[str, Tensor] = {}
+        self._shares: dict[str, Tensor] = {}
+        """Of a group's segment, the beginning, which is shared out; the rest is whole in every process."""
+        self.sharded = any(isinstance(p, DTensor) for p in self.working.values())
         end = 0
         for group, parameters in self.groups.items():
-            begin = end
-            for name, parameter in parameters.items():
-                self._views[f"{group}.{name}"] = buffer[end : end + parameter.numel()].view_as(parameter)
-                end += parameter.numel()
+            begin = middle = end
+            for name in sorted(parameters, key=lambda name: not isinstance(parameters[name], DTensor)):
+                master = self.masters[f"{group}.{name}"]
+                self._views[f"{group}.{name}"] = buffer[end : end + master.numel()].view_as(master)
+                end += master.numel()
+                if isinstance(parameters[name], DTensor):
+                    middle = end
             self._segments[group] = buffer[begin:end]
+            self._shares[group] = buffer[begin:middle]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The masters by name; of parameters that are shared out, the parameters."""
+        return {
+            name: working.detach() if isinstance(working, DTensor) else self.masters[name].detach()
+            for name, working in self.working.items()
+        }
 
     def set_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Takes master weights (all of them), and rounds the working weights from them."""
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(weights[name])
-                if master is not self.working[name]:
+                master.copy_(share_of(weights[name], self.working[name]))
+                if self._rounds(name):
                     self.working[name].copy_(master)
+
+    def _rounds(self, name: str) -> bool:
+        """Whether a working weight is its master's rounding, and not the master itself."""
+        return self.working[name].dtype != torch.float32
 
     def step(self, factor: float) -> None:
         """One step with the learning rate times `factor`; takes the gradients and drops them."""
@@ -107,7 +127,7 @@ class MasterAdamW:
             for name in names:
                 working = self.working[name]
                 assert working.grad is not None
-                sources.append(working.grad)
+                sources.append(local(working.grad))
                 targets.append(self._views[name])
                 working.grad = None
                 self.masters[name].grad = self._views[name]
@@ -121,22 +141,45 @@ class MasterAdamW:
     def average(self, workers: Workers, shares: Tensor) -> None:
         """Sums the gathered gradients over the processes, each weighted by this process's share of the group.
 
+        With shards, losses have been weighted already and the mean of what is shared out is taken: the rest's follows.
+
         Args:
             shares: [groups]; a group's shares sum to 1 over the processes.
         """
+        if self.sharded:
+            rest = [self._rest(group) for group in self._present]
+            workers.sum_([segment for segment in rest if segment.numel()])
+            for segment in rest:
+                segment.div_(workers.size)
+            return
         parts = shares[self._place].unbind()
         segments = [self._segments[group] for group in self._present]
         for segment, share in zip(segments, parts, strict=True):
             segment.mul_(share)
         workers.sum_(segments)
 
-    def clip(self, usable: Tensor | None = None) -> None:
+    def _rest(self, group: str) -> Tensor:
+        return self._segments[group][self._shares[group].numel() :]
+
+    def _norms(self, workers: Workers) -> Tensor:
+        """The norms of the present groups' gradients, over all shares, [present] fp32: the same in every process."""
+        if not self.sharded:
+            return torch.stack(torch._foreach_norm([self._segments[group] for group in self._present]))
+        squares = torch.stack(torch._foreach_norm([self._shares[group] for group in self._present])).square()
+        workers.sum_([squares])
+        return (squares + torch.stack(torch._foreach_norm([self._rest(g) for g in self._present])).square()).sqrt()
+
+    def clip(self, usable: Tensor | None = None, workers: Workers = ALONE) -> None:
         """Clips each group's norm. A group whose gradient is not finite, or whose loss is not (`usable`, [groups]
-        bool, is false), counts as having none, so that nothing of it reaches weights and moments; it is counted."""
+        bool, is false), counts as having none, so that nothing of it reaches weights and moments; it is counted.
+
+        Args:
+            workers: who hold the other shares of the gradients, where they are shared out.
+        """
         if not self._present:
             return
         segments = [self._segments[group] for group in self._present]
-        norms = torch.stack(torch._foreach_norm(segments))
+        norms = self._norms(workers)
         good = norms.isfinite()
         if usable is not None:
             good &= usable[self._place]
@@ -155,7 +198,7 @@ class MasterAdamW:
             group["lr"] = self.lr * factor * group["rate"]
         self.adam.step()
         stepped = [name for name, master in self.masters.items() if master.grad is not None]
-        rounded = [name for name in stepped if self.masters[name] is not self.working[name]]
+        rounded = [name for name in stepped if self._rounds(name)]
         with torch.no_grad():
             if rounded:
                 torch._foreach_copy_([self.working[n] for n in rounded], [self.masters[n] for n in rounded])
@@ -167,17 +210,27 @@ class MasterAdamW:
         self.adam.state.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and step counts of every parameter that has been stepped, by name."""
+        """The moments and step counts of every parameter that has been stepped, by name; moments shared out as the
+        parameters are."""
         return {
-            f"{key}:{name}": value
+            f"{key}:{name}": with_share(self.working[name], value) if value.ndim else value
             for name, master in self.masters.items()
             for key, value in self.adam.state.get(master, {}).items()
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`."""
+        """Inverse of `state`; what is whole there may be shared out here."""
         for key, value in state.items():
             kind, name = key.split(":", 1)
             if name in self.masters:
+                master = self.masters[name]
+                share = share_of(value, self.working[name]) if value.ndim else value
                 # Fused AdamW keeps its step counts where the parameters are.
-                self.adam.state[self.masters[name]][kind] = value.to(self.masters[name].device, copy=True)
+                self.adam.state[master][kind] = share.to(master.device, copy=True)
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    if isinstance(parameter, DTensor):
+        assert parameter.dtype == torch.float32
+        return nn.Parameter(local(parameter.detach()))  # in the same memory
+    return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())

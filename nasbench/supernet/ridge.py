@@ -19,7 +19,8 @@ from nasbench.backbone.decoder import Decoder
 from nasbench.blocks.mixer import Chunk, TokenMixer
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
-from nasbench.supernet.fused_layers import finish_layer, mix, run_layer
+from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
+from nasbench.supernet.sharding import assign, full
 
 ROUNDING = 1e-4
 """A share of the target's energy that is no error: bf16 rounds away about 4e-6. A window that sees the whole row is the
@@ -39,7 +40,7 @@ def calibrate_writing(
     The inputs have a common direction, so that a constant is a linear function of them, nearly; it is found by least
     squares. Kinds without a `b_proj` of this form are left alone.
     """
-    x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
+    x, chunk = embed(teacher, batch.tokens), chunk_of(teacher, batch)
     for layer, alternatives in zip(teacher.layers, mixers, strict=True):
         inputs = layer.attention_input(x).flatten(0, -2).double()
         gram = inputs.T @ inputs
@@ -48,7 +49,7 @@ def calibrate_writing(
         for mixer in alternatives.values():
             projection = getattr(mixer, "b_proj", None)
             if isinstance(projection, nn.Linear) and projection.bias is None:
-                projection.weight.copy_((logit * constant).expand_as(projection.weight))
+                assign(projection.weight, (logit * constant).expand(projection.weight.shape))
         x = run_layer(layer, x, chunk)
 
 
@@ -90,7 +91,7 @@ def solve_readouts(
     sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
     energies: dict[tuple[int, str], Tensor] = {}
     for batch in batches:
-        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
+        x, chunk = embed(teacher, batch.tokens), chunk_of(teacher, batch)
         for i, layer in enumerate(teacher.layers):
             inputs = layer.attention_input(x)
             target = mix(layer.self_attn, inputs, chunk)
@@ -99,7 +100,7 @@ def solve_readouts(
                 if projection is None:
                     continue
                 seen = features(mixer, inputs, chunk)
-                error = target.flatten(0, -2).float() - seen @ projection.weight.float().T
+                error = target.flatten(0, -2).float() - seen @ full(projection.weight).float().T
                 both = torch.stack((error.square().sum(), target.float().square().sum()))
                 energies[i, name] = energies[i, name] + both if (i, name) in energies else both
                 gram, cross = seen.T @ seen, seen.T @ error
@@ -117,4 +118,4 @@ def solve_readouts(
         gram, cross = gram.double(), cross.double()
         gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
         change = torch.linalg.solve(gram, cross).T
-        projection.weight.copy_(projection.weight.double() + change)
+        assign(projection.weight, full(projection.weight).double() + change)

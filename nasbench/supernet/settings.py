@@ -44,6 +44,8 @@ class DistillConfig:
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
         graphs: on a GPU every layer of a sub-network is replayed from CUDA graphs: fewer launches, more memory.
+        shard: weights, gradients and moments are shared out to the processes that torchrun started, for models that one
+            card does not hold (nasbench.supernet.sharding); false: each process holds all. Not with graphs.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
     """
@@ -74,6 +76,7 @@ class DistillConfig:
     documents: bool = True
     recompute: bool = False
     graphs: bool = False
+    shard: bool = False
     log_every: int = 10
     checkpoint_every_s: float = 120.0
 
@@ -99,6 +102,9 @@ class DistillConfig:
                 raise UserError(f"bad {field.name} {value!r}: at least {least}")
         if not 0 <= self.least_full <= self.most_full <= 1:
             raise UserError(f"bad least_full {self.least_full}, most_full {self.most_full}: 0 <= least <= most <= 1")
+
+        if self.shard and self.graphs:
+            raise UserError("shard and graphs exclude each other: the layers' weights move; set one of them to false")
 
     @classmethod
     def read(cls, path: Path) -> DistillConfig:

@@ -11,11 +11,12 @@ from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
-from nasbench.supernet.fused_layers import finish_layer, mix, run_layer
+from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
 from nasbench.supernet.layer_calls import TEACHER, LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.sharding import full
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.workers import ALONE, Workers
 
@@ -51,11 +52,11 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, 
     return space.with_full_attention(tuple(str(name) for name in drawn), full)
 
 
-def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
+def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = ALONE) -> None:
     """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
     teacher = net.teacher
     with torch.no_grad():
-        x, chunk = teacher.embed(batch.tokens), chunk_of(teacher, batch)
+        x, chunk = embed(teacher, batch.tokens), chunk_of(teacher, batch)
     trained = net.trained()
     for i, layer in enumerate(teacher.layers):
         with torch.no_grad():
@@ -63,12 +64,22 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums) -> None:
             target = mix(layer.self_attn, inputs, chunk)
             whole = energy(target)
             x = finish_layer(layer, x, target)
+        losses = []
         for name in net.space.fillers(i):
             mixer = trained.get(f"layers.{i}.{name}")
             if mixer is not None:
                 loss = relative_error(mix(mixer, inputs, chunk), target, whole)
-                loss.backward()
                 sums.add(f"layers.{i}.{name}", loss.detach(), whole)
+                if net.sharded:
+                    losses.append(loss)
+                else:
+                    loss.backward()
+        if losses:
+            # Without shards gradients are weighted after the backward pass. With them, FSDP2 ends each pass with a look
+            # at all units, so that a layer's mixers share one.
+            total = whole.clone()
+            workers.sum_([total])
+            torch.stack(losses).sum().backward(whole / total * workers.size)
 
 
 def distill_step(
@@ -90,13 +101,14 @@ def distill_step(
     firsts = [next((i for i, name in enumerate(p) if kind_of(name) != "A"), len(p)) for p in placements]
     chunk = chunk_of(teacher, batch)
     with torch.no_grad():
-        shared = {0: teacher.embed(batch.tokens)}
+        shared = {0: embed(teacher, batch.tokens)}
         x = shared[0]
         for i in range(len(layers)):
             x = calls(i, TEACHER, x, chunk)
             if i + 1 in firsts:
                 shared[i + 1] = calls.keep(x)
         target = teacher.model.norm(x)
+        head = full(output_weight(teacher))
         whole = energy(target)
         workers.sum_([whole])
         whole /= workers.size
@@ -105,7 +117,7 @@ def distill_step(
         for i in range(first, len(layers)):
             student = calls(i, placement[i], student, chunk)
         student = teacher.model.norm(student)
-        kl = distillation_kl(student, target, output_weight(teacher), config.kl_chunk)
+        kl = distillation_kl(student, target, head, config.kl_chunk)
         loss = kl
         if config.hidden_weight:
             loss = kl + config.hidden_weight * relative_error(student, target, whole)
@@ -118,11 +130,11 @@ def distill_step(
 
 
 @torch.no_grad()
-def first_not_finite(net: Supernet, placement: Placement, batch: Batch) -> str | None:
-    """The first layer of a sub-network whose output on a batch is not finite, None where there is none."""
-    x, chunk = net.teacher.embed(batch.tokens), chunk_of(net.teacher, batch)
+def first_not_finite(net: Supernet, placement: Placement, batch: Batch, workers: Workers = ALONE) -> str | None:
+    """The first layer of a sub-network whose output on a batch is not finite in any process, None where none is."""
+    x, chunk = embed(net.teacher, batch.tokens), chunk_of(net.teacher, batch)
     for i, name in enumerate(placement):
         x = run_layer(net.layer(i, name), x, chunk)
-        if not bool(x.isfinite().all()):
+        if workers.any(not bool(x.isfinite().all()), x.device):
             return f"layers.{i}.{name}"
     return None

@@ -18,6 +18,7 @@ from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
+from nasbench.supernet.sharding import assign
 
 
 class Supernet:
@@ -31,6 +32,7 @@ class Supernet:
         own: layers of one finalised hybrid whose MLP and norms, too, are its own, by index and name; the teacher's are
             never changed.
         version: names the weights: "init" before training, else the checkpoint's digest.
+        shards: where the weights are shared out to several processes (nasbench.supernet.sharding), all their units.
     """
 
     def __init__(
@@ -48,7 +50,12 @@ class Supernet:
         self.frozen, self.solved = frozen, solved
         self.version = "init"
         self.own: dict[tuple[int, str], DecoderLayer] = {}
+        self.shards: nn.Module | None = None
         self._mixers = mixers
+
+    @property
+    def sharded(self) -> bool:
+        return self.shards is not None
 
     @classmethod
     def build(
@@ -133,9 +140,8 @@ class Supernet:
         for name, parameter in expected.items():
             if name not in weights or weights[name].shape != parameter.shape:
                 raise UserError(f"the supernet's weights lack {name} of shape {list(parameter.shape)}: distil again")
-        with torch.no_grad():
-            for name, parameter in expected.items():
-                parameter.copy_(weights[name])
+        for name, parameter in expected.items():
+            assign(parameter, weights[name])
 
     def save(self, folder: Path) -> None:
         """Writes the trained mixers' weights (fp32) as a checkpoint that `Supernet.load` reads."""

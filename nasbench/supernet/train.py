@@ -27,7 +27,7 @@ from nasbench.blocks.mixer import TokenMixer
 from nasbench.errors import UserError
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
-from nasbench.supernet import checkpoint
+from nasbench.supernet import checkpoint, sharded_checkpoint, sharding
 from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.forward import mixing
 from nasbench.supernet.layer_calls import GraphedLayerCalls
@@ -52,7 +52,7 @@ from nasbench.supernet.workers import ALONE, Workers
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
-_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs")
+_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
@@ -72,7 +72,7 @@ def training_corpus(
 
 
 class Distiller:
-    """Trains the supernet of a run, from its newest checkpoint on.
+    """Trains the supernet of a run, from its newest checkpoint on. With `config.shard` the model comes on the CPU.
 
     Raises UserError when the run was begun with other settings.
     """
@@ -95,6 +95,9 @@ class Distiller:
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
         self.corpus = training_corpus(run, self.net, config, corpus=corpus)
+        sharding.check(config.shard, workers)
+        if config.shard:
+            sharding.shard(self.net, workers)
         self.device = loaded.decoder.device
         dtype = str(loaded.decoder.dtype).removeprefix("torch.")
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE}
@@ -105,7 +108,7 @@ class Distiller:
             "cycles": {stage: [self.budget(stage)] for stage in STAGES},
         }
         self.weights: dict[str, Tensor] = {}
-        """Master weights, fp32, between stages."""
+        """Master weights, fp32, between stages; the parameters themselves where they are shared out."""
 
     def train(self) -> Supernet:
         """Runs what is left of the stages and returns the trained supernet."""
@@ -118,8 +121,10 @@ class Distiller:
                 self._between("align")
         else:
             stage, start = self.resume_point(saved)
-            self.weights = saved.weights(str(self.device))
+            self.weights = saved.weights("cpu" if self.net.sharded else str(self.device))
             self.net.load_weights(self.weights)  # no optimiser puts back what is solved and not trained
+            if self.net.sharded:
+                self.weights = self._masters()
         resumed = saved if saved is not None and saved.state["stage"] == stage and saved.state["step"] else None
         for name in STAGES[STAGES.index(stage) :] if stage != "done" else ():
             self._stage(name, start, resumed)
@@ -142,7 +147,12 @@ class Distiller:
         """The supernet before its first step: readouts solved, from the configured number of tokens or `tokens`, and
         the weights as masters."""
         self._solve("ridge", self.config.ridge_tokens if tokens is None else tokens)
-        self.weights = {name: parameter.detach().float().clone() for name, parameter in self.net.learnt().items()}
+        self.weights = self._masters()
+
+    def _masters(self) -> dict[str, Tensor]:
+        """The present weights as masters."""
+        learnt = {name: parameter.detach() for name, parameter in self.net.learnt().items()}
+        return learnt if self.net.sharded else {name: tensor.float().clone() for name, tensor in learnt.items()}
 
     def budget(self, stage: str) -> int:
         """Tokens asked for a stage."""
@@ -162,9 +172,7 @@ class Distiller:
         return self.step_rows(stage) * self.corpus.sequence
 
     def _take_readouts(self) -> None:
-        for name, parameter in self.net.learnt().items():
-            if ".o_proj." in name:
-                self.weights[name] = parameter.detach().float().clone()
+        self.weights |= {name: tensor for name, tensor in self._masters().items() if ".o_proj." in name}
 
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         old, new = saved.state.get("settings", {}), self.state["settings"]
@@ -236,8 +244,8 @@ class Distiller:
         """A checkpoint at the start of a stage: weights alone."""
         state = {**self.state, "stage": stage, "step": 0}
         name = f"{stage}-{0:08d}"
-        if self.workers.leads:
-            return checkpoint.save(self.run.supernet, name, self.weights, {}, state)
+        if self.workers.leads or self.net.sharded:
+            return sharded_checkpoint.save(self.run.supernet, name, self.weights, {}, state, self.workers)
         return checkpoint.Checkpoint(self.run.supernet / name, {**state, "digests": {checkpoint.WEIGHTS: "elsewhere"}})
 
     def optimizer(self, stage: str) -> MasterAdamW:
@@ -266,7 +274,7 @@ class Distiller:
                 choices = [self.net.space.fillers(i) for i in range(self.net.space.num_layers)]
                 self._calls = GraphedLayerCalls(self.net, choices, batch)
             distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers, self._calls)
-        elif self.device.type == "cuda":
+        elif self.device.type == "cuda" and not self.net.sharded:
             if self._graphed is None:
                 self._graphed = GraphedStep(
                     lambda part: align_step(self.net, part, sums), optimizer, sums, batch, self.workers
@@ -274,7 +282,7 @@ class Distiller:
             self._graphed(batch)
             return
         else:
-            align_step(self.net, batch, sums)
+            align_step(self.net, batch, sums, self.workers)
         settle(optimizer, sums, self.workers)
 
     _graphed: GraphedStep | None = None
@@ -292,7 +300,7 @@ class Distiller:
             if stage == "align":
                 return None
             batch = self.workers.share(self._batch(stage, step, self.step_rows(stage))).to(self.device)
-            found = (first_not_finite(self.net, placement, batch) for placement in self.placements(step))
+            found = (first_not_finite(self.net, placement, batch, self.workers) for placement in self.placements(step))
             return next((name for name in found if name), None)
 
         loop = Loop(
@@ -320,7 +328,7 @@ class Distiller:
         for name, count in loop.skipped.items():
             self.notice(f"{name}: {count} of {loop.steps - loop.start} steps of {stage} left out, not finite")
         self.forget_graph()
-        self.weights |= {name: master.detach() for name, master in optimizer.masters.items()}
+        self.weights |= optimizer.weights()
 
 
 def distill(
@@ -345,6 +353,7 @@ def distill(
         MachineError: a loss that is not finite, a disk that refuses.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
     """
-    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
+    sharding.check(config.shard, workers)
+    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=sharding.place_of(config.shard, device))
     with stop_on_signal() as stop:
         return Distiller(run, loaded, config, stop, progress, notice, workers, corpus).train()

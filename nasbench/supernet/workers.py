@@ -1,12 +1,13 @@
 """Several processes that train one supernet: each takes its rows of every batch, gradients and losses are summed.
 
-Only the mixers learn, and they are small: every process holds them all, and the frozen teacher beside them. So a
-checkpoint is the same whatever the number of processes, and a run may go on with another number. `torchrun` starts
-the processes and says in the environment which one this is.
+Only the mixers learn, and they are small: every process holds them all, and the frozen teacher beside them, unless the
+weights are shared out (nasbench.supernet.sharding). A checkpoint says the same whatever the number of processes, and a
+run may go on with another number. `torchrun` starts the processes and says in the environment which one this is.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,3 +84,6 @@ def workers_of(device: str) -> Iterator[tuple[Workers, str]]:
         yield Workers(distributed.get_rank(), size), device
     finally:
         distributed.destroy_process_group()
+        # Gloo's threads end with the last reference to their group, and abort a process that ends before them. Weights
+        # that are shared out hold such references, in cycles.
+        gc.collect()

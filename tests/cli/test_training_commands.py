@@ -75,6 +75,8 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
         (("--sequence", "4k"), "beyond the context"),
         (("--data", "absent.txt"), "no such data"),
         (("--config", "absent.toml"), "no such file"),
+        (("--shard",), "needs several processes: start with `torchrun"),
+        (("--shard", "--dry-run"), "needs several processes"),
     ],
 )
 def test_bad_input_of_distill(nas, distill_args, changes, message):
@@ -104,6 +106,7 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         (("eval", tmp_path / "absent"), "absent"),
         (("finalize", tmp_path / "absent", "--placement", "4J"), "not a run folder"),
         (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),
+        (("finalize", run, "--placement", "4J", "--shard"), "needs several processes"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             nas(*args, "--device", "cpu")

@@ -196,9 +196,9 @@ def poison(monkeypatch, spoil, at=4):
     """From now on alignment's step number `at` is spoiled by spoil(net, sums)."""
     steps = 0
 
-    def poisoned(net, batch, sums):
+    def poisoned(net, batch, sums, workers):
         nonlocal steps
-        align_step(net, batch, sums)
+        align_step(net, batch, sums, workers)
         steps += 1
         if steps == at:
             spoil(net, sums)
