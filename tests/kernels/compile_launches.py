@@ -244,6 +244,7 @@ def pretend(arch: int) -> None:
     card = CARDS[arch]
     for name in ("decode.attention", "decode.recurrent", "decode.product"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
+    sys.modules["nasbench_kernels.decode.overlap"].capability = lambda device: arch // 10
 
 
 def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None:
@@ -259,6 +260,9 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
                 row["wgmma"] = "wgmma" in compiled.asm["ptx"]
+                row["step"] = kernel.fn.__module__.startswith("nasbench_kernels.decode")
+                row["waits"] = options.get("launch_pdl", False) and "griddepcontrol.wait" in compiled.asm["ptx"]
+                row["overlap"] = "griddepcontrol" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)
 
 

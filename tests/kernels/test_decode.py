@@ -22,6 +22,7 @@ from nasbench_kernels.decode import (
     swiglu,
     swiglu_product,
 )
+from nasbench_kernels.decode.overlap import AFTER, BEFORE, OFF, dependent, overlap
 from nasbench_kernels.dynamic_conv import dynamic_conv_step
 from nasbench_kernels.gated_delta import gated_delta_step
 from tolerances import relative_rmse
@@ -155,6 +156,28 @@ def test_pointwise(dtype):
     gate, up = row.float().chunk(2, -1)
     assert relative_rmse(swiglu(row).float(), F.silu(gate) * up) < CLOSE[dtype]
     assert relative_rmse(silu_part(row, 33, 77).float(), F.silu(row[:, 33:110].float())) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm_of_a_divided_product(parts, dtype):
+    x, delta, weight = draw(3, 70, dtype=dtype), draw(parts, 3, 70), draw(70, dtype=dtype)
+    summed = (x.float() + delta.sum(0)).to(dtype)
+    wanted = F.rms_norm(summed.float(), (70,), weight.float(), 1e-5)
+    assert relative_rmse(add_norm(x, delta, weight, 1e-5).float(), wanted) < CLOSE[dtype]
+    assert relative_rmse(x.float(), summed.float()) < CLOSE[dtype]
+
+
+def test_launches_overlap_only_where_the_card_can(monkeypatch):
+    early = GPU and torch.cuda.get_device_capability()[0] >= 9
+    assert dependent(torch.device(DEVICE)) == ({"PDL": AFTER, "launch_pdl": True} if early else {"PDL": OFF})
+    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 9)
+    with overlap(BEFORE):
+        assert dependent(torch.device(DEVICE)) == {"PDL": BEFORE, "launch_pdl": True}
+        with overlap(OFF):
+            assert dependent(torch.device(DEVICE)) == {"PDL": OFF}
+    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 8)
+    assert dependent(torch.device(DEVICE)) == {"PDL": OFF}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

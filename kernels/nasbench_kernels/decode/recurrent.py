@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.decode.card import card
+from nasbench_kernels.decode.overlap import dependent, follow
 
 NORM_EPS = 1e-5
 L2_EPS = 1e-6
@@ -46,7 +47,7 @@ def recurrent_step_kernel(
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr,
-    L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr,
+    L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = program % PARTS
@@ -57,6 +58,9 @@ def recurrent_step_kernel(
     waiting = scratch + head_of_batch * VALUE
 
     memory = state + head_of_batch * KEY * VALUE
+    rate = tl.load(a_log + head)
+    shift = tl.load(dt_bias + head)
+    follow(PDL)
     # Everything that is read before the state, asked for at once. Keys in two blocks of powers of two: 96 = 64 + 32
     # leaves no lane idle.
     first = tl.arange(0, BLOCK_A)
@@ -69,9 +73,8 @@ def recurrent_step_kernel(
     k_a = tl.load(from_k + first, mask=in_first, other=0.0).to(tl.float32)
     q_b = tl.load(from_q + second, mask=in_second, other=0.0).to(tl.float32)
     k_b = tl.load(from_k + second, mask=in_second, other=0.0).to(tl.float32)
-    step = tl.load(base + decay_at + head).to(tl.float32) + tl.load(dt_bias + head)
+    step = tl.load(base + decay_at + head).to(tl.float32) + shift
     strength = tl.load(base + beta_at + head).to(tl.float32)
-    rate = tl.load(a_log + head)
     BLOCK_P: tl.constexpr = BLOCK_V * TILES
     mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
     in_mine = mine < VALUE
@@ -257,6 +260,6 @@ def recurrent_step(
         HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
         BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v, TILES=launch.tiles, PARTS=launch.parts,
         BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages, DYNAMIC=kernels is not None,
-        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps,
+        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps, **dependent(row.device),
     )  # fmt: skip
     return out

@@ -1,0 +1,65 @@
+"""Launches that begin while the one before them ends: programmatic dependent launch, from compute capability 9.0 on.
+
+A kernel launched with `**dependent(device)` may start before the launches ahead of it are done. It may then read what
+no launch of a step writes (weights, norm weights, biases, taps), so that these are on their way when its turn comes,
+and calls `follow(PDL)` before it touches anything else, be it to read or to write. Every program of every such kernel
+calls it, so a launch that is complete says that all before it are: after `follow`, earlier launches are done and what
+they wrote is seen, whatever kernels (our own, torch's, cuBLAS's) they were.
+
+What is read before `follow` must have been written before the last ordinary launch or synchronisation: stacking
+weights (nasbench.blocks.stacked) therefore waits for the device.
+
+CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+OFF, AFTER, BEFORE = 0, 1, 2
+"""No overlap; the next launch may start once all programs of this one have waited; once all have started."""
+FIRST_CAPABILITY = 9
+_mode = AFTER
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The major compute capability of a GPU; 0 of what is none, and under the interpreter."""
+    if device.type != "cuda" or triton.knobs.runtime.interpret:
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def dependent(device: torch.device) -> dict[str, int | bool]:
+    """Launch keywords of every kernel of a step: its constant PDL, and the launch attribute where the card has it."""
+    if _mode == OFF or capability(device) < FIRST_CAPABILITY:
+        return {"PDL": OFF}
+    return {"PDL": _mode, "launch_pdl": True}
+
+
+@contextmanager
+def overlap(mode: int) -> Iterator[None]:
+    """For measurements only: another mode for what is launched, or captured in a graph, inside."""
+    global _mode
+    before, _mode = _mode, mode
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Returns when all earlier launches are done. To be called once by every program, by all of its threads."""
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+    if PDL > 0:
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
