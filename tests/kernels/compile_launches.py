@@ -91,6 +91,11 @@ def between_products(batch: int, hidden: int, inner: int) -> None:
 def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
     x = nothing(batch, hidden, dtype=dtype)
     decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
+    decode.batch_product(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
+    inner_row = nothing(batch, inner, dtype=dtype)
+    parts = decode.batch_product(inner_row, nothing(hidden, inner, dtype=dtype), divided=True)
+    decode.add_norm(x, parts, nothing(hidden, dtype=dtype), 1e-6)
+    decode.argmax(nothing(batch, 151936, dtype=dtype))
 
 
 def products(hidden: int, inner: int, vocabulary: int) -> None:
