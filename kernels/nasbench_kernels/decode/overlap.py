@@ -23,7 +23,11 @@ import triton
 import triton.language as tl
 
 OFF, AFTER, BEFORE = 0, 1, 2
-"""No overlap; the next launch may start once all programs of this one have waited; once all have started."""
+"""No overlap; the next launch may start once all programs of this one have waited; once all have started.
+
+AFTER also says that all launches before the one just ahead are done when a kernel starts. With BEFORE only an ordinary
+launch says so, such as the look-up of the embeddings, which stands between any two steps.
+"""
 FIRST_CAPABILITY = 9
 _mode = AFTER
 
