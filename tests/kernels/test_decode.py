@@ -243,7 +243,7 @@ def test_batch_product(batch, columns, rows, dtype):
     assert relative_rmse(parts.sum(0), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("early", [0, 3])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_products_of_any_launch(parts, early):
     """Uneven shares, and parts that lie beyond the columns."""

@@ -59,6 +59,20 @@ def overlap(mode: int) -> Iterator[None]:
 
 
 @triton.jit
+def fetch(pointers):
+    """Asks for the lines of the second-level cache that these addresses lie in. For launches with PDL, before `follow`:
+    shared memory cannot be filled there ahead of a pipelined loop, which fills it in its own order."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def follow(PDL: tl.constexpr):
     """Returns when all earlier launches are done. To be called once by every program, by all of its threads."""
     if PDL == 2:

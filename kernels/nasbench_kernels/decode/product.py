@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.decode.card import card
-from nasbench_kernels.decode.overlap import dependent, follow
+from nasbench_kernels.decode.overlap import dependent, fetch, follow
 
 MOST_SEQUENCES = 128
 """One tile holds them all; beyond, products are bound by arithmetic and cuBLAS is the faster."""
@@ -45,17 +45,12 @@ def batch_product_kernel(
     total = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
     if BIAS:
         offset = tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)
-    START: tl.constexpr = BLOCK_K if EARLY else 0
-    if EARLY:
-        # The first block of the weights, which nobody writes, before the launch that makes x is done.
-        inside = begin + lanes < COLUMNS
-        block = tl.load(weights, mask=in_rows[:, None] & inside[None, :], other=0.0)
-        follow(PDL)
-        value = tl.load(inputs, mask=inside[:, None] & in_batch[None, :], other=0.0)
-        total = tl.dot(block, value, total, input_precision=PRECISION)
-    else:
-        follow(PDL)
-    for first in tl.range(START, SHARE, BLOCK_K, num_stages=STAGES):
+    if PDL > 0:
+        for ahead in tl.static_range(EARLY):
+            column = tl.minimum(begin + ahead * BLOCK_K, COLUMNS - 1)
+            fetch(weight + tl.minimum(rows, ROWS - 1).to(tl.int64) * COLUMNS + column)
+    follow(PDL)
+    for first in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
         if EVEN:
             value = tl.load(inputs + first, mask=in_batch[None, :], other=0.0)
             block = tl.load(weights + first, mask=in_rows[:, None], other=0.0)
@@ -86,19 +81,13 @@ def swiglu_product_kernel(
     inputs = x + sequences[None, :] * COLUMNS + lanes[:, None]
     gate = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
     up = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
-    START: tl.constexpr = BLOCK_K if EARLY else 0
-    if EARLY:
-        inside = lanes < COLUMNS
-        both = in_rows[:, None] & inside[None, :]
-        gate_block = tl.load(gates, mask=both, other=0.0)
-        up_block = tl.load(ups, mask=both, other=0.0)
-        follow(PDL)
-        value = tl.load(inputs, mask=inside[:, None] & in_batch[None, :], other=0.0)
-        gate = tl.dot(gate_block, value, gate, input_precision=PRECISION)
-        up = tl.dot(up_block, value, up, input_precision=PRECISION)
-    else:
-        follow(PDL)
-    for first in tl.range(START, COLUMNS, BLOCK_K, num_stages=STAGES):
+    if PDL > 0:
+        for ahead in tl.static_range(EARLY):
+            at = weight + tl.minimum(rows, ROWS - 1).to(tl.int64) * COLUMNS + min(ahead * BLOCK_K, COLUMNS - 1)
+            fetch(at)
+            fetch(at + ROWS * COLUMNS)
+    follow(PDL)
+    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
         inside = first + lanes < COLUMNS
         value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0)
         both = in_rows[:, None] & inside[None, :]
@@ -115,7 +104,8 @@ def swiglu_product_kernel(
 @dataclass(frozen=True)
 class ProductLaunch:
     """Rows of the weights, sequences and columns of a block; warps and pipeline stages of its program; parts that the
-    columns are divided into; whether the first block is asked for before the launch ahead is done."""
+    columns are divided into; blocks of weights that are asked for before the launch ahead is done. A block's row is one
+    line of the cache, 128 bytes."""
 
     rows: int
     sequences: int
@@ -123,7 +113,7 @@ class ProductLaunch:
     warps: int
     stages: int
     parts: int = 1
-    early: bool = False
+    early: int = 0
 
     def share(self, columns: int) -> int:
         """Columns of a part, whole blocks."""
@@ -154,11 +144,13 @@ def batch_launch(
     if divided:
         traffic = 8 * batch  # bytes a row of the weights that a part writes and add_norm reads, in fp32
         parts = min(2 * sms // triton.cdiv(rows, block), columns // (4 * block_k), columns * element_size // traffic)
-        parts = max(1, parts)
-        parts = triton.cdiv(columns, triton.cdiv(triton.cdiv(columns, parts), block_k) * block_k)
+        blocks = triton.cdiv(columns, block_k)
+        # Equal shares, which need no mask, where that costs less than half the parts.
+        parts = next((p for p in range(parts, parts // 2, -1) if blocks % p == 0), max(1, parts))
+        parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))
     tile = (block + sequences) * block_k * element_size
     stages = max(1, min(5, (shared_memory // 2 - 4096) // tile))
-    return ProductLaunch(block, sequences, block_k, 4, stages, parts, early=True)
+    return ProductLaunch(block, sequences, block_k, 4, stages, parts, early=stages)
 
 
 def streams(x: Tensor, weight: Tensor, divided: bool = False) -> bool:
