@@ -56,8 +56,17 @@ def workspace(device: torch.device) -> StepWorkspace:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, C] -> [B, N]: a matrix-vector kernel for one row, cuBLAS for more."""
-    return ops().gemv(x, weight, bias) if x.shape[0] == 1 else F.linear(x, weight, bias)
+    """x [B, C] -> [B, N]: a matrix-vector kernel for one row, for more whichever of our kernel and cuBLAS is faster."""
+    if x.shape[0] == 1:
+        return ops().gemv(x, weight, bias)
+    return ops().batch_product(x, weight, bias) if ops().streams(x, weight) else F.linear(x, weight, bias)
+
+
+def left_over(x: Tensor, weight: Tensor) -> Tensor:
+    """x [B, C], B above 1 -> what `add_norm` adds to the residual: [B, N], or parts of it in fp32, [S, B, N]."""
+    if ops().streams(x, weight, divided=True):
+        return ops().batch_product(x, weight, divided=True)
+    return F.linear(x, weight)
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -65,3 +74,8 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     if ops().fits(x):
         return ops().swiglu_product(x, weight)
     return ops().swiglu(F.linear(x, weight))
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Greedy tokens [B] int64 of logits [B, V], the first of equals."""
+    return ops().argmax(logits) if usable(logits) else logits.argmax(-1)

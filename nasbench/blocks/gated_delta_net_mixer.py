@@ -16,6 +16,7 @@ from nasbench.blocks.full_attention_mixer import FullAttention
 from nasbench.blocks.gated_delta import GatedDeltaConfig, GatedDeltaNetConfig
 from nasbench.blocks.gated_delta_mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
 from nasbench.blocks.mixer import MixerCache
+from nasbench.blocks.stacked import stacked_parameters
 
 
 class ShortConvolution(nn.Module):
@@ -37,6 +38,7 @@ class GatedDeltaNet(GatedDeltaMixer):
         self.q_conv1d = ShortConvolution(config.keys, config.conv_size)
         self.k_conv1d = ShortConvolution(config.keys, config.conv_size)
         self.v_conv1d = ShortConvolution(config.values, config.conv_size)
+        self.stacked_taps: Tensor | None = None
 
     def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         channels = 2 * self.config.keys + self.config.values
@@ -66,14 +68,21 @@ class GatedDeltaNet(GatedDeltaMixer):
         both, values = mixed.split((2 * self.config.keys, self.config.values), dim=-1)
         return both, values
 
+    def taps(self) -> Tensor:
+        """The three convolutions' weights as one, [2 H K + H V, W]; the parameters are views of it from now on, unless
+        projections stay apart."""
+        weights: list[Tensor] = [part.weight for part in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        if self.stacked.apart:
+            return torch.cat(weights)[:, 0]
+        self.stacked_taps = stacked_parameters(self.stacked_taps, weights)
+        return self.stacked_taps[:, 0]
+
     def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[None, None]:
-        weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
-        fused.ops().conv_step(row, weight, cache.history["qkv"])
+        fused.ops().conv_step(row, self.taps(), cache.history["qkv"])
         return None, None
 
     def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
-        mixed = fused.prompt_ops().conv_part(row, 0, weight, history["qkv"] if history else None)
+        mixed = fused.prompt_ops().conv_part(row, 0, self.taps(), history["qkv"] if history else None)
         return mixed, mixed[..., 2 * self.config.keys :].contiguous()
 
     @classmethod

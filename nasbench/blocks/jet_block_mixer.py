@@ -94,7 +94,7 @@ class JetBlock(GatedDeltaMixer):
         if row.shape[0] == 1:
             flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
         else:
-            flat = F.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
+            flat = fused.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
         return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]
 
     def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[None, Tensor]:

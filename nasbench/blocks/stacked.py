@@ -51,14 +51,15 @@ class StackedProjections:
             weights: list[Tensor] = [linear.weight for linear in self.linears]
             biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
             return torch.cat(weights), torch.cat(biases) if biases else None
-        self.weight = _stacked(self.weight, [linear.weight for linear in self.linears])
+        self.weight = stacked_parameters(self.weight, [linear.weight for linear in self.linears])
         if self.linears[0].bias is not None:
-            self.bias = _stacked(self.bias, [linear.bias for linear in self.linears])
+            self.bias = stacked_parameters(self.bias, [linear.bias for linear in self.linears])
         return self.weight, self.bias
 
 
-def _stacked(known: Tensor | None, parameters: list[Tensor]) -> Tensor:
-    """`known` if every parameter still is a view of its rows, else the parameters stacked anew."""
+def stacked_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+    """Parameters side by side along their first dimension: `known` if every one still is a view of its part, else they
+    are stacked anew."""
     if known is None or known.dtype != parameters[0].dtype:
         return _stack(parameters)
     pointer = known.data_ptr()
@@ -72,9 +73,12 @@ def _stacked(known: Tensor | None, parameters: list[Tensor]) -> Tensor:
 # Never in inference mode: parameters must not become inference tensors, which could not be trained again.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _stack(parameters: list[Tensor]) -> Tensor:
+def _stack(parameters: Sequence[Tensor]) -> Tensor:
     """Concatenates parameters along the first dimension and makes each a view of its part."""
     stacked = torch.cat([parameter.detach() for parameter in parameters])
     for parameter, part in zip(parameters, stacked.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
+    if stacked.is_cuda:
+        # Once: kernels of a decode step ask for weights before the launches ahead of them are done.
+        torch.cuda.current_stream(stacked.device).synchronize()
     return stacked

@@ -2,7 +2,8 @@
 
 Between the matrix products stand as few launches as possible. For one sequence the products are matrix-vector kernels
 that take the norm before them and the residual addition after them along (six launches a JetBlock layer); for more they
-are cuBLAS products with merged projections, and residual addition and norm are one kernel.
+are cuBLAS's or kernels that read each weight once, and residual addition and norm are one kernel, which also sums the
+parts of products that were divided over their columns.
 
 Layers of kinds without a `fused_mix` (from other packages) run their own `step`.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from nasbench.backbone.decoder import Decoder, DecoderCache, DecoderLayer
 from nasbench.blocks import fused
@@ -71,7 +71,7 @@ class FusedStep:
         for layer, cache in zip(self.decoder.layers, self.cache.mixers, strict=True):
             delta = self._layer(layer, x, delta, step, cache)
         norm = self.decoder.model.norm
-        return F.linear(self.ops.add_norm(x, delta, norm.weight, norm.eps), self.decoder.head_weight)
+        return fused.linear(self.ops.add_norm(x, delta, norm.weight, norm.eps), self.decoder.head_weight)
 
     def _layer(self, layer: DecoderLayer, x: Tensor, delta: Tensor | None, step: Step, cache: MixerCache) -> Tensor:
         """Adds what the layer before left over, and returns what this one leaves."""
@@ -80,10 +80,10 @@ class FusedStep:
         norm, mlp_norm, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
         hidden = ops.add_norm(x, delta, norm.weight, norm.eps)
         if hasattr(mixer, "fused_mix"):
-            row = F.linear(hidden, *mixer.stacked.matrices())
-            mixed = F.linear(mixer.fused_mix(row, step, cache), mixer.o_proj.weight)
+            row = fused.linear(hidden, *mixer.stacked.matrices())
+            mixed = fused.left_over(mixer.fused_mix(row, step, cache), mixer.o_proj.weight)
         else:
             mixed = mixer.step(hidden[:, None], step, cache)[:, 0]
         hidden = ops.add_norm(x, mixed, mlp_norm.weight, mlp_norm.eps)
         weight, _ = mlp.stacked.matrices()
-        return F.linear(fused.swiglu_linear(hidden, weight), mlp.down_proj.weight)
+        return fused.left_over(fused.swiglu_linear(hidden, weight), mlp.down_proj.weight)

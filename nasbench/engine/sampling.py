@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nasbench.blocks import fused
 from nasbench.errors import UserError
 
 
@@ -38,7 +39,7 @@ class Sampling:
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """The next token of each row of logits [B, V] -> [B] int64; the options are those of Sampling."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return fused.most_likely(logits)
     probabilities = (logits.float() / temperature).softmax(-1)
     if top_p < 1:
         ordered, order = probabilities.sort(-1, descending=True)

@@ -21,6 +21,7 @@ import nasbench
 from nasbench.backbone.decoder import Decoder, DecoderCache
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks import fused
 from nasbench.devices import detect
 from nasbench.engine.clock import stopwatch, synchronise
 from nasbench.engine.floor import Ceilings, decode_floor, measure_ceilings
@@ -246,12 +247,12 @@ def _timed_decode(
     tokens = torch.randint(0, decoder.shape.vocab_size, (batch,), device=device)
 
     positions = torch.full_like(tokens, context - 1)
-    fused = FusedStep(decoder, cache, context) if FusedStep.usable(decoder) else None
+    step_at = FusedStep(decoder, cache, context) if FusedStep.usable(decoder) else None
 
     def step() -> None:
         cache.length = context - 1
-        logits = decoder.step(tokens, cache) if fused is None else fused(tokens, positions)
-        tokens.copy_(logits.argmax(-1))
+        logits = decoder.step(tokens, cache) if step_at is None else step_at(tokens, positions)
+        tokens.copy_(fused.most_likely(logits))
 
     step()
     launches = _count_kernels(step, device)

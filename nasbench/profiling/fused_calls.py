@@ -36,7 +36,7 @@ def mixer_call(mixer: Any, norm: nn.RMSNorm, x: Tensor, step: Step, cache: Mixer
         return mixer.step(x[:, None], step, cache)[:, 0]
     weight, bias = mixer.stacked.matrices()
     if len(x) > 1:
-        return F.linear(mixer.fused_mix(F.linear(x, weight, bias), step, cache), mixer.o_proj.weight)
+        return fused.left_over(mixer.fused_mix(fused.linear(x, weight, bias), step, cache), mixer.o_proj.weight)
     row = fused.ops().gemv(x, weight, bias, before="norm", norm_weight=norm.weight, eps=norm.eps)
     return fused.ops().gemv(mixer.fused_mix(row, step, cache), mixer.o_proj.weight, add_to=x)
 
@@ -46,7 +46,7 @@ def mlp_call(mlp: GatedMLP, norm: nn.RMSNorm, x: Tensor) -> Tensor:
     ops = fused.ops()
     weight, _ = mlp.stacked.matrices()
     if len(x) > 1:
-        return F.linear(fused.swiglu_linear(x, weight), mlp.down_proj.weight)
+        return fused.left_over(fused.swiglu_linear(x, weight), mlp.down_proj.weight)
     inner = ops.gemv(x, weight, before="norm", norm_weight=norm.weight, eps=norm.eps, swiglu=True)
     return ops.gemv(inner, mlp.down_proj.weight, add_to=x)
 
@@ -66,10 +66,10 @@ def head_call(decoder: Decoder, x: Tensor, tokens: Tensor) -> Tensor:
     """Logits of x [B, C] and the greedy choice, which becomes the next step's tokens [B]."""
     norm = decoder.model.norm
     if len(x) > 1:
-        logits = F.linear(x, decoder.head_weight)
+        logits = fused.linear(x, decoder.head_weight)
     else:
         logits = fused.ops().gemv(x, decoder.head_weight, before="norm", norm_weight=norm.weight, eps=norm.eps)
-    return tokens.copy_(logits.argmax(-1))
+    return tokens.copy_(fused.most_likely(logits))
 
 
 def embedding_call(decoder: Decoder, tokens: Tensor, positions: Tensor, span: int) -> Tensor:

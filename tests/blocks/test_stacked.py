@@ -51,6 +51,19 @@ def test_training_and_replacement_are_seen(linears, guard):
         torch.testing.assert_close(outputs(stacked, x.double()), reference(linears, x.double()))
 
 
+@torch.no_grad()
+def test_the_convolutions_of_gated_deltanet_are_stacked_once():
+    mixer = build("G", SHAPES["bias"])
+    parts = [getattr(mixer, f"{name}_conv1d").weight for name in "qkv"]
+    wanted = torch.cat(parts)[:, 0].clone()
+    taps = mixer.taps()
+    assert torch.equal(taps, wanted)
+    assert mixer.taps().data_ptr() == taps.data_ptr()
+    parts[1].add_(1)
+    assert torch.equal(mixer.taps(), torch.cat(parts)[:, 0])
+    assert torch.equal(mixer.to(torch.float64).taps(), torch.cat(parts)[:, 0].double())
+
+
 @pytest.mark.parametrize("name", names())
 def test_a_copy_of_a_mixer_is_independent(name):
     mixer = build(name, SHAPES["bias"])

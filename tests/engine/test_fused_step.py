@@ -65,3 +65,28 @@ def test_bf16_over_256_captured_tokens(batch):
     ours = [stepper.step(text[:, t].cuda()).clone() for t in range(77, 333)]
     assert relative_rmse(torch.stack(ours, 1).float().cpu(), wanted[:, 77:]) < 2 * BF16
     assert cache.length == 333
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+@torch.inference_mode()
+def test_launches_that_overlap_change_nothing(batch):
+    """Bit by bit over captured steps, each of the token that the one before chose."""
+    from contextlib import nullcontext
+
+    from nasbench_kernels.decode.overlap import without_overlap
+
+    decoder = random_decoder(SHAPES[0], parse_placement("A W J G", 4), dtype=torch.bfloat16, device="cuda", seed=3)
+    text = torch.randint(SHAPES[0].vocab_size, (batch, 77), generator=torch.Generator().manual_seed(2)).cuda()
+
+    def written(overlap) -> torch.Tensor:
+        cache = decoder.new_cache(batch, 160)
+        with overlap:
+            stepper = Stepper(decoder, cache)
+        logits = prefill(decoder, text, cache, 33)
+        kept = []
+        for _ in range(60):
+            logits = stepper.step(logits.argmax(-1))
+            kept.append(logits.clone())
+        return torch.stack(kept)
+
+    assert torch.equal(written(nullcontext()), written(without_overlap()))

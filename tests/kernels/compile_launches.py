@@ -91,6 +91,11 @@ def between_products(batch: int, hidden: int, inner: int) -> None:
 def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
     x = nothing(batch, hidden, dtype=dtype)
     decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
+    decode.batch_product(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
+    inner_row = nothing(batch, inner, dtype=dtype)
+    parts = decode.batch_product(inner_row, nothing(hidden, inner, dtype=dtype), divided=True)
+    decode.add_norm(x, parts, nothing(hidden, dtype=dtype), 1e-6)
+    decode.argmax(nothing(batch, 151936, dtype=dtype))
 
 
 def products(hidden: int, inner: int, vocabulary: int) -> None:
@@ -244,6 +249,7 @@ def pretend(arch: int) -> None:
     card = CARDS[arch]
     for name in ("decode.attention", "decode.recurrent", "decode.product"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
+    sys.modules["nasbench_kernels.decode.overlap"].capability = lambda device: arch // 10
 
 
 def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None:
@@ -259,6 +265,9 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
                 row["wgmma"] = "wgmma" in compiled.asm["ptx"]
+                row["step"] = kernel.fn.__module__.startswith("nasbench_kernels.decode")
+                row["waits"] = options.get("launch_pdl", False) and "griddepcontrol.wait" in compiled.asm["ptx"]
+                row["overlap"] = "griddepcontrol" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)
 
 

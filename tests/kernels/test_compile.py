@@ -39,6 +39,8 @@ def check(arch, rows):
         assert row["registers"] <= MOST_REGISTERS, row
         # Why not: nasbench_kernels/gated_delta/kernel.py. Of the products every tile was checked on an H100.
         assert not row["wgmma"] or row["kernel"].endswith("_product_kernel"), row
+        # A launch that may begin early waits; on cards that cannot, and in other kernels, nothing of it is left.
+        assert row["waits"] == row["overlap"] == (row["step"] and arch >= 90), row
         assert row["stack"] <= LARGER_STACK.get(row["kernel"], SMALL_STACK), row
 
 

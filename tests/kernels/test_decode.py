@@ -13,6 +13,8 @@ from nasbench_kernels.decode import (
     RowLayout,
     StepWorkspace,
     add_norm,
+    argmax,
+    batch_product,
     conv_step,
     decode_attention,
     gemv,
@@ -21,6 +23,13 @@ from nasbench_kernels.decode import (
     silu_part,
     swiglu,
     swiglu_product,
+)
+from nasbench_kernels.decode.overlap import dependent, without_overlap
+from nasbench_kernels.decode.product import (
+    ProductLaunch,
+    batch_launch,
+    launch_batch_product,
+    launch_swiglu_product,
 )
 from nasbench_kernels.dynamic_conv import dynamic_conv_step
 from nasbench_kernels.gated_delta import gated_delta_step
@@ -157,6 +166,27 @@ def test_pointwise(dtype):
     assert relative_rmse(silu_part(row, 33, 77).float(), F.silu(row[:, 33:110].float())) < CLOSE[dtype]
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_norm_of_a_divided_product(parts, dtype):
+    x, delta, weight = draw(3, 70, dtype=dtype), draw(parts, 3, 70), draw(70, dtype=dtype)
+    summed = (x.float() + delta.sum(0)).to(dtype)
+    wanted = F.rms_norm(summed.float(), (70,), weight.float(), 1e-5)
+    assert relative_rmse(add_norm(x, delta, weight, 1e-5).float(), wanted) < CLOSE[dtype]
+    assert relative_rmse(x.float(), summed.float()) < CLOSE[dtype]
+
+
+def test_launches_overlap_only_where_the_card_can(monkeypatch):
+    early = GPU and torch.cuda.get_device_capability()[0] >= 9
+    assert dependent(torch.device(DEVICE)) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 9)
+    assert dependent(torch.device(DEVICE)) == {"PDL": True, "launch_pdl": True}
+    with without_overlap():
+        assert dependent(torch.device(DEVICE)) == {"PDL": False}
+    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 8)
+    assert dependent(torch.device(DEVICE)) == {"PDL": False}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_step(dtype):
     row, weight, history = draw(2, 320, dtype=dtype), draw(300, 4, dtype=dtype), draw(2, 3, 300, dtype=dtype)
@@ -196,3 +226,54 @@ def test_swiglu_product(batch, hidden, inner, dtype):
     x, weight = draw(batch, hidden, dtype=dtype), draw(2 * inner, hidden, dtype=dtype)
     gate, up = (part.to(dtype).float() for part in F.linear(x.float(), weight.float()).chunk(2, -1))
     assert relative_rmse(swiglu_product(x, weight).float(), F.silu(gate) * up) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize(("batch", "columns", "rows"), [(2, 72, 100), (3, 700, 37), (17, 64, 64), (100, 1100, 72)])
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_batch_product(batch, columns, rows, dtype):
+    wide, weight = draw(batch, 2 * columns, dtype=dtype), draw(rows, columns, dtype=dtype)
+    x, bias = wide[:, columns:], draw(rows, dtype=dtype)
+    wanted = x.float() @ weight.float().T
+    assert relative_rmse(batch_product(x, weight).float(), wanted) < CLOSE[dtype]
+    assert relative_rmse(batch_product(x, weight, bias).float(), wanted + bias.float()) < CLOSE[dtype]
+    parts = batch_product(x, weight, divided=True)
+    assert parts.dtype == torch.float32
+    assert parts.shape[1:] == (batch, rows)
+    assert relative_rmse(parts.sum(0), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("early", [0, 3])
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_products_of_any_launch(parts, early):
+    """Uneven shares, and parts that lie beyond the columns."""
+    x, weight, both = draw(5, 200), draw(70, 200), draw(140, 200)
+    launch = ProductLaunch(64, 16, 32, 4, 2, parts, early)
+    ours = launch_batch_product(x, weight, None, True, launch)
+    assert relative_rmse(ours.sum(0), x @ weight.T) < 1e-5
+    gate, up = (x @ both.T).chunk(2, -1)
+    assert relative_rmse(launch_swiglu_product(x, both, launch), F.silu(gate) * up) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [2, 16, 64, 100, 128])
+@pytest.mark.parametrize(("columns", "rows"), [(1536, 8856), (3072, 1536), (8960, 1536), (384, 12288), (64, 7)])
+@pytest.mark.parametrize("divided", [False, True])
+def test_parts_of_a_product_cover_its_columns(batch, columns, rows, divided):
+    launch = batch_launch(batch, rows, columns, 2, 132, 228 << 10, divided)
+    share = launch.share(columns)
+    assert share % launch.columns == 0
+    assert (launch.parts - 1) * share < columns <= launch.parts * share
+    assert launch.sequences >= batch
+    assert launch.parts == 1 or divided
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 3), (3, 4096), (5, 10_001)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax(batch, size, dtype):
+    logits = draw(batch, size, dtype=dtype)
+    assert torch.equal(argmax(logits), logits.argmax(-1))
+    few = logits.round().clamp(-1, 1)  # thousands of equals
+    assert torch.equal(argmax(few), (few == few.amax(-1, keepdim=True)).int().argmax(-1))
+    assert torch.equal(argmax(few), few.float().cpu().argmax(-1).to(DEVICE))
+    assert argmax(torch.full_like(logits, -torch.inf)).tolist() == [0] * batch
+    wide = draw(batch, 2, size, dtype=dtype)
+    assert torch.equal(argmax(wide[:, 1]), wide[:, 1].argmax(-1))

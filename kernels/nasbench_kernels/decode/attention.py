@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.decode.card import card
+from nasbench_kernels.decode.overlap import dependent, follow
 
 LOG2E = 1.4426950408889634
 
@@ -21,8 +22,9 @@ def rotary_write_kernel(
     row, positions, cos, sin, q_weight, k_weight, q_out, keys, values,
     row_stride, table_stride, key_batch, key_head, key_slot, slots,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     position = tl.load(positions + sequence)
@@ -88,7 +90,7 @@ def rotary_write(
         row, positions, cos, sin, q_weight if norm else row, k_weight if norm else row, q, keys, values,
         row.stride(0), cos.stride(0), keys.stride(0), keys.stride(1), keys.stride(2), slots,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=dim // 2, BLOCK=triton.next_power_of_2(dim // 2),
-        NORM=norm, EPS=eps, num_warps=1,
+        NORM=norm, EPS=eps, num_warps=1, **dependent(row.device),
     )  # fmt: skip
     return q
 
@@ -99,7 +101,9 @@ def decode_attention_kernel(
     key_batch, key_head, key_slot, slots, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)  # the newest key and value are what the launch before writes
     program = tl.program_id(0)
     split = program % SPLITS
     pair = (program // SPLITS).to(tl.int64)
@@ -149,8 +153,9 @@ def decode_attention_kernel(
 @triton.jit
 def join_kernel(
     parts, weights, out,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    follow(PDL)
     head = tl.program_id(0).to(tl.int64)
     lanes = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     splits = tl.arange(0, BLOCK_S)
@@ -214,12 +219,12 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
         keys.stride(0), keys.stride(1), keys.stride(2), slots, dim**-0.5 * LOG2E,
         KV_HEADS=kv_heads, GROUP=group, DIM=dim, BLOCK_G=max(16, triton.next_power_of_2(group)), BLOCK_D=block_d,
         BLOCK_N=block_n, SPLITS=splits, PRECISION="ieee" if keys.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=stages,
+        num_warps=warps, num_stages=stages, **dependent(q.device),
     )  # fmt: skip
     if splits > 1:
         block = min(block_d, 32)
         join_kernel[(q.shape[0] * q.shape[1], triton.cdiv(dim, block))](
             parts, weights, out, DIM=dim, BLOCK_D=block, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
-            num_warps=4,
+            num_warps=4, **dependent(q.device),
         )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.decode.card import card
+from nasbench_kernels.decode.overlap import dependent, follow
 
 NORM_EPS = 1e-5
 L2_EPS = 1e-6
@@ -46,7 +47,7 @@ def recurrent_step_kernel(
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr,
-    L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr,
+    L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = program % PARTS
@@ -57,21 +58,34 @@ def recurrent_step_kernel(
     waiting = scratch + head_of_batch * VALUE
 
     memory = state + head_of_batch * KEY * VALUE
-    # Everything that is read before the state, asked for at once. Keys in two blocks of powers of two: 96 = 64 + 32
-    # leaves no lane idle.
+    rate = tl.load(a_log + head)
+    shift = tl.load(dt_bias + head)
+    # Keys in two blocks of powers of two: 96 = 64 + 32 leaves no lane idle.
     first = tl.arange(0, BLOCK_A)
     second = BLOCK_A + tl.arange(0, BLOCK_B)
     in_first = first < KEY
     in_second = second < KEY
+    if TILES == 1:
+        # The state is the only thing read here that a launch writes: the last step of this layer did. The launch just
+        # ahead is a product or a convolution, and it let this one begin when all before it were done.
+        tile_at = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        in_tile = tile_at < VALUE
+        old_a = tl.load(
+            memory + first[:, None] * VALUE + tile_at[None, :], mask=in_first[:, None] & in_tile[None, :], other=0.0
+        )
+        old_b = tl.load(
+            memory + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :], other=0.0
+        )
+    follow(PDL)
+    # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
     from_k = base + k_at + head * KEY
     q_a = tl.load(from_q + first, mask=in_first, other=0.0).to(tl.float32)
     k_a = tl.load(from_k + first, mask=in_first, other=0.0).to(tl.float32)
     q_b = tl.load(from_q + second, mask=in_second, other=0.0).to(tl.float32)
     k_b = tl.load(from_k + second, mask=in_second, other=0.0).to(tl.float32)
-    step = tl.load(base + decay_at + head).to(tl.float32) + tl.load(dt_bias + head)
+    step = tl.load(base + decay_at + head).to(tl.float32) + shift
     strength = tl.load(base + beta_at + head).to(tl.float32)
-    rate = tl.load(a_log + head)
     BLOCK_P: tl.constexpr = BLOCK_V * TILES
     mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
     in_mine = mine < VALUE
@@ -111,9 +125,9 @@ def recurrent_step_kernel(
     beta = 1.0 / (1.0 + tl.exp(-strength))
     every = tl.arange(0, BLOCK_ALL)
     in_head = every < VALUE
-    if PARTS == 1:  # on their way during the tiles
-        gate = tl.load(base + gate_at + head * VALUE + every, mask=in_head, other=0.0)
-        weight = tl.load(norm_weight + every, mask=in_head, other=0.0)
+    # On their way during the tiles.
+    gate = tl.load(base + gate_at + head * VALUE + every, mask=in_head, other=0.0)
+    weight = tl.load(norm_weight + every, mask=in_head, other=0.0)
     tl.debug_barrier()
 
     kind = state.dtype.element_ty
@@ -122,8 +136,12 @@ def recurrent_step_kernel(
         inside = at < VALUE
         at_a = memory + first[:, None] * VALUE + at[None, :]
         at_b = memory + second[:, None] * VALUE + at[None, :]
-        a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if TILES == 1:
+            a = old_a.to(tl.float32)
+            b = old_b.to(tl.float32)
+        else:
+            a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0).to(tl.float32)
         value = tl.load(waiting + at, mask=inside, other=0.0)
         # The output from the old state, S_t^T q = decay S^T q + (q . k) u: no second pass over what was written.
         read_k = tl.sum(a * k_a[:, None], 0) + tl.sum(b * k_b[:, None], 0)
@@ -144,8 +162,6 @@ def recurrent_step_kernel(
         whole = tl.load(waiting + every, mask=in_head, other=0.0, cache_modifier=".cg")
         if PARTS > 1:
             tl.store(counters + head_of_batch, 0)
-            gate = tl.load(base + gate_at + head * VALUE + every, mask=in_head, other=0.0)
-            weight = tl.load(norm_weight + every, mask=in_head, other=0.0)
         normed = whole * tl.rsqrt(tl.sum(whole * whole) / VALUE + NORM_EPS_) * weight.to(tl.float32)
         at = out + head_of_batch * VALUE + every
         tl.store(at, (normed * _silu(gate.to(tl.float32))).to(out.dtype.element_ty), mask=in_head)
@@ -233,7 +249,8 @@ def recurrent_step(
 
     Args:
         row: stacked projections [B, P], contiguous rows.
-        state: [B, H, K, V] fp32 or bf16, written in place.
+        state: [B, H, K, V] fp32 or bf16, written in place. Not by the launch just before this one, which need not be
+            done when the state is first read: between two steps on one state stands another launch.
         a_log, dt_bias: [H] fp32.
         norm_weight: [V].
         kernels: JetBlock's dynamic kernels [B, H * V, W] with history [B, W-1, H * V], shifted in place; then q, k and
@@ -257,6 +274,6 @@ def recurrent_step(
         HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
         BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v, TILES=launch.tiles, PARTS=launch.parts,
         BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages, DYNAMIC=kernels is not None,
-        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps,
+        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps, **dependent(row.device),
     )  # fmt: skip
     return out
