@@ -49,6 +49,25 @@ def _tap(kernels, t, c, j, C, inside, W: tl.constexpr, STATIC: tl.constexpr):
 
 
 @triton.jit
+def _four(C, BC: tl.constexpr):
+    """Lanes of a block's channels with their four taps side by side, [4 BC], and which of them exist."""
+    lanes = tl.program_id(0) * (BC * 4) + tl.arange(0, BC * 4)
+    return lanes, lanes < C * 4
+
+
+@triton.jit
+def _four_taps(kernels, t, T, C, BT: tl.constexpr, BC: tl.constexpr):
+    """All taps of a tile, [BT, BC] fp32 each: one block of memory, read once as it lies and taken apart in registers."""
+    lanes, inside = _four(C, BC)
+    at = kernels + t.to(tl.int64)[:, None] * C * 4 + lanes[None, :]
+    taps = tl.load(at, mask=(t < T)[:, None] & inside[None, :], other=0.0)
+    even, odd = tl.split(tl.reshape(taps, (BT, BC, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first.to(tl.float32), second.to(tl.float32), third.to(tl.float32), fourth.to(tl.float32)
+
+
+@triton.jit
 def conv_forward_kernel(
     x, stride, kernels, history, age, y, T, C,
     W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
@@ -65,19 +84,11 @@ def conv_forward_kernel(
     if not STATIC:
         kernels += i_b * T * C * W
     if (not STATIC) and W == 4:
-        # All taps of a tile are one block of memory, read once as it lies and taken apart in registers.
-        lanes = tl.program_id(0) * (BC * W) + tl.arange(0, BC * W)
-        taps = tl.load(
-            kernels + t.to(tl.int64)[:, None] * C * W + lanes[None, :],
-            mask=(t < T)[:, None] & (lanes < C * W)[None, :], other=0.0,
-        )  # fmt: skip
-        even, odd = tl.split(tl.reshape(taps, (BT, BC, 2, 2)))
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        total = _input(x, stride, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE) * first.to(tl.float32)
-        total += _input(x, stride, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE) * second.to(tl.float32)
-        total += _input(x, stride, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE) * third.to(tl.float32)
-        total += _input(x, stride, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE) * fourth.to(tl.float32)
+        first, second, third, fourth = _four_taps(kernels, t, T, C, BT, BC)
+        total = _input(x, stride, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE) * first
+        total += _input(x, stride, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE) * second
+        total += _input(x, stride, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE) * third
+        total += _input(x, stride, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE) * fourth
     else:
         total = tl.zeros((BT, BC), tl.float32)
         for j in tl.static_range(W):
@@ -106,24 +117,40 @@ def conv_backward_taps_kernel(
     if not STATIC:
         kernels += i_b * T * C * W
         dkernels += i_b * T * C * W
-    total = tl.zeros((BT, BC), tl.float32)
-    for j in tl.static_range(W):
-        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    if (not STATIC) and W == 4:
+        first, second, third, fourth = _four_taps(kernels, t, T, C, BT, BC)
+        oldest = _input(x, C, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE)
+        older = _input(x, C, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE)
+        last = _input(x, C, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE)
+        newest = _input(x, C, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE)
+        total = oldest * first + older * second + last * third + newest * fourth
+    else:
+        total = tl.zeros((BT, BC), tl.float32)
+        for j in tl.static_range(W):
+            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+            total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
     slope = gate * (1.0 + total * (1.0 - gate))
     change = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * slope
     tl.store(d + at, change, mask=inside)
-    for j in tl.static_range(W):
-        # Inputs a second time, from the cache, instead of W windows in registers.
-        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-        if STATIC:
-            block = i_b * tl.num_programs(1) + tl.program_id(1)
-            tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
-        else:
-            place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
-            tl.store(dkernels + place, window * change, mask=inside)
+    if (not STATIC) and W == 4:
+        # Put together as the taps were taken apart: stores of two bytes in every eight would fill no line.
+        even = tl.join(oldest * change, last * change)
+        together = tl.reshape(tl.join(even, tl.join(older * change, newest * change)), (BT, BC * 4))
+        lanes, there = _four(C, BC)
+        place = dkernels + t.to(tl.int64)[:, None] * C * W + lanes[None, :]
+        tl.store(place, together.to(dkernels.dtype.element_ty), mask=(t < T)[:, None] & there[None, :])
+    else:
+        for j in tl.static_range(W):
+            # Inputs a second time, from the cache, instead of W windows in registers.
+            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+            if STATIC:
+                block = i_b * tl.num_programs(1) + tl.program_id(1)
+                tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
+            else:
+                place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
+                tl.store(dkernels + place, window * change, mask=inside)
 
 
 @triton.jit
