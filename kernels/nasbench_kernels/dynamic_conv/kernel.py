@@ -57,7 +57,7 @@ def _four(C, BC: tl.constexpr):
 
 @triton.jit
 def _four_taps(kernels, t, T, C, BT: tl.constexpr, BC: tl.constexpr):
-    """All taps of a tile, [BT, BC] fp32 each: one block of memory, read once as it lies and taken apart in registers."""
+    """All taps of a tile, [BT, BC] fp32 each: one block of memory, read once, taken apart in registers."""
     lanes, inside = _four(C, BC)
     at = kernels + t.to(tl.int64)[:, None] * C * 4 + lanes[None, :]
     taps = tl.load(at, mask=(t < T)[:, None] & inside[None, :], other=0.0)

@@ -28,8 +28,6 @@ from nasbench_kernels.gated_delta.backward_kernels import (
 from nasbench_kernels.gated_delta.forward_kernels import prepare_kernel, scan_kernel
 
 CHUNK = 64
-BLOCK = 16
-"""Rows whose triangle is inverted by substitution; blocks of them are put together by matrix products."""
 SCAN_STAGES = 2
 WARPS = 8
 WGMMA_OFF = "DISABLE_MMA_V3"
@@ -100,7 +98,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         inverses = torch.empty_like(scores) if keep else scores
         prepare_kernel[(count, batch * heads)](
             q, k, v, g, beta, totals, inverses, writes, reads, scores, tokens, heads, scale,
-            **sizes, BLOCK=BLOCK, BLOCK_V=tiles.prepare, KEEP=keep, num_warps=WARPS,
+            **sizes, BLOCK_V=tiles.prepare, KEEP=keep, num_warps=WARPS,
         )  # fmt: skip
         state_out = torch.empty(batch, heads, key_dim, value_dim, device=k.device)
         states = torch.empty(batch * heads, count, key_dim, value_dim, device=k.device, dtype=kind) if keep else out
