@@ -48,6 +48,7 @@ class DistillConfig:
             card does not hold (nasbench.supernet.sharding); false: each process holds all. Not with graphs.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
+        tensorboard: losses and speed are written for TensorBoard, too, beside losses.csv.
     """
 
     ridge_tokens: int = 8192
@@ -79,6 +80,7 @@ class DistillConfig:
     shard: bool = False
     log_every: int = 10
     checkpoint_every_s: float = 120.0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -52,7 +52,7 @@ from nasbench.supernet.workers import ALONE, Workers
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
-_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard")
+_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard", "tensorboard")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
