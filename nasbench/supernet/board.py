@@ -1,8 +1,8 @@
 """Losses and speed for TensorBoard, where it is asked for: the numbers of losses.csv and progress.csv, as they come.
 
-A stage has its own folder of events, runs/NAME/tensorboard/STAGE (beside the checkpoints' folder, not in it, where all
-but the newest goes); the horizontal axis is tokens. A stage that goes on after a stop takes back what was written beyond
-its checkpoint.
+A stage has its own folder of events, runs/NAME/tensorboard/STAGE (beside the checkpoints' folder, not in it, where
+all but the newest goes); the horizontal axis is tokens. A stage that goes on after a stop takes back what was written
+beyond its checkpoint.
 """
 
 from __future__ import annotations
