@@ -62,10 +62,14 @@ def training_corpus(
     run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None, corpus: Corpus | None = None
 ) -> Corpus:
     """The run's text in rows of `sequence` tokens (the run's own by default), or `corpus` where it is read already.
-    Raises UserError, also when documents are to be kept apart and a layer kind does not."""
+    Raises UserError, also when documents are to be kept apart and a layer kind does not, or rows are to repeat."""
     corpus = corpus or Corpus.load(run.spec.data, net.tokenizer, sequence or run.spec.sequence)
     if not config.documents:
-        return corpus.without_documents()
+        return corpus.without_documents().repeating(config.repeat_share)
+    if config.repeat_share:
+        raise UserError(
+            f"repeat_share {config.repeat_share} is for rows that are read as one text: set documents = false"
+        )
     if letters := mixing(net.mixers()):
         raise UserError(f"layer kind {', '.join(letters)} does not keep documents apart: set documents = false")
     return corpus
