@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ PROMPTS, CHECKED_PROMPTS = (8, 4096), (2, 208)
 """Sequences and tokens: of the timed rule, and of its check, whose last chunk is not full."""
 BEYOND_CACHE = 200e6
 """Bytes that the buffer sets of a measurement exceed together: four times the L2 cache of an H100."""
+LEAST_CALLS = 16
+"""Of short kernels in a graph: what lies between two replays counts little."""
 CLOSE = {"output": 1e-2, "state": 1e-4, "history": 1e-6, "final state": 2e-2, "gradient": 3e-2}
 """Relative RMSE allowed, in bf16 but for the recurrent step's state, which is fp32."""
 
@@ -37,6 +39,12 @@ def worst(errors: list[float]) -> float:
 def sets_of(nbytes: float) -> int:
     """Sets of buffers of this size that exceed the cache together."""
     return max(1, math.ceil(BEYOND_CACHE / nbytes))
+
+
+def each_us(time_us: Callable[[Sequence[Call]], float], calls: Sequence[Call]) -> float:
+    """Microseconds of a call, from `time_us` of all of them together, or of several rounds of them."""
+    rounds = -(-LEAST_CALLS // len(calls)) if len(calls) > 1 else 1
+    return time_us([*calls] * rounds) / (len(calls) * rounds)
 
 
 class Work(ABC):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.kernel_cases import CLOSE, PROMPTS, Attention, Call, RecurrentStep, Rule, Work, sets_of
+from benchmarks.kernel_cases import CLOSE, PROMPTS, Attention, Call, RecurrentStep, Rule, Work, each_us, sets_of
 from nasbench.config import format_size
 from nasbench.engine.floor import BUFFER_BYTES
 from nasbench.engine.memory import free_bytes
@@ -39,8 +39,6 @@ RECURRENT, ATTENTION, RULE = "recurrent step", "decode attention", "gated delta 
 BATCHES = (1, 64, 128, 256, 512, 1024)
 CACHES = ((128, 65536, 12, 2), (1024, 4096, 12, 2), (1, 65536, 12, 2), (18, 65536, 16, 8))
 """Sequences, slots, query heads and key/value heads of 128 channels."""
-LEAST_CALLS = 16
-"""Of short kernels in a graph: what lies between two replays counts little."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +117,7 @@ class Judge:
         """A plain pass over fp32 buffers of `nbytes`: reading, or in place with reads and writes counted."""
         buffers = [torch.randn(nbytes // 4, device=self.device) for _ in range(sets_of(nbytes))]
         calls = [partial(x.mul_, -1.0) if in_place else partial(torch.sum, x) for x in buffers]
-        return (2 if in_place else 1) * nbytes / self.each_us(calls) / 1e6
-
-    def each_us(self, calls: Sequence[Call]) -> float:
-        rounds = -(-LEAST_CALLS // len(calls)) if len(calls) > 1 else 1
-        return self.time_us([*calls] * rounds) / (len(calls) * rounds)
+        return (2 if in_place else 1) * nbytes / each_us(self.time_us, calls) / 1e6
 
     def __call__(self, case: Case) -> Figure:
         errors: dict[str, float] = {}
@@ -135,7 +129,7 @@ class Judge:
                 told = ", ".join(f"{name} is {error:.1e} away" for name, error in wrong.items())
                 status = f"refused: {told} from the naive form"
             else:
-                us, status = self.each_us(work.calls()), "ok"
+                us, status = each_us(self.time_us, work.calls()), "ok"
                 del work
                 same = self.pass_tb_s(nbytes // 2, True) if case.part == RECURRENT else math.nan
         except torch.OutOfMemoryError:

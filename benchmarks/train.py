@@ -170,7 +170,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, DistillConfig, int]]:
     """(stage, settings, tokens of a step) of every run."""
     plain = replace(Recipe().training, documents=False)
     variants = [plain]
-    variants += [replace(plain, documents=True)] if options.documents else []
+    variants += [replace(plain, documents=True, repeat_share=0.0)] if options.documents else []
     variants += [replace(plain, recompute=True)] if options.recompute else []
     variants += [replace(plain, graphs=True)] if options.graphs else []
     found = []

@@ -35,6 +35,10 @@ def command(
         bool | None,
         typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
     ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="Losses and speed for TensorBoard, beside the CSVs."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
     ] = False,
@@ -47,6 +51,7 @@ def command(
     from nasbench.backbone.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run, RunSpec
+    from nasbench.supernet import board
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.sharding import check
     from nasbench.supernet.train import distill
@@ -59,7 +64,9 @@ def command(
     batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
     changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    settings = settings.updated(changes if shard is None else {**changes, "shard": shard})
+    changes |= {key: value for key, value in (("shard", shard), ("tensorboard", tensorboard)) if value is not None}
+    settings = settings.updated(changes)
+    board.check(settings.tensorboard)
     shape = resolve_shape(model)
     spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
     if spec.sequence > shape.max_context:

@@ -24,6 +24,10 @@ def command(
         bool | None,
         typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
     ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="Losses and speed for TensorBoard, beside the CSVs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
@@ -31,6 +35,7 @@ def command(
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
+    from nasbench.supernet import board
     from nasbench.supernet.finalize import finalize
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.workers import workers_of
@@ -44,8 +49,9 @@ def command(
     where = torch_device(device)
     if batch:
         settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
-    if shard is not None:
-        settings = settings.updated({"shard": shard})
+    given = (("shard", shard), ("tensorboard", tensorboard))
+    settings = settings.updated({key: value for key, value in given if value is not None})
+    board.check(settings.tensorboard)
     with workers_of(where) as (workers, own), progress_bar() as progress:
         folder = finalize(
             opened,

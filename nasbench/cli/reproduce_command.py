@@ -45,7 +45,7 @@ def command(
     search_seconds: Annotated[float, typer.Option(help="Of both searches together.")] = 120,
     finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
     remedies: Annotated[
-        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self, repeat.")
+        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self, plain.")
     ] = "",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,

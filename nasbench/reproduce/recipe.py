@@ -15,10 +15,10 @@ from nasbench.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 
-REMEDIES = ("mixers", "hidden", "long", "fast", "self", "repeat")
+REMEDIES = ("mixers", "hidden", "long", "fast", "self", "plain")
 """Other ways to finalise, where a hybrid falls short: the replaced mixers alone are trained, not whole layers; a loss
 on hidden states beside the KL; rows four times as long; three times the learning rate; text of which the model itself
-wrote one half; rows that end with a passage which stood in them long before."""
+wrote one half; text as it is, no row repeating a passage of its own."""
 CHOICES = ("recall", "kl")
 """Which of the searched placements is finalised: the one with the least divergence on text and on answers to key-value
 questions together, or on text alone."""
@@ -60,7 +60,7 @@ class Recipe:
         default_factory=lambda: DistillConfig(
             ridge_tokens=131072, align_lr=1e-3, align_batch_tokens=65536,
             supernet_batch_tokens=32768, supernet_lr=5e-4, kl_chunk=4096,
-            frozen=(), solved=(), documents=False, most_full=0.5, whole=True,
+            frozen=(), solved=(), documents=False, repeat_share=0.5, most_full=0.5, whole=True,
             checkpoint_every_s=300.0,
         )
     )  # fmt: skip

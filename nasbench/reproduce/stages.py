@@ -390,8 +390,8 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
         corpus = bench.read(bench.run.spec.data, min(4 * bench.recipe.sequence, bench.shape.max_context))
     elif name == "self":
         corpus = _own_words(bench)
-    elif name == "repeat":
-        config, corpus = config.updated({"documents": False}), repeating(bench.corpus, bench.recipe.seed)
+    elif name == "plain":
+        config = config.updated({"repeat_share": 0.0})
     step = max(config.supernet_batch_tokens, corpus.sequence)
     planned = bench.plan[f"remedy-{name}"]
     if planned is None:
@@ -404,17 +404,6 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     after(candidate, planned, folder)
     bench.plan.add_candidates([candidate])
     bench.plan[f"remedy-{name}-of"] = _supernet_version(bench)
-
-
-def repeating(corpus: Corpus, seed: int) -> Corpus:
-    """Training rows of which every other one ends, for a quarter of its length, with a passage of its first half: the
-    only tokens of ordinary text that are all foretold by what stood far before them."""
-    rows, tokens = corpus.train.clone(), corpus.sequence
-    length = tokens // 4
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(max(1, tokens // 2 - length + 1), (len(rows[::2]), 1), generator=generator)
-    rows[::2, tokens - length :] = corpus.train[::2].gather(1, starts + torch.arange(length))
-    return replace(corpus, train=rows, ages={}, fingerprint=f"{corpus.fingerprint[:24]}-repeat")
 
 
 def _own_words(bench: Bench) -> Corpus:

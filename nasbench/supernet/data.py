@@ -186,6 +186,7 @@ class Corpus:
         test: held out; only for numbers that are reported.
         fingerprint: of the text and the tokenizer.
         ages: by split, [N, T] int32, see `Batch`; empty where rows are read as one text each.
+        repeat_share: of the rows of training batches, how many end with a passage of their first half.
     """
 
     train: Tensor
@@ -193,6 +194,7 @@ class Corpus:
     test: Tensor
     fingerprint: str
     ages: dict[str, Tensor] = field(default_factory=dict)
+    repeat_share: float = 0.0
 
     @classmethod
     def load(cls, data: str, tokenizer: TextTokenizer, sequence: int) -> Corpus:
@@ -208,11 +210,15 @@ class Corpus:
                     f"one sequence takes {sequence}: give more text or a smaller --sequence"
                 )
         ages = {name: ages_of(torch.from_numpy(streams[_starts(name)]), *splits[name].shape) for name in SPLITS}
-        return cls(**splits, fingerprint=fingerprint, ages=ages)
+        return cls(splits["train"], splits["search"], splits["test"], fingerprint, ages)
 
     def without_documents(self) -> Corpus:
         """The same rows, each read as one text whatever documents stand in it."""
         return replace(self, ages={})
+
+    def repeating(self, share: float) -> Corpus:
+        """The same text, of whose training rows a share ends with a passage that stood in them before."""
+        return replace(self, repeat_share=share)
 
     @property
     def sequence(self) -> int:
@@ -232,11 +238,26 @@ class Corpus:
         rows = range(index * size, (index + 1) * size)
         orders = {epoch: self._order(epoch, seed) for epoch in {row // len(self.train) for row in rows}}
         chosen = torch.stack([orders[row // len(self.train)][row % len(self.train)] for row in rows])
-        return Batch(self.train, self.ages.get("train")).rows(chosen)
+        batch = Batch(self.train, self.ages.get("train")).rows(chosen)
+        if not self.repeat_share:
+            return batch
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + 1)
+        return replace(batch, tokens=repeat_passages(batch.tokens, self.repeat_share, generator))
 
     def _order(self, epoch: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         return torch.randperm(len(self.train), generator=generator)
+
+
+def repeat_passages(tokens: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Rows [B, T] of which a share ends, for a quarter of its length, with a passage of its own first half, from a
+    random place: tokens that are all foretold by what stood far before them, whatever the text is about."""
+    rows, length = tokens.shape[0], tokens.shape[1] // 4
+    repeats = torch.rand(rows, 1, generator=generator) < share
+    starts = torch.randint(tokens.shape[1] // 2 - length + 1, (rows, 1), generator=generator)
+    passages = tokens.gather(1, starts + torch.arange(length))
+    kept = tokens[:, : tokens.shape[1] - length]
+    return torch.cat((kept, torch.where(repeats, passages, tokens[:, kept.shape[1] :])), 1)
 
 
 def pack(stream: Tensor, sequence: int) -> Tensor:

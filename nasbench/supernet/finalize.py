@@ -47,7 +47,7 @@ STAGE = "finalize"
 _SEED_OFFSET = 7919
 _SETTINGS = (
     "supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "whole", "whole_rate",
-    "documents",
+    "documents", "repeat_share",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from nasbench.engine.graph import capture
 from nasbench.errors import MachineError
 from nasbench.files import machine_errors, write_text
-from nasbench.supernet import checkpoint, sharded_checkpoint
+from nasbench.supernet import board, checkpoint, sharded_checkpoint
 from nasbench.supernet.data import Batch
 from nasbench.supernet.optimizer import MasterAdamW, cosine
 from nasbench.supernet.settings import DistillConfig
@@ -228,6 +228,7 @@ class Loop:
         self.losses = RowFile(self.folder / "losses.csv", LOSS_COLUMNS)
         self.progressed = RowFile(self.folder / "progress.csv", PROGRESS_COLUMNS)
         self.skipped: dict[str, int] = {}
+        self.board = board.Board()
         self._since = (time.monotonic(), self.start)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -253,6 +254,11 @@ class Loop:
     def run(self) -> None:
         """Runs the remaining steps. Raises KeyboardInterrupt when asked to stop, after a checkpoint; MachineError
         naming step and layer when nothing finite is left to learn from, the last good checkpoint being kept."""
+        shown = self.config.tensorboard and self.workers.leads
+        with board.opened(self.folder.parent, self.stage, shown, self.start * self.step_tokens) as self.board:
+            self._run()
+
+    def _run(self) -> None:
         saved_at = time.monotonic()
         self._since = (saved_at, self.start)
         for step in range(self.start, self.steps):
@@ -323,6 +329,8 @@ class Loop:
         lr = self.optimizer.lr * self.factor(step - 1)
         text = " ".join(f"{name}:{count}" for name, count in skips.items())
         self.progressed.append([(self.stage, step, tokens, f"{seconds:.3f}", f"{speed:.1f}", f"{lr:.6g}", text)])
+        shown = {board.loss_name(layer, kind): float(loss) for _, _, _, layer, kind, loss in losses}
+        self.board.add({**shown, "tokens per second": speed, "learning rate": lr}, tokens)
 
     def _check_whole_step(self, step: int, skips: dict[str, int], counts: dict[str, int], network: bool) -> None:
         """Raises MachineError when a network's loss is not finite, or when every mixer was left out every time."""

@@ -42,12 +42,17 @@ class DistillConfig:
         whole_rate: learning rate of what is trained beside the mixers, as a share of theirs: these weights fit already.
         kl_chunk: tokens whose logits are held at once.
         documents: documents that share a row are kept apart: no attention, state or convolution from one to the next.
+        repeat_share: share of the training rows that end, for a quarter of their length, with a passage of their first
+            half. Ordinary text hardly asks for what stood far before: SmolLM2-135M in windows of 256 with 4 layers of
+            attention, 131 thousand tokens of finalising on a CPU, finds 26 of 48 values in 1024 tokens with half of
+            the rows so, 10 without; 5 before, 32 the model itself; KL on text 0.147 and 0.134. Not with documents.
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
         graphs: on a GPU every layer of a sub-network is replayed from CUDA graphs: fewer launches, more memory.
         shard: weights, gradients and moments are shared out to the processes that torchrun started, for models that one
             card does not hold (nasbench.supernet.sharding); false: each process holds all. Not with graphs.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
+        tensorboard: losses and speed are written for TensorBoard, too, beside losses.csv.
     """
 
     ridge_tokens: int = 8192
@@ -74,11 +79,13 @@ class DistillConfig:
     whole_rate: float = 0.2
     kl_chunk: int = 512
     documents: bool = True
+    repeat_share: float = 0.0
     recompute: bool = False
     graphs: bool = False
     shard: bool = False
     log_every: int = 10
     checkpoint_every_s: float = 120.0
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -100,6 +107,8 @@ class DistillConfig:
             least = 1 if field.name.endswith(("batch_tokens", "chunk", "log_every")) else 0
             if not value >= least:
                 raise UserError(f"bad {field.name} {value!r}: at least {least}")
+        if self.repeat_share > 1:
+            raise UserError(f"bad repeat_share {self.repeat_share}: a share of the rows, 0 to 1")
         if not 0 <= self.least_full <= self.most_full <= 1:
             raise UserError(f"bad least_full {self.least_full}, most_full {self.most_full}: 0 <= least <= most <= 1")
 

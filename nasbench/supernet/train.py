@@ -52,7 +52,7 @@ from nasbench.supernet.workers import ALONE, Workers
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
-_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard")
+_FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard", "tensorboard")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
@@ -62,10 +62,14 @@ def training_corpus(
     run: Run, net: Supernet, config: DistillConfig, sequence: int | None = None, corpus: Corpus | None = None
 ) -> Corpus:
     """The run's text in rows of `sequence` tokens (the run's own by default), or `corpus` where it is read already.
-    Raises UserError, also when documents are to be kept apart and a layer kind does not."""
+    Raises UserError, also when documents are to be kept apart and a layer kind does not, or rows are to repeat."""
     corpus = corpus or Corpus.load(run.spec.data, net.tokenizer, sequence or run.spec.sequence)
     if not config.documents:
-        return corpus.without_documents()
+        return corpus.without_documents().repeating(config.repeat_share)
+    if config.repeat_share:
+        raise UserError(
+            f"repeat_share {config.repeat_share} is for rows that are read as one text: set documents = false"
+        )
     if letters := mixing(net.mixers()):
         raise UserError(f"layer kind {', '.join(letters)} does not keep documents apart: set documents = false")
     return corpus

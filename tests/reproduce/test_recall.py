@@ -7,8 +7,6 @@ import torch
 
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.reproduce.recall import Recall, recall_greedy
-from nasbench.reproduce.stages import repeating
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -77,17 +75,3 @@ def test_a_small_budget_tries_the_best_single_layers(evaluator, recall, monkeypa
     found = recall_greedy(search_over(evaluator, []), recall, (1, 3), 5)
     assert list(map(len, asked)) == [4, 1, 1]
     assert found[3].count("A") == 3
-
-
-def test_rows_that_repeat_hold_a_passage_of_their_first_half():
-    rows = torch.arange(5 * 64).view(5, 64)
-    corpus = Corpus(rows, rows, rows, "f" * 64)
-    changed = repeating(corpus, 0)
-    assert torch.equal(changed.train[1::2], rows[1::2])
-    for before, after in zip(rows[::2], changed.train[::2], strict=True):
-        assert torch.equal(after[:48], before[:48])
-        start = int(after[48] - before[0])
-        assert 0 <= start <= 16
-        assert torch.equal(after[48:], before[start : start + 16])
-    assert changed.fingerprint != corpus.fingerprint
-    assert torch.equal(repeating(corpus, 0).train, changed.train)

@@ -30,7 +30,7 @@ def arguments(tiny_model, text_file, tmp_path):
     settings = tmp_path / "settings.toml"
     settings.write_text(
         "ridge_tokens = 512\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\nlog_every = 1\n"
-        "frozen = []\nsolved = []\ndocuments = false\nwhole = true\n"
+        "frozen = []\nsolved = []\ndocuments = false\nwhole = true\nrepeat_share = 0.5\n"
     )
     return (
         *("--out", tmp_path / "run", "--model", tiny_model, "--names", "W8,J", "--data", text_file, "--suite", suite),
@@ -53,7 +53,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert plan["align"]["tokens"] > 0
     assert plan["supernet"]["tokens"] > 0
 
-    nas(*arguments, "--remedies", "mixers,long,self,repeat")
+    nas(*arguments, "--remedies", "mixers,long,self,plain")
     after = json.loads((run / "plan.json").read_text())
     assert after["supernet"] == plan["supernet"]
     assert after["command"] in (report / "summary.md").read_text()
@@ -63,7 +63,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     for count in ("1", "2"):
         names = ("uniform", "random-0", "random-1", "beam", "kl-greedy", "recall")
         assert methods >= {(count, name, "best") for name in names}
-    tried = {"final:mixers", "final:long", "final:self", "final:repeat"}
+    tried = {"final:mixers", "final:long", "final:self", "final:plain"}
     assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", *tried}
     teacher = next(row for row in rows if row["method"] == "teacher")
     assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
@@ -94,7 +94,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     monkeypatch.setattr(stages, "_largest_step", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(stages, "finalize", lambda *_, **__: pytest.fail("finalised again"))
     again = [*arguments[: arguments.index("--speed-seconds") + 1], "0", *arguments[arguments.index("0.1") + 1 :]]
-    nas(*again, "--remedies", "mixers,long,self,repeat")
+    nas(*again, "--remedies", "mixers,long,self,plain")
     assert (run / "items.jsonl").read_text() == lines + '{"placement": "4'
     assert read(report / "table.csv") == rows
     for path in report.iterdir():

@@ -215,3 +215,33 @@ def test_tokens_are_the_same_in_batches_and_one_by_one(text_file, tokenizer):
 
     texts = read_documents(str(text_file))[0].split("\n\n")[:50]
     assert list(_encode(texts, tokenizer)) == list(_encode(texts, Plain()))
+
+
+def test_rows_that_repeat_end_with_a_passage_of_their_first_half():
+    rows = torch.arange(200 * 64).view(200, 64)
+    corpus = Corpus(rows, rows, rows, "f" * 64)
+    assert torch.equal(corpus.repeating(0.0).batch(3, 40, 0).tokens, corpus.batch(3, 40, 0).tokens)
+    plain, changed = corpus.batch(0, 200, 0).tokens, corpus.repeating(0.5).batch(0, 200, 0).tokens
+    assert torch.equal(changed[:, :48], plain[:, :48])
+    repeated = [i for i in range(200) if not torch.equal(changed[i], plain[i])]
+    assert 70 < len(repeated) < 130
+    starts = set()
+    for i in repeated:
+        start = int(changed[i, 48] - plain[i, 0])
+        starts.add(start)
+        assert 0 <= start <= 16
+        assert torch.equal(changed[i, 48:], plain[i, start : start + 16])
+    assert {0, 16} <= starts
+    again = corpus.repeating(0.5)
+    assert torch.equal(again.batch(0, 200, 0).tokens, changed)
+    assert not torch.equal(again.batch(0, 200, 1).tokens.sort(0).values, changed.sort(0).values)
+    assert all(
+        not torch.equal(row, other)
+        for row, other in zip(again.repeating(1.0).batch(0, 200, 0).tokens, plain, strict=True)
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7])
+def test_short_rows_repeat_what_they_can(tokens):
+    rows = torch.arange(10 * tokens).view(10, tokens)
+    assert Corpus(rows, rows, rows, "").repeating(1.0).batch(0, 10, 0).tokens.shape == (10, tokens)

@@ -303,6 +303,7 @@ def test_settings_from_toml(tmp_path):
         ("align_tokens = -1", "bad align_tokens -1"),
         ("align_lr = 'x'", "bad align_lr 'x'"),
         ("most_full = 2", "most_full"),
+        ("repeat_share = 1.5", "bad repeat_share 1.5"),
         ("align_tokens", "not valid TOML"),
     ]:
         path.write_text(text)
@@ -310,6 +311,18 @@ def test_settings_from_toml(tmp_path):
             DistillConfig.read(path)
     with pytest.raises(UserError, match="no such file"):
         DistillConfig.read(tmp_path / "absent.toml")
+
+
+def test_rows_that_repeat_are_read_as_one_text(make_run):
+    with pytest.raises(UserError, match=r"repeat_share 0.5 .*set documents = false"):
+        distill(make_run(), CONFIG.updated({"repeat_share": 0.5}), dtype=torch.float32)
+    told = []
+    for share in (0.0, 0.5):
+        run = make_run(f"share-{share}")
+        distill(run, CONFIG.updated({"repeat_share": share, "documents": False}), dtype=torch.float32)
+        told.append(losses(run))
+    assert len(told[0]) == len(told[1])
+    assert told[0] != told[1]
 
 
 def test_checkpoint_state_is_readable(make_run):

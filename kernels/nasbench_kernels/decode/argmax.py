@@ -42,16 +42,20 @@ def argmax_join_kernel(values, indices, out, PARTS, SIZE, BLOCK: tl.constexpr, P
     tl.store(out + row, first.to(tl.int64))
 
 
-def argmax(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor, part: int = PART) -> Tensor:
     """The index of each row's largest entry, the first of equals: logits [B, V], entries of a row contiguous, no NaN
-    -> [B] int64."""
+    -> [B] int64.
+
+    Args:
+        part: logits of a program, a power of two.
+    """
     batch, size = logits.shape
-    parts = triton.cdiv(size, PART)
+    parts = triton.cdiv(size, part)
     values = torch.empty(batch, parts, device=logits.device, dtype=torch.float32)
     indices = torch.empty(batch, parts, device=logits.device, dtype=torch.int32)
     out = torch.empty(batch, device=logits.device, dtype=torch.int64)
     argmax_parts_kernel[(parts, batch)](
-        logits, values, indices, logits.stride(0), size, parts, BLOCK=PART, num_warps=4, **dependent(logits.device)
+        logits, values, indices, logits.stride(0), size, parts, BLOCK=part, num_warps=4, **dependent(logits.device)
     )
     argmax_join_kernel[(batch,)](
         values, indices, out, parts, size,

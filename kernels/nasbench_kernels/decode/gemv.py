@@ -87,7 +87,7 @@ def gemv_kernel(
 
 
 def gemv_launch(rows: int, columns: int, swiglu: bool) -> tuple[int, int, int]:
-    """(rows, columns of a block, warps), by measurements on an H100: README.md."""
+    """(rows, columns of a block, warps), by measurements on an H100: `benchmarks/launches.py`."""
     if columns <= 512:
         return 16, triton.next_power_of_2(columns), 8
     if swiglu:
@@ -107,6 +107,7 @@ def gemv(
     eps: float = 0.0,
     swiglu: bool = False,
     add_to: Tensor | None = None,
+    launch: tuple[int, int, int] | None = None,
 ) -> Tensor:
     """y = W f(x) (+ bias): x [1, K] contiguous, weight [N, K] contiguous -> [1, N].
 
@@ -114,11 +115,12 @@ def gemv(
         before: f: nothing, RMSNorm with `norm_weight` and `eps`, or SiLU.
         swiglu: weight holds gate over up, [2 N, K]; y = SiLU(gate x) * (up x), no bias.
         add_to: [1, N], to which y is added in place; it is what is returned.
+        launch: as of `gemv_launch`, whose is the default.
     """
     columns = weight.shape[1]
     rows = weight.shape[0] // (2 if swiglu else 1)
     out = torch.empty(1, rows, device=x.device, dtype=x.dtype) if add_to is None else add_to
-    block_n, block_k, warps = gemv_launch(rows, columns, swiglu)
+    block_n, block_k, warps = launch or gemv_launch(rows, columns, swiglu)
     gemv_kernel[(triton.cdiv(rows, block_n),)](
         x, weight, x if bias is None else bias, x if norm_weight is None else norm_weight, out,
         COLUMNS=columns, ROWS=rows, BLOCK_N=block_n, BLOCK_K=block_k,

@@ -121,7 +121,7 @@ class ProductLaunch:
 
 
 def product_launch(batch: int, element_size: int, shared_memory: int) -> ProductLaunch:
-    """Of gate and up product with SwiGLU, by measurements on an H100: README.md."""
+    """Of gate and up product with SwiGLU, by measurements on an H100: `benchmarks/launches.py`."""
     sequences = max(16, triton.next_power_of_2(batch))
     block_k = 128 // element_size
     stages, warps = (4, 4) if sequences <= 32 else (3, 4) if sequences <= 64 else (3, 8)
@@ -134,7 +134,7 @@ def batch_launch(
     batch: int, rows: int, columns: int, element_size: int, sms: int, shared_memory: int, divided: bool
 ) -> ProductLaunch:
     """Of a plain product, or of one that may be divided: into one program for each multiprocessor, two where there are
-    many columns, but parts of twelve blocks at least. By measurements on an H100: README.md."""
+    many columns, but parts of twelve blocks at least. By measurements on an H100: `benchmarks/launches.py`."""
     sequences = max(16, triton.next_power_of_2(batch))
     block_k, block = 128 // element_size, 64
     blocks, tiles = triton.cdiv(columns, block_k), triton.cdiv(rows, block)
@@ -150,7 +150,7 @@ def batch_launch(
 
 def streams(x: Tensor, weight: Tensor, divided: bool = False) -> bool:
     """Whether W x, or with `divided` what add_norm is to sum, is faster here than by cuBLAS: up to 64 sequences, and
-    beyond where the rows that a program multiplies are short. By measurements on an H100: README.md.
+    beyond where the rows that a program multiplies are short. By measurements on an H100: `benchmarks/launches.py`.
 
     Args:
         x: [B, K].
