@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nasbench.cli.training_options import Shard, TensorBoard, with_given
 from nasbench.config import parse_size
 from nasbench.errors import UserError
 
@@ -31,14 +32,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
-    shard: Annotated[
-        bool | None,
-        typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
-    ] = None,
-    tensorboard: Annotated[
-        bool | None,
-        typer.Option("--tensorboard/--no-tensorboard", help="Losses and speed for TensorBoard, beside the CSVs."),
-    ] = None,
+    shard: Shard = None,
+    tensorboard: TensorBoard = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
     ] = False,
@@ -51,7 +46,6 @@ def command(
     from nasbench.backbone.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run, RunSpec
-    from nasbench.supernet import board
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.sharding import check
     from nasbench.supernet.train import distill
@@ -64,9 +58,7 @@ def command(
     batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
     changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    changes |= {key: value for key, value in (("shard", shard), ("tensorboard", tensorboard)) if value is not None}
-    settings = settings.updated(changes)
-    board.check(settings.tensorboard)
+    settings = with_given(settings.updated(changes), shard=shard, tensorboard=tensorboard)
     shape = resolve_shape(model)
     spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
     if spec.sequence > shape.max_context:

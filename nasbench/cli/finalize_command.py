@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nasbench.cli.training_options import Shard, TensorBoard, with_given
 from nasbench.config import parse_size
 from nasbench.errors import UserError
 
@@ -20,14 +21,8 @@ def command(
     batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
-    shard: Annotated[
-        bool | None,
-        typer.Option("--shard/--no-shard", help="Under torchrun: each process holds its share of all weights."),
-    ] = None,
-    tensorboard: Annotated[
-        bool | None,
-        typer.Option("--tensorboard/--no-tensorboard", help="Losses and speed for TensorBoard, beside the CSVs."),
-    ] = None,
+    shard: Shard = None,
+    tensorboard: TensorBoard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
@@ -35,7 +30,6 @@ def command(
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
-    from nasbench.supernet import board
     from nasbench.supernet.finalize import finalize
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.workers import workers_of
@@ -49,9 +43,7 @@ def command(
     where = torch_device(device)
     if batch:
         settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
-    given = (("shard", shard), ("tensorboard", tensorboard))
-    settings = settings.updated({key: value for key, value in given if value is not None})
-    board.check(settings.tensorboard)
+    settings = with_given(settings, shard=shard, tensorboard=tensorboard)
     with workers_of(where) as (workers, own), progress_bar() as progress:
         folder = finalize(
             opened,

@@ -42,7 +42,7 @@ def command(
     finalize_lr: Annotated[float, typer.Option(help="Peak learning rate of finalising.")] = 5e-4,
     align_seconds: Annotated[float, typer.Option(help="Of block-wise alignment.")] = 90,
     supernet_seconds: Annotated[float, typer.Option(help="Of random sub-networks.")] = 150,
-    search_seconds: Annotated[float, typer.Option(help="Of both searches together.")] = 120,
+    search_seconds: Annotated[float, typer.Option(help="Of all searches together.")] = 120,
     finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
     remedies: Annotated[
         str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self, plain.")

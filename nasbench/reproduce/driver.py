@@ -76,6 +76,7 @@ def asked_words(facts: table.Facts) -> str:
     parts = [f"All {len(subjects)} have held-out loss and KL"]
     if names:
         parts.append(f"{whole} were asked every item of the benchmarks")
+    if few:
         parts.append(f"{few} others {facts.quick_items} items of each, beside the model's score on the same items")
     return "; ".join(parts) + "."
 

@@ -30,7 +30,7 @@ CSS = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
     "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
     "td,th{padding:.15rem .5rem;border-bottom:1px solid #e2e5ea;text-align:right}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f4f5f7;padding:.6rem}"
+    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.6rem}"
     ".figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}"
 )
 
@@ -96,12 +96,14 @@ def by_length(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
 
 
 def against_speed(axes: Axes, rows: Sequence[Row], speed: str) -> None:
-    """KL against decode speed."""
+    """KL against decode speed, of placements with the best fillers."""
     for row in rows:
-        if row.get("kl") and row.get(speed):
+        if row.get("kl") and row.get(speed) and row["fill"] == "best" and row["method"] != TEACHER:
             method = "final" if row["weights"].startswith("final") else row["method"]
-            colour, marker, _ = LOOKS.get(method, ("#aeb6c0", ".", ""))
-            axes.plot(float(row[speed]), float(row["kl"]), marker=marker, color=colour, linestyle="none")
+            colour, marker, name = LOOKS.get(method, ("#aeb6c0", ".", "random"))
+            known = axes.get_legend_handles_labels()[1]
+            label = "_" if name in known else name
+            axes.plot(float(row[speed]), float(row["kl"]), marker=marker, color=colour, linestyle="none", label=label)
     axes.set_xlabel("decode tokens/s")
     axes.set_ylabel("KL to the model, nats a token")
 

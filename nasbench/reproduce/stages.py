@@ -225,7 +225,7 @@ def search(bench: Bench) -> None:
     assert state.importance
     rate = singles / max(1e-6, time.monotonic() - began)
     # A search that was stopped asks again for what it knows: for the same number of evaluations.
-    afforded = max(8 * len(inner), int(recipe.search_seconds * rate / len(STRATEGIES)))
+    afforded = max(8 * len(inner), int(recipe.search_seconds * rate / len(SEARCHED)))
     evaluations = bench.plan["evaluations"] or min(afforded, MOST_EVALUATIONS)
     bench.plan["evaluations"] = evaluations
     state.options = replace(options, evaluations=evaluations)

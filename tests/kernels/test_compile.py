@@ -18,8 +18,11 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 22
 MOST_REGISTERS = 255
 SMALL_STACK = 16
 """Bytes of stack that are no spill: ptxas now and then keeps a scalar or two there."""
-LARGER_STACK = {"collect_outputs_kernel": 192, "collect_updates_kernel": 192}
-"""Once a chunk of 64 tokens, of kernels that hold three tiles of sums at once; more warps spill more."""
+LARGER_STACK = {
+    "collect_outputs_kernel": 208, "collect_updates_kernel": 192, "prepare_kernel": 208, "scan_kernel": 112,
+}  # fmt: skip
+"""Once a chunk of 64 tokens, of kernels that hold three tiles of sums at once, of training at 64 keys, of keys wider
+than 128. They take all registers, one block to a multiprocessor: what is to be mended about them first."""
 
 
 def compiled(*arguments):

@@ -20,8 +20,9 @@ CONFIG = DistillConfig(
 
 def scalars(run, stage):
     """{name: {tokens: value}} of the events of a stage, as TensorBoard reads them."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    found = events.EventAccumulator(str(run.path / "tensorboard" / stage)).Reload()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run.path / "tensorboard" / stage)).Reload()
     return {name: {e.step: e.value for e in found.Scalars(name)} for name in found.Tags()["scalars"]}
 
 

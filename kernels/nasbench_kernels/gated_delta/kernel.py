@@ -58,6 +58,8 @@ class _Tiles:
     """Value channels of a scan's program."""
     prepare: int
     collect: int
+    stages: int
+    """Of the scans' loads: keys of more than 128 take a second one beyond the shared memory of an RTX 3090."""
 
 
 def _tiles(like: Tensor, value_dim: int) -> _Tiles:
@@ -68,6 +70,7 @@ def _tiles(like: Tensor, value_dim: int) -> _Tiles:
         scan=min(32, values),
         prepare=min(32 if wide else 64, values),
         collect=16,
+        stages=SCAN_STAGES if key_dim <= 128 else 1,
     )
 
 
@@ -106,7 +109,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         scan_kernel[(triton.cdiv(value_dim, tiles.scan), batch * heads)](
             q, k, totals, writes, reads, scores, state_out if state is None else state.contiguous(), state_out,
             states, updates, out, tokens, heads, scale,
-            **sizes, BLOCK_V=tiles.scan, STATE=state is not None, KEEP=keep, STAGES=SCAN_STAGES,
+            **sizes, BLOCK_V=tiles.scan, STATE=state is not None, KEEP=keep, STAGES=tiles.stages,
             num_warps=WARPS,
         )  # fmt: skip
         if keep:
@@ -126,7 +129,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         dstate_in, dstates, dupdates = torch.empty_like(dstate_out), torch.empty_like(states), torch.empty_like(updates)
         unscan_kernel[(triton.cdiv(value_dim, tiles.scan), batch * heads)](
             q, k, totals, reads, scores, dout, dstate_out, dstate_in, dstates, dupdates, tokens, heads, ctx.scale,
-            **sizes, BLOCK_V=tiles.scan, STATE=True, STAGES=SCAN_STAGES, num_warps=WARPS,
+            **sizes, BLOCK_V=tiles.scan, STATE=True, STAGES=tiles.stages, num_warps=WARPS,
         )  # fmt: skip
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         dg, dbeta = torch.empty_like(totals), torch.empty_like(totals)
