@@ -22,8 +22,8 @@ LARGER_STACK = {
     "collect_outputs_kernel": 432, "collect_updates_kernel": 392, "prepare_kernel": 248, "scan_kernel": 216,
     "unscan_kernel": 80,
 }  # fmt: skip
-"""Of kernels that hold a chunk's tiles in four warps. Two such blocks to a multiprocessor took half to three quarters of
-the time of one with eight warps and half the spills on an H100; what spills is what to mend about them next."""
+"""Of kernels that hold a chunk's tiles in four warps. Two such blocks to a multiprocessor took half to three quarters
+of the time of one with eight warps and half the spills on an H100; what spills is what to mend about them next."""
 
 
 def compiled(*arguments):
