@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -41,19 +43,21 @@ def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[rows, longest] int64."""
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *([0] * (width - len(row)))] for row in rows], device=device)
+    """[rows, longest] int64, zeros behind each row."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    table = np.zeros((len(rows), lengths.max()), np.int64)
+    table[np.arange(table.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
+    return torch.from_numpy(table).to(device)
 
 
 def end_places(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and place of the last `counts` tokens of padded rows of these lengths, [sum of counts] int64 each."""
-    places = [
-        (at, t) for at, (length, count) in enumerate(zip(lengths, counts, strict=True))
-        for t in range(length - count, length)
-    ]  # fmt: skip
-    row, place = torch.tensor(places, dtype=torch.int64, device=device).view(-1, 2).unbind(1)
-    return row, place
+    count = np.asarray(counts, np.int64)
+    row = np.repeat(np.arange(len(count)), count)
+    # Tokens of all ends in a row, less those of the ends before: each end's own, from 0 on.
+    own = np.arange(len(row)) - np.repeat(count.cumsum() - count, count)
+    place = np.repeat(np.asarray(lengths, np.int64) - count, count) + own
+    return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
 
 
 @torch.inference_mode()
@@ -99,6 +103,7 @@ def greedy(
     prompts: Sequence[Sequence[int]],
     tokens: int,
     ends: Tensor,
+    likely: Sequence[Sequence[int]] = (),
     progress: Callable[[int], None] = lambda left: None,
 ) -> list[list[int]]:
     """What greedy decoding writes behind each prompt: `tokens` tokens, or fewer up to the first of `ends`, left out.
@@ -110,12 +115,17 @@ def greedy(
 
     Args:
         ends: token ids on the decoder's device.
+        likely: first guesses, one row of at most `tokens` per prompt; none at all: zeros. They save passes and change
+            nothing.
         progress: called after every pass with how many prompts are left.
     """
     device = decoder.device
     longest = decoder.shape.max_context - tokens
     rows = [list(prompt[-longest:]) for prompt in prompts]
     guesses = torch.zeros(len(rows), tokens, dtype=torch.int64)
+    if likely:
+        first = padded([[*row, 0] for row in likely], guesses.device)[:, :tokens]
+        guesses[:, : first.shape[1]] = first
     left = list(range(len(rows)))
     while left:
         settled = []
@@ -135,7 +145,8 @@ def _guess_again(
     """One pass: the most likely tokens behind prompts and guesses [B, M], and which of the rows are settled."""
     count, device = guesses.shape[1], decoder.device
     ids = padded([prompt + guess for prompt, guess in zip(prompts, guesses.tolist(), strict=True)], device)
-    place = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device) + torch.arange(count, device=device)
+    starts = torch.tensor(list(map(len, prompts)))[:, None] - 1
+    place = (starts + torch.arange(count)).to(device)
     hidden = decoder.hidden(ids).gather(1, place[..., None].expand(-1, -1, decoder.shape.hidden_size))
     said = torch.cat([decoder.logits(part).argmax(-1) for part in hidden.flatten(0, 1).split(CHUNK[device.type])])
     said = said.view(-1, count)

@@ -140,7 +140,10 @@ class Suite(Task):
     def _written(self, items: list[SuiteItem], decoder: Decoder, context: Context) -> Tensor:
         ends = context.once("line ends", lambda: line_ends(context.tokenizer))
         prompts = context.once((self, "tokens"), lambda: context.tokenizer.encode_batch([item.query for item in items]))
-        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends.to(decoder.device))
+        # Placements of one model write much the same: what the last one wrote is the first guess.
+        memory: dict[str, list[list[int]]] = context.once((self, "lines"), dict)
+        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends.to(decoder.device), memory.get("lines", ()))
+        memory["lines"] = lines
         texts = [context.tokenizer.decode(line).lower() for line in lines]
         hits = [any(a.lower() in text for a in item.answers) for item, text in zip(items, texts, strict=True)]
         return Tensor([float(hit) for hit in hits])

@@ -56,16 +56,19 @@ def is_chosen(candidate: Candidate) -> bool:
 
 
 def queue(bench: Bench) -> Iterator[tuple[Candidate, bool]]:
-    """(candidate, whether it is asked everything) in the order of measuring: the model and what was finalised, all
-    placements briefly, then those that were chosen at length."""
+    """(candidate, whether it is asked everything) in the order of measuring: the model and what was finalised, what
+    else was chosen, then all others briefly, and in the end those at length, too."""
     rows = bench.plan.candidates
     first = [row for row in rows if row.method == TEACHER or row.weights.startswith("final")]
-    yield from ((row, True) for row in first)
-    briefly = [row for row in rows if row.method == TEACHER or row not in first]
-    yield from ((row, False) for row in sorted(briefly, key=lambda row: row.method != TEACHER))
-    main = [row for row in rows if is_chosen(row) and row not in first]
     order = {count: i for i, count in enumerate((*bench.recipe.finalized, *bench.recipe.counts))}
-    yield from ((row, True) for row in sorted(main, key=lambda row: (order[row.k], row.method)))
+    main = sorted(
+        (row for row in rows if is_chosen(row) and row not in first), key=lambda row: (order[row.k], row.method)
+    )
+    others = [row for row in rows if row not in first and row not in main]
+    yield from ((row, True) for row in (*first, *main))
+    # Beside the model's own score on the same few items.
+    yield from ((row, False) for row in (*(row for row in first if row.method == TEACHER), *others))
+    yield from ((row, True) for row in others)
 
 
 class Measurer:
