@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,22 @@ def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) ->
     x = nothing(batch, hidden, dtype=dtype)
     decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
     decode.batch_product(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
+    turned_products(batch, hidden, inner, dtype)
     inner_row = nothing(batch, inner, dtype=dtype)
     parts = decode.batch_product(inner_row, nothing(hidden, inner, dtype=dtype), divided=True)
     decode.add_norm(x, parts, nothing(hidden, dtype=dtype), 1e-6)
     decode.argmax(nothing(batch, 151936, dtype=dtype))
+
+
+def turned_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """In one and in two programs for each multiprocessor."""
+    module = sys.modules["nasbench_kernels.decode.product"]
+    x, size = nothing(batch, hidden, dtype=dtype), dtype.itemsize
+    for each in (1, 2):
+        launch = partial(module.turned_launch, batch, inner, size, *module.card(x.device), each)
+        module.launch_swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype), launch(swiglu=True))
+        weight, bias = nothing(inner, hidden, dtype=dtype), nothing(inner, dtype=dtype)
+        module.launch_batch_product(x, weight, bias, False, replace(launch(), hints=each == 2))
 
 
 def products(hidden: int, inner: int, vocabulary: int) -> None:

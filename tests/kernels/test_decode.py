@@ -1,5 +1,7 @@
 """The decode step's Triton kernels against plain PyTorch: on a GPU where there is one, else under the interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ GPU = torch.cuda.is_available()
 pytest.importorskip("triton")
 
 # ruff: noqa: E402
+import triton
 from nasbench_kernels.causal_conv import causal_conv_step
 from nasbench_kernels.decode import (
     RowLayout,
@@ -30,6 +33,8 @@ from nasbench_kernels.decode.product import (
     batch_launch,
     launch_batch_product,
     launch_swiglu_product,
+    turned_launch,
+    turned_product_kernel,
 )
 from nasbench_kernels.dynamic_conv import dynamic_conv_step
 from nasbench_kernels.gated_delta import gated_delta_step
@@ -247,11 +252,77 @@ def test_batch_product(batch, columns, rows, dtype):
 def test_products_of_any_launch(parts, early):
     """Uneven shares, and parts that lie beyond the columns."""
     x, weight, both = draw(5, 200), draw(70, 200), draw(140, 200)
-    launch = ProductLaunch(64, 16, 32, 4, 2, parts, early)
+    launch = ProductLaunch(64, 16, 32, 4, 2, parts, early, hints=early > 0)
     ours = launch_batch_product(x, weight, None, True, launch)
     assert relative_rmse(ours.sum(0), x @ weight.T) < 1e-5
     gate, up = (x @ both.T).chunk(2, -1)
     assert relative_rmse(launch_swiglu_product(x, both, launch), F.silu(gate) * up) < 1e-5
+
+
+TURNED = {
+    "one block": ProductLaunch(32, 16, 32, 4, 2, turned=True),
+    "two blocks": ProductLaunch(64, 16, 32, 4, 2, early=3, turned=True, more=16),
+    "a part of a block": ProductLaunch(64, 16, 64, 4, 3, early=2, turned=True, taken=23),
+    "a part of two": ProductLaunch(32, 16, 64, 4, 3, turned=True, more=16, taken=21, hints=True),
+}
+"""Outputs of a plain product; of SwiGLU, where each has two rows, half as many."""
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize(("batch", "columns", "rows"), [(3, 200, 71), (17, 128, 64), (41, 72, 100), (100, 136, 72)])
+@pytest.mark.parametrize("dtype", PRODUCTS)
+def test_turned_products(name, batch, columns, rows, dtype):
+    """Odd batches, rows that fill no tile, columns that do and do not fill their blocks, with and without a bias."""
+    launch = replace(TURNED[name], sequences=max(16, triton.next_power_of_2(batch)))
+    wide, weight = draw(batch, 2 * columns, dtype=dtype), draw(2 * rows, columns, dtype=dtype)
+    x, bias = wide[:, columns:], draw(rows, dtype=dtype)
+    wanted = x.float() @ weight.float().T
+    for offset in (None, bias):
+        ours = launch_batch_product(x, weight[:rows], offset, False, launch)
+        assert ours.dtype == dtype
+        added = 0 if offset is None else offset.float()
+        assert relative_rmse(ours.float(), wanted[:, :rows] + added) < CLOSE[dtype]
+    gate, up = (part.to(dtype).float() for part in wanted.chunk(2, -1))
+    ours = launch_swiglu_product(x, weight, replace(launch, taken=launch.taken // 2))
+    assert ours.dtype == dtype
+    assert relative_rmse(ours.float(), F.silu(gate) * up) < CLOSE[dtype]
+    with pytest.raises(ValueError, match="not divided"):
+        launch_batch_product(x, weight, None, True, launch)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_turned_program_writes_its_own_outputs_only(swiglu):
+    """Its blocks reach into those of the next one, and the two run at once."""
+    x, weight, taken = draw(3, 64), draw(2 * 40, 64), 11
+    launch = ProductLaunch(16, 16, 32, 4, 2, turned=True, more=16, taken=taken)
+    rows = 40 if swiglu else 80
+    out = torch.full((3, rows), torch.nan, device=DEVICE)
+    turned_product_kernel[(2,)](
+        x, weight, x, out, 3, rows, 64, taken, 64, MORE=16, EVEN=True, SWIGLU=swiglu, BIAS=False, **launch.constants(x)
+    )
+    gate, up = (x @ weight.T).chunk(2, -1)
+    wanted = F.silu(gate) * up if swiglu else x @ weight.T
+    assert relative_rmse(out[:, : 2 * taken], wanted[:, : 2 * taken]) < 1e-5
+    assert out[:, 2 * taken :].isnan().all()
+
+
+@pytest.mark.parametrize("batch", [2, 16, 64, 100, 128])
+@pytest.mark.parametrize("outputs", [8960, 11008, 8856, 151936, 7])
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize(("sms", "shared"), [(132, 228 << 10), (16, 164 << 10), (82, 100 << 10), (1, 100 << 10)])
+def test_turned_launches_share_the_outputs_out(batch, outputs, swiglu, sms, shared):
+    width = 2 if swiglu else 1
+    for each, most in ((1, 0), (2, 0), (2, 128)):
+        launch = turned_launch(batch, outputs, 2, sms, shared, each, swiglu, most)
+        programs = triton.cdiv(outputs, launch.taken)
+        assert launch.taken * width <= launch.rows + launch.more <= 192
+        assert launch.more < launch.rows
+        assert launch.sequences >= batch
+        assert launch.stages * (launch.rows + launch.more + launch.sequences) * 128 < shared
+        # Whole rounds of programs, none of them nearly empty.
+        rounds = triton.cdiv(programs, sms * each)
+        assert (programs - 1) * launch.taken < outputs <= rounds * sms * each * launch.taken
+        assert outputs == 7 or programs > 0.94 * rounds * sms * each
 
 
 @pytest.mark.parametrize("batch", [2, 16, 64, 100, 128])

@@ -3,6 +3,9 @@
 The weights are the rows of a program's tile and the sequences its columns. Three forms: y = W x + b; the same divided
 over the columns of W, whose parts `add_norm` sums while it adds the residual, so that a matrix of few rows still
 occupies the whole card; and y = SiLU(x Wg^T) * (x Wu^T), where cuBLAS writes gate and up for a second kernel to read.
+
+Turned, the sequences are the rows and the weights the columns, which Hopper's matrix instructions take in any multiple
+of eight: a program then takes as many outputs as make one program, or two, for each multiprocessor.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ def fits(x: Tensor) -> bool:
 def batch_product_kernel(
     x, weight, bias, out, BATCH, ROWS, COLUMNS, SHARE, x_stride,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    EVEN: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LINE: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PASS: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     part = tl.program_id(1)
@@ -46,18 +50,19 @@ def batch_product_kernel(
     if BIAS:
         offset = tl.load(bias + rows, mask=in_rows, other=0.0).to(tl.float32)
     if PDL:
-        for ahead in tl.static_range(EARLY):
-            column = tl.minimum(begin + ahead * BLOCK_K, COLUMNS - 1)
+        for ahead in tl.static_range(0, EARLY * BLOCK_K, LINE):
+            column = tl.minimum(begin + ahead, COLUMNS - 1)
             fetch(weight + tl.minimum(rows, ROWS - 1).to(tl.int64) * COLUMNS + column)
     follow(PDL)
     for first in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
         if EVEN:
-            value = tl.load(inputs + first, mask=in_batch[None, :], other=0.0)
-            block = tl.load(weights + first, mask=in_rows[:, None], other=0.0)
+            value = tl.load(inputs + first, mask=in_batch[None, :], other=0.0, eviction_policy=KEEP)
+            block = tl.load(weights + first, mask=in_rows[:, None], other=0.0, eviction_policy=PASS)
         else:
             inside = begin + first + lanes < COLUMNS
-            value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0)
-            block = tl.load(weights + first, mask=in_rows[:, None] & inside[None, :], other=0.0)
+            value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0, eviction_policy=KEEP)
+            both = in_rows[:, None] & inside[None, :]
+            block = tl.load(weights + first, mask=both, other=0.0, eviction_policy=PASS)
         total = tl.dot(block, value, total, input_precision=PRECISION)
     if BIAS:
         total += offset[:, None]
@@ -69,7 +74,7 @@ def batch_product_kernel(
 def swiglu_product_kernel(
     x, weight, out, BATCH, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    LINE: tl.constexpr, KEEP: tl.constexpr, PASS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_rows = rows < ROWS
@@ -82,17 +87,19 @@ def swiglu_product_kernel(
     gate = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
     up = tl.zeros([BLOCK_R, BLOCK_B], tl.float32)
     if PDL > 0:
-        for ahead in tl.static_range(EARLY):
-            at = weight + tl.minimum(rows, ROWS - 1).to(tl.int64) * COLUMNS + min(ahead * BLOCK_K, COLUMNS - 1)
+        for ahead in tl.static_range(0, EARLY * BLOCK_K, LINE):
+            at = weight + tl.minimum(rows, ROWS - 1).to(tl.int64) * COLUMNS + min(ahead, COLUMNS - 1)
             fetch(at)
             fetch(at + ROWS * COLUMNS)
     follow(PDL)
     for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
         inside = first + lanes < COLUMNS
-        value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0)
+        value = tl.load(inputs + first, mask=inside[:, None] & in_batch[None, :], other=0.0, eviction_policy=KEEP)
         both = in_rows[:, None] & inside[None, :]
-        gate = tl.dot(tl.load(gates + first, mask=both, other=0.0), value, gate, input_precision=PRECISION)
-        up = tl.dot(tl.load(ups + first, mask=both, other=0.0), value, up, input_precision=PRECISION)
+        block = tl.load(gates + first, mask=both, other=0.0, eviction_policy=PASS)
+        gate = tl.dot(block, value, gate, input_precision=PRECISION)
+        block = tl.load(ups + first, mask=both, other=0.0, eviction_policy=PASS)
+        up = tl.dot(block, value, up, input_precision=PRECISION)
     # Rounded as the rows of the plain product are.
     gate = gate.to(out.dtype.element_ty).to(tl.float32)
     up = up.to(out.dtype.element_ty).to(tl.float32)
@@ -101,11 +108,114 @@ def swiglu_product_kernel(
     tl.store(at, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
 
 
+@triton.jit
+def weight_of(output, ROWS, SWIGLU: tl.constexpr, COUNT: tl.constexpr):
+    """Of a block's COUNT columns, from `output` on: which output each is for, and its row of the weights. With SWIGLU
+    the gate of an output and its up stand side by side, ROWS apart in memory."""
+    lanes = tl.arange(0, COUNT)
+    if SWIGLU:
+        outputs = output + lanes // 2
+        rows = tl.minimum(outputs, ROWS - 1) + lanes % 2 * ROWS
+    else:
+        outputs = output + lanes
+        rows = tl.minimum(outputs, ROWS - 1)
+    return outputs, rows.to(tl.int64)
+
+
+@triton.jit
+def store_turned(
+    total, bias, out, output, end, BATCH, ROWS, BLOCK_B: tl.constexpr, COUNT: tl.constexpr, SWIGLU: tl.constexpr,
+    BIAS: tl.constexpr,
+):  # fmt: skip
+    """Writes the outputs from `output` to `end` of a tile [BLOCK_B, COUNT] of sums."""
+    sequences = tl.arange(0, BLOCK_B)
+    if SWIGLU:
+        # Neighbouring columns of a tile of sums are in the same thread: nothing is exchanged.
+        gate, up = tl.split(tl.reshape(total, [BLOCK_B, COUNT // 2, 2]))
+        outputs = output + tl.arange(0, COUNT // 2)
+        # Rounded as the rows of the plain product are.
+        gate = gate.to(out.dtype.element_ty).to(tl.float32)
+        up = up.to(out.dtype.element_ty).to(tl.float32)
+        result = gate / (1.0 + tl.exp(-gate)) * up
+    else:
+        outputs = output + tl.arange(0, COUNT)
+        result = total
+        if BIAS:
+            result += tl.load(bias + outputs, mask=outputs < end, other=0.0).to(tl.float32)[None, :]
+    at = out + sequences[:, None].to(tl.int64) * ROWS + outputs[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=(sequences < BATCH)[:, None] & (outputs < end)[None, :])
+
+
+@triton.jit
+def turned_product_kernel(
+    x, weight, bias, out, BATCH, ROWS, COLUMNS, TAKEN, x_stride,
+    BLOCK_R: tl.constexpr, MORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr, LINE: tl.constexpr, EVEN: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr,
+    KEEP: tl.constexpr, PASS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0) * TAKEN
+    end = tl.minimum(begin + TAKEN, ROWS)
+    second = begin + (BLOCK_R // 2 if SWIGLU else BLOCK_R)
+    sequences = tl.arange(0, BLOCK_B)
+    in_batch = sequences < BATCH
+    lanes = tl.arange(0, BLOCK_K)
+    outputs, rows = weight_of(begin, ROWS, SWIGLU, BLOCK_R)
+    in_rows = outputs < end
+    weights = weight + rows[None, :] * COLUMNS + lanes[:, None]
+    inputs = x + sequences[:, None] * x_stride + lanes[None, :]
+    total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
+    if MORE > 0:
+        more_outputs, more_rows = weight_of(second, ROWS, SWIGLU, MORE)
+        in_more = more_outputs < end
+        others = weight + more_rows[None, :] * COLUMNS + lanes[:, None]
+        rest = tl.zeros([BLOCK_B, MORE], tl.float32)
+    if PDL:
+        for ahead in tl.static_range(0, EARLY * BLOCK_K, LINE):
+            column = tl.minimum(ahead, COLUMNS - 1)
+            fetch(weight + rows * COLUMNS + column)
+            if MORE > 0:
+                fetch(weight + more_rows * COLUMNS + column)
+    follow(PDL)
+    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+        if EVEN:
+            value = tl.load(inputs + first, mask=in_batch[:, None], other=0.0, eviction_policy=KEEP)
+            block = tl.load(weights + first, mask=in_rows[None, :], other=0.0, eviction_policy=PASS)
+        else:
+            inside = first + lanes < COLUMNS
+            value = tl.load(inputs + first, mask=in_batch[:, None] & inside[None, :], other=0.0, eviction_policy=KEEP)
+            both = inside[:, None] & in_rows[None, :]
+            block = tl.load(weights + first, mask=both, other=0.0, eviction_policy=PASS)
+        total = tl.dot(value, block, total, input_precision=PRECISION)
+        if MORE > 0:
+            if EVEN:
+                block = tl.load(others + first, mask=in_more[None, :], other=0.0, eviction_policy=PASS)
+            else:
+                both = inside[:, None] & in_more[None, :]
+                block = tl.load(others + first, mask=both, other=0.0, eviction_policy=PASS)
+            rest = tl.dot(value, block, rest, input_precision=PRECISION)
+    store_turned(total, bias, out, begin, end, BATCH, ROWS, BLOCK_B, BLOCK_R, SWIGLU, BIAS)
+    if MORE > 0:
+        store_turned(rest, bias, out, second, end, BATCH, ROWS, BLOCK_B, MORE, SWIGLU, BIAS)
+
+
 @dataclass(frozen=True)
 class ProductLaunch:
-    """Rows of the weights, sequences and columns of a block; warps and pipeline stages of its program; parts that the
-    columns are divided into; blocks of weights that are asked for before the launch ahead is done. A block's row is one
-    line of the cache, 128 bytes."""
+    """How a product is launched. A row of a block of `product_launch` and `batch_launch` is one line of the cache, 128
+    bytes.
+
+    Attributes:
+        rows: of the weights in a block; without `turned`, SwiGLU has two blocks, of gate and of up.
+        sequences: in a block, a power of two, at least 16.
+        columns: of a block.
+        warps: of a program.
+        stages: of its pipeline.
+        parts: that the columns are divided into; not of SwiGLU, nor where the product is turned.
+        early: blocks of weights that are asked for before the launch ahead is done.
+        turned: sequences are the rows of the tile. With SwiGLU rows of gate and up then alternate in one block.
+        more: rows of a second, smaller block of a turned product's program; 0: none.
+        taken: outputs of a turned product's program, if they are fewer than its blocks hold; 0: as many.
+        hints: tell the second-level cache to let go of weights first and of x last.
+    """
 
     rows: int
     sequences: int
@@ -114,10 +224,27 @@ class ProductLaunch:
     stages: int
     parts: int = 1
     early: int = 0
+    turned: bool = False
+    more: int = 0
+    taken: int = 0
+    hints: bool = False
 
     def share(self, columns: int) -> int:
         """Columns of a part, whole blocks."""
         return triton.cdiv(triton.cdiv(columns, self.parts), self.columns) * self.columns
+
+    def outputs(self, swiglu: bool) -> int:
+        """Of a turned product's program."""
+        return self.taken or (self.rows + self.more) // (2 if swiglu else 1)
+
+    def constants(self, x: Tensor) -> dict[str, int | str]:
+        """Keywords of every kernel here for x."""
+        return {
+            "BLOCK_R": self.rows, "BLOCK_B": self.sequences, "BLOCK_K": self.columns, "STAGES": self.stages,
+            "EARLY": self.early, "LINE": 128 // x.element_size(), "KEEP": "evict_last" if self.hints else "",
+            "PASS": "evict_first" if self.hints else "", "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+            "num_warps": self.warps, **dependent(x.device),
+        }  # fmt: skip
 
 
 def product_launch(batch: int, element_size: int, shared_memory: int) -> ProductLaunch:
@@ -146,6 +273,39 @@ def batch_launch(
     # Where two programs share a multiprocessor, one's loop hides the other's start.
     early = 0 if (divided and long) or blocks < 8 else stages
     return ProductLaunch(block, sequences, block_k, 4, stages, triton.cdiv(blocks, share), early)
+
+
+MOST_ROWS, MOST_ROWS_OF_MANY = 192, 144
+"""Of a turned product's program: where all programs run at once, and where many take turns on a multiprocessor, two at
+a time so that one's loop hides the other's start and end."""
+
+
+def turned_launch(
+    batch: int, outputs: int, element_size: int, sms: int, shared_memory: int, each: int = 1, swiglu: bool = False,
+    most: int = 0,
+) -> ProductLaunch:  # fmt: skip
+    """Of a turned product: `each` programs for each multiprocessor, or a multiple of that, with as many outputs each.
+    Offered by `benchmarks/launches.py`, chosen by nobody yet.
+
+    Args:
+        most: rows of the weights that a program takes at most; 0: MOST_ROWS or MOST_ROWS_OF_MANY.
+    """
+    width, slots = 2 if swiglu else 1, sms * each
+    taken = triton.cdiv(outputs, slots)
+    if taken * width > (most or MOST_ROWS):
+        taken = triton.cdiv(outputs, slots * triton.cdiv(outputs * width, slots * (most or MOST_ROWS_OF_MANY)))
+    rows = max(16, 1 << (taken * width).bit_length() - 1)
+    more = max(0, taken * width - rows)
+    # The matrix unit takes 16 columns at least, and one block is better than two of the same size.
+    more = max(16, triton.next_power_of_2(more)) if more else 0
+    rows, more = (2 * rows, 0) if more == rows else (rows, more)
+    sequences, block_k = max(16, triton.next_power_of_2(batch)), 128 // element_size
+    tile = (rows + more + sequences) * 128
+    # Half of the shared memory, if three stages fit in it: the next launch's programs then find room.
+    half = (shared_memory // 2 - 4096) // tile
+    stages = max(1, min(4, half if half >= 3 else (shared_memory - 4096) // tile))
+    warps = 8 if sequences == 128 else 4
+    return ProductLaunch(rows, sequences, block_k, warps, stages, 1, stages, True, more, taken)
 
 
 def streams(x: Tensor, weight: Tensor, divided: bool = False) -> bool:
@@ -177,14 +337,16 @@ def launch_batch_product(
 ) -> Tensor:
     """`batch_product` as `launch` says."""
     (batch, columns), rows = x.shape, weight.shape[0]
+    if launch.turned:
+        if divided:
+            raise ValueError(f"{launch}: a turned product is not divided")
+        return launch_turned_product(x, weight, bias, False, launch)
     size, kind = ((launch.parts, batch, rows), torch.float32) if divided else ((batch, rows), x.dtype)
     out = torch.empty(size, device=x.device, dtype=kind)
     share = launch.share(columns)
     batch_product_kernel[(triton.cdiv(rows, launch.rows), launch.parts)](
         x, weight, x if bias is None else bias, out, batch, rows, columns, share, x.stride(0),
-        BLOCK_R=launch.rows, BLOCK_B=launch.sequences, BLOCK_K=launch.columns, STAGES=launch.stages,
-        EARLY=launch.early, EVEN=share * launch.parts == columns, BIAS=bias is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=launch.warps, **dependent(x.device),
+        EVEN=share * launch.parts == columns, BIAS=bias is not None, **launch.constants(x),
     )  # fmt: skip
     return out
 
@@ -197,12 +359,34 @@ def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
 
 def launch_swiglu_product(x: Tensor, weight: Tensor, launch: ProductLaunch) -> Tensor:
     """`swiglu_product` as `launch` says."""
+    if launch.turned:
+        return launch_turned_product(x, weight, None, True, launch)
     rows = weight.shape[0] // 2
     out = torch.empty(x.shape[0], rows, device=x.device, dtype=x.dtype)
     swiglu_product_kernel[(triton.cdiv(rows, launch.rows),)](
-        x, weight, out, x.shape[0], COLUMNS=x.shape[1], ROWS=rows,
-        BLOCK_R=launch.rows, BLOCK_B=launch.sequences, BLOCK_K=launch.columns, STAGES=launch.stages,
-        EARLY=launch.early, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=launch.warps, **dependent(x.device),
+        x, weight, out, x.shape[0], COLUMNS=x.shape[1], ROWS=rows, **launch.constants(x)
+    )
+    return out
+
+
+def launch_turned_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool, launch: ProductLaunch
+) -> Tensor:
+    """y = W x (+ bias), or SiLU(x Wg^T) * (x Wu^T), with the sequences as rows of a tile.
+
+    Args:
+        x: [B, K] of contiguous rows.
+        weight: [N, K], or [2 N, K], gate over up, with `swiglu`.
+
+    Returns:
+        [B, N] in x's dtype.
+    """
+    (batch, columns), rows = x.shape, weight.shape[0] // (2 if swiglu else 1)
+    taken = launch.outputs(swiglu)
+    out = torch.empty(batch, rows, device=x.device, dtype=x.dtype)
+    turned_product_kernel[(triton.cdiv(rows, taken),)](
+        x, weight, x if bias is None else bias, out, batch, rows, columns, taken, x.stride(0),
+        MORE=launch.more, EVEN=columns % launch.columns == 0, SWIGLU=swiglu, BIAS=bias is not None,
+        **launch.constants(x),
     )  # fmt: skip
     return out
