@@ -87,7 +87,9 @@ class Candidate:
         if self.kind == "gemv":
             return "{}x{}w{}".format(*self.launch)
         it = self.launch
-        return f"{it.rows}x{it.columns}w{it.warps}s{it.stages}p{it.parts}e{it.early}"
+        rows = f"t{it.rows}" * it.turned or f"{it.rows}"
+        rows += f"+{it.more}" * bool(it.more) + f"/{it.taken}" * bool(it.taken)
+        return f"{rows}x{it.columns}w{it.warps}s{it.stages}p{it.parts}e{it.early}" + "h" * it.hints
 
 
 def candidates(product: Product, batch: int, device: torch.device, dtype: torch.dtype) -> list[Candidate]:
@@ -109,22 +111,72 @@ def candidates(product: Product, batch: int, device: torch.device, dtype: torch.
     else:
         base = batch_launch(batch, rows, columns, width, *card(device), product.divided)
         ours = streams(x, weight, product.divided)
-    tried = [Candidate("product", launch, ours and launch == base) for launch in tiles(base, columns, product.divided)]
+    if product.divided:
+        found = divided_tiles(base, rows, columns, card(device)[0])
+    else:
+        found = whole_tiles(base, batch, rows // 2 if product.swiglu else rows, width, *card(device), product.swiglu)
+    tried = [Candidate("product", launch, ours and launch == base) for launch in found]
     return sorted([*tried, Candidate("cuBLAS", chosen=not ours)], key=lambda candidate: not candidate.chosen)
 
 
-def tiles(base: Any, columns: int, divided: bool) -> list[Any]:
-    """`base` and launches that differ from it in a thing or two."""
+def divided_tiles(base: Any, rows: int, columns: int, sms: int) -> list[Any]:
+    """`base` and launches of a divided product that differ from it in a thing or two."""
+    blocks = -(-columns // base.columns)
+
+    def divided(launch: Any, parts: int) -> Any:
+        share = -(-blocks // min(blocks, max(1, parts)))
+        return replace(launch, parts=-(-blocks // share))
+
     late, early = replace(base, early=0), replace(base, early=base.stages)
-    found = [base, late, early, replace(base, warps=12 - base.warps), replace(late, rows=128, warps=8)]
+    found = [base, late, early]
+    for parts in (base.parts // 2, base.parts * 2 // 3):
+        found += [divided(late, parts), divided(early, parts)]
+    # Blocks of 128 rows read x half as often; one of them for each multiprocessor.
+    found.append(divided(replace(late, rows=128, warps=8), sms // -(-rows // 128)))
+    found += [divided(late, base.parts * 3 // 2), replace(base, warps=12 - base.warps)]
     for stages in (max(1, base.stages - 1), base.stages + 1):
         found.append(replace(base, stages=stages, early=stages if base.early else 0))
-    if divided:
-        blocks = -(-columns // base.columns)
-        for wanted in (base.parts // 2, base.parts * 2 // 3, base.parts * 3 // 2, base.parts * 2):
-            share = -(-blocks // min(blocks, max(1, wanted)))
-            found += [replace(one, parts=-(-blocks // share)) for one in (late, early)]
     return list(dict.fromkeys(found))
+
+
+def whole_tiles(
+    base: Any, batch: int, outputs: int, element_size: int, sms: int, shared_memory: int, swiglu: bool
+) -> list[Any]:
+    """`base` and other launches of a product that is not divided, what promises most first."""
+    from nasbench_kernels.decode.product import ProductLaunch, turned_launch
+
+    def staged(launch: Any, programs: int, most: int) -> Any:
+        """In as many stages as leave room for so many programs on a multiprocessor."""
+        fit = (shared_memory // programs - 2048) // stage_bytes(launch, element_size, swiglu)
+        return replace(launch, stages=max(1, min(most, fit)))
+
+    def wide(launch: Any, programs: int, most: int) -> Any:
+        """Two lines of the cache of each row at once, so that fewer pages of the memory are opened."""
+        return staged(replace(launch, columns=2 * base.columns, early=(launch.early + 1) // 2), programs, most)
+
+    even = partial(turned_launch, batch, outputs, element_size, sms, shared_memory, swiglu=swiglu)
+    one, two = even(), even(each=2)
+    # Blocks of 64 rows, few enough stages for three programs to a multiprocessor: all 280 or 344 of gate and up of the
+    # 2B and 4B models run at once on an H100.
+    block = staged(ProductLaunch(64, base.sequences, base.columns, one.warps, 1, turned=True), 3, 4)
+    other = replace(base, early=0 if base.early else base.stages)
+    found = [base, one, staged(one, 1, 8)]
+    if (wider := wide(one, 1, 4)).stages > 2:  # elsewhere little is on its way at once, and some spill their registers
+        found.append(wider)
+    if swiglu:
+        found += [replace(block, early=block.stages), block, two, replace(one, early=0)]
+        found += [replace(block, rows=128, warps=8, early=block.stages), replace(one, hints=True), other]
+    else:
+        narrow = staged(replace(block, rows=32, warps=4, early=4), 3, 6)
+        found += [two, even(each=2, most=128), wide(base, 2, 4), staged(base, 1, 6), replace(one, early=0)]
+        found += [narrow, replace(one, hints=True), other, replace(base, early=0, rows=128, warps=8)]
+    return list(dict.fromkeys(found))
+
+
+def stage_bytes(launch: Any, element_size: int, swiglu: bool) -> int:
+    """Of shared memory, for one stage."""
+    rows = launch.rows + launch.more if launch.turned else launch.rows * (2 if swiglu else 1)
+    return (rows + launch.sequences) * launch.columns * element_size
 
 
 class ProductCase:

@@ -6,7 +6,9 @@
 products: every matrix product of a decode step, in the chosen launch (*) and in others: for one sequence in other
 blocks, for more in other tiles, parts and stages, with and without weights that are asked for early, and by cuBLAS.
 Divided products are timed with the `add_norm` that sums their parts. Blocks read rows x columns, w warps; tiles go on
-with s stages, p parts, e blocks asked for early.
+with s stages, p parts, e blocks asked for early, and h where the second-level cache is told what to keep. Turned tiles,
+in which the sequences are the rows, begin with t: t128+16/68 is two blocks, of 128 and 16 rows of the weights, of which
+a program fills as much as it needs for 68 outputs.
 argmax: in parts of several sizes, beside torch's.
 steps: whole steps with and without overlapping launches, at 4K for one sequence and at 64K for 128, or 64 where more do
 not fit in the memory.
@@ -202,7 +204,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     text = f"{first.shape:16s} {first.product:10s} x{first.batch:<4d} {size:>13s}"
     for title, row in zip(("*", " best"), pair or (), strict=False):
         speed = f" {row.nbytes / row.us / 1e6:5.2f} TB/s" if row.nbytes else ""
-        text += f" {title} {row.launch:18s} {row.us:8.1f} us{speed}"
+        text += f" {title} {row.launch:26s} {row.us:8.1f} us{speed}"
     if pair:
         text += f"  loses {pair[0].us / pair[1].us - 1:4.0%} of {sum(row.status == 'ok' for row in rows)}"
     return [text, *(f"    {row.launch}: {row.status}" for row in rows if row.status != "ok")]

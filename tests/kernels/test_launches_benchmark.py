@@ -13,10 +13,19 @@ import torch
 
 pytest.importorskip("triton")
 
-from nasbench_kernels.decode.product import batch_launch
+from nasbench_kernels.decode.product import batch_launch, product_launch
 
 import benchmarks.launches as bench
-from benchmarks.launch_cases import Candidate, Product, ProductCase, candidates, products, tiles
+from benchmarks.launch_cases import (
+    Candidate,
+    Product,
+    ProductCase,
+    candidates,
+    divided_tiles,
+    products,
+    stage_bytes,
+    whole_tiles,
+)
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
@@ -102,12 +111,29 @@ def test_the_choice_is_the_kernels_own(monkeypatch):
 def test_parts_of_every_tile_cover_the_columns():
     for columns, rows in ((8960, 1536), (3072, 1536), (64, 7)):
         base = batch_launch(64, rows, columns, 2, 132, 228 << 10, True)
-        found = tiles(base, columns, True)
+        found = divided_tiles(base, rows, columns, 132)
         assert base in found
         for launch in found:
             share = launch.share(columns)
             assert (launch.parts - 1) * share < columns <= launch.parts * share
         assert columns == 64 or len({launch.parts for launch in found}) > 3
+
+
+@pytest.mark.parametrize("batch", [16, 64, 128])
+@pytest.mark.parametrize(("sms", "shared"), [(132, 228 << 10), (82, 100 << 10)])
+def test_whole_tiles_fit_the_card(batch, sms, shared):
+    for outputs, columns, swiglu in ((8856, 1536, False), (8960, 1536, True), (11008, 2048, True)):
+        if swiglu:
+            base = product_launch(batch, 2, shared)
+        else:
+            base = batch_launch(batch, outputs, columns, 2, sms, shared, False)
+        found = whole_tiles(base, batch, outputs, 2, sms, shared, swiglu)
+        assert found[0] == base
+        assert len(found) <= 12
+        assert len({launch.turned for launch in found}) == 2
+        for launch in found[1:]:
+            assert launch.stages * stage_bytes(launch, 2, swiglu) < shared, launch
+            assert launch.sequences >= batch
 
 
 @pytest.mark.parametrize("batch", [1, 3])
