@@ -87,7 +87,10 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     summary = (report / "summary.md").read_text()
     assert all(f"| {name} |" in summary for name in ("the model itself", "median random", "beam", "finalised, long"))
     assert "| K | search | against | KL | loss |" in summary
-    assert "Every placement" in (report / "index.html").read_text()
+    page = (report / "index.html").read_text()
+    assert "Every placement" in page
+    assert all(f">{name}<" in page for name in ("the model itself", "median random", "finalised, long"))
+    assert (report / "curve-retrieval.png").stat().st_size > 1000
 
     lines = (run / "items.jsonl").read_text()
     (run / "items.jsonl").write_text(lines + '{"placement": "4')
