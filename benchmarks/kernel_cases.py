@@ -47,6 +47,17 @@ def each_us(time_us: Callable[[Sequence[Call]], float], calls: Sequence[Call]) -
     return time_us([*calls] * rounds) / (len(calls) * rounds)
 
 
+def pass_tb_s(
+    time_us: Callable[[Sequence[Call]], float], nbytes: int, device: torch.device | str, in_place: bool,
+    sets: int | None = None,
+) -> float:  # fmt: skip
+    """10^12 bytes per second of a plain pass over fp32 buffers of `nbytes`: reading, or in place with reads and writes
+    counted."""
+    buffers = [torch.randn(nbytes // 4, device=device) for _ in range(sets or sets_of(nbytes))]
+    calls = [partial(x.mul_, -1.0) if in_place else partial(torch.sum, x) for x in buffers]
+    return (2 if in_place else 1) * nbytes / each_us(time_us, calls) / 1e6
+
+
 class Work(ABC):
     """Inputs in memory, the check on them, and the calls to time."""
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.kernel_cases import CLOSE, PROMPTS, Attention, Call, RecurrentStep, Rule, Work, each_us, sets_of
+from benchmarks.kernel_cases import CLOSE, PROMPTS, Attention, Call, RecurrentStep, Rule, Work, each_us, pass_tb_s
 from nasbench.config import format_size
 from nasbench.engine.floor import BUFFER_BYTES
 from nasbench.engine.memory import free_bytes
@@ -114,10 +114,7 @@ class Judge:
         self.large = {RECURRENT: self.pass_tb_s(largest, True), ATTENTION: self.pass_tb_s(largest, False)}
 
     def pass_tb_s(self, nbytes: int, in_place: bool) -> float:
-        """A plain pass over fp32 buffers of `nbytes`: reading, or in place with reads and writes counted."""
-        buffers = [torch.randn(nbytes // 4, device=self.device) for _ in range(sets_of(nbytes))]
-        calls = [partial(x.mul_, -1.0) if in_place else partial(torch.sum, x) for x in buffers]
-        return (2 if in_place else 1) * nbytes / each_us(self.time_us, calls) / 1e6
+        return pass_tb_s(self.time_us, nbytes, self.device, in_place)
 
     def __call__(self, case: Case) -> Figure:
         errors: dict[str, float] = {}

@@ -10,13 +10,17 @@ with s stages, p parts, e blocks asked for early, and h where the second-level c
 in which the sequences are the rows, begin with t: t128+16/68 is two blocks, of 128 and 16 rows of the weights, of which
 a program fills as much as it needs for 68 outputs.
 argmax: in parts of several sizes, beside torch's.
+states: the JetBlock layers' recurrent step at 64 to 512 sequences, and at those of --batches that are more than one, in
+the chosen launch and in others, as TB/s of state read and written and as a fraction of what `mul_` in place reaches on
+as many bytes. They read channels of a tile x tiles, p parts, w warps, s stages, r registers at most, e reads and c
+writes that the caches need not keep.
 steps: whole steps with and without overlapping launches, at 4K for one sequence and at 64K for 128, or 64 where more do
 not fit in the memory.
 
 Each result is held against fp32 before it is timed. One that is wrong has no speed; if it is the chosen launch's, the
 exit code is 1. Times are medians of CUDA-graph replays over copies of the weights that exceed the L2 cache together.
 Repeated runs differ by a few per cent. What to change where another launch is better by more: `gemv_launch`,
-`batch_launch`, `product_launch`, `streams` and `PART` in nasbench_kernels.decode.
+`batch_launch`, `product_launch`, `streams`, `step_launch` and `PART` in nasbench_kernels.decode.
 
 --seconds count from the start of the measurements, compilation included, and end what is under way. What they do not
 suffice for is named; a second run finds compiled what the first one launched, and comes further.
@@ -44,16 +48,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import CLOSE, Call, each_us, sets_of
+from benchmarks.kernel_cases import CLOSE, Call, each_us, pass_tb_s, sets_of
 from benchmarks.launch_cases import Product, ProductCase, candidates, products
+from benchmarks.state_cases import BATCHES as STATE_BATCHES
+from benchmarks.state_cases import StateCase, label, launches, states
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks.gated_delta import JetBlockConfig
 from nasbench.config import format_size
 from nasbench.errors import MachineError, UserError
 
-PARTS = ("argmax", "products", "steps")
-SHARE = 0.6
-"""Of the seconds that the products may take where steps follow."""
+PARTS = ("argmax", "products", "states", "steps")
+SHARES = {"argmax": 0.6, "products": 0.6, "states": 0.7, "steps": 1.0}
+"""Of the seconds that may be over when something of a part is begun, where all parts are measured."""
 STEPS = ((4096, (1,)), (65536, (128, 64)))
 """Context and batches of whole steps, of which the first that fits is measured."""
 LOGIT_PARTS = (2048, 4096, 8192)
@@ -66,11 +73,13 @@ class Row:
     """One measurement; NaN is a number that there is not.
 
     Attributes:
-        product: Product.part, argmax, or a step and its context.
+        product: Product.part, argmax, a recurrent layer, or a step and its context.
         count: how often a step has it.
-        nbytes: of the weights or logits that a call reads; 0 where there are others.
+        nbytes: of the weights or logits that a call reads, or of the states that it reads and writes; 0 where there are
+            others.
         error: relative RMSE against fp32; for argmax the share of sequences with another token.
         status: ok, or why there is no time.
+        in_place_tb_s: of states, what `mul_` in place reached on as many bytes.
     """
 
     shape: str
@@ -86,6 +95,7 @@ class Row:
     error: float
     chosen: bool
     status: str
+    in_place_tb_s: float = math.nan
 
 
 def judge(error: Callable[[], float], bound: float, calls: Callable[[], list[Call]], time_us: TimeUs) -> dict[str, Any]:
@@ -146,6 +156,23 @@ def argmax_rows(
         )  # fmt: skip
 
 
+def state_rows(
+    shape: ModelShape, config: JetBlockConfig, count: int, batch: int, *, time_us: TimeUs, left: Callable[[], float],
+    device: torch.device, dtype: torch.dtype = torch.bfloat16, sets: int | None = None,
+) -> Iterator[Row]:  # fmt: skip
+    """A recurrent layer's step in its launches, the chosen one first, as long as seconds are left."""
+    case = StateCase(config, batch, device, dtype, sets)
+    in_place = pass_tb_s(time_us, case.nbytes // 2, device, True, len(case.sets))
+    for place, launch in enumerate(launches(config, batch, device)):
+        if left() <= 0:
+            return
+        found = judge(partial(case.error, launch), CLOSE["output"], partial(case.calls_of, launch), time_us)
+        yield Row(
+            shape.name, f"J {config.args}", count, batch, 0, 0, case.nbytes, "recurrent step", label(launch),
+            chosen=place == 0, in_place_tb_s=in_place, **found,
+        )  # fmt: skip
+
+
 def step_rows(shape: ModelShape, device: torch.device) -> Iterator[Row]:
     """Whole steps, overlapping and not."""
     from nasbench_kernels.decode.overlap import dependent, without_overlap
@@ -197,17 +224,26 @@ def best_of(rows: Sequence[Row]) -> tuple[Row, Row] | None:
     return (chosen[0], min(timed, key=lambda row: row.us)) if chosen else None
 
 
+def speed(row: Row) -> str:
+    """us, TB/s where bytes are known, and the fraction of the bandwidth in place where that was measured."""
+    tb_s = row.nbytes / row.us / 1e6
+    text = f"{row.launch:18s} {row.us:8.1f} us" + (f" {tb_s:5.2f} TB/s" if row.nbytes else "")
+    return text if math.isnan(row.in_place_tb_s) else f"{text} {tb_s / row.in_place_tb_s:4.2f} of mul_"
+
+
 def lines(rows: Sequence[Row]) -> list[str]:
-    """Of a case: the chosen launch, the best one, what the choice loses; then those without a time."""
+    """Of a case: the chosen launch, the best one, what the choice loses; then those without a time. Of states all."""
     first, pair = rows[0], best_of(rows)
     size = f"{first.rows} x {first.columns}" if first.columns > 1 else ""
     text = f"{first.shape:16s} {first.product:10s} x{first.batch:<4d} {size:>13s}"
     for title, row in zip(("*", " best"), pair or (), strict=False):
-        speed = f" {row.nbytes / row.us / 1e6:5.2f} TB/s" if row.nbytes else ""
-        text += f" {title} {row.launch:26s} {row.us:8.1f} us{speed}"
+        text += f" {title} {speed(row)}"
     if pair:
         text += f"  loses {pair[0].us / pair[1].us - 1:4.0%} of {sum(row.status == 'ok' for row in rows)}"
-    return [text, *(f"    {row.launch}: {row.status}" for row in rows if row.status != "ok")]
+    every = [] if math.isnan(first.in_place_tb_s) else [row for row in rows if row.status == "ok"]
+    text += f"  mul_ {first.in_place_tb_s:.2f} TB/s" if every else ""
+    wrong = [f"    {row.launch}: {row.status}" for row in rows if row.status != "ok"]
+    return [text, *(f"    {speed(row)}" for row in every), *wrong]
 
 
 def sums(rows: Sequence[Row]) -> list[str]:
@@ -270,6 +306,15 @@ def work_of(
                     device=device,
                 )  # fmt: skip
                 yield "products", f"{shape.name} {product.part} x{batch}", rows
+    # One shape after the other: what one batch has compiled serves the next.
+    for shape in shapes:
+        for config, count in states(shape).items():
+            for batch in dict.fromkeys((*STATE_BATCHES, *(batch for batch in batches if batch > 1))):
+                rows = partial(
+                    state_rows, shape, config, count, batch, time_us=time_us, left=partial(left, "states"),
+                    device=device,
+                )  # fmt: skip
+                yield "states", f"{shape.name} J {config.args} x{batch}", rows
     for shape in shapes:
         yield "steps", shape.name, partial(step_rows, shape, device)
 
@@ -336,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{info.title}, torch {torch.__version__}, triton {triton.__version__}; * is what the kernels choose")
 
     def left(part: str) -> float:
-        share = 1.0 if options.only or part == "steps" else SHARE
+        share = 1.0 if options.only else SHARES[part]
         return share * options.seconds - (time.monotonic() - began)
 
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from nasbench_kernels import decode, distill, prefill
+from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -55,7 +56,9 @@ def nothing(*size: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.empty(*size, dtype=dtype, device="meta")
 
 
-def recurrent(batch: int, heads: int, key_dim: int, value_dim: int, state: torch.dtype) -> None:
+def recurrent(
+    batch: int, heads: int, key_dim: int, value_dim: int, state: torch.dtype, launch: StepLaunch | None = None
+) -> None:
     keys, values = heads * key_dim, heads * value_dim
     at = (0, keys, 2 * keys, 2 * keys + values, 2 * keys + 2 * values, 2 * keys + 2 * values + heads)
     decode.recurrent_step(
@@ -68,6 +71,7 @@ def recurrent(batch: int, heads: int, key_dim: int, value_dim: int, state: torch
         decode.StepWorkspace(),
         nothing(batch, values, 4),
         nothing(batch, 3, values),
+        launch=launch,
     )
 
 
@@ -191,6 +195,12 @@ CASES: dict[str, Callable[[], None]] = {
     "around the rule 2B": lambda: around_the_rule(12, 96, 256),
     "distillation smollm2": lambda: distillation(2048, 1536, 9, 3, 64, 49152),
 }
+for tried in (
+    StepLaunch(32, 8, 1, 2, 3, registers=128),
+    StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
+    StepLaunch(32, 1, 8, 1, 1),
+):
+    CASES[f"recurrent 2B as {tried}"] = partial(recurrent, 128, 12, 96, 256, FP32, tried)
 MORE: dict[str, Callable[[], None]] = {
     "attention qwen3": lambda: attention(18, 16, 8, 65536, 128, BF16, True),
     "attention smollm2": lambda: attention(1, 9, 3, 8192, 64, BF16, False),

@@ -36,6 +36,7 @@ from nasbench_kernels.decode.product import (
     turned_launch,
     turned_product_kernel,
 )
+from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv import dynamic_conv_step
 from nasbench_kernels.gated_delta import gated_delta_step
 from tolerances import relative_rmse
@@ -72,44 +73,77 @@ def naive_step(row, layout, state, a_log, dt_bias, weight, kernels, history):
     return (normed * F.silu(part(layout.gate, value_dim))).flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("batch", "heads", "key_dim", "value_dim"), [(2, 3, 24, 40), (1, 2, 64, 171), (3, 1, 96, 256), (1, 1, 192, 64)]
-)
-@pytest.mark.parametrize("dynamic", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_recurrent_step(batch, heads, key_dim, value_dim, dynamic, dtype):
-    sizes = [heads * key_dim, heads * key_dim, heads * value_dim, heads * value_dim, 5, heads, heads]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
-    row = draw(batch, sum(sizes), dtype=dtype)
+def check_step(sizes, dynamic, dtype, state_dtype=torch.float32, launch=None):
+    """Two steps of sizes (B, H, K, V): the second finds state, history and counters that the first left."""
+    batch, heads, key_dim, value_dim = sizes
     values = heads * value_dim
+    widths = [heads * key_dim, heads * key_dim, values, values, 5, heads, heads]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
+    row = draw(batch, sum(widths), dtype=dtype)
     a_log, dt_bias, weight = draw(heads), draw(heads, seed=1), draw(value_dim, dtype=dtype)
     kernels = draw(batch, values, 4, dtype=dtype) if dynamic else None
     history = draw(batch, 3, values, dtype=dtype) if dynamic else None
-    state = draw(batch, heads, key_dim, value_dim)
-    ours_state, ours_history = state.clone(), None if history is None else history.clone()
+    ours_state = draw(batch, heads, key_dim, value_dim, dtype=state_dtype)
+    state, ours_history = ours_state.float().clone(), None if history is None else history.clone()
     theirs_history = None if history is None else history.float().clone()
+    close, state_close = (CLOSE[dtype], 1e-5) if state_dtype == torch.float32 else (1e-2, 1e-2)
     workspace = StepWorkspace()
-    for _ in range(2):  # twice: the counters must come back to zero
-        ours = recurrent_step(row, layout, ours_state, a_log, dt_bias, weight, workspace, kernels, ours_history)
+    for _ in range(2):
+        ours = recurrent_step(
+            row, layout, ours_state, a_log, dt_bias, weight, workspace, kernels, ours_history, launch=launch
+        )
         theirs = naive_step(row, layout, state, a_log, dt_bias, weight, kernels, theirs_history)
-        assert relative_rmse(ours.float(), theirs) < CLOSE[dtype]
-        assert relative_rmse(ours_state, state) < 1e-5
+        assert relative_rmse(ours.float(), theirs) < close
+        assert relative_rmse(ours_state.float(), state) < state_close
     if ours_history is not None:
         assert torch.equal(ours_history.float(), theirs_history)
     assert workspace.counters is not None
     assert not workspace.counters.any()
 
 
-def test_recurrent_step_with_a_bf16_state():
-    row, state = draw(2, 2 * 16 * 2 + 2 * 2 * 32 + 4, dtype=torch.bfloat16), draw(2, 2, 16, 32)
-    layout = RowLayout(0, 32, 64, 128, 192, 194)
-    a_log, dt_bias, weight = draw(2), draw(2, seed=1), draw(32)
-    half = state.bfloat16()
-    ours = recurrent_step(row, layout, half, a_log, dt_bias, weight, StepWorkspace())
-    theirs = naive_step(row, layout, state, a_log, dt_bias, weight, None, None)
-    assert relative_rmse(ours.float(), theirs) < 1e-2
-    assert relative_rmse(half.float(), state) < 1e-2
+@pytest.mark.parametrize("sizes", [(2, 3, 24, 40), (1, 2, 64, 171), (3, 1, 96, 256), (1, 1, 192, 64)])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recurrent_step(sizes, dynamic, dtype):
+    check_step(sizes, dynamic, dtype)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_recurrent_step_with_a_bf16_state(dynamic):
+    check_step((2, 2, 16, 32), dynamic, torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        StepLaunch(64, 4, 1, 2, 2, evict_reads=True, stream_writes=True),
+        StepLaunch(64, 4, 1, 2, 1),
+        StepLaunch(32, 8, 1, 2, 3, registers=128),
+        StepLaunch(16, 16, 1, 1, 3),
+        StepLaunch(64, 2, 2, 4, 2),
+        StepLaunch(32, 4, 2, 2, 2, stream_writes=True),
+        StepLaunch(32, 2, 4, 2, 2),
+        StepLaunch(32, 1, 8, 1, 1),
+        StepLaunch(64, 1, 4, 2, 1),
+        StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
+        StepLaunch(128, 1, 2, 4, 1),
+        StepLaunch(256, 1, 1, 8, 1, evict_reads=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_recurrent_step_in_any_launch(launch, dynamic, state_dtype):
+    """Whole heads, and value channels beyond which tiles and parts lie partly or wholly."""
+    dtype = torch.bfloat16 if state_dtype == torch.bfloat16 else torch.float32
+    for sizes in ((1, 1, 96, 256), (3, 1, 24, 171)):
+        check_step(sizes, dynamic, dtype, state_dtype, launch)
+
+
+def test_a_launch_must_reach_all_channels():
+    with pytest.raises(ValueError, match="leaves some of 40 value channels out"):
+        check_step((1, 1, 16, 40), False, torch.float32, launch=StepLaunch(8, 2, 2, 1, 1))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 64), (3, 1, 96), (4, 4, 128)])

@@ -43,7 +43,7 @@ class Fake(Work):
 def judge(monkeypatch):
     """Every call takes 2 us; plain passes are made on small buffers."""
     monkeypatch.setattr(bench, "BUFFER_BYTES", {"cpu": 1 << 16})
-    monkeypatch.setattr(bench, "sets_of", lambda _: 2)
+    monkeypatch.setattr("benchmarks.kernel_cases.sets_of", lambda _: 2)
     return bench.Judge(lambda calls: 2.0 * len(calls), device="cpu")
 
 

@@ -46,7 +46,7 @@ def recurrent_step_kernel(
     row_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at, scale,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr,
     L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -71,11 +71,13 @@ def recurrent_step_kernel(
         tile_at = part * BLOCK_V + tl.arange(0, BLOCK_V)
         in_tile = tile_at < VALUE
         old_a = tl.load(
-            memory + first[:, None] * VALUE + tile_at[None, :], mask=in_first[:, None] & in_tile[None, :], other=0.0
-        )
+            memory + first[:, None] * VALUE + tile_at[None, :], mask=in_first[:, None] & in_tile[None, :], other=0.0,
+            eviction_policy=READ,
+        )  # fmt: skip
         old_b = tl.load(
-            memory + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :], other=0.0
-        )
+            memory + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :], other=0.0,
+            eviction_policy=READ,
+        )  # fmt: skip
     follow(PDL)
     # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
@@ -140,8 +142,8 @@ def recurrent_step_kernel(
             a = old_a.to(tl.float32)
             b = old_b.to(tl.float32)
         else:
-            a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0, eviction_policy=READ).to(tl.float32)
+            b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0, eviction_policy=READ).to(tl.float32)
         value = tl.load(waiting + at, mask=inside, other=0.0)
         # The output from the old state, S_t^T q = decay S^T q + (q . k) u: no second pass over what was written.
         read_k = tl.sum(a * k_a[:, None], 0) + tl.sum(b * k_b[:, None], 0)
@@ -149,8 +151,8 @@ def recurrent_step_kernel(
         write = beta * (value - decay * read_k)
         a = a * decay + k_a[:, None] * write[None, :]
         b = b * decay + k_b[:, None] * write[None, :]
-        tl.store(at_a, a.to(kind), mask=in_first[:, None] & inside[None, :])
-        tl.store(at_b, b.to(kind), mask=in_second[:, None] & inside[None, :])
+        tl.store(at_a, a.to(kind), mask=in_first[:, None] & inside[None, :], cache_modifier=WRITE)
+        tl.store(at_b, b.to(kind), mask=in_second[:, None] & inside[None, :], cache_modifier=WRITE)
         tl.store(waiting + at, decay * read_q + q_k * write, mask=inside)
 
     tl.debug_barrier()
@@ -175,13 +177,25 @@ def key_blocks(key_dim: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StepLaunch:
-    """How a head's value channels are divided: `parts` programs of `tiles` tiles of `block_v` channels each."""
+    """How a head's value channels are divided: `parts` programs of `tiles` tiles of `block_v` channels each.
+
+    Attributes:
+        block_v, tiles: powers of two. A single tile is held in registers and asked for before anything else.
+        stages: of the loop over several tiles, s - 1 of which are on their way.
+        registers: most of a thread, so that more programs find room; 0 leaves it to the compiler.
+        evict_reads: tells the second-level cache that lines of the state that are read need not stay (evict_first).
+            triton 3.6 drops the hint where there are several tiles, 3.9 does not.
+        stream_writes: the same of the lines that are written (st.global.cs).
+    """
 
     block_v: int
     tiles: int
     parts: int
     warps: int
     stages: int
+    registers: int = 0
+    evict_reads: bool = False
+    stream_writes: bool = False
 
     def stages_for(self, element_size: int, key_dim: int, shared_memory: int) -> int:
         """The stages that leave room for two programs in a multiprocessor's shared memory; at least one."""
@@ -242,6 +256,8 @@ def recurrent_step(
     workspace: StepWorkspace,
     kernels: Tensor | None = None,
     history: Tensor | None = None,
+    *,
+    launch: StepLaunch | None = None,
 ) -> Tensor:
     """A whole JetBlock or Gated DeltaNet step between the input and the output projection.
 
@@ -255,18 +271,22 @@ def recurrent_step(
         norm_weight: [V].
         kernels: JetBlock's dynamic kernels [B, H * V, W] with history [B, W-1, H * V], shifted in place; then q, k and
             v pass SiLU here. None: row holds q, k and v after convolution and SiLU.
+        launch: as of `step_launch`, whose is the default.
 
     Returns:
         [B, H * V] in row's dtype.
     """
     batch, heads, key_dim, value_dim = state.shape
     sms, shared_memory = card(row.device)
-    launch = step_launch(batch * heads, key_dim, value_dim, sms)
+    launch = launch or step_launch(batch * heads, key_dim, value_dim, sms)
+    if launch.block_v * launch.tiles * launch.parts < value_dim:
+        raise ValueError(f"{launch} leaves some of {value_dim} value channels out")
     stages = launch.stages_for(state.element_size(), key_dim, shared_memory)
     block_a, block_b = key_blocks(key_dim)
     scratch, counters = workspace.of(batch * heads, value_dim, row.device)
     out = torch.empty(batch, heads * value_dim, device=row.device, dtype=row.dtype)
     taps = kernels.shape[-1] if kernels is not None else 2
+    most_registers = {"maxnreg": launch.registers} if launch.registers else {}
     recurrent_step_kernel[(batch * heads * launch.parts,)](
         row, row if kernels is None else kernels, row if history is None else history, state, a_log, dt_bias,
         norm_weight, scratch, counters, out,
@@ -274,6 +294,7 @@ def recurrent_step(
         HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
         BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v, TILES=launch.tiles, PARTS=launch.parts,
         BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages, DYNAMIC=kernels is not None,
-        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps, **dependent(row.device),
+        READ="evict_first" if launch.evict_reads else "", WRITE=".cs" if launch.stream_writes else "",
+        L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps, **most_registers, **dependent(row.device),
     )  # fmt: skip
     return out
