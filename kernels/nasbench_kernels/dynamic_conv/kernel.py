@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_T, BLOCK_C, WARPS = 16, 64, 4
+STRIP_T, STRIP_C, STRIP_WARPS = 32, 128, 2
+"""Of the backward that goes token by token: two channels a thread, whose taps are 16 bytes."""
 
 
 @triton.jit
@@ -117,40 +119,24 @@ def conv_backward_taps_kernel(
     if not STATIC:
         kernels += i_b * T * C * W
         dkernels += i_b * T * C * W
-    if (not STATIC) and W == 4:
-        first, second, third, fourth = _four_taps(kernels, t, T, C, BT, BC)
-        oldest = _input(x, C, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE)
-        older = _input(x, C, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE)
-        last = _input(x, C, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE)
-        newest = _input(x, C, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE)
-        total = oldest * first + older * second + last * third + newest * fourth
-    else:
-        total = tl.zeros((BT, BC), tl.float32)
-        for j in tl.static_range(W):
-            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-            total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    total = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(W):
+        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
     slope = gate * (1.0 + total * (1.0 - gate))
     change = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * slope
     tl.store(d + at, change, mask=inside)
-    if (not STATIC) and W == 4:
-        # Put together as the taps were taken apart: stores of two bytes in every eight would fill no line.
-        even = tl.join(oldest * change, last * change)
-        together = tl.reshape(tl.join(even, tl.join(older * change, newest * change)), (BT, BC * 4))
-        lanes, there = _four(C, BC)
-        place = dkernels + t.to(tl.int64)[:, None] * C * W + lanes[None, :]
-        tl.store(place, together.to(dkernels.dtype.element_ty), mask=(t < T)[:, None] & there[None, :])
-    else:
-        for j in tl.static_range(W):
-            # Inputs a second time, from the cache, instead of W windows in registers.
-            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-            if STATIC:
-                block = i_b * tl.num_programs(1) + tl.program_id(1)
-                tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
-            else:
-                place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
-                tl.store(dkernels + place, window * change, mask=inside)
+    for j in tl.static_range(W):
+        # Inputs a second time, from the cache, instead of W windows in registers.
+        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        if STATIC:
+            block = i_b * tl.num_programs(1) + tl.program_id(1)
+            tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
+        else:
+            place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
+            tl.store(dkernels + place, window * change, mask=inside)
 
 
 @triton.jit
@@ -178,6 +164,80 @@ def conv_backward_input_kernel(
         total += change * _tap(kernels, reader, c, j, C, inside, W, STATIC)
     place = dx + i_b * T * C + s.to(tl.int64)[:, None] * C + c[None, :]
     tl.store(place, total, mask=(s < T)[:, None] & in_c[None, :])
+
+
+@triton.jit
+def _before(x, history, t, c, in_c, T, C, HISTORY: tl.constexpr):
+    """The input of token t [BC] fp32, t < 0 being of the history, zero where there is none."""
+    token = t + 0 * c
+    value = tl.load(x + token.to(tl.int64) * C + c, mask=in_c & (token >= 0) & (token < T), other=0.0).to(tl.float32)
+    if HISTORY:
+        value += tl.load(history + (token + 3) * C + c, mask=in_c & (token < 0), other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def conv_backward_kernel(
+    x, kernels, history, age, dy, dkernels, dx, T, C,
+    HISTORY: tl.constexpr, AGE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of kernels per token with four taps, token by token: a channel's last three inputs, and what the
+    tokens so far give to the last three, stay in registers, so that everything is read and written once."""
+    i_b = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(1) * BT
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = c < C
+    lanes, there = _four(C, BC)
+    x += i_b * T * C
+    dy += i_b * T * C
+    dx += i_b * T * C
+    age += i_b * T
+    history += i_b * 3 * C
+    kernels += i_b * T * C * 4
+    dkernels += i_b * T * C * 4
+    oldest = _before(x, history, begin - 3, c, in_c, T, C, HISTORY)
+    older = _before(x, history, begin - 2, c, in_c, T, C, HISTORY)
+    last = _before(x, history, begin - 1, c, in_c, T, C, HISTORY)
+    # So far of the gradients of the inputs of tokens t - 3, t - 2 and t - 1.
+    third = tl.zeros((BC,), tl.float32)
+    second = tl.zeros((BC,), tl.float32)
+    first = tl.zeros((BC,), tl.float32)
+    # Three tokens more than its own: they read the last three of those.
+    for step in range(BT + 3):
+        t = begin + step
+        # Spread over the channels: the interpreter takes no scalar in a mask.
+        inside = in_c & (t + 0 * c < T)
+        row = t.to(tl.int64) * C
+        taps = tl.load(kernels + row * 4 + lanes, mask=there & (t + 0 * lanes < T), other=0.0)
+        even, odd = tl.split(tl.reshape(taps, (BC, 2, 2)))
+        k0, k2 = tl.split(even.to(tl.float32))
+        k1, k3 = tl.split(odd.to(tl.float32))
+        newest = tl.load(x + row + c, mask=inside, other=0.0).to(tl.float32)
+        if AGE:
+            # Taps that reach across a document's border count as zero, here and in every gradient.
+            known = tl.load(age + tl.minimum(t, T - 1))
+            k0 = tl.where(known >= 3, k0, 0.0)
+            k1 = tl.where(known >= 2, k1, 0.0)
+            k2 = tl.where(known >= 1, k2, 0.0)
+        total = oldest * k0 + older * k1 + last * k2 + newest * k3
+        gate = tl.sigmoid(total)
+        change = tl.load(dy + row + c, mask=inside, other=0.0).to(tl.float32)
+        change *= gate * (1.0 + total * (1.0 - gate))
+        if (step < BT) & (t < T):
+            d0, d1, d2 = oldest * change, older * change, last * change
+            if AGE:
+                d0 = tl.where(known >= 3, d0, 0.0)
+                d1 = tl.where(known >= 2, d1, 0.0)
+                d2 = tl.where(known >= 1, d2, 0.0)
+            # Put together as the taps were taken apart: stores of two bytes in every eight would fill no line.
+            together = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, newest * change)), (BC * 4,))
+            tl.store(dkernels + row * 4 + lanes, together.to(dkernels.dtype.element_ty), mask=there)
+        if (step >= 3) & (t - 3 < T):
+            tl.store(dx + row - 3 * C + c, (third + k0 * change).to(dx.dtype.element_ty), mask=in_c)
+        third = second + k1 * change
+        second = first + k2 * change
+        first = k3 * change
+        oldest, older, last = older, last, newest
 
 
 def _grid(x: Tensor) -> tuple[int, int, int]:
@@ -208,24 +268,31 @@ class _ShortConvolution(torch.autograd.Function):
         x, kernels = ctx.saved_tensors
         dy = gradients[0].contiguous()
         (batch, tokens, channels), taps, static = x.shape, kernels.shape[-1], kernels.dim() == 2
+        history, age = x if ctx.history is None else ctx.history, x if ctx.age is None else ctx.age
+        given = {"HISTORY": ctx.history is not None, "AGE": ctx.age is not None}
+        dx: Tensor | None = None
+        if not static and taps == 4:
+            dx, dkernels = torch.empty_like(x), torch.empty_like(kernels)
+            conv_backward_kernel[triton.cdiv(channels, STRIP_C), triton.cdiv(tokens, STRIP_T), batch](
+                x, kernels, history, age, dy, dkernels, dx, tokens, channels,
+                **given, BT=STRIP_T, BC=STRIP_C, num_warps=STRIP_WARPS,
+            )  # fmt: skip
+            return dx, dkernels, None, None
         grid = _grid(x)
         d = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         if static:
             dkernels = torch.empty(batch * grid[1], channels, taps, dtype=torch.float32, device=x.device)
         else:
             dkernels = torch.empty_like(kernels)
-        age = x if ctx.age is None else ctx.age
         conv_backward_taps_kernel[grid](
-            x, kernels, x if ctx.history is None else ctx.history, age, dy, d, dkernels, tokens, channels,
-            W=taps, STATIC=static, HISTORY=ctx.history is not None, AGE=ctx.age is not None,
-            BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+            x, kernels, history, age, dy, d, dkernels, tokens, channels,
+            W=taps, STATIC=static, **given, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
-        dx = None
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(x)
             conv_backward_input_kernel[grid](
                 d, kernels, age, dx, tokens, channels,
-                W=taps, STATIC=static, AGE=ctx.age is not None, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+                W=taps, STATIC=static, AGE=given["AGE"], BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
             )  # fmt: skip
         return dx, dkernels.sum(0).to(kernels.dtype) if static else dkernels, None, None
 
