@@ -46,7 +46,11 @@ def start(script, *arguments, size=2):
     command = [sys.executable, "-c", HEADER + script, *map(str, arguments)]
     return [
         subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for rank in range(size)
     ]

@@ -45,7 +45,10 @@ def command(
     search_seconds: Annotated[float, typer.Option(help="Of all searches together.")] = 120,
     finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
     remedies: Annotated[
-        str, typer.Option(help="Other ways to finalise that are tried: mixers, hidden, long, fast, self, plain.")
+        str,
+        typer.Option(
+            help="Other ways to finalise that are tried: mixers, hidden, long, fast, gentle, self, plain, average."
+        ),
     ] = "",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,

@@ -18,7 +18,7 @@ from nasbench.reproduce.page import write_page
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.speed import Speeds
 from nasbench.reproduce.stages import Bench, Log
-from nasbench.reproduce.summary import write_summary
+from nasbench.reproduce.summary import sections, write_summary
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import format_placement
 from nasbench.supernet.loop import Progress, no_progress
@@ -47,7 +47,8 @@ def write_report(out: Path, recipe: Recipe, command: str) -> Path:
             shutil.copyfile(out / name, folder / Path(name).name)
     command = facts.plan["command"] or command
     write_summary(folder, facts, words(facts), command)
-    return write_page(folder, f"{resolve_shape(recipe.model).name}: placements compared", words(facts), command)
+    title = f"{resolve_shape(recipe.model).name}: placements compared"
+    return write_page(folder, title, words(facts), command, sections(facts))
 
 
 def words(facts: table.Facts) -> str:
@@ -128,8 +129,12 @@ def reproduce(
     def refresh() -> None:
         table.write_tables(out / REPORT, facts_of(out, recipe))
 
-    timed("measure", lambda: measure.measure_all(bench, items, refresh))
-    return write_report(out, recipe, command)
+    try:
+        timed("measure", lambda: measure.measure_all(bench, items, refresh))
+    finally:
+        # Measuring takes longest: what is there when it is stopped is worth a page.
+        page = write_report(out, recipe, command)
+    return page
 
 
 def on_curve(bench: Bench, items: Items, candidate: Candidate, tokens: int) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nasbench.config import format_size, parse_size
 from nasbench.files import atomic_path, write_text
 from nasbench.report import style
+from nasbench.reproduce.summary import Section
 from nasbench.search.trials import TEACHER, UNIFORM
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ CSS = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
     "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
     "td,th{padding:.15rem .5rem;border-bottom:1px solid #e2e5ea;text-align:right}"
-    "th:first-child,td:first-child{text-align:left}img{max-width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.6rem}"
+    "th:first-child,td:first-child{text-align:left}td.words,th.words{text-align:left}"
+    "summary{margin:1rem 0;cursor:pointer}"
+    "img{max-width:100%}pre{white-space:pre-wrap;background:#f4f5f7;padding:.6rem}"
     ".figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(24rem,1fr));gap:1rem}"
 )
 
@@ -72,21 +75,31 @@ def by_count(axes: Axes, rows: Sequence[Row], y: str) -> None:
     teacher = _points([row for row in rows if row["method"] == TEACHER], "k", y)
     for point in teacher:
         axes.axhline(point[1], color="#5d6672", linewidth=0.8, linestyle=":")
+    counts = sorted({int(row["k"]) for row in best if row["method"] != TEACHER and row.get(y)})
+    axes.set_xticks(counts)
     axes.set_xlabel("layers of full attention")
 
 
 def by_length(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """Retrieval of the model, of finalised placements, and of searched ones that were asked at all lengths."""
+    """Retrieval of the model, of finalised placements, and of those before they were finalised, where they were asked
+    at all lengths."""
     lengths = [parse_size(name.split("_")[1]) for name in names]
-    for row in rows:
+    finalised = [row for row in rows if row["weights"] == "final"]
+    known = [row for row in rows if all(row.get(name) for name in names)]
+    for row in known:
         kind = "final" if row["weights"] == "final" else row["method"]
-        if kind not in (TEACHER, "final") or not all(row.get(name) for name in names):
+        before = row["weights"] == "supernet" and any(
+            (row["placement"], row["method"]) == (other["placement"], other["method"]) for other in finalised
+        )
+        if kind not in (TEACHER, "final") and not before:
             continue
         values, errors = ([float(row[f"{name}{end}"] or 0) for name in names] for end in ("", "_se"))
-        label = "the model itself" if kind == TEACHER else f"{row['k']} layers, finalised"
+        label = (
+            "the model itself" if kind == TEACHER else f"{row['k']} layers, {'before it' if before else 'finalised'}"
+        )
         axes.errorbar(
             lengths, values, yerr=[1.96 * error for error in errors], marker="o", markersize=4, capsize=2, label=label,
-            linestyle=":" if kind == TEACHER else "-",
+            linestyle=":" if kind == TEACHER else "--" if before else "-",
         )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [format_size(length) for length in lengths])
@@ -132,45 +145,77 @@ def figures(folder: Path) -> list[tuple[str, str]]:
         if name.startswith("decode_tok_s_") and _points(rows, name, "kl"):
             title = f"KL against decode speed at {name.removeprefix('decode_tok_s_')}"
             plots.append((name.replace("_", "-"), title, partial(against_speed, rows=rows, speed=name)))
-    if curve:
-        plots.append(("curve", "What more tokens of finalising bring", partial(_curve, curve=curve)))
+    for name, measure, label in (
+        ("curve", "kl", "KL to the model, nats a token"),
+        ("curve-retrieval", "retrieval", "share of key-value questions answered"),
+    ):
+        if _points(curve, "tokens", measure):
+            title = "What more tokens of finalising bring"
+            plots.append((name, title, partial(_curve, curve=curve, measure=measure, label=label)))
     made = []
     for name, title, draw in plots:
         with style.theme(name):
-            figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+            figure = Figure(figsize=(6.4, 4.2), layout="constrained")
             axes = figure.subplots()
             draw(axes)
             axes.set_title(title)
             if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+                figure.legend(loc="outside lower center", ncols=3)
             with atomic_path(folder / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=110)
         made.append((f"{name}.png", title))
     return made
 
 
-def _curve(axes: Axes, curve: Sequence[Row]) -> None:
+def _curve(axes: Axes, curve: Sequence[Row], measure: str, label: str) -> None:
     for key in dict.fromkeys((row["k"], row["weights"]) for row in curve if row["weights"] == "final"):
-        points = _points([row for row in curve if (row["k"], row["weights"]) == key], "tokens", "kl")
+        points = _points([row for row in curve if (row["k"], row["weights"]) == key], "tokens", measure)
         axes.errorbar(
             [p[0] / 1e6 for p in points], [p[1] for p in points], yerr=[1.96 * p[2] for p in points], marker="o",
             capsize=2, label=f"K = {key[0]}",
         )  # fmt: skip
     axes.set_xlabel("million tokens")
-    axes.set_ylabel("KL to the model, nats a token")
+    axes.set_ylabel(label)
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """An HTML table; columns of standard errors stand behind their values as ±."""
+    """An HTML table of a CSV; columns of standard errors stand behind their values as ±, placements at the end."""
     if not rows:
         return "<p>Nothing measured.</p>"
     columns = [name for name in rows[0] if not (name.endswith("_se") and name.removesuffix("_se") in rows[0])]
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_number(row[name], row.get(f'{name}_se'))}</td>" for name in columns) + "</tr>"
+    columns.sort(key=lambda name: name == "placement")
+    shown = [
+        [
+            html.escape(row[name]) if name == "placement" else _number(row[name], row.get(f"{name}_se"))
+            for name in columns
+        ]
         for row in rows
+    ]
+    return _grid([html.escape(name.replace("_", " ")) for name in columns], shown)
+
+
+def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table of cells that are HTML; words stand left, numbers right."""
+    kinds = [' class="words"' if name in ("placement", "search", "against", "way") else "" for name in head]
+    lines = [[f"<th{kind}>{name}</th>" for kind, name in zip(kinds, head, strict=True)]]
+    lines += [[f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)] for row in rows]
+    return "<table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table>"
+
+
+def _section(section: Section) -> str:
+    title = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
+    words = f"<p>{html.escape(section.words)}</p>" if section.words else ""
+    return (
+        title
+        + words
+        + _grid([html.escape(name) for name in section.head], [list(map(_cell, row)) for row in section.rows])
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _cell(text: str) -> str:
+    bold = text.startswith("**")
+    text = html.escape(text.strip("*"))
+    return f"<b>{text}</b>" if bold else text
 
 
 def _number(text: str, error: str | None) -> str:
@@ -182,11 +227,17 @@ def _number(text: str, error: str | None) -> str:
     return f"{shown} ± {float(error):.2g}" if error else shown
 
 
-def write_page(folder: Path, title: str, introduction: str, command: str) -> Path:
-    """index.html and the PNGs, from the CSVs of the folder."""
+def write_page(folder: Path, title: str, introduction: str, command: str, sections: Sequence[Section]) -> Path:
+    """index.html and the PNGs, from the CSVs of the folder.
+
+    Args:
+        sections: tables in words, before the figures and those of the CSVs.
+    """
     pictures = "".join(f'<img src="{name}" alt="{html.escape(words)}">' for name, words in figures(folder))
+    first, *others = map(_section, sections)
     tables = "".join(
-        f"<h2>{html.escape(words)}</h2>{_table(read(folder / name))}"
+        f'<details><summary>{html.escape(words)} (<a href="{name}">{name}</a>)</summary>{_table(read(folder / name))}'
+        "</details>"
         for name, words in (
             ("table.csv", "Every placement"),
             ("comparison.csv", "Searched minus even and median random placements, with 95 % intervals"),
@@ -200,6 +251,6 @@ def write_page(folder: Path, title: str, introduction: str, command: str) -> Pat
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{CSS}</style><h1>{html.escape(title)}</h1>"
         f"<p>{html.escape(introduction)}</p><pre>{html.escape(command)}</pre>"
-        f'<div class="figures">{pictures}</div>{tables}</html>\n',
+        f'<div class="figures">{pictures}</div>{first}{"".join(others)}<h2>All numbers</h2>{tables}</html>\n',
     )
     return path

@@ -15,10 +15,11 @@ from nasbench.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 
-REMEDIES = ("mixers", "hidden", "long", "fast", "self", "plain")
+REMEDIES = ("mixers", "hidden", "long", "fast", "gentle", "self", "plain", "average")
 """Other ways to finalise, where a hybrid falls short: the replaced mixers alone are trained, not whole layers; a loss
-on hidden states beside the KL; rows four times as long; three times the learning rate; text of which the model itself
-wrote one half; text as it is, no row repeating a passage of its own."""
+on hidden states beside the KL; rows four times as long; three times the learning rate; a third of it; text of which the
+model itself wrote one half; text as it is, no row repeating a passage of its own; the mean of the weights before and
+after, of every finalised placement."""
 CHOICES = ("recall", "kl")
 """Which of the searched placements is finalised: the one with the least divergence on text and on answers to key-value
 questions together, or on text alone."""

@@ -1,9 +1,11 @@
-"""summary.md: the tables of a reproduction as a page of Markdown, for the README of a committed report."""
+"""The tables of a reproduction that a reader wants: at the top of its page, and as summary.md, for the README of a
+committed report."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nasbench.config import format_size
@@ -22,26 +24,50 @@ NAMES = {
     "recall": "with retrieval",
 }
 AGREEMENT = "agreement@128"
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its title, which may be empty, and words before it. Cells in ** are bold."""
+
+    title: str
+    words: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def sections(facts: Facts) -> list[Section]:
+    """Placements by K, what a search is worth, what more tokens and other ways of finalising bring."""
+    return [
+        Section(
+            "",
+            "Intervals are 95 %. Losses in nats a token above the model's own, on held-out text; suite and retrieval "
+            "as the share that is kept of the model's score (the suite's above chance), on the same items; agreement: "
+            "of 128 tokens that the model writes, those that are the placement's first choice.",
+            *_placements(facts),
+        ),
+        Section(
+            "Searched minus others, over the same rows of text",
+            "Negative is better; bold where the interval is below zero.",
+            *_comparison(facts),
+        ),
+        Section("What more tokens and other ways of finalising bring", "", *_curve(facts)),
+    ]
 
 
 def write_summary(folder: Path, facts: Facts, words: str, command: str) -> None:
-    """Placements by K, what a search is worth, what more tokens and other ways of finalising bring."""
-    parts = [
-        f"    {command}\n\n{words}\n",
-        "Intervals are 95 %. Losses in nats a token above the model's own, on held-out text; suite and retrieval as "
-        "the share that is kept of the model's score (the suite's above chance), on the same items; agreement: of 128 "
-        "tokens that the model writes, those that are the placement's first choice.\n",
-        _placements(facts),
-        "## Searched minus others, over the same rows of text\n\nNegative is better; bold where the interval is below "
-        "zero.\n",
-        _comparison(facts),
-        "## What more tokens and other ways of finalising bring\n",
-        _curve(facts),
-    ]
-    write_text(folder / "summary.md", "\n".join(part for part in parts if part))
+    """summary.md of the sections, behind the command and words about the run."""
+    parts = [f"    {command}\n\n{words}\n"]
+    for section in sections(facts):
+        parts += [f"## {section.title}\n"] if section.title else []
+        parts += [f"{section.words}\n"] if section.words else []
+        parts.append(_markdown(section.head, section.rows))
+    write_text(folder / "summary.md", "\n".join(parts))
 
 
-def _placements(facts: Facts) -> str:
+def _placements(facts: Facts) -> Table:
     candidates = sorted(facts.plan.candidates, key=lambda row: (-row.k, row.weights != TEACHER))
     rows = list(zip(candidates, table_rows(facts), strict=True))
     retrieval = measures(facts.items, ("retrieval",))
@@ -70,8 +96,8 @@ def _placements(facts: Facts) -> str:
     head = ["K", "placement", "loss", "KL", "suite kept"]
     head += [f"retrieval {measure.partition('@')[2].partition(':')[0]}" for measure in retrieval]
     head += ["agreement"]
-    head += [f"decode tokens/s at {format_size(context)}"] if context is not None else []
-    return _markdown(head, shown)
+    head += [f"tokens/s at {format_size(context)}"] if context is not None else []
+    return head, shown
 
 
 def _name(facts: Facts, candidate: Candidate) -> str | None:
@@ -92,7 +118,7 @@ def _subject(candidate: Candidate) -> Subject:
     return Subject(format_placement(candidate.placement), candidate.weights)
 
 
-def _comparison(facts: Facts) -> str:
+def _comparison(facts: Facts) -> Table:
     rows = []
     for cells in comparison_rows(facts):
         line = [str(cells["k"]), NAMES[str(cells["searched"])], str(cells["against"])]
@@ -101,10 +127,10 @@ def _comparison(facts: Facts) -> str:
             text = "" if math.isnan(value) else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
             line.append(f"**{text}**" if high < 0 else text)
         rows.append(line)
-    return _markdown(["K", "search", "against", "KL", "loss"], rows)
+    return ["K", "search", "against", "KL", "loss"], rows
 
 
-def _curve(facts: Facts) -> str:
+def _curve(facts: Facts) -> Table:
     rows = [
         [
             str(row["k"]), str(row["weights"]).partition(":")[2] or "as the recipe says",
@@ -113,7 +139,7 @@ def _curve(facts: Facts) -> str:
         ]
         for row in facts.plan["curve"] or []
     ]  # fmt: skip
-    return _markdown(["K", "way", "million tokens", "loss", "KL", "retrieval"], rows)
+    return ["K", "way", "million tokens", "loss", "KL", "retrieval"], rows
 
 
 def _number(cells: Cells, name: str) -> float:

@@ -260,6 +260,42 @@ def use_final(net: Supernet, folder: Path) -> Placement:
     return placement
 
 
+def average_final(
+    run: Run,
+    placement: Placement,
+    name: str,
+    *,
+    of: str = "",
+    share: float = 0.5,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    loaded: LoadedModel | None = None,
+) -> Path:
+    """Writes a finalised hybrid's weights averaged with those that its training began from, and returns their folder:
+    between the two lies what it learnt without all that it forgot for it (WiSE-FT, arXiv 2109.01903).
+
+    Args:
+        name: of the new folder; `of`: of the training that it is made from.
+        share: of the finalised weights, 0 to 1.
+
+    Raises UserError when the finalised weights are damaged or are of another supernet.
+    """
+    net = Supernet.load(run, dtype=dtype, device=device, loaded=loaded)
+    source, folder = final_folder(run, placement, of), final_folder(run, placement, name)
+    data, weights = read_json(source / CONFIG), _weights(source, device)
+    if not isinstance(data, dict) or data.get("supernet") != net.version:
+        raise UserError(f"{source} was not finalised from the supernet that {run.path} has now: finalize again")
+    if any(f".{REST}." in key for key in weights):
+        own_layers(net, placement)
+    for group, parameters in trained_parts(net, placement).items():
+        for key, parameter in parameters.items():
+            learnt = weights[f"{group}.{key}"]
+            start = parameter.detach().to(torch.float32)
+            weights[f"{group}.{key}"] = torch.lerp(start, learnt.to(torch.float32), share).to(learnt.dtype)
+    _write(folder, weights, {**data, "averaged": share})
+    return folder
+
+
 def _weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
         return load_file(path / MIXERS, device=str(device))

@@ -53,7 +53,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert plan["align"]["tokens"] > 0
     assert plan["supernet"]["tokens"] > 0
 
-    nas(*arguments, "--remedies", "mixers,long,self,plain")
+    nas(*arguments, "--remedies", "mixers,long,self,plain,average")
     after = json.loads((run / "plan.json").read_text())
     assert after["supernet"] == plan["supernet"]
     assert after["command"] in (report / "summary.md").read_text()
@@ -63,7 +63,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     for count in ("1", "2"):
         names = ("uniform", "random-0", "random-1", "beam", "kl-greedy", "recall")
         assert methods >= {(count, name, "best") for name in names}
-    tried = {"final:mixers", "final:long", "final:self", "final:plain"}
+    tried = {"final:mixers", "final:long", "final:self", "final:plain", "final:average"}
     assert {row["weights"] for row in rows} == {"teacher", "supernet", "final", *tried}
     teacher = next(row for row in rows if row["method"] == "teacher")
     assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
@@ -87,14 +87,17 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     summary = (report / "summary.md").read_text()
     assert all(f"| {name} |" in summary for name in ("the model itself", "median random", "beam", "finalised, long"))
     assert "| K | search | against | KL | loss |" in summary
-    assert "Every placement" in (report / "index.html").read_text()
+    page = (report / "index.html").read_text()
+    assert "Every placement" in page
+    assert all(f">{name}<" in page for name in ("the model itself", "median random", "finalised, long"))
+    assert (report / "curve-retrieval.png").stat().st_size > 1000
 
     lines = (run / "items.jsonl").read_text()
     (run / "items.jsonl").write_text(lines + '{"placement": "4')
     monkeypatch.setattr(stages, "_largest_step", lambda *_: pytest.fail("timed again"))
     monkeypatch.setattr(stages, "finalize", lambda *_, **__: pytest.fail("finalised again"))
     again = [*arguments[: arguments.index("--speed-seconds") + 1], "0", *arguments[arguments.index("0.1") + 1 :]]
-    nas(*again, "--remedies", "mixers,long,self,plain")
+    nas(*again, "--remedies", "mixers,long,self,plain,average")
     assert (run / "items.jsonl").read_text() == lines + '{"placement": "4'
     assert read(report / "table.csv") == rows
     for path in report.iterdir():

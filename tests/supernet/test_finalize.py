@@ -9,7 +9,7 @@ import torch
 from nasbench.errors import UserError
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
-from nasbench.supernet.finalize import MIXERS, final_folder, finalize, is_final, load_final, use_final
+from nasbench.supernet.finalize import MIXERS, average_final, final_folder, finalize, is_final, load_final, use_final
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import distill
@@ -72,6 +72,24 @@ def test_a_whole_hybrid_has_layers_of_its_own(run):
     assert all(torch.equal(net.teacher.state_dict()[name], tensor) for name, tensor in before.items())
     more = load_final(finalize(run, placement, whole, 8192, dtype=torch.float32, name="whole"))
     assert divergence(more.decoder, net.teacher, tokens) < divergence(loaded.decoder, net.teacher, tokens)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_average_lies_between_before_and_after(run, whole):
+    net = Supernet.load(run)
+    config = CONFIG.updated({"whole": whole})
+    after = load_final(finalize(run, PLACEMENT, config, 1024, dtype=torch.float32)).decoder.state_dict()
+    before = net.select(PLACEMENT).state_dict()
+    folder = average_final(run, PLACEMENT, "average", share=0.25, dtype=torch.float32)
+    found = load_final(folder).decoder.state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, torch.lerp(before[name], after[name], 0.25), msg=name)
+    assert not torch.equal(
+        found["model.layers.3.self_attn.q_proj.weight"], before["model.layers.3.self_attn.q_proj.weight"]
+    )
+    distill(run, CONFIG.updated({"supernet_tokens": 256}), dtype=torch.float32)
+    with pytest.raises(UserError, match="finalize again"):
+        average_final(run, PLACEMENT, "average", dtype=torch.float32)
 
 
 def test_no_tokens_takes_the_supernet_as_it_is(run):
