@@ -102,7 +102,7 @@ def conv_forward_kernel(
 
 @triton.jit
 def conv_backward_taps_kernel(
-    x, kernels, history, age, dy, d, dkernels, T, C,
+    x, stride, kernels, history, age, dy, d, dkernels, T, C,
     W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def conv_backward_taps_kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = c < C
     inside = (t < T)[:, None] & in_c[None, :]
-    x += i_b * T * C
+    x += i_b * T * stride
     age += i_b * T
     history += i_b * (W - 1) * C
     if not STATIC:
@@ -121,7 +121,7 @@ def conv_backward_taps_kernel(
         dkernels += i_b * T * C * W
     total = tl.zeros((BT, BC), tl.float32)
     for j in tl.static_range(W):
-        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
         total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
@@ -130,7 +130,7 @@ def conv_backward_taps_kernel(
     tl.store(d + at, change, mask=inside)
     for j in tl.static_range(W):
         # Inputs a second time, from the cache, instead of W windows in registers.
-        window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
         if STATIC:
             block = i_b * tl.num_programs(1) + tl.program_id(1)
             tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
@@ -167,10 +167,11 @@ def conv_backward_input_kernel(
 
 
 @triton.jit
-def _before(x, history, t, c, in_c, T, C, HISTORY: tl.constexpr):
+def _before(x, stride, history, t, c, in_c, T, C, HISTORY: tl.constexpr):
     """The input of token t [BC] fp32, t < 0 being of the history, zero where there is none."""
     token = t + 0 * c
-    value = tl.load(x + token.to(tl.int64) * C + c, mask=in_c & (token >= 0) & (token < T), other=0.0).to(tl.float32)
+    value = tl.load(x + token.to(tl.int64) * stride + c, mask=in_c & (token >= 0) & (token < T), other=0.0)
+    value = value.to(tl.float32)
     if HISTORY:
         value += tl.load(history + (token + 3) * C + c, mask=in_c & (token < 0), other=0.0).to(tl.float32)
     return value
@@ -178,7 +179,7 @@ def _before(x, history, t, c, in_c, T, C, HISTORY: tl.constexpr):
 
 @triton.jit
 def conv_backward_kernel(
-    x, kernels, history, age, dy, dkernels, dx, T, C,
+    x, stride, kernels, history, age, dy, dkernels, dx, T, C,
     HISTORY: tl.constexpr, AGE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of kernels per token with four taps, token by token: a channel's last three inputs, and what the
@@ -188,16 +189,16 @@ def conv_backward_kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = c < C
     lanes, there = _four(C, BC)
-    x += i_b * T * C
+    x += i_b * T * stride
     dy += i_b * T * C
     dx += i_b * T * C
     age += i_b * T
     history += i_b * 3 * C
     kernels += i_b * T * C * 4
     dkernels += i_b * T * C * 4
-    oldest = _before(x, history, begin - 3, c, in_c, T, C, HISTORY)
-    older = _before(x, history, begin - 2, c, in_c, T, C, HISTORY)
-    last = _before(x, history, begin - 1, c, in_c, T, C, HISTORY)
+    oldest = _before(x, stride, history, begin - 3, c, in_c, T, C, HISTORY)
+    older = _before(x, stride, history, begin - 2, c, in_c, T, C, HISTORY)
+    last = _before(x, stride, history, begin - 1, c, in_c, T, C, HISTORY)
     # So far of the gradients of the inputs of tokens t - 3, t - 2 and t - 1.
     third = tl.zeros((BC,), tl.float32)
     second = tl.zeros((BC,), tl.float32)
@@ -212,7 +213,7 @@ def conv_backward_kernel(
         even, odd = tl.split(tl.reshape(taps, (BC, 2, 2)))
         k0, k2 = tl.split(even.to(tl.float32))
         k1, k3 = tl.split(odd.to(tl.float32))
-        newest = tl.load(x + row + c, mask=inside, other=0.0).to(tl.float32)
+        newest = tl.load(x + t.to(tl.int64) * stride + c, mask=inside, other=0.0).to(tl.float32)
         if AGE:
             # Taps that reach across a document's border count as zero, here and in every gradient.
             known = tl.load(age + tl.minimum(t, T - 1))
@@ -245,18 +246,24 @@ def _grid(x: Tensor) -> tuple[int, int, int]:
     return triton.cdiv(channels, BLOCK_C), triton.cdiv(tokens, BLOCK_T), batch
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [B, T, C] as it lies where its channels stand side by side and its rows one stride apart, else a copy."""
+    apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if apart else x.contiguous()
+
+
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Tensor, history: Tensor | None, age: Tensor | None) -> Tensor:
-        x, kernels = x.contiguous(), kernels.contiguous()
+        x, kernels = _rows(x), kernels.contiguous()
         # The caller replaces its history in place, and the backward still needs the old one.
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         ctx.history = history.clone() if history is not None and needed else history
         ctx.age = None if age is None else age.contiguous()
         ctx.save_for_backward(x, kernels)
-        y = torch.empty_like(x)
+        y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
         conv_forward_kernel[_grid(x)](
-            x, x.shape[2], kernels, x if history is None else history, x if age is None else ctx.age, y,
+            x, x.stride(1), kernels, x if history is None else history, x if age is None else ctx.age, y,
             x.shape[1], x.shape[2],
             W=kernels.shape[-1], STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=age is not None,
             BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
@@ -272,9 +279,9 @@ class _ShortConvolution(torch.autograd.Function):
         given = {"HISTORY": ctx.history is not None, "AGE": ctx.age is not None}
         dx: Tensor | None = None
         if not static and taps == 4:
-            dx, dkernels = torch.empty_like(x), torch.empty_like(kernels)
+            dx, dkernels = torch.empty_like(dy), torch.empty_like(kernels)
             conv_backward_kernel[triton.cdiv(channels, STRIP_C), triton.cdiv(tokens, STRIP_T), batch](
-                x, kernels, history, age, dy, dkernels, dx, tokens, channels,
+                x, x.stride(1), kernels, history, age, dy, dkernels, dx, tokens, channels,
                 **given, BT=STRIP_T, BC=STRIP_C, num_warps=STRIP_WARPS,
             )  # fmt: skip
             return dx, dkernels, None, None
@@ -285,11 +292,11 @@ class _ShortConvolution(torch.autograd.Function):
         else:
             dkernels = torch.empty_like(kernels)
         conv_backward_taps_kernel[grid](
-            x, kernels, history, age, dy, d, dkernels, tokens, channels,
+            x, x.stride(1), kernels, history, age, dy, d, dkernels, tokens, channels,
             W=taps, STATIC=static, **given, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(dy)
             conv_backward_input_kernel[grid](
                 d, kernels, age, dx, tokens, channels,
                 W=taps, STATIC=static, AGE=given["AGE"], BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
