@@ -54,7 +54,7 @@ def compare(got, expected, tolerance, gradient_tolerance):
 
 
 @pytest.mark.parametrize("kind", NAIVE)
-@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 5, 4), (3, 70, 4), (17, 10, 4), (19, 33, 1), (35, 7, 3)])
+@pytest.mark.parametrize(("tokens", "channels", "taps"), [(1, 5, 4), (3, 70, 4), (67, 140, 4), (19, 33, 1), (35, 7, 3)])
 def test_forward_and_gradients(kind, tokens, channels, taps):
     x, kernels, _ = make(kind, 2, tokens, channels, taps)
     expected = outputs_and_gradients(NAIVE[kind], x, kernels)
@@ -113,10 +113,17 @@ def test_ages():
     assert ages(torch.tensor([0, 3, 4, 7]), 7).tolist() == [[0, 1, 2, 0, 0, 1, 2]]
 
 
-def test_strided_inputs():
-    x, kernels, _ = make("dynamic", 2, 9, 12, 4)
-    wide = torch.cat((x, x), dim=-1)[..., :12]
-    assert relative_rmse(triton_short_conv(wide, kernels), naive_dynamic_conv(x, kernels)) < CHUNKED_FP32
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize("taps", [3, 4])
+def test_inputs_within_wider_rows(kind, taps):
+    x, kernels, _ = make(kind, 2, 39, 12, taps)
+    row = torch.randn(2, 39, 31).to(x)
+    row[..., 5:17] = x
+    got = outputs_and_gradients(lambda row, kernels: triton_short_conv(row[..., 5:17], kernels), row, kernels)
+    got["x"] = got["x"][..., 5:17]
+    compare(got, outputs_and_gradients(NAIVE[kind], x, kernels), CHUNKED_FP32, GRADIENT_FP32)
+    flipped = x.transpose(0, 1).contiguous().transpose(0, 1)
+    assert relative_rmse(triton_short_conv(flipped, kernels), NAIVE[kind](x, kernels)) < CHUNKED_FP32
 
 
 @pytest.mark.gpu

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_T, BLOCK_C, WARPS = 16, 64, 4
+STRIP_T, STRIP_C, STRIP_WARPS = 32, 128, 2
+"""Of the backward that goes token by token: two channels a thread, whose taps are 16 bytes."""
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def conv_forward_kernel(
 
 @triton.jit
 def conv_backward_taps_kernel(
-    x, kernels, history, age, dy, d, dkernels, T, C,
+    x, stride, kernels, history, age, dy, d, dkernels, T, C,
     W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -111,46 +113,30 @@ def conv_backward_taps_kernel(
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     in_c = c < C
     inside = (t < T)[:, None] & in_c[None, :]
-    x += i_b * T * C
+    x += i_b * T * stride
     age += i_b * T
     history += i_b * (W - 1) * C
     if not STATIC:
         kernels += i_b * T * C * W
         dkernels += i_b * T * C * W
-    if (not STATIC) and W == 4:
-        first, second, third, fourth = _four_taps(kernels, t, T, C, BT, BC)
-        oldest = _input(x, C, history, age, t, c, 0, T, C, in_c, W, HISTORY, AGE)
-        older = _input(x, C, history, age, t, c, 1, T, C, in_c, W, HISTORY, AGE)
-        last = _input(x, C, history, age, t, c, 2, T, C, in_c, W, HISTORY, AGE)
-        newest = _input(x, C, history, age, t, c, 3, T, C, in_c, W, HISTORY, AGE)
-        total = oldest * first + older * second + last * third + newest * fourth
-    else:
-        total = tl.zeros((BT, BC), tl.float32)
-        for j in tl.static_range(W):
-            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-            total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    total = tl.zeros((BT, BC), tl.float32)
+    for j in tl.static_range(W):
+        window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
     slope = gate * (1.0 + total * (1.0 - gate))
     change = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32) * slope
     tl.store(d + at, change, mask=inside)
-    if (not STATIC) and W == 4:
-        # Put together as the taps were taken apart: stores of two bytes in every eight would fill no line.
-        even = tl.join(oldest * change, last * change)
-        together = tl.reshape(tl.join(even, tl.join(older * change, newest * change)), (BT, BC * 4))
-        lanes, there = _four(C, BC)
-        place = dkernels + t.to(tl.int64)[:, None] * C * W + lanes[None, :]
-        tl.store(place, together.to(dkernels.dtype.element_ty), mask=(t < T)[:, None] & there[None, :])
-    else:
-        for j in tl.static_range(W):
-            # Inputs a second time, from the cache, instead of W windows in registers.
-            window = _input(x, C, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
-            if STATIC:
-                block = i_b * tl.num_programs(1) + tl.program_id(1)
-                tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
-            else:
-                place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
-                tl.store(dkernels + place, window * change, mask=inside)
+    for j in tl.static_range(W):
+        # Inputs a second time, from the cache, instead of W windows in registers.
+        window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
+        if STATIC:
+            block = i_b * tl.num_programs(1) + tl.program_id(1)
+            tl.store(dkernels + (block * C + c) * W + j, tl.sum(window * change, 0), mask=in_c)
+        else:
+            place = t.to(tl.int64)[:, None] * C * W + c[None, :] * W + j
+            tl.store(dkernels + place, window * change, mask=inside)
 
 
 @triton.jit
@@ -180,23 +166,104 @@ def conv_backward_input_kernel(
     tl.store(place, total, mask=(s < T)[:, None] & in_c[None, :])
 
 
+@triton.jit
+def _before(x, stride, history, t, c, in_c, T, C, HISTORY: tl.constexpr):
+    """The input of token t [BC] fp32, t < 0 being of the history, zero where there is none."""
+    token = t + 0 * c
+    value = tl.load(x + token.to(tl.int64) * stride + c, mask=in_c & (token >= 0) & (token < T), other=0.0)
+    value = value.to(tl.float32)
+    if HISTORY:
+        value += tl.load(history + (token + 3) * C + c, mask=in_c & (token < 0), other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def conv_backward_kernel(
+    x, stride, kernels, history, age, dy, dkernels, dx, T, C,
+    HISTORY: tl.constexpr, AGE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of kernels per token with four taps, token by token: a channel's last three inputs, and what the
+    tokens so far give to the last three, stay in registers, so that everything is read and written once."""
+    i_b = tl.program_id(2).to(tl.int64)
+    begin = tl.program_id(1) * BT
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    in_c = c < C
+    lanes, there = _four(C, BC)
+    x += i_b * T * stride
+    dy += i_b * T * C
+    dx += i_b * T * C
+    age += i_b * T
+    history += i_b * 3 * C
+    kernels += i_b * T * C * 4
+    dkernels += i_b * T * C * 4
+    oldest = _before(x, stride, history, begin - 3, c, in_c, T, C, HISTORY)
+    older = _before(x, stride, history, begin - 2, c, in_c, T, C, HISTORY)
+    last = _before(x, stride, history, begin - 1, c, in_c, T, C, HISTORY)
+    # So far of the gradients of the inputs of tokens t - 3, t - 2 and t - 1.
+    third = tl.zeros((BC,), tl.float32)
+    second = tl.zeros((BC,), tl.float32)
+    first = tl.zeros((BC,), tl.float32)
+    # Three tokens more than its own: they read the last three of those.
+    for step in range(BT + 3):
+        t = begin + step
+        # Spread over the channels: the interpreter takes no scalar in a mask.
+        inside = in_c & (t + 0 * c < T)
+        row = t.to(tl.int64) * C
+        taps = tl.load(kernels + row * 4 + lanes, mask=there & (t + 0 * lanes < T), other=0.0)
+        even, odd = tl.split(tl.reshape(taps, (BC, 2, 2)))
+        k0, k2 = tl.split(even.to(tl.float32))
+        k1, k3 = tl.split(odd.to(tl.float32))
+        newest = tl.load(x + t.to(tl.int64) * stride + c, mask=inside, other=0.0).to(tl.float32)
+        if AGE:
+            # Taps that reach across a document's border count as zero, here and in every gradient.
+            known = tl.load(age + tl.minimum(t, T - 1))
+            k0 = tl.where(known >= 3, k0, 0.0)
+            k1 = tl.where(known >= 2, k1, 0.0)
+            k2 = tl.where(known >= 1, k2, 0.0)
+        total = oldest * k0 + older * k1 + last * k2 + newest * k3
+        gate = tl.sigmoid(total)
+        change = tl.load(dy + row + c, mask=inside, other=0.0).to(tl.float32)
+        change *= gate * (1.0 + total * (1.0 - gate))
+        if (step < BT) & (t < T):
+            d0, d1, d2 = oldest * change, older * change, last * change
+            if AGE:
+                d0 = tl.where(known >= 3, d0, 0.0)
+                d1 = tl.where(known >= 2, d1, 0.0)
+                d2 = tl.where(known >= 1, d2, 0.0)
+            # Put together as the taps were taken apart: stores of two bytes in every eight would fill no line.
+            together = tl.reshape(tl.join(tl.join(d0, d2), tl.join(d1, newest * change)), (BC * 4,))
+            tl.store(dkernels + row * 4 + lanes, together.to(dkernels.dtype.element_ty), mask=there)
+        if (step >= 3) & (t - 3 < T):
+            tl.store(dx + row - 3 * C + c, (third + k0 * change).to(dx.dtype.element_ty), mask=in_c)
+        third = second + k1 * change
+        second = first + k2 * change
+        first = k3 * change
+        oldest, older, last = older, last, newest
+
+
 def _grid(x: Tensor) -> tuple[int, int, int]:
     batch, tokens, channels = x.shape
     return triton.cdiv(channels, BLOCK_C), triton.cdiv(tokens, BLOCK_T), batch
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [B, T, C] as it lies where its channels stand side by side and its rows one stride apart, else a copy."""
+    apart = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if apart else x.contiguous()
+
+
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Tensor, history: Tensor | None, age: Tensor | None) -> Tensor:
-        x, kernels = x.contiguous(), kernels.contiguous()
+        x, kernels = _rows(x), kernels.contiguous()
         # The caller replaces its history in place, and the backward still needs the old one.
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         ctx.history = history.clone() if history is not None and needed else history
         ctx.age = None if age is None else age.contiguous()
         ctx.save_for_backward(x, kernels)
-        y = torch.empty_like(x)
+        y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
         conv_forward_kernel[_grid(x)](
-            x, x.shape[2], kernels, x if history is None else history, x if age is None else ctx.age, y,
+            x, x.stride(1), kernels, x if history is None else history, x if age is None else ctx.age, y,
             x.shape[1], x.shape[2],
             W=kernels.shape[-1], STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=age is not None,
             BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
@@ -208,24 +275,31 @@ class _ShortConvolution(torch.autograd.Function):
         x, kernels = ctx.saved_tensors
         dy = gradients[0].contiguous()
         (batch, tokens, channels), taps, static = x.shape, kernels.shape[-1], kernels.dim() == 2
+        history, age = x if ctx.history is None else ctx.history, x if ctx.age is None else ctx.age
+        given = {"HISTORY": ctx.history is not None, "AGE": ctx.age is not None}
+        dx: Tensor | None = None
+        if not static and taps == 4:
+            dx, dkernels = torch.empty_like(dy), torch.empty_like(kernels)
+            conv_backward_kernel[triton.cdiv(channels, STRIP_C), triton.cdiv(tokens, STRIP_T), batch](
+                x, x.stride(1), kernels, history, age, dy, dkernels, dx, tokens, channels,
+                **given, BT=STRIP_T, BC=STRIP_C, num_warps=STRIP_WARPS,
+            )  # fmt: skip
+            return dx, dkernels, None, None
         grid = _grid(x)
         d = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         if static:
             dkernels = torch.empty(batch * grid[1], channels, taps, dtype=torch.float32, device=x.device)
         else:
             dkernels = torch.empty_like(kernels)
-        age = x if ctx.age is None else ctx.age
         conv_backward_taps_kernel[grid](
-            x, kernels, x if ctx.history is None else ctx.history, age, dy, d, dkernels, tokens, channels,
-            W=taps, STATIC=static, HISTORY=ctx.history is not None, AGE=ctx.age is not None,
-            BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+            x, x.stride(1), kernels, history, age, dy, d, dkernels, tokens, channels,
+            W=taps, STATIC=static, **given, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
-        dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
+            dx = torch.empty_like(dy)
             conv_backward_input_kernel[grid](
                 d, kernels, age, dx, tokens, channels,
-                W=taps, STATIC=static, AGE=ctx.age is not None, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+                W=taps, STATIC=static, AGE=given["AGE"], BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
             )  # fmt: skip
         return dx, dkernels.sum(0).to(kernels.dtype) if static else dkernels, None, None
 
