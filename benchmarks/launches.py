@@ -227,7 +227,7 @@ def best_of(rows: Sequence[Row]) -> tuple[Row, Row] | None:
 def speed(row: Row) -> str:
     """us, TB/s where bytes are known, and the fraction of the bandwidth in place where that was measured."""
     tb_s = row.nbytes / row.us / 1e6
-    text = f"{row.launch:18s} {row.us:8.1f} us" + (f" {tb_s:5.2f} TB/s" if row.nbytes else "")
+    text = f"{row.launch:26s} {row.us:8.1f} us" + (f" {tb_s:5.2f} TB/s" if row.nbytes else "")
     return text if math.isnan(row.in_place_tb_s) else f"{text} {tb_s / row.in_place_tb_s:4.2f} of mul_"
 
 
