@@ -60,9 +60,9 @@ def queue(bench: Bench) -> Iterator[tuple[Candidate, bool]]:
     else was chosen, then all others briefly, and in the end those at length, too."""
     rows = bench.plan.candidates
     first = [row for row in rows if row.method == TEACHER or row.weights.startswith("final")]
-    order = {count: i for i, count in enumerate((*bench.recipe.finalized, *bench.recipe.counts))}
+    order = list(dict.fromkeys((*bench.recipe.finalized, *bench.recipe.counts)))
     main = sorted(
-        (row for row in rows if is_chosen(row) and row not in first), key=lambda row: (order[row.k], row.method)
+        (row for row in rows if is_chosen(row) and row not in first), key=lambda row: (order.index(row.k), row.method)
     )
     others = [row for row in rows if row not in first and row not in main]
     yield from ((row, True) for row in (*first, *main))

@@ -27,6 +27,10 @@ LOOKS = {
     "final": ("#d55e00", "*", "finalised"),
 }
 """Colour, marker and name of each method."""
+WORDS = (
+    "placement", "search", "searched", "against", "way", "method", "fill", "weights", "benchmark", "scoring",
+)  # fmt: skip
+"""Columns of words."""
 CSS = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
     "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
@@ -196,7 +200,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An HTML table of cells that are HTML; words stand left, numbers right."""
-    kinds = [' class="words"' if name in ("placement", "search", "against", "way") else "" for name in head]
+    kinds = [' class="words"' if name in WORDS else "" for name in head]
     lines = [[f"<th{kind}>{name}</th>" for kind, name in zip(kinds, head, strict=True)]]
     lines += [[f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row, strict=True)] for row in rows]
     return "<table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table>"
@@ -205,11 +209,8 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _section(section: Section) -> str:
     title = f"<h2>{html.escape(section.title)}</h2>" if section.title else ""
     words = f"<p>{html.escape(section.words)}</p>" if section.words else ""
-    return (
-        title
-        + words
-        + _grid([html.escape(name) for name in section.head], [list(map(_cell, row)) for row in section.rows])
-    )
+    rows = [[_cell(text) for text in row] for row in section.rows]
+    return title + words + _grid([html.escape(name) for name in section.head], rows)
 
 
 def _cell(text: str) -> str:

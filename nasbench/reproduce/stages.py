@@ -370,7 +370,8 @@ def _finalise(
 
 def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None]) -> None:
     """Distils the first finalised placement another way from the supernet's weights on, with as many tokens as the
-    first point of its curve had: what is compared is the way, not the time."""
+    first point of its curve had: what is compared is the way, not the time. `average` trains nothing, and is made of
+    every finalised placement."""
     if name == "average":
         for count in bench.recipe.finalized:
             _average(bench, count, after)

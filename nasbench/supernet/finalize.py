@@ -247,17 +247,28 @@ def use_final(net: Supernet, folder: Path) -> Placement:
     is what it was finalised to be. Raises UserError when it is damaged."""
     placement = net.space.check(parse_placement(_entry(folder, "placement")))
     weights = _weights(folder, net.teacher.device)
-    if any(f".{REST}." in key for key in weights):
-        own_layers(net, placement)
     with torch.no_grad():
-        for group, parameters in trained_parts(net, placement).items():
-            for name, parameter in parameters.items():
-                key = f"{group}.{name}"
-                if key not in weights or weights[key].shape != parameter.shape:
-                    raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
-                parameter.copy_(weights[key])
+        for key, parameter in _counterparts(net, placement, weights, folder).items():
+            parameter.copy_(weights[key])
     net.version = checkpoint.digest(folder / MIXERS)
     return placement
+
+
+def _counterparts(
+    net: Supernet, placement: Placement, weights: dict[str, Tensor], folder: Path
+) -> dict[str, nn.Parameter]:
+    """The supernet's parameters that finalised weights began from, by the names of those; a hybrid that was trained
+    whole gets its own layers. Raises UserError where a weight is missing or of another shape."""
+    if any(f".{REST}." in key for key in weights):
+        own_layers(net, placement)
+    found = {}
+    for group, parameters in trained_parts(net, placement).items():
+        for name, parameter in parameters.items():
+            key = f"{group}.{name}"
+            if key not in weights or weights[key].shape != parameter.shape:
+                raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
+            found[key] = parameter
+    return found
 
 
 def average_final(
@@ -285,13 +296,9 @@ def average_final(
     data, weights = read_json(source / CONFIG), _weights(source, device)
     if not isinstance(data, dict) or data.get("supernet") != net.version:
         raise UserError(f"{source} was not finalised from the supernet that {run.path} has now: finalize again")
-    if any(f".{REST}." in key for key in weights):
-        own_layers(net, placement)
-    for group, parameters in trained_parts(net, placement).items():
-        for key, parameter in parameters.items():
-            learnt = weights[f"{group}.{key}"]
-            start = parameter.detach().to(torch.float32)
-            weights[f"{group}.{key}"] = torch.lerp(start, learnt.to(torch.float32), share).to(learnt.dtype)
+    for key, start in _counterparts(net, placement, weights, source).items():
+        learnt = weights[key]
+        weights[key] = torch.lerp(start.detach().float(), learnt.float(), share).to(learnt.dtype)
     _write(folder, weights, {**data, "averaged": share})
     return folder
 

@@ -2,14 +2,16 @@
 
 import json
 import string
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from nasbench.cli import reproduce_command
 from nasbench.errors import UserError
-from nasbench.reproduce import stages
+from nasbench.reproduce import measure, stages
 from nasbench.reproduce.page import read
+from nasbench.reproduce.recipe import Candidate, Recipe
 
 app = typer.Typer()
 app.command("reproduce")(reproduce_command.command)
@@ -104,6 +106,25 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
         path.unlink()
     nas(*arguments, "--report-only")
     assert read(report / "table.csv") == rows
+
+    (report / "index.html").unlink()
+    monkeypatch.setattr(measure, "measure_all", lambda *_: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception):
+        nas(*again, "--remedies", "mixers,long,self,plain,average")
+    assert (report / "index.html").is_file()
+
+
+def test_what_was_chosen_is_asked_first():
+    recipe = Recipe(counts=(0, 1, 2), finalized=(2,))
+    final = Candidate(2, "beam", ("A", "A", "J"), weights="final")
+    teacher = Candidate(3, "teacher", ("A", "A", "A"), weights="teacher")
+    beams = [Candidate(1, "beam", ("A", "J", "J")), Candidate(2, "beam", ("A", "A", "J"))]
+    others = [Candidate(1, "random-0", ("J", "A", "J")), Candidate(1, "uniform", ("J", "A", "J"), "J")]
+    bench = SimpleNamespace(recipe=recipe, plan=SimpleNamespace(candidates=[*others, *beams, final, teacher]))
+    asked = list(measure.queue(bench))
+    chosen = [final, teacher, *reversed(beams)]
+    briefly = [(row, False) for row in (teacher, *others)]
+    assert asked == [*((row, True) for row in chosen), *briefly, *((row, True) for row in others)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nasbench.errors import UserError
 from nasbench.supernet import checkpoint
@@ -87,8 +88,13 @@ def test_an_average_lies_between_before_and_after(run, whole):
     assert not torch.equal(
         found["model.layers.3.self_attn.q_proj.weight"], before["model.layers.3.self_attn.q_proj.weight"]
     )
+    source = final_folder(run, PLACEMENT) / MIXERS
+    weights = load_file(source)
+    save_file({name: tensor for name, tensor in weights.items() if not name.endswith("q_proj.weight")}, source)
+    with pytest.raises(UserError, match=r"lacks layers.*q_proj"):
+        average_final(run, PLACEMENT, "average", dtype=torch.float32)
     distill(run, CONFIG.updated({"supernet_tokens": 256}), dtype=torch.float32)
-    with pytest.raises(UserError, match="finalize again"):
+    with pytest.raises(UserError, match="not finalised from"):
         average_final(run, PLACEMENT, "average", dtype=torch.float32)
 
 
