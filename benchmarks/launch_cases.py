@@ -97,7 +97,7 @@ def candidates(product: Product, batch: int, device: torch.device, dtype: torch.
     from nasbench_kernels.decode import fits, streams
     from nasbench_kernels.decode.card import card
     from nasbench_kernels.decode.gemv import gemv_launch
-    from nasbench_kernels.decode.product import batch_launch, product_launch
+    from nasbench_kernels.decode.product import batch_launch, swiglu_launch
 
     rows, columns, width = product.rows, product.columns, dtype.itemsize
     if batch == 1:
@@ -107,19 +107,19 @@ def candidates(product: Product, batch: int, device: torch.device, dtype: torch.
         return [Candidate("gemv", launch, launch == chosen) for launch in dict.fromkeys([chosen, *blocks])]
     x, weight = torch.empty(batch, columns, device="meta", dtype=dtype), torch.empty(rows, columns, device="meta")
     if product.swiglu:
-        base, ours = product_launch(batch, width, card(device)[1]), fits(x)
+        base, ours = swiglu_launch(batch, rows // 2, width, *card(device)), fits(x)
     else:
         base = batch_launch(batch, rows, columns, width, *card(device), product.divided)
         ours = streams(x, weight, product.divided)
     if product.divided:
-        found = divided_tiles(base, rows, columns, card(device)[0])
+        found = divided_tiles(base, rows, columns, width, *card(device))
     else:
         found = whole_tiles(base, batch, rows // 2 if product.swiglu else rows, width, *card(device), product.swiglu)
     tried = [Candidate("product", launch, ours and launch == base) for launch in found]
     return sorted([*tried, Candidate("cuBLAS", chosen=not ours)], key=lambda candidate: not candidate.chosen)
 
 
-def divided_tiles(base: Any, rows: int, columns: int, sms: int) -> list[Any]:
+def divided_tiles(base: Any, rows: int, columns: int, element_size: int, sms: int, shared_memory: int) -> list[Any]:
     """`base` and launches of a divided product that differ from it in a thing or two."""
     blocks = -(-columns // base.columns)
 
@@ -134,6 +134,12 @@ def divided_tiles(base: Any, rows: int, columns: int, sms: int) -> list[Any]:
     # Blocks of 128 rows read x half as often; one of them for each multiprocessor.
     found.append(divided(replace(late, rows=128, warps=8), sms // -(-rows // 128)))
     found += [divided(late, base.parts * 3 // 2), replace(base, warps=12 - base.warps)]
+    # Turned, as many rows at a time and as many stages as fit.
+    for wide in (128, 64):
+        turned = replace(base, rows=wide, warps=8 if base.sequences == 128 else 4, turned=True)
+        fit = (shared_memory - 2048) // stage_bytes(turned, element_size, False)
+        turned = divided(replace(turned, stages=max(1, min(6, fit)), early=4), sms // -(-rows // wide))
+        found += [turned, replace(turned, early=0)]
     for stages in (max(1, base.stages - 1), base.stages + 1):
         found.append(replace(base, stages=stages, early=stages if base.early else 0))
     return list(dict.fromkeys(found))
@@ -152,15 +158,20 @@ def whole_tiles(
 
     def wide(launch: Any, programs: int, most: int) -> Any:
         """Two lines of the cache of each row at once, so that fewer pages of the memory are opened."""
-        return staged(replace(launch, columns=2 * base.columns, early=(launch.early + 1) // 2), programs, most)
+        return staged(replace(launch, columns=2 * launch.columns, early=(launch.early + 1) // 2), programs, most)
 
     even = partial(turned_launch, batch, outputs, element_size, sms, shared_memory, swiglu=swiglu)
     one, two = even(), even(each=2)
     # Blocks of 64 rows, few enough stages for three programs to a multiprocessor: all 280 or 344 of gate and up of the
     # 2B and 4B models run at once on an H100.
-    block = staged(ProductLaunch(64, base.sequences, base.columns, one.warps, 1, turned=True), 3, 4)
-    other = replace(base, early=0 if base.early else base.stages)
-    found = [base, one, staged(one, 1, 8)]
+    block = staged(ProductLaunch(64, base.sequences, one.columns, one.warps, 1, turned=True), 3, 4)
+    if base.turned:
+        plain = staged(ProductLaunch(64, base.sequences, one.columns, one.warps, 1), 2, 3 if swiglu else 5)
+        plain = replace(plain, early=plain.stages)
+    else:
+        plain = base
+    other = replace(plain, early=0 if plain.early else plain.stages)
+    found = [base, plain, one, staged(one, 1, 8)]
     if (wider := wide(one, 1, 4)).stages > 2:  # elsewhere little is on its way at once, and some spill their registers
         found.append(wider)
     if swiglu:
@@ -168,8 +179,8 @@ def whole_tiles(
         found += [replace(block, rows=128, warps=8, early=block.stages), replace(one, hints=True), other]
     else:
         narrow = staged(replace(block, rows=32, warps=4, early=4), 3, 6)
-        found += [two, even(each=2, most=128), wide(base, 2, 4), staged(base, 1, 6), replace(one, early=0)]
-        found += [narrow, replace(one, hints=True), other, replace(base, early=0, rows=128, warps=8)]
+        found += [two, even(each=2, most=128), wide(plain, 2, 4), staged(plain, 1, 6), replace(one, early=0)]
+        found += [narrow, replace(one, hints=True), other, replace(plain, early=0, rows=128, warps=8)]
     return list(dict.fromkeys(found))
 
 

@@ -20,7 +20,7 @@ not fit in the memory.
 Each result is held against fp32 before it is timed. One that is wrong has no speed; if it is the chosen launch's, the
 exit code is 1. Times are medians of CUDA-graph replays over copies of the weights that exceed the L2 cache together.
 Repeated runs differ by a few per cent. What to change where another launch is better by more: `gemv_launch`,
-`batch_launch`, `product_launch`, `streams`, `step_launch` and `PART` in nasbench_kernels.decode.
+`batch_launch`, `swiglu_launch`, `streams`, `step_launch` and `PART` in nasbench_kernels.decode.
 
 --seconds count from the start of the measurements, compilation included, and end what is under way. What they do not
 suffice for is named; a second run finds compiled what the first one launched, and comes further.

@@ -38,6 +38,14 @@ TRIED = (
     (64, 4, 2, 3, 0, False, False),
     (256, 1, 8, 1, 0, False, False),
     (64, 4, 2, 1, 0, False, False),
+    (64, 4, 2, 4, 0, False, False),
+    (128, 2, 4, 2, 0, False, False),
+    (128, 2, 8, 2, 0, False, False),
+    (64, 2, 2, 3, 0, False, False),
+    (64, 2, 2, 2, 0, False, False),
+    (64, 4, 1, 3, 0, False, False),
+    (32, 1, 4, 1, 0, True, True),
+    (64, 4, 2, 2, 0, False, False),
 )
 """Channels of a tile, tiles, warps, stages, most registers, hints on reads and on writes: what promises most first. The
 head's other channels go to further programs. For 96 x 256 on an H100 registers and shared memory leave room for one to

@@ -93,7 +93,7 @@ class FullAttention(TokenMixer):
 
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
         if fused.usable(x):
-            mixed = self.fused_mix(fused.linear(x[:, 0], *self.stacked.matrices()), step, cache)
+            mixed = fused.mix(self, x[:, 0], step, cache)
             return fused.linear(mixed, self.o_proj.weight)[:, None]
         q, k, v = self.project(x, step.cos, step.sin)
         keys, values = cache.state["keys"], cache.state["values"]

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from nasbench_kernels.decode import StepWorkspace
 
+    from nasbench.blocks.mixer import MixerCache, Step
+
 
 @cache
 def _triton() -> bool:
@@ -60,6 +62,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.shape[0] == 1:
         return ops().gemv(x, weight, bias)
     return ops().batch_product(x, weight, bias) if ops().streams(x, weight) else F.linear(x, weight, bias)
+
+
+def mix(mixer: Any, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
+    """A decode step of a mixer with a `fused_mix`, up to its output projection: x [B, C] -> [B, D].
+
+    A mixer's `silu_columns` are (begin, size) of the columns of its stacked rows of which it needs SiLU: where a kernel
+    can write that beside the row, `fused_mix` gets it.
+    """
+    weight, bias = mixer.stacked.matrices()
+    columns = getattr(mixer, "silu_columns", None)
+    if columns is not None and x.shape[0] > 1 and ops().streams(x, weight):
+        row, active = ops().product_and_silu(x, weight, bias, *columns)
+        return mixer.fused_mix(row, step, cache, active)
+    return mixer.fused_mix(linear(x, weight, bias), step, cache)
 
 
 def left_over(x: Tensor, weight: Tensor) -> Tensor:

@@ -164,9 +164,15 @@ class GatedDeltaMixer(TokenMixer):
         first 2 H K columns of [B, T, >= 2 H K], or None where they have no convolution; values [B, T, H * V]."""
 
     @abstractmethod
-    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[Tensor | None, Tensor | None]:
+    def fused_convolve(
+        self, row: Tensor, cache: MixerCache, active: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Prepares a fused decode step: either convolves q, k and v in the stacked rows [B, P] in place and returns
-        (None, None), or returns the dynamic kernels [B, H * V, W] and the values' history for the kernel to do it."""
+        (None, None), or returns the dynamic kernels [B, H * V, W] and the values' history for the kernel to do it.
+
+        Args:
+            active: SiLU of the rows' `silu_columns` (see `fused.mix`), where it is there already.
+        """
 
     @cached_property
     def row_layout(self) -> Any:
@@ -175,9 +181,9 @@ class GatedDeltaMixer(TokenMixer):
         end = sum(self.stacked.sizes)
         return fused.ops().RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
 
-    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache) -> Tensor:
+    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache, active: Tensor | None = None) -> Tensor:
         """A decode step between the projections: stacked rows [B, P] -> [B, H * V], by one Triton kernel."""
-        kernels, history = self.fused_convolve(row, cache)
+        kernels, history = self.fused_convolve(row, cache, active)
         return fused.ops().recurrent_step(
             row, self.row_layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
             fused.workspace(row.device), kernels, history,
@@ -185,7 +191,7 @@ class GatedDeltaMixer(TokenMixer):
 
     def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
         if fused.usable(x):
-            mixed = self.fused_mix(fused.linear(x[:, 0], *self.stacked.matrices()), step, cache)
+            mixed = fused.mix(self, x[:, 0], step, cache)
             return fused.linear(mixed, self.o_proj.weight)[:, None]
         *rule, gate = self.inputs(x, cache.history, single=True)
         q, k, v, decay, beta = (tensor[:, 0] for tensor in rule)

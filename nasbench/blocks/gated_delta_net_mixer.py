@@ -77,7 +77,7 @@ class GatedDeltaNet(GatedDeltaMixer):
         self.stacked_taps = stacked_parameters(self.stacked_taps, weights)
         return self.stacked_taps[:, 0]
 
-    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[None, None]:
+    def fused_convolve(self, row: Tensor, cache: MixerCache, active: Tensor | None) -> tuple[None, None]:
         fused.ops().conv_step(row, self.taps(), cache.history["qkv"])
         return None, None
 

@@ -88,18 +88,24 @@ class JetBlock(GatedDeltaMixer):
             values = dynamic_conv(v, kernels, history["values"] if history else None)
         return F.silu(torch.cat((q, k), dim=-1)), values
 
-    def fused_convolve(self, row: Tensor, cache: MixerCache) -> tuple[Tensor, Tensor]:
+    @property
+    def silu_columns(self) -> tuple[int, int]:
+        """Begin and size of what the kernels are generated from, in the stacked rows."""
+        return 2 * (self.config.keys + self.config.values), self.config.generator_size
+
+    def fused_convolve(self, row: Tensor, cache: MixerCache, active: Tensor | None) -> tuple[Tensor, Tensor]:
         generator = self.dynamic_conv1d.kernel_generator
-        at, size = 2 * (self.config.keys + self.config.values), self.config.generator_size
+        at, size = self.silu_columns
         if row.shape[0] == 1:
             flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
         else:
-            flat = fused.linear(fused.ops().silu_part(row, at, size), generator.w2.weight, generator.w2.bias)
+            active = fused.ops().silu_part(row, at, size) if active is None else active
+            flat = fused.linear(active, generator.w2.weight, generator.w2.bias)
         return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]
 
     def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[None, Tensor]:
-        generator, at = self.dynamic_conv1d.kernel_generator, 2 * (self.config.keys + self.config.values)
-        kernels = generator(row[..., at : at + self.config.generator_size])
+        generator, (at, size) = self.dynamic_conv1d.kernel_generator, self.silu_columns
+        kernels = generator(row[..., at : at + size])
         past = history["values"] if history else None
         return None, fused.prompt_ops().conv_part(row, self.row_layout.v, kernels, past)
 

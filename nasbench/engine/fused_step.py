@@ -80,8 +80,7 @@ class FusedStep:
         norm, mlp_norm, mlp = layer.input_layernorm, layer.post_attention_layernorm, layer.mlp
         hidden = ops.add_norm(x, delta, norm.weight, norm.eps)
         if hasattr(mixer, "fused_mix"):
-            row = fused.linear(hidden, *mixer.stacked.matrices())
-            mixed = fused.left_over(mixer.fused_mix(row, step, cache), mixer.o_proj.weight)
+            mixed = fused.left_over(fused.mix(mixer, hidden, step, cache), mixer.o_proj.weight)
         else:
             mixed = mixer.step(hidden[:, None], step, cache)[:, 0]
         hidden = ops.add_norm(x, mixed, mlp_norm.weight, mlp_norm.eps)

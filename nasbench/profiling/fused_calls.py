@@ -34,9 +34,9 @@ def mixer_call(mixer: Any, norm: nn.RMSNorm, x: Tensor, step: Step, cache: Mixer
             x += mixer.step(norm(x)[:, None], step, cache)[:, 0]
             return x
         return mixer.step(x[:, None], step, cache)[:, 0]
-    weight, bias = mixer.stacked.matrices()
     if len(x) > 1:
-        return fused.left_over(mixer.fused_mix(fused.linear(x, weight, bias), step, cache), mixer.o_proj.weight)
+        return fused.left_over(fused.mix(mixer, x, step, cache), mixer.o_proj.weight)
+    weight, bias = mixer.stacked.matrices()
     row = fused.ops().gemv(x, weight, bias, before="norm", norm_weight=norm.weight, eps=norm.eps)
     return fused.ops().gemv(mixer.fused_mix(row, step, cache), mixer.o_proj.weight, add_to=x)
 

@@ -54,7 +54,7 @@ class _Root(nn.Module):
         super().__init__()
         self.units = nn.ModuleList(units)
 
-    def forward(self) -> None:
+    def forward(self, _: Tensor) -> None:
         """Nothing: the first call ends FSDP2's construction."""
 
 
@@ -112,7 +112,7 @@ def shard(net: Supernet, workers: Workers) -> None:
         for parameter in module.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(device)
-    root()
+    root(torch.empty(0, device=device))  # FSDP2 takes no call without arguments on GPUs
     net.shards = root
 
 

@@ -120,7 +120,7 @@ def offered_products(batch: int, hidden: int, inner: int, rows: int) -> None:
 
     module, x = sys.modules["nasbench_kernels.decode.product"], nothing(batch, hidden)
     sms, shared = module.card(x.device)
-    for launch in whole_tiles(module.product_launch(batch, 2, shared), batch, inner, 2, sms, shared, True):
+    for launch in whole_tiles(module.swiglu_launch(batch, inner, 2, sms, shared), batch, inner, 2, sms, shared, True):
         module.launch_swiglu_product(x, nothing(2 * inner, hidden), launch)
     base = module.batch_launch(batch, rows, hidden, 2, sms, shared, False)
     for launch in whole_tiles(base, batch, rows, 2, sms, shared, False):
@@ -197,6 +197,7 @@ CASES: dict[str, Callable[[], None]] = {
 }
 for tried in (
     StepLaunch(32, 8, 1, 2, 3, registers=128),
+    StepLaunch(64, 4, 1, 2, 3, ahead=2),
     StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
     StepLaunch(32, 1, 8, 1, 1),
 ):

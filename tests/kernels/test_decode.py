@@ -33,6 +33,8 @@ from nasbench_kernels.decode.product import (
     batch_launch,
     launch_batch_product,
     launch_swiglu_product,
+    launch_turned_product,
+    product_and_silu,
     turned_launch,
     turned_product_kernel,
 )
@@ -119,6 +121,7 @@ def test_recurrent_step_with_a_bf16_state(dynamic):
     [
         StepLaunch(64, 4, 1, 2, 2, evict_reads=True, stream_writes=True),
         StepLaunch(64, 4, 1, 2, 1),
+        StepLaunch(64, 4, 1, 2, 3, ahead=2),
         StepLaunch(32, 8, 1, 2, 3, registers=128),
         StepLaunch(16, 16, 1, 1, 3),
         StepLaunch(64, 2, 2, 4, 2),
@@ -320,8 +323,32 @@ def test_turned_products(name, batch, columns, rows, dtype):
     ours = launch_swiglu_product(x, weight, replace(launch, taken=launch.taken // 2))
     assert ours.dtype == dtype
     assert relative_rmse(ours.float(), F.silu(gate) * up) < CLOSE[dtype]
-    with pytest.raises(ValueError, match="not divided"):
-        launch_batch_product(x, weight, None, True, launch)
+    for parts in (1, 2, 3, 7):
+        ours = launch_batch_product(x, weight, None, True, replace(launch, parts=parts))
+        assert ours.shape == (parts, batch, 2 * rows)
+        assert relative_rmse(ours.sum(0), wanted) < CLOSE[dtype]
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_silu_of_some_outputs_beside_all(name):
+    x, weight, bias = (draw(*size, dtype=torch.float16) for size in ((3, 64), (100, 64), (100,)))
+    launch = TURNED[name]
+    wanted = launch_batch_product(x, weight, bias, False, launch)
+    for at, size in ((0, 100), (30, 41), (63, 2), (90, 10)):
+        active = torch.full((3, size), torch.nan, device=DEVICE, dtype=torch.float16)
+        ours = launch_turned_product(x, weight, bias, False, launch, also=active, also_at=at)
+        assert torch.equal(ours, wanted)
+        assert relative_rmse(active.float(), F.silu(wanted[:, at : at + size].float())) < CLOSE[torch.float16]
+
+
+@pytest.mark.parametrize("batch", [3, 40, 100])
+def test_the_product_with_silu_is_the_product_without(batch):
+    x, weight = draw(batch, 1536, dtype=torch.float16), draw(200, 1536, dtype=torch.float16)
+    row, active = product_and_silu(x, weight, None, 50, 64)
+    assert relative_rmse(row.float(), x.float() @ weight.float().T) < CLOSE[torch.float16]
+    assert (active is None) == (batch != 40)
+    if active is not None:
+        assert relative_rmse(active.float(), F.silu(row[:, 50:114].float())) < CLOSE[torch.float16]
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
@@ -332,8 +359,9 @@ def test_a_turned_program_writes_its_own_outputs_only(swiglu):
     rows = 40 if swiglu else 80
     out = torch.full((3, rows), torch.nan, device=DEVICE)
     turned_product_kernel[(2,)](
-        x, weight, x, out, 3, rows, 64, taken, 64, MORE=16, EVEN=True, SWIGLU=swiglu, BIAS=False, **launch.constants(x)
-    )
+        x, weight, x, out, out, 3, rows, 64, 64, taken, 64, 0, MORE=16, EVEN=True, SWIGLU=swiglu, BIAS=False, ALSO=0,
+        **launch.constants(x),
+    )  # fmt: skip
     gate, up = (x @ weight.T).chunk(2, -1)
     wanted = F.silu(gate) * up if swiglu else x @ weight.T
     assert relative_rmse(out[:, : 2 * taken], wanted[:, : 2 * taken]) < 1e-5

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from nasbench_kernels.decode.product import batch_launch, product_launch
+from nasbench_kernels.decode.product import batch_launch, swiglu_launch
 
 import benchmarks.launches as bench
 from benchmarks.launch_cases import (
@@ -61,6 +61,12 @@ def test_the_products_are_those_of_a_step(batch, monkeypatch):
     else:
         for name in ("linear", "left_over", "swiglu_linear"):
             monkeypatch.setattr(fused, name, partial(record, name, getattr(fused, name)))
+        both = fused.ops().product_and_silu
+
+        def with_silu(x, weight, bias, *columns):
+            return record("linear", lambda *given: both(*given[:2], bias, *columns), x, weight, bias)
+
+        monkeypatch.setattr(fused.ops(), "product_and_silu", with_silu)
     decoder = random_decoder(TINY, TINY.placement, dtype=torch.float16, device=DEVICE)
     cache = decoder.new_cache(batch, 8)
     zeros = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
@@ -111,7 +117,7 @@ def test_the_choice_is_the_kernels_own(monkeypatch):
 def test_parts_of_every_tile_cover_the_columns():
     for columns, rows in ((8960, 1536), (3072, 1536), (64, 7)):
         base = batch_launch(64, rows, columns, 2, 132, 228 << 10, True)
-        found = divided_tiles(base, rows, columns, 132)
+        found = divided_tiles(base, rows, columns, 2, 132, 228 << 10)
         assert base in found
         for launch in found:
             share = launch.share(columns)
@@ -124,12 +130,12 @@ def test_parts_of_every_tile_cover_the_columns():
 def test_whole_tiles_fit_the_card(batch, sms, shared):
     for outputs, columns, swiglu in ((8856, 1536, False), (8960, 1536, True), (11008, 2048, True)):
         if swiglu:
-            base = product_launch(batch, 2, shared)
+            base = swiglu_launch(batch, outputs, 2, sms, shared)
         else:
             base = batch_launch(batch, outputs, columns, 2, sms, shared, False)
         found = whole_tiles(base, batch, outputs, 2, sms, shared, swiglu)
         assert found[0] == base
-        assert len(found) <= 12
+        assert len(found) <= 13
         assert len({launch.turned for launch in found}) == 2
         for launch in found[1:]:
             assert launch.stages * stage_bytes(launch, 2, swiglu) < shared, launch

@@ -4,7 +4,7 @@ from nasbench_kernels.decode.argmax import argmax
 from nasbench_kernels.decode.attention import decode_attention, rotary_write
 from nasbench_kernels.decode.gemv import gemv
 from nasbench_kernels.decode.pointwise import add_norm, conv_step, silu_part, swiglu
-from nasbench_kernels.decode.product import batch_product, fits, streams, swiglu_product
+from nasbench_kernels.decode.product import batch_product, fits, product_and_silu, streams, swiglu_product
 from nasbench_kernels.decode.recurrent import RowLayout, StepWorkspace, recurrent_step
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "decode_attention",
     "fits",
     "gemv",
+    "product_and_silu",
     "recurrent_step",
     "rotary_write",
     "silu_part",

@@ -10,7 +10,7 @@ of eight: a program then takes as many outputs as make one program, or two, for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -124,10 +124,11 @@ def weight_of(output, ROWS, SWIGLU: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def store_turned(
-    total, bias, out, output, end, BATCH, ROWS, BLOCK_B: tl.constexpr, COUNT: tl.constexpr, SWIGLU: tl.constexpr,
-    BIAS: tl.constexpr,
+    total, bias, out, also, output, end, also_at, BATCH, ROWS, BLOCK_B: tl.constexpr, COUNT: tl.constexpr,
+    SWIGLU: tl.constexpr, BIAS: tl.constexpr, ALSO: tl.constexpr,
 ):  # fmt: skip
-    """Writes the outputs from `output` to `end` of a tile [BLOCK_B, COUNT] of sums."""
+    """Writes the outputs from `output` to `end` of a tile [BLOCK_B, COUNT] of sums, and SiLU of the ALSO outputs from
+    `also_at` on to `also` [B, ALSO]."""
     sequences = tl.arange(0, BLOCK_B)
     if SWIGLU:
         # Neighbouring columns of a tile of sums are in the same thread: nothing is exchanged.
@@ -143,45 +144,57 @@ def store_turned(
         if BIAS:
             result += tl.load(bias + outputs, mask=outputs < end, other=0.0).to(tl.float32)[None, :]
     at = out + sequences[:, None].to(tl.int64) * ROWS + outputs[None, :]
-    tl.store(at, result.to(out.dtype.element_ty), mask=(sequences < BATCH)[:, None] & (outputs < end)[None, :])
+    wanted = (sequences < BATCH)[:, None] & (outputs < end)[None, :]
+    tl.store(at, result.to(out.dtype.element_ty), mask=wanted)
+    if ALSO > 0:
+        place = outputs - also_at
+        # Of what was written, rounded.
+        result = result.to(out.dtype.element_ty).to(tl.float32)
+        active = (result / (1.0 + tl.exp(-result))).to(out.dtype.element_ty)
+        tl.store(
+            also + sequences[:, None] * ALSO + place[None, :], active,
+            mask=wanted & ((place >= 0) & (place < ALSO))[None, :],
+        )  # fmt: skip
 
 
 @triton.jit
 def turned_product_kernel(
-    x, weight, bias, out, BATCH, ROWS, COLUMNS, TAKEN, x_stride,
+    x, weight, bias, out, also, BATCH, ROWS, COLUMNS, SHARE, TAKEN, x_stride, also_at,
     BLOCK_R: tl.constexpr, MORE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     EARLY: tl.constexpr, LINE: tl.constexpr, EVEN: tl.constexpr, SWIGLU: tl.constexpr, BIAS: tl.constexpr,
-    KEEP: tl.constexpr, PASS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    ALSO: tl.constexpr, KEEP: tl.constexpr, PASS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * TAKEN
     end = tl.minimum(begin + TAKEN, ROWS)
+    part = tl.program_id(1).to(tl.int64)
+    start = part * SHARE
     second = begin + (BLOCK_R // 2 if SWIGLU else BLOCK_R)
     sequences = tl.arange(0, BLOCK_B)
     in_batch = sequences < BATCH
     lanes = tl.arange(0, BLOCK_K)
     outputs, rows = weight_of(begin, ROWS, SWIGLU, BLOCK_R)
     in_rows = outputs < end
-    weights = weight + rows[None, :] * COLUMNS + lanes[:, None]
-    inputs = x + sequences[:, None] * x_stride + lanes[None, :]
+    weights = weight + rows[None, :] * COLUMNS + (start + lanes)[:, None]
+    inputs = x + sequences[:, None] * x_stride + (start + lanes)[None, :]
     total = tl.zeros([BLOCK_B, BLOCK_R], tl.float32)
     if MORE > 0:
         more_outputs, more_rows = weight_of(second, ROWS, SWIGLU, MORE)
         in_more = more_outputs < end
-        others = weight + more_rows[None, :] * COLUMNS + lanes[:, None]
+        others = weight + more_rows[None, :] * COLUMNS + (start + lanes)[:, None]
         rest = tl.zeros([BLOCK_B, MORE], tl.float32)
     if PDL:
         for ahead in tl.static_range(0, EARLY * BLOCK_K, LINE):
-            column = tl.minimum(ahead, COLUMNS - 1)
+            column = tl.minimum(start + ahead, COLUMNS - 1)
             fetch(weight + rows * COLUMNS + column)
             if MORE > 0:
                 fetch(weight + more_rows * COLUMNS + column)
     follow(PDL)
-    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+    for first in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
         if EVEN:
             value = tl.load(inputs + first, mask=in_batch[:, None], other=0.0, eviction_policy=KEEP)
             block = tl.load(weights + first, mask=in_rows[None, :], other=0.0, eviction_policy=PASS)
         else:
-            inside = first + lanes < COLUMNS
+            inside = start + first + lanes < COLUMNS
             value = tl.load(inputs + first, mask=in_batch[:, None] & inside[None, :], other=0.0, eviction_policy=KEEP)
             both = inside[:, None] & in_rows[None, :]
             block = tl.load(weights + first, mask=both, other=0.0, eviction_policy=PASS)
@@ -193,15 +206,20 @@ def turned_product_kernel(
                 both = inside[:, None] & in_more[None, :]
                 block = tl.load(others + first, mask=both, other=0.0, eviction_policy=PASS)
             rest = tl.dot(value, block, rest, input_precision=PRECISION)
-    store_turned(total, bias, out, begin, end, BATCH, ROWS, BLOCK_B, BLOCK_R, SWIGLU, BIAS)
+    out += part * BATCH * ROWS
+    store_turned(
+        total, bias, out, also, begin, end, also_at, BATCH, ROWS, BLOCK_B, BLOCK_R, SWIGLU, BIAS, ALSO
+    )  # fmt: skip
     if MORE > 0:
-        store_turned(rest, bias, out, second, end, BATCH, ROWS, BLOCK_B, MORE, SWIGLU, BIAS)
+        store_turned(
+            rest, bias, out, also, second, end, also_at, BATCH, ROWS, BLOCK_B, MORE, SWIGLU, BIAS, ALSO
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ProductLaunch:
-    """How a product is launched. A row of a block of `product_launch` and `batch_launch` is one line of the cache, 128
-    bytes.
+    """How a product is launched. A row of a block of `swiglu_launch` and `batch_launch` is one or two lines of the
+    cache, 128 bytes each.
 
     Attributes:
         rows: of the weights in a block; without `turned`, SwiGLU has two blocks, of gate and of up.
@@ -209,7 +227,7 @@ class ProductLaunch:
         columns: of a block.
         warps: of a program.
         stages: of its pipeline.
-        parts: that the columns are divided into; not of SwiGLU, nor where the product is turned.
+        parts: that the columns are divided into; not of SwiGLU.
         early: blocks of weights that are asked for before the launch ahead is done.
         turned: sequences are the rows of the tile. With SwiGLU rows of gate and up then alternate in one block.
         more: rows of a second, smaller block of a turned product's program; 0: none.
@@ -247,9 +265,13 @@ class ProductLaunch:
         }  # fmt: skip
 
 
-def product_launch(batch: int, element_size: int, shared_memory: int) -> ProductLaunch:
-    """Of gate and up product with SwiGLU, by measurements on an H100: `benchmarks/launches.py`."""
+def swiglu_launch(
+    batch: int, outputs: int, element_size: int, sms: int, shared_memory: int
+) -> ProductLaunch:  # fmt: skip
+    """Of gate and up product with SiLU and multiplication, by measurements on an H100: `benchmarks/launches.py`."""
     sequences = max(16, triton.next_power_of_2(batch))
+    if sequences > 32 and (turned := even_launch(batch, outputs, element_size, sms, shared_memory, swiglu=True)):
+        return turned
     block_k = 128 // element_size
     stages, warps = (4, 4) if sequences <= 32 else (3, 4) if sequences <= 64 else (3, 8)
     tile = (2 * 64 + sequences) * block_k * element_size
@@ -265,19 +287,24 @@ def batch_launch(
     sequences = max(16, triton.next_power_of_2(batch))
     block_k, block = 128 // element_size, 64
     blocks, tiles = triton.cdiv(columns, block_k), triton.cdiv(rows, block)
+    if not divided and sequences == 64 and blocks >= 12:
+        turned = even_launch(batch, rows, element_size, sms, shared_memory)
+        if turned:
+            return turned
     long = blocks >= 100
     parts = max(1, min((2 if long else 1) * sms // tiles, blocks // 12)) if divided else 1
     share = triton.cdiv(blocks, parts)
     tile = (block + sequences) * block_k * element_size
-    stages = max(1, min(4 if divided else 5, (shared_memory // 2 - 4096) // tile))
+    stages = max(1, min(4 if divided and long else 5, (shared_memory // 2 - 4096) // tile))
     # Where two programs share a multiprocessor, one's loop hides the other's start.
     early = 0 if (divided and long) or blocks < 8 else stages
     return ProductLaunch(block, sequences, block_k, 4, stages, triton.cdiv(blocks, share), early)
 
 
 MOST_ROWS, MOST_ROWS_OF_MANY = 192, 144
-"""Of a turned product's program: where all programs run at once, and where many take turns on a multiprocessor, two at
-a time so that one's loop hides the other's start and end."""
+"""Of a turned product's program: where all programs run at once, and where many take turns on a multiprocessor."""
+FEWEST_STAGES = 3
+"""With fewer, a turned product waits for each block."""
 
 
 def turned_launch(
@@ -285,7 +312,6 @@ def turned_launch(
     most: int = 0,
 ) -> ProductLaunch:  # fmt: skip
     """Of a turned product: `each` programs for each multiprocessor, or a multiple of that, with as many outputs each.
-    Offered by `benchmarks/launches.py`, chosen by nobody yet.
 
     Args:
         most: rows of the weights that a program takes at most; 0: MOST_ROWS or MOST_ROWS_OF_MANY.
@@ -303,9 +329,28 @@ def turned_launch(
     tile = (rows + more + sequences) * 128
     # Half of the shared memory, if three stages fit in it: the next launch's programs then find room.
     half = (shared_memory // 2 - 4096) // tile
-    stages = max(1, min(4, half if half >= 3 else (shared_memory - 4096) // tile))
+    stages = max(1, min(4, half if half >= FEWEST_STAGES else (shared_memory - 4096) // tile))
     warps = 8 if sequences == 128 else 4
     return ProductLaunch(rows, sequences, block_k, warps, stages, 1, stages, True, more, taken)
+
+
+def even_launch(
+    batch: int, outputs: int, element_size: int, sms: int, shared_memory: int, swiglu: bool = False
+) -> ProductLaunch | None:
+    """A turned launch of one program for each multiprocessor that fills its shared memory; None where that holds too
+    few stages.
+
+    Up to 64 sequences two lines of each row of the weights are asked for at once, which opens fewer pages of the
+    memory; for small blocks and for more sequences one line and more stages did better.
+    """
+    launch = turned_launch(batch, outputs, element_size, sms, shared_memory, swiglu=swiglu)
+    rows = launch.rows + launch.more + launch.sequences
+    fit = (shared_memory - 2048) // (rows * 128)
+    if launch.sequences <= 64 and launch.rows > 32 and fit >= 2 * FEWEST_STAGES:
+        return replace(launch, columns=2 * launch.columns, stages=min(4, fit // 2), early=2)
+    if fit < FEWEST_STAGES:
+        return None
+    return replace(launch, stages=min(8, fit), early=min(launch.early, 4))
 
 
 def streams(x: Tensor, weight: Tensor, divided: bool = False) -> bool:
@@ -332,15 +377,26 @@ def batch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, divided
     return launch_batch_product(x, weight, bias, divided, launch)
 
 
+def product_and_silu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, at: int, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """`batch_product`, and SiLU of its outputs from `at` to `at + size`, [B, size], where the launch can write it along
+    (a turned one); else None."""
+    (batch, columns), rows = x.shape, weight.shape[0]
+    launch = batch_launch(batch, rows, columns, x.element_size(), *card(x.device), False)
+    if not launch.turned:
+        return launch_batch_product(x, weight, bias, False, launch), None
+    also = torch.empty(batch, size, device=x.device, dtype=x.dtype)
+    return launch_turned_product(x, weight, bias, False, launch, also=also, also_at=at), also
+
+
 def launch_batch_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, divided: bool, launch: ProductLaunch
 ) -> Tensor:
     """`batch_product` as `launch` says."""
     (batch, columns), rows = x.shape, weight.shape[0]
     if launch.turned:
-        if divided:
-            raise ValueError(f"{launch}: a turned product is not divided")
-        return launch_turned_product(x, weight, bias, False, launch)
+        return launch_turned_product(x, weight, bias, False, launch, divided)
     size, kind = ((launch.parts, batch, rows), torch.float32) if divided else ((batch, rows), x.dtype)
     out = torch.empty(size, device=x.device, dtype=kind)
     share = launch.share(columns)
@@ -353,7 +409,7 @@ def launch_batch_product(
 
 def swiglu_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, K] contiguous, B at most 128, weight [2 F, K], gate over up -> SiLU(x Wg^T) * (x Wu^T), [B, F]."""
-    launch = product_launch(x.shape[0], x.element_size(), card(x.device)[1])
+    launch = swiglu_launch(x.shape[0], weight.shape[0] // 2, x.element_size(), *card(x.device))
     return launch_swiglu_product(x, weight, launch)
 
 
@@ -370,23 +426,27 @@ def launch_swiglu_product(x: Tensor, weight: Tensor, launch: ProductLaunch) -> T
 
 
 def launch_turned_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool, launch: ProductLaunch
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, swiglu: bool, launch: ProductLaunch, divided: bool = False,
+    also: Tensor | None = None, also_at: int = 0,
+) -> Tensor:  # fmt: skip
     """y = W x (+ bias), or SiLU(x Wg^T) * (x Wu^T), with the sequences as rows of a tile.
 
     Args:
         x: [B, K] of contiguous rows.
         weight: [N, K], or [2 N, K], gate over up, with `swiglu`.
+        divided: as in `batch_product`.
+        also: [B, M] of x's dtype, into which SiLU of the outputs from `also_at` on is written, too.
 
     Returns:
-        [B, N] in x's dtype.
+        [B, N] in x's dtype, or fp32 [S, B, N].
     """
     (batch, columns), rows = x.shape, weight.shape[0] // (2 if swiglu else 1)
-    taken = launch.outputs(swiglu)
-    out = torch.empty(batch, rows, device=x.device, dtype=x.dtype)
-    turned_product_kernel[(triton.cdiv(rows, taken),)](
-        x, weight, x if bias is None else bias, out, batch, rows, columns, taken, x.stride(0),
-        MORE=launch.more, EVEN=columns % launch.columns == 0, SWIGLU=swiglu, BIAS=bias is not None,
-        **launch.constants(x),
+    taken, share = launch.outputs(swiglu), launch.share(columns)
+    size, kind = ((launch.parts, batch, rows), torch.float32) if divided else ((batch, rows), x.dtype)
+    out = torch.empty(size, device=x.device, dtype=kind)
+    turned_product_kernel[(triton.cdiv(rows, taken), launch.parts)](
+        x, weight, x if bias is None else bias, out, out if also is None else also, batch, rows, columns, share, taken,
+        x.stride(0), also_at, MORE=launch.more, EVEN=share * launch.parts == columns, SWIGLU=swiglu,
+        BIAS=bias is not None, ALSO=0 if also is None else also.shape[1], **launch.constants(x),
     )  # fmt: skip
     return out
