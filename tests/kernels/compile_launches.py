@@ -197,7 +197,6 @@ CASES: dict[str, Callable[[], None]] = {
 }
 for tried in (
     StepLaunch(32, 8, 1, 2, 3, registers=128),
-    StepLaunch(64, 4, 1, 2, 3, ahead=2),
     StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
     StepLaunch(32, 1, 8, 1, 1),
 ):

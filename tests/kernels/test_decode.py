@@ -121,7 +121,6 @@ def test_recurrent_step_with_a_bf16_state(dynamic):
     [
         StepLaunch(64, 4, 1, 2, 2, evict_reads=True, stream_writes=True),
         StepLaunch(64, 4, 1, 2, 1),
-        StepLaunch(64, 4, 1, 2, 3, ahead=2),
         StepLaunch(32, 8, 1, 2, 3, registers=128),
         StepLaunch(16, 16, 1, 1, 3),
         StepLaunch(64, 2, 2, 4, 2),

@@ -17,12 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.decode.card import card
-from nasbench_kernels.decode.overlap import dependent, fetch, follow
+from nasbench_kernels.decode.overlap import dependent, follow
 
 NORM_EPS = 1e-5
 L2_EPS = 1e-6
-PROGRAMS_OF_A_MULTIPROCESSOR = 4
-"""That find room for their state in shared memory at once, about."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,10 @@ def _silu(x):
 @triton.jit
 def recurrent_step_kernel(
     row, kernels, history, state, a_log, dt_bias, norm_weight, scratch, counters, out,
-    row_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at, scale, first_programs,
+    row_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at, scale,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, DYNAMIC: tl.constexpr, READ: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, READ: tl.constexpr,
     WRITE: tl.constexpr, L2_EPS_: tl.constexpr, NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -80,16 +78,6 @@ def recurrent_step_kernel(
             memory + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :], other=0.0,
             eviction_policy=READ,
         )  # fmt: skip
-    elif PDL and AHEAD > 0:
-        LINE: tl.constexpr = 1024 // state.dtype.element_ty.primitive_bitwidth
-        LINES: tl.constexpr = BLOCK_V // LINE if BLOCK_V > LINE else 1
-        # Of the programs that find room beside the launch ahead, which leaves the memory idle at its start and end.
-        if program < first_programs:
-            for tile in tl.static_range(0, AHEAD):
-                line = (part * TILES + tile) * BLOCK_V + tl.arange(0, LINES) * LINE
-                line = tl.minimum(line, VALUE - 1)
-                fetch(memory + tl.minimum(first, KEY - 1)[:, None] * VALUE + line[None, :])
-                fetch(memory + tl.minimum(second, KEY - 1)[:, None] * VALUE + line[None, :])
     follow(PDL)
     # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
@@ -198,8 +186,6 @@ class StepLaunch:
         evict_reads: tells the second-level cache that lines of the state that are read need not stay (evict_first).
             triton 3.6 drops the hint where there are several tiles, 3.9 does not.
         stream_writes: the same of the lines that are written (st.global.cs).
-        ahead: of several tiles, those that the first programs ask into the second-level cache before the launch ahead
-            is done, where launches overlap.
     """
 
     block_v: int
@@ -210,7 +196,6 @@ class StepLaunch:
     registers: int = 0
     evict_reads: bool = False
     stream_writes: bool = False
-    ahead: int = 0
 
     def stages_for(self, element_size: int, key_dim: int, shared_memory: int) -> int:
         """The stages that leave room for two programs in a multiprocessor's shared memory; at least one."""
@@ -234,13 +219,9 @@ def step_launch(heads: int, key_dim: int, value_dim: int, sms: int) -> StepLaunc
     while block_v > 8 and block_v * key_dim > 8192:
         block_v //= 2
     block_v = min(block_v, whole)
-    if heads < 8 * sms:
-        # A tile for each program, in registers, on its way before the launch ahead is done; of the whole heads there
-        # are too few to share evenly. 63 us against 65 at 64 sequences of 12 heads of 96 x 256, 104 against 108 at 64
-        # of 16 of 128 x 256.
-        each = sum(key_blocks(key_dim)) * block_v // 128
-        return StepLaunch(block_v, 1, whole // block_v, 4, 1, max(128, min(255, each * 8 // 3 // 8 * 8)), True, True)
-    # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512.
+    # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512. A tile for each
+    # program, held in registers, was ahead of both by 3 % at 64 sequences, alone, and behind by 2 % of a whole step.
+    # The state asked into the second-level cache while the launch ahead runs, or ahead of the tiles: slower, too.
     return StepLaunch(block_v, whole // block_v, 1, 2, 3)
 
 
@@ -312,10 +293,10 @@ def recurrent_step(
         row, row if kernels is None else kernels, row if history is None else history, state, a_log, dt_bias,
         norm_weight, scratch, counters, out,
         row.stride(0), layout.q, layout.k, layout.v, layout.gate, layout.decay, layout.beta, key_dim**-0.5,
-        sms * PROGRAMS_OF_A_MULTIPROCESSOR, HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps,
+        HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps,
         BLOCK_T=triton.next_power_of_2(taps), BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v,
         TILES=launch.tiles, PARTS=launch.parts, BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages,
-        AHEAD=min(launch.ahead, launch.tiles), DYNAMIC=kernels is not None,
+        DYNAMIC=kernels is not None,
         READ="evict_first" if launch.evict_reads else "", WRITE=".cs" if launch.stream_writes else "",
         L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps, **most_registers, **dependent(row.device),
     )  # fmt: skip
