@@ -127,21 +127,25 @@ def divided_tiles(base: Any, rows: int, columns: int, element_size: int, sms: in
         share = -(-blocks // min(blocks, max(1, parts)))
         return replace(launch, parts=-(-blocks // share))
 
-    late, early = replace(base, early=0), replace(base, early=base.stages)
+    plain = base
+    if base.turned:
+        plain = replace(base, warps=4, stages=4, turned=False)
+        plain = divided(plain, min(sms // -(-rows // base.rows), blocks // 12))
+    late, early = replace(plain, early=0), replace(plain, early=plain.stages)
     found = [base, late, early]
-    for parts in (base.parts // 2, base.parts * 2 // 3):
+    for parts in (plain.parts // 2, plain.parts * 2 // 3, 2 * plain.parts):
         found += [divided(late, parts), divided(early, parts)]
     # Blocks of 128 rows read x half as often; one of them for each multiprocessor.
     found.append(divided(replace(late, rows=128, warps=8), sms // -(-rows // 128)))
-    found += [divided(late, base.parts * 3 // 2), replace(base, warps=12 - base.warps)]
+    found += [divided(late, plain.parts * 3 // 2), replace(plain, warps=12 - plain.warps)]
     # Turned, as many rows at a time and as many stages as fit.
     for wide in (128, 64):
-        turned = replace(base, rows=wide, warps=8 if base.sequences == 128 else 4, turned=True)
+        turned = replace(plain, rows=wide, warps=8 if base.sequences == 128 else 4, turned=True)
         fit = (shared_memory - 2048) // stage_bytes(turned, element_size, False)
         turned = divided(replace(turned, stages=max(1, min(6, fit)), early=4), sms // -(-rows // wide))
         found += [turned, replace(turned, early=0)]
-    for stages in (max(1, base.stages - 1), base.stages + 1):
-        found.append(replace(base, stages=stages, early=stages if base.early else 0))
+    for stages in (max(1, plain.stages - 1), plain.stages + 1):
+        found.append(replace(plain, stages=stages, early=stages if plain.early else 0))
     return list(dict.fromkeys(found))
 
 

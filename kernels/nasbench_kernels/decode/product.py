@@ -283,7 +283,8 @@ def batch_launch(
     batch: int, rows: int, columns: int, element_size: int, sms: int, shared_memory: int, divided: bool
 ) -> ProductLaunch:
     """Of a plain product, or of one that may be divided: into one program for each multiprocessor, two where there are
-    many columns, but parts of twelve blocks at least. By measurements on an H100: `benchmarks/launches.py`."""
+    many columns, but parts of twelve blocks at least. By measurements on an H100, of single products
+    (`benchmarks/launches.py`) and of whole steps with them."""
     sequences = max(16, triton.next_power_of_2(batch))
     block_k, block = 128 // element_size, 64
     blocks, tiles = triton.cdiv(columns, block_k), triton.cdiv(rows, block)
@@ -292,12 +293,16 @@ def batch_launch(
         if turned:
             return turned
     long = blocks >= 100
+    if divided and (sequences == 128 or (sequences == 64 and long)):
+        turned = turned_parts(batch, rows, columns, element_size, sms, shared_memory)
+        if turned:
+            return turned
     parts = max(1, min((2 if long else 1) * sms // tiles, blocks // 12)) if divided else 1
     share = triton.cdiv(blocks, parts)
     tile = (block + sequences) * block_k * element_size
     stages = max(1, min(4 if divided and long else 5, (shared_memory // 2 - 4096) // tile))
     # Where two programs share a multiprocessor, one's loop hides the other's start.
-    early = 0 if (divided and long) or blocks < 8 else stages
+    early = 0 if (divided and (long or sequences > 32)) or blocks < 8 else stages
     return ProductLaunch(block, sequences, block_k, 4, stages, triton.cdiv(blocks, share), early)
 
 
@@ -353,17 +358,33 @@ def even_launch(
     return replace(launch, stages=min(8, fit), early=min(launch.early, 4))
 
 
+def turned_parts(
+    batch: int, rows: int, columns: int, element_size: int, sms: int, shared_memory: int
+) -> ProductLaunch | None:
+    """A turned launch of a divided product: blocks of 64 rows, parts of eight blocks at least, one program for each
+    multiprocessor that fills its shared memory; None where that holds too few stages."""
+    sequences, block_k, block = max(16, triton.next_power_of_2(batch)), 128 // element_size, 64
+    blocks, tiles = triton.cdiv(columns, block_k), triton.cdiv(rows, block)
+    share = triton.cdiv(blocks, max(1, min(sms // tiles, blocks // 8)))
+    stages = min(6, (shared_memory - 2048) // ((block + sequences) * 128))
+    if stages < FEWEST_STAGES:
+        return None
+    warps = 8 if sequences == 128 else 4
+    return ProductLaunch(
+        block, sequences, block_k, warps, stages, triton.cdiv(blocks, share), min(stages, 4), turned=True
+    )
+
+
 def streams(x: Tensor, weight: Tensor, divided: bool = False) -> bool:
     """Whether W x, or with `divided` what add_norm is to sum, is faster here than by cuBLAS: up to 64 sequences, and
-    beyond where the rows that a program multiplies are short. By measurements on an H100: `benchmarks/launches.py`.
+    beyond where it is divided or the rows that a program multiplies are short. By measurements on an H100:
+    `benchmarks/launches.py`.
 
     Args:
         x: [B, K].
         weight: [N, K].
     """
-    rows, columns = weight.shape
-    short = columns < 3 * rows if divided else columns <= 512
-    return fits(x) and (x.shape[0] <= 64 or short)
+    return fits(x) and (divided or x.shape[0] <= 64 or weight.shape[1] <= 512)
 
 
 def batch_product(x: Tensor, weight: Tensor, bias: Tensor | None = None, divided: bool = False) -> Tensor:
