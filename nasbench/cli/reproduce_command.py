@@ -1,4 +1,4 @@
-"""nasbench reproduce: the whole recipe on one device, and the table of what it gives."""
+"""nasbench reproduce: the whole recipe on one device, measured on several if asked, and the table of what it gives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.errors import UserError, unknown
 
 CPU_SHARE = 1 / 32
 """Of every batch that fills a GPU, on a CPU."""
@@ -52,6 +52,13 @@ def command(
     ] = "",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,
+    measure_devices: Annotated[
+        str,
+        typer.Option(
+            help="Devices that benchmarks and retrieval are measured on at once, cuda:0,cuda:1; the first is the run's "
+            "own. Default: that one alone."
+        ),
+    ] = "",
     contexts: Annotated[str, typer.Option(help="Of the decode speeds.")] = "8k,64k",
     batches: Annotated[str, typer.Option(help="Sequences decoded at once at each of the contexts.")] = "64,16",
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement in a search.")] = "32k",
@@ -101,6 +108,9 @@ def command(
     if recipe.sequence > shape.max_context:
         raise UserError(f"sequence {recipe.sequence} is beyond the context of {shape.name}, {shape.max_context}")
 
+    # A report of another machine's run needs none of its devices.
+    helpers = () if report_only else helper_devices(measure_devices, where)
+
     from nasbench.reproduce.driver import reproduce, write_report
 
     # As it was typed: a report that leaves options out is not one to repeat.
@@ -109,7 +119,8 @@ def command(
         page = write_report(out, recipe, told)
     else:
         with progress_bar() as progress:
-            page = reproduce(recipe, out, told, device=where, dtype=torch_dtype(dtype), log=log, progress=progress)
+            kind = torch_dtype(dtype)
+            page = reproduce(recipe, out, told, device=where, dtype=kind, log=log, progress=progress, helpers=helpers)
     log(f"Open {page} in a browser.")
 
 
@@ -120,6 +131,30 @@ def scaled(settings, where: str):  # type: ignore[no-untyped-def]
     names = ("ridge_tokens", "align_batch_tokens", "supernet_batch_tokens")
     changes = {name: max(1, int(getattr(settings, name) * CPU_SHARE)) for name in names}
     return settings.updated({**changes, "kl_chunk": 512})
+
+
+def helper_devices(text: str, where: str) -> tuple[str, ...]:
+    """Of `cuda:0,cuda:1`, the devices beside the run's own, `where`, which comes first; none of an empty text.
+
+    Raises UserError for a device that is not there and for another one first.
+    """
+    if not text.strip():
+        return ()
+    import torch
+
+    # Without a number: the one that torch takes then.
+    names = {"cpu": "cpu"}
+    if torch.cuda.is_available():
+        names["cuda"] = f"cuda:{torch.cuda.current_device()}"
+        names |= {f"cuda:{i}": f"cuda:{i}" for i in range(torch.cuda.device_count())}
+    found = []
+    for part in text.split(","):
+        if part.strip() not in names:
+            raise unknown("measure device", part.strip(), names)
+        found.append(names[part.strip()])
+    if found[0] != (own := names.get(where, where)):
+        raise UserError(f"bad --measure-devices {text!r}: the first must be the run's own device, {own}")
+    return tuple(found[1:])
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -91,8 +92,13 @@ def reproduce(
     dtype: torch.dtype,
     log: Log,
     progress: Progress = no_progress,
+    helpers: Sequence[str] = (),
 ) -> Path:
-    """Runs every stage for about its seconds, and returns the report's page. Stopped, the same call continues."""
+    """Runs every stage for about its seconds, and returns the report's page. Stopped, the same call continues.
+
+    Args:
+        helpers: torch devices that measure placements beside `device`, each in a process of its own.
+    """
     began = time.monotonic()
     for path in suite_files(recipe.suite):
         table.suite_chances([path])
@@ -101,6 +107,7 @@ def reproduce(
     bench = Bench(recipe, out, device, dtype, log, progress)
     bench.corpus.held_out("test", recipe.test_tokens)
     log(f"model and text read: {bench.corpus.train.numel():,} tokens to train on, {time.monotonic() - began:.0f} s")
+    bench.plan["source"] = bench.loaded.source
     bench.plan["command"] = command
     items = Items(out / "items.jsonl")
 
@@ -130,7 +137,7 @@ def reproduce(
         table.write_tables(out / REPORT, facts_of(out, recipe))
 
     try:
-        timed("measure", lambda: measure.measure_all(bench, items, refresh))
+        timed("measure", lambda: measure.measure_all(bench, items, refresh, helpers))
     finally:
         # Measuring takes longest: what is there when it is stopped is worth a page.
         page = write_report(out, recipe, command)

@@ -13,12 +13,17 @@ from nasbench.evaluation.tasks import Task, parse_task
 from nasbench.reproduce.items import Items, Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.stages import SEARCHED, Bench
+from nasbench.reproduce.team import Job, Team
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement
-from nasbench.supernet.finalize import final_folder, use_final
+from nasbench.supernet.finalize import final_folder, final_version, use_final
 
 GROUP = 8
 """Placements whose held-out loss is measured together: they share the layers they begin with."""
+REFRESH_S = 20.0
+"""Seconds between two writings of the tables while placements are measured."""
+Pair = tuple[Candidate, bool]
+"""A candidate, and whether it is asked everything."""
 
 
 def subject(candidate: Candidate) -> Subject:
@@ -55,9 +60,9 @@ def is_chosen(candidate: Candidate) -> bool:
     return finished or (candidate.method == UNIFORM and candidate.fill == "best")
 
 
-def queue(bench: Bench) -> Iterator[tuple[Candidate, bool]]:
-    """(candidate, whether it is asked everything) in the order of measuring: the model and what was finalised, what
-    else was chosen, then all others briefly, and in the end those at length, too."""
+def queue(bench: Bench) -> Iterator[Pair]:
+    """What is asked, in the order of measuring: the model and what was finalised, what else was chosen, then all others
+    briefly, and in the end those at length, too."""
     rows = bench.plan.candidates
     first = [row for row in rows if row.method == TEACHER or row.weights.startswith("final")]
     order = list(dict.fromkeys((*bench.recipe.finalized, *bench.recipe.counts)))
@@ -71,12 +76,22 @@ def queue(bench: Bench) -> Iterator[tuple[Candidate, bool]]:
     yield from ((row, True) for row in others)
 
 
+def share_of(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
+    """What process `number` of `of` measures: the placements are dealt out in turn, in the order in which they first
+    come. All that is asked of one stays in one process, so that nothing is measured twice."""
+    places: dict[Subject, int] = {}
+    for candidate, _ in pairs:
+        places.setdefault(subject(candidate), len(places))
+    return [pair for pair in pairs if places[subject(pair[0])] % of == number]
+
+
 class Measurer:
     """Measures candidates with the weights that each is named with."""
 
     def __init__(self, bench: Bench, items: Items) -> None:
         self.bench, self.items = bench, items
         self._final: tuple[Candidate, Evaluator] | None = None
+        self._versions: dict[Subject, str] = {}
 
     def evaluator(self, candidate: Candidate) -> Evaluator:
         """The supernet's, or one with the finalised weights of this very placement; the last of these is kept."""
@@ -85,18 +100,32 @@ class Measurer:
         if self._final is None or self._final[0] != candidate:
             self._final = None
             net = self.bench.supernet()
-            _, _, remedy = candidate.weights.partition(":")
-            use_final(net, final_folder(self.bench.run, candidate.placement, remedy))
+            use_final(net, self._folder(candidate))
             self.bench.forget()
             self._final = candidate, self.bench.evaluator(net)
         return self._final[1]
 
+    def _folder(self, candidate: Candidate) -> Path:
+        """Of finalised weights."""
+        _, _, remedy = candidate.weights.partition(":")
+        return final_folder(self.bench.run, candidate.placement, remedy)
+
     def version(self, candidate: Candidate) -> str:
-        return TEACHER if candidate.weights == TEACHER else self.evaluator(candidate).supernet.version
+        """Names the weights that a candidate has now."""
+        if candidate.weights == TEACHER:
+            return TEACHER
+        if candidate.weights == "supernet":
+            return self.bench.supernet_evaluator.supernet.version
+        key = subject(candidate)
+        if key not in self._versions:
+            self._versions[key] = final_version(self._folder(candidate))
+        return self._versions[key]
 
     def held_out(self, candidates: Sequence[Candidate]) -> None:
         """Loss and KL on the test split, of candidates with the same weights."""
-        wanted = [c for c in candidates if not self.items.has(subject(c), self.version(c), "kl")]
+        # A placement that two searches found is measured once.
+        by_subject = {subject(c): c for c in candidates}
+        wanted = [c for named, c in by_subject.items() if not self.items.has(named, self.version(c), "kl")]
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
             found = self.evaluator(group[0]).held_out([c.placement for c in group], "test")
@@ -114,46 +143,103 @@ class Measurer:
             return mean_and_error(self.items.get(subject(candidate), measure_name(task, task.label)))
         return math.nan, math.nan
 
-    def tasks(self, candidate: Candidate, tasks: Sequence[Task]) -> None:
+    def missing(self, candidate: Candidate, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that are not measured yet."""
-        version = self.version(candidate)
-        evaluator = self.evaluator(candidate)
-        for task in tasks:
-            if self.items.has(subject(candidate), version, measure_name(task, task.label)):
-                continue
+        named, version = subject(candidate), self.version(candidate)
+        return [task for task in tasks if not self.items.has(named, version, measure_name(task, task.label))]
+
+    def tasks(self, candidate: Candidate, tasks: Sequence[Task]) -> None:
+        """Measures the tasks that are not measured yet."""
+        for task in self.missing(candidate, tasks):
+            evaluator = self.evaluator(candidate)
             found = task.measures(evaluator.supernet.select(candidate.placement), evaluator.context("test"))
             values = {measure_name(task, label): column.numpy() for label, column in found.items()}
-            self.items.add(subject(candidate), version, values)
+            self.items.add(subject(candidate), self.version(candidate), values)
+
+    def pair(self, pair: Pair) -> None:
+        """All that the queue asks of a candidate at this place."""
+        self.tasks(pair[0], tasks_of(self.bench, pair[1]))
+
+    def unfinished(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Those of which something is not measured yet."""
+        return [pair for pair in pairs if self.missing(pair[0], tasks_of(self.bench, pair[1]))]
 
 
-def measure_all(bench: Bench, items: Items, refresh: Callable[[], None]) -> bool:
+def measure_share(measurer: Measurer, number: int, of: int, ends: float) -> None:
+    """What a process beside the main one does: its share of the queue, until `ends`, in seconds since 1970."""
+    bench = measurer.bench
+    todo = share_of(list(queue(bench)), number, of)
+    for done, pair in enumerate(todo):
+        if time.time() > ends:
+            bench.log(f"time is up: {done} of {len(todo)} placements measured")
+            return
+        measurer.pair(pair)
+        bench.log(f"{done + 1} of {len(todo)}: {format_placement(pair[0].placement)}, {pair[0].weights}")
+
+
+def measure_all(bench: Bench, items: Items, refresh: Callable[[], None], helpers: Sequence[str] = ()) -> bool:
     """Measures the candidates for `measure_seconds`, and says whether all is done. Every value is on the disk at once.
 
     Args:
         refresh: called now and then, to write the tables anew.
+        helpers: torch devices beside the bench's own. A process on each takes its share of the placements; held-out
+            losses, which share layers, stay here, and so does the share of a process that fails.
     """
-    measurer = Measurer(bench, items)
-    rows = bench.plan.candidates
-    ends = time.monotonic() + bench.recipe.measure_seconds
+    measurer, of = Measurer(bench, items), 1 + len(helpers)
+    # The clock that processes share.
+    ends = time.time() + bench.recipe.measure_seconds
+    order = list(queue(bench))
+    dtype = str(bench.dtype).removeprefix("torch.")
+    job = Job(str(bench.out), bench.device, dtype, 0, of, ends, bench.recipe.as_json())
+    with Team(job, helpers) as team:
+        for number in range(1, of):
+            if time.time() <= ends and measurer.unfinished(share_of(order, number, of)):
+                team.start(number)
+        held_out_all(measurer)
+        refresh()
+        work_through(measurer, order, team, refresh)
+    items.read()
+    refresh()
+    left = measurer.unfinished(order)
+    if left:
+        bench.log(f"{len(order) - len(left)} of {len(order)} placements measured: the same command goes on")
+    return not left
+
+
+def held_out_all(measurer: Measurer) -> None:
+    """Held-out losses of every candidate, those with the same weights together."""
+    rows = measurer.bench.plan.candidates
     for weights in dict.fromkeys(row.weights for row in rows):
         mine = [row for row in rows if row.weights == weights]
         together = [mine] if weights in (TEACHER, "supernet") else [[row] for row in mine]
         for group in together:
             measurer.held_out(group)
-    refresh()
-    todo = list(queue(bench))
-    told = time.monotonic()
-    for done, (candidate, full) in enumerate(todo):
-        if time.monotonic() > ends:
-            bench.log(f"{done} of {len(todo)} placements measured: the same command goes on")
-            return False
-        measurer.tasks(candidate, tasks_of(bench, full))
-        bench.progress("measure", done + 1, len(todo))
-        if time.monotonic() - told > 20:
+
+
+def work_through(measurer: Measurer, order: Sequence[Pair], team: Team, refresh: Callable[[], None]) -> None:
+    """Measures the main process's share of `order`, and those of team members that fail, until the team's time is up
+    or all is done; waits for the team."""
+    bench, job = measurer.bench, team.job
+    todo, done, told = share_of(order, 0, job.of), 0, time.monotonic()
+    while True:
+        # Asked before `fallen`: who ends in between is told of there next time.
+        running = team.running()
+        for number, reason in team.fallen():
+            rest = f", {bench.device} does the rest" if time.time() <= job.ends else ""
+            bench.log(f"measuring on {team.devices[number - 1]} stopped{rest}: {reason}")
+            measurer.items.read()
+            todo = sorted({*todo, *share_of(order, number, job.of)}, key=order.index)
+        if todo and time.time() <= job.ends:
+            measurer.pair(todo.pop(0))
+            done += 1
+            bench.progress("measure", done, done + len(todo))
+        elif running:
+            time.sleep(0.2)
+        else:
+            return
+        if time.monotonic() - told > REFRESH_S:
             refresh()
             told = time.monotonic()
-    refresh()
-    return True
 
 
 def measure_speeds(bench: Bench) -> None:

@@ -6,9 +6,9 @@ the same ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from nasbench.errors import UserError, unknown
 from nasbench.files import read_json, write_json
@@ -103,6 +103,18 @@ class Recipe:
         for name, value in vars(self).items():
             if name.endswith("_seconds") and not value >= 0:
                 raise UserError(f"bad {name.replace('_', '-')} {value!r}: at least 0")
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads, for another process."""
+        return {**asdict(self), "suite": None if self.suite is None else str(self.suite)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """The recipe that `as_json` wrote; JSON has lists for tuples."""
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in data.items()}
+        values["suite"] = None if data["suite"] is None else Path(data["suite"])
+        values["training"] = DistillConfig(**data["training"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

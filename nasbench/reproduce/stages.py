@@ -69,7 +69,6 @@ class Bench:
         self.plan = Plan(self.out / "plan.json")
         self.loaded: LoadedModel = load_model(self.recipe.model, dtype=self.dtype, device=self.device)
         self.shape: ModelShape = self.loaded.shape
-        self.plan["source"] = self.loaded.source
         recipe = self.recipe
         self.recipe.check(self.shape.num_layers)
         data = str(Path(recipe.data).resolve()) if recipe.data and Path(recipe.data).exists() else recipe.data

@@ -250,8 +250,13 @@ def use_final(net: Supernet, folder: Path) -> Placement:
     with torch.no_grad():
         for key, parameter in _counterparts(net, placement, weights, folder).items():
             parameter.copy_(weights[key])
-    net.version = checkpoint.digest(folder / MIXERS)
+    net.version = final_version(folder)
     return placement
+
+
+def final_version(folder: Path) -> str:
+    """Names finalised weights: what `use_final` makes the supernet's version, without reading them into one."""
+    return checkpoint.digest(folder / MIXERS)
 
 
 def _counterparts(

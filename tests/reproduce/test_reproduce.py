@@ -138,6 +138,7 @@ def test_what_was_chosen_is_asked_first():
         (("--contexts", "8k"), "1 contexts and 2 batches"),
         (("--align-seconds", "-1"), "bad align-seconds"),
         (("--sequence", "4k"), "beyond the context"),
+        (("--measure-devices", "cpu,cup"), "did you mean 'cpu'"),
         (("--report-only",), "nothing to report"),
     ],
 )
