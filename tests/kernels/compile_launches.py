@@ -94,7 +94,8 @@ def between_products(batch: int, hidden: int, inner: int) -> None:
 
 def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
     x = nothing(batch, hidden, dtype=dtype)
-    decode.swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype))
+    for sequences in {16, batch}:
+        decode.swiglu_product(nothing(sequences, hidden, dtype=dtype), nothing(2 * inner, hidden, dtype=dtype))
     decode.batch_product(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
     turned_products(batch, hidden, inner, dtype)
     inner_row = nothing(batch, inner, dtype=dtype)
