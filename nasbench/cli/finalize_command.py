@@ -21,6 +21,13 @@ def command(
     batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    average: Annotated[
+        float,
+        typer.Option(
+            help="Also write a mean with the weights before, this share of it finalised: keeps more of what they could "
+            "do (0.5). 0: no mean."
+        ),
+    ] = 0.0,
     shard: Shard = None,
     tensorboard: TensorBoard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -30,12 +37,14 @@ def command(
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
-    from nasbench.supernet.finalize import finalize
+    from nasbench.supernet.finalize import AVERAGE, average_final, finalize
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.workers import workers_of
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
+    if not 0 <= average <= 1:
+        raise UserError(f"bad --average {average}: choose 0 to 1")
     opened = Run.open(run)
     chosen = opened.spec.space.check(resolve_shape(opened.spec.model).parse(placement))
     settings = DistillConfig.read(config) if config else DistillConfig()
@@ -60,5 +69,11 @@ def command(
     if not workers.leads:
         return
     log(f"finalised {format_placement(chosen)} in {folder}")
+    mean = None
+    if average:
+        # On the CPU: of a model that is shared out, no GPU holds the whole.
+        mean = average_final(opened, chosen, AVERAGE, share=average, dtype=torch_dtype(dtype))
+        log(f"mean with the weights before in {mean}")
     if as_json:
-        print_json({"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget})
+        found = {"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget}
+        print_json(found | ({} if mean is None else {"average": str(mean)}))

@@ -47,9 +47,9 @@ def command(
     remedies: Annotated[
         str,
         typer.Option(
-            help="Other ways to finalise that are tried: mixers, hidden, long, fast, gentle, self, plain, average."
+            help="Other ways to finalise, '' for none: mixers, hidden, long, fast, gentle, self, plain, average."
         ),
-    ] = "",
+    ] = "average",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
     measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,
     measure_devices: Annotated[

@@ -73,7 +73,7 @@ class Recipe:
     measure_seconds: float = 420.0
     finalize_lr: float = 5e-4
     choose: str = "recall"
-    remedies: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ("average",)
     search_tokens: int = 32768
     test_tokens: int = 262144
     contexts: tuple[int, ...] = (8192, 65536)

@@ -36,7 +36,7 @@ from nasbench.spaces.placement import Placement, format_placement, kind_of, unif
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
 from nasbench.supernet.estimate import time_steps
-from nasbench.supernet.finalize import average_final, finalize
+from nasbench.supernet.finalize import AVERAGE, average_final, finalize
 from nasbench.supernet.loop import Progress, no_progress
 from nasbench.supernet.self_corpus import BATCH, Writing, write_corpus
 from nasbench.supernet.settings import DistillConfig
@@ -371,7 +371,7 @@ def remedy(bench: Bench, name: str, after: Callable[[Candidate, int, Path], None
     """Distils the first finalised placement another way from the supernet's weights on, with as many tokens as the
     first point of its curve had: what is compared is the way, not the time. `average` trains nothing, and is made of
     every finalised placement."""
-    if name == "average":
+    if name == AVERAGE:
         for count in bench.recipe.finalized:
             _average(bench, count, after)
         return
@@ -420,7 +420,7 @@ def _average(bench: Bench, count: int, after: Callable[[Candidate, int, Path], N
         return
     candidate = Candidate(count, pick["method"], bench.shape.parse(pick["placement"]), weights="final:average")
     folder = average_final(
-        bench.run, candidate.placement, "average", dtype=bench.dtype, device=bench.device, loaded=bench.loaded
+        bench.run, candidate.placement, AVERAGE, dtype=bench.dtype, device=bench.device, loaded=bench.loaded
     )
     after(candidate, tokens, folder)
     bench.plan.add_candidates([candidate])

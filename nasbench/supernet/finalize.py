@@ -44,6 +44,8 @@ from nasbench.supernet.workers import ALONE, Workers
 
 CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"
+AVERAGE = "average"
+"""Name of the mean of finalised weights with those before."""
 _SEED_OFFSET = 7919
 _SETTINGS = (
     "supernet_batch_tokens", "supernet_lr", "warmup", "weight_decay", "clip", "hidden_weight", "whole", "whole_rate",

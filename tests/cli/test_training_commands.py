@@ -60,6 +60,13 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
     again = json.loads(nas("eval", final["folder"], *args, *common).out)
     assert again["placement"] == "2J W8 A"
     assert again["scores"]["kl"]["value"] < scored["scores"]["kl"]["value"]
+    assert "average" not in final
+    args_again = ("--placement", "2J W8 A", "--tokens", "512", "--average", "0.5")
+    both = json.loads(nas("finalize", run, *args_again, *common).out)
+    assert both["folder"] == final["folder"]
+    mean = json.loads(nas("eval", both["average"], *args, *common).out)
+    assert mean["placement"] == "2J W8 A"
+    assert mean["scores"] != again["scores"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +114,7 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         (("finalize", tmp_path / "absent", "--placement", "4J"), "not a run folder"),
         (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),
         (("finalize", run, "--placement", "4J", "--shard"), "needs several processes"),
+        (("finalize", run, "--placement", "4J", "--average", "1.5"), "bad --average 1.5: choose 0 to 1"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             nas(*args, "--device", "cpu")
