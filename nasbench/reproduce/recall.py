@@ -3,7 +3,8 @@
 Held-out text hardly tells whether a model still finds a number that stood two thousand tokens before (the loss of
 SmolLM2-135M in windows with four layers of attention is the model's own, its retrieval a quarter). So the greedy
 selection of nasbench.search.greedy is run once more on the sum of two divergences from the model, on text and on the
-answers to key-value questions, each as a share of what it is without any full attention.
+answers to key-value questions, each as a share of what it is without any full attention. For the numbers of layers that
+are finalised, the best of all searches is then improved by moving one layer at a time.
 """
 
 from __future__ import annotations
@@ -46,11 +47,15 @@ class Recall:
         on_answers = self.evaluator.divergences_at_ends(placements, self.texts)
         return [(score.value, float(on_answers[p].mean())) for p, score in zip(placements, on_text, strict=True)]
 
-    def scores(self, placements: Iterable[Placement]) -> dict[Placement, float]:
-        """The sum of the two shares: 2 without full attention, 0 for the model itself."""
+    def shares(self, placements: Iterable[Placement]) -> dict[Placement, tuple[float, float]]:
+        """Divergence on text and on answers as shares of what they are without full attention."""
         wanted = list(dict.fromkeys(placements))
         whole = [max(value, 1e-9) for value in self._whole]
-        return {p: a / whole[0] + b / whole[1] for p, (a, b) in zip(wanted, self.parts(wanted), strict=True)}
+        return {p: (a / whole[0], b / whole[1]) for p, (a, b) in zip(wanted, self.parts(wanted), strict=True)}
+
+    def scores(self, placements: Iterable[Placement]) -> dict[Placement, float]:
+        """The sum of the two shares: 2 without full attention, 0 for the model itself."""
+        return {placement: sum(shares) for placement, shares in self.shares(placements).items()}
 
 
 def recall_greedy(search: Search, recall: Recall, counts: Sequence[int], evaluations: int) -> dict[int, Placement]:
@@ -77,3 +82,33 @@ def recall_greedy(search: Search, recall: Recall, counts: Sequence[int], evaluat
         if level in counts:
             found[level] = ranked[0]
     return found
+
+
+def exchange(search: Search, recall: Recall, starts: Sequence[Placement], evaluations: int) -> Placement:
+    """The best of `starts`, all of as many layers of full attention, improved: one of these layers after another moves
+    to where the score is the lowest, if that is not where it is, until a round changes nothing or the evaluations are
+    used up."""
+    scores = recall.scores(starts)
+    left = evaluations - len(scores)
+    best = min(scores, key=lambda placement: (scores[placement], placement))
+    changed = True
+    while changed:
+        changed = False
+        for layer in _full(best):
+            if left <= 0:
+                return best
+            others = frozenset(_full(best)) - {layer}
+            # The nearest first, where not all can be tried.
+            free = sorted(set(range(search.space.num_layers)) - {layer, *others}, key=lambda i: (abs(i - layer), i))
+            moved = [search.with_full(others | {i}) for i in free[:left]]
+            left -= len(moved)
+            found = recall.scores(moved)
+            found[best] = scores[best]
+            first = min(found, key=lambda placement: (found[placement], placement))
+            changed |= first != best
+            scores[first], best = found[first], first
+    return best
+
+
+def _full(placement: Placement) -> list[int]:
+    return [i for i, name in enumerate(placement) if name == "A"]

@@ -31,7 +31,7 @@ from nasbench.runs import Run, RunSpec
 from nasbench.search import strategies
 from nasbench.search.objective import Loss, Speed
 from nasbench.search.session import Options, Search, baselines
-from nasbench.search.trials import TEACHER, UNIFORM, Target, best_of
+from nasbench.search.trials import TEACHER, UNIFORM, Target, Trial, best_of
 from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.data import Corpus
@@ -236,8 +236,12 @@ def search(bench: Bench) -> None:
     found: dict[int, Placement] = {}
     if (judge := _recall(bench, evaluator, state.base)) is not None:
         # A question costs more tokens than the text: the same time for fewer of them.
-        share = recipe.search_tokens / (recipe.search_tokens + judge.tokens)
-        found = recall.recall_greedy(state, judge, inner, int(evaluations * share))
+        allowed = int(evaluations * recipe.search_tokens / (recipe.search_tokens + judge.tokens))
+        found = recall.recall_greedy(state, judge, inner, allowed)
+        for count in recipe.finalized:
+            if count in found:
+                starts = [found[count], *(best_of(rows).layers for rows in _by_strategy(state, count))]
+                found[count] = recall.exchange(state, judge, starts, allowed)
         bench.log(f"recall: done, {time.monotonic() - began:.0f} s since the search began")
     bench.plan["candidates"] = []
     bench.plan.add_candidates(candidates(state, recipe, found))
@@ -253,6 +257,13 @@ def _recall(bench: Bench, evaluator: Evaluator, base: Placement) -> recall.Recal
     return recall.Recall(evaluator, min(lengths[0], bench.shape.max_context), base, bench.recipe.seed)
 
 
+def _by_strategy(state: Search, count: int) -> list[list[Trial]]:
+    """The trials of K layers that each of STRATEGIES made, where it made any."""
+    trials = [trial for trial in state.trials() if trial.k == count]
+    found = [[trial for trial in trials if trial.strategy == strategy] for strategy in STRATEGIES]
+    return [rows for rows in found if rows]
+
+
 def candidates(state: Search, recipe: Recipe, recalled: dict[int, Placement]) -> list[Candidate]:
     """Every placement of the table, those of one K together.
 
@@ -261,7 +272,6 @@ def candidates(state: Search, recipe: Recipe, recalled: dict[int, Placement]) ->
     """
     layers, found = state.space.num_layers, []
     names = [name for name in state.space.names if kind_of(name) != "A"]
-    trials = state.trials()
     for count in recipe.counts:
         if count == layers:
             found.append(Candidate(count, TEACHER, state.space.original, weights=TEACHER))
@@ -275,10 +285,8 @@ def candidates(state: Search, recipe: Recipe, recalled: dict[int, Placement]) ->
         for seed in range(recipe.seeds):
             drawn = frozenset(random.Random(f"{recipe.seed}/{seed}/{count}").sample(range(layers), count))
             found.append(Candidate(count, f"random-{seed}", state.with_full(drawn)))
-        for strategy in STRATEGIES:
-            mine = [trial for trial in trials if trial.k == count and trial.strategy == strategy]
-            if mine:
-                found.append(Candidate(count, strategy, best_of(mine).layers))
+        for mine in _by_strategy(state, count):
+            found.append(Candidate(count, mine[0].strategy, best_of(mine).layers))
         if count in recalled:
             found.append(Candidate(count, recall.METHOD, recalled[count]))
     return found
@@ -295,8 +303,14 @@ def chosen(bench: Bench, count: int) -> Candidate:
     if bench.recipe.choose == recall.METHOD:
         judge = _recall(bench, evaluator, bench.shape.parse(bench.plan["base"]))
     if judge is not None:
-        by_placement = judge.scores(placements)
-        return min(found, key=lambda row: by_placement[row.placement])
+        shares = judge.shares(placements)
+        # What it was chosen from, for whoever wonders.
+        bench.plan[f"finalize-{count}-choices"] = [
+            {"method": row.method, "placement": format_placement(row.placement), "text": round(text, 4),
+             "answers": round(answers, 4)}
+            for row in found for text, answers in [shares[row.placement]]
+        ]  # fmt: skip
+        return min(found, key=lambda row: sum(shares[row.placement]))
     scores = evaluator.divergences(placements)
     return found[min(range(len(found)), key=lambda i: (scores[i].value, i))]
 

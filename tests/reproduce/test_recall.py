@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nasbench.evaluation.evaluator import Evaluator
-from nasbench.reproduce.recall import Recall, recall_greedy
+from nasbench.reproduce.recall import Recall, exchange, recall_greedy
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -75,3 +75,37 @@ def test_a_small_budget_tries_the_best_single_layers(evaluator, recall, monkeypa
     found = recall_greedy(search_over(evaluator, []), recall, (1, 3), 5)
     assert list(map(len, asked)) == [4, 1, 1]
     assert found[3].count("A") == 3
+
+
+class Scored:
+    """Scores of two layers of six by a table of pairs, and how often it was asked."""
+
+    def __init__(self, table):
+        self.table, self.asked = table, 0
+
+    def scores(self, placements):
+        self.asked += len(placements)
+        return {p: self.table.get(tuple(i for i, name in enumerate(p) if name == "A"), 1.0) for p in placements}
+
+
+def pair(*layers):
+    return tuple("A" if i in layers else "W8" for i in range(6))
+
+
+OVER_SIX = SimpleNamespace(space=SimpleNamespace(num_layers=6), with_full=lambda layers: pair(*layers))
+
+
+def test_one_layer_at_a_time_moves_where_it_is_better():
+    # From 0 and 1 over 0 and 4 to 3 and 4; the pair 2 and 5 is better still, but two moves of no gain away.
+    judge = Scored({(0, 1): 0.9, (0, 2): 0.8, (0, 4): 0.7, (3, 4): 0.5, (2, 5): 0.1})
+    assert exchange(OVER_SIX, judge, [pair(1, 5), pair(0, 1)], 100) == pair(3, 4)
+    assert exchange(OVER_SIX, judge, [pair(2, 5), pair(0, 1)], 100) == pair(2, 5)
+
+
+@pytest.mark.parametrize("evaluations", [0, 1, 2, 4])
+def test_exchanges_end_with_the_evaluations(evaluations):
+    judge = Scored({(0, 1): 0.9, (1, 2): 0.8, (1, 3): 0.1})
+    found = exchange(OVER_SIX, judge, [pair(0, 1)], evaluations)
+    assert judge.asked == max(1, evaluations)
+    # 2 is the nearest to 0 that is free, then 3.
+    assert found == {0: pair(0, 1), 1: pair(0, 1), 2: pair(1, 2), 4: pair(1, 3)}[evaluations]
