@@ -62,6 +62,8 @@ class Work(ABC):
     """Inputs in memory, the check on them, and the calls to time."""
 
     nbytes: int
+    beside: int = 0
+    """Bytes that a call moves besides those it is measured by."""
 
     @abstractmethod
     def errors(self) -> dict[str, float]:
@@ -86,6 +88,10 @@ class RecurrentStep(Work):
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         self.layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
         self.nbytes = 2 * batch * keys * value_dim * 4
+        # Queries, keys, values, gate, decay and beta; taps; the convolution's past, read and written; outputs.
+        self.beside = (
+            batch * dtype.itemsize * (2 * keys + 2 * values + 2 * heads + 4 * values + 2 * 3 * values + values)
+        )
         self.a_log, self.dt_bias = torch.randn(heads, device=device), torch.randn(heads, device=device)
         self.norm_weight = torch.randn(value_dim, device=device).to(dtype)
         self.workspace = StepWorkspace()

@@ -47,7 +47,8 @@ class Figure:
 
     Attributes:
         us: median microseconds of a call.
-        nbytes: least bytes that a call moves.
+        nbytes: least bytes that a call moves: of the recurrent step, its states' alone.
+        beside: what else it moves.
         same_tb_s, large_tb_s: what a plain pass over buffers of this size, and over the largest, reached in this run:
             in place for the recurrent step, reading for attention.
         status: ok, refused (with the reason), or left out (with the reason).
@@ -60,6 +61,7 @@ class Figure:
     ours: bool
     us: float
     nbytes: int
+    beside: int
     tb_s: float
     same_tb_s: float
     large_tb_s: float
@@ -118,10 +120,10 @@ class Judge:
 
     def __call__(self, case: Case) -> Figure:
         errors: dict[str, float] = {}
-        us, nbytes, same = math.nan, 0, math.nan
+        us, nbytes, beside, same = math.nan, 0, 0, math.nan
         try:
             work = case.build()
-            errors, nbytes = work.errors(), work.nbytes
+            errors, nbytes, beside = work.errors(), work.nbytes, work.beside
             if wrong := red(errors):
                 told = ", ".join(f"{name} is {error:.1e} away" for name, error in wrong.items())
                 status = f"refused: {told} from the naive form"
@@ -136,7 +138,7 @@ class Judge:
             status = f"{'refused' if case.ours else 'left out'}: {first}"
         tb_s, large = nbytes / us / 1e6, self.large.get(case.part, math.nan)
         return Figure(
-            case.part, case.name, case.implementation, case.ours, us, nbytes, tb_s, same, large,
+            case.part, case.name, case.implementation, case.ours, us, nbytes, beside, tb_s, same, large,
             tb_s / (large if math.isnan(same) else same), status, errors,
         )  # fmt: skip
 
@@ -149,6 +151,8 @@ def line(figure: Figure) -> str:
     if not math.isnan(figure.same_tb_s):
         text += f"  {figure.fraction:.2f} of {figure.same_tb_s:.2f} in place at this size,"
         text += f" {figure.tb_s / figure.large_tb_s:.2f} of {figure.large_tb_s:.2f}"
+        if figure.beside:
+            text += f"; with all that it moves {figure.fraction * (1 + figure.beside / figure.nbytes):.2f}"
     elif not math.isnan(figure.large_tb_s):
         text += f"  {figure.fraction:.2f} of {figure.large_tb_s:.2f} read"
     return text

@@ -123,6 +123,9 @@ def test_speeds_and_fractions(judge):
     assert figure.same_tb_s == pytest.approx(1.0)  # 1 MB read and written in 2 us
     assert figure.fraction == pytest.approx(1.0)
     assert "1.00 of 1.00 in place at this size" in bench.line(figure)
+    assert "moves" not in bench.line(figure)
+    more = bench.Figure(**{**vars(figure), "beside": figure.nbytes // 10})
+    assert bench.line(more).endswith("with all that it moves 1.10")
     read = judge(case(part=bench.ATTENTION))
     assert read.large_tb_s == pytest.approx(65536 / 2e6)
     assert math.isnan(read.same_tb_s)

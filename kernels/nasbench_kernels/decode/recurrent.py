@@ -219,10 +219,11 @@ def step_launch(heads: int, key_dim: int, value_dim: int, sms: int) -> StepLaunc
     while block_v > 8 and block_v * key_dim > 8192:
         block_v //= 2
     block_v = min(block_v, whole)
-    # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512. A tile for each
+    # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512; four at 64
+    # sequences, 61 against 65. A tile for each
     # program, held in registers, was ahead of both by 3 % at 64 sequences, alone, and behind by 2 % of a whole step.
     # The state asked into the second-level cache while the launch ahead runs, or ahead of the tiles: slower, too.
-    return StepLaunch(block_v, whole // block_v, 1, 2, 3)
+    return StepLaunch(block_v, whole // block_v, 1, 2, 4 if heads < 8 * sms else 3)
 
 
 class StepWorkspace:
