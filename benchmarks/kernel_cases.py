@@ -89,9 +89,8 @@ class RecurrentStep(Work):
         self.layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
         self.nbytes = 2 * batch * keys * value_dim * 4
         # Queries, keys, values, gate, decay and beta; taps; the convolution's past, read and written; outputs.
-        self.beside = (
-            batch * dtype.itemsize * (2 * keys + 2 * values + 2 * heads + 4 * values + 2 * 3 * values + values)
-        )
+        elements = (2 * keys + 2 * values + 2 * heads) + 4 * values + 2 * 3 * values + values
+        self.beside = batch * dtype.itemsize * elements
         self.a_log, self.dt_bias = torch.randn(heads, device=device), torch.randn(heads, device=device)
         self.norm_weight = torch.randn(value_dim, device=device).to(dtype)
         self.workspace = StepWorkspace()
