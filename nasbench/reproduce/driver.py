@@ -12,13 +12,13 @@ import torch
 
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.errors import UserError
-from nasbench.reproduce import measure, stages, table
+from nasbench.reproduce import measure, searching, stages, table
+from nasbench.reproduce.bench import Bench, Log
 from nasbench.reproduce.items import Items, difference, mean_and_error
 from nasbench.reproduce.measure import Measurer, subject, suite_files
 from nasbench.reproduce.page import write_page
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.speed import Speeds
-from nasbench.reproduce.stages import Bench, Log
 from nasbench.reproduce.summary import sections, write_summary
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import format_placement
@@ -126,7 +126,7 @@ def reproduce(
         on_curve(bench, items, candidate, tokens)
 
     timed("train", lambda: stages.train(bench))
-    timed("search", lambda: stages.search(bench))
+    timed("search", lambda: searching.search(bench))
     for count in recipe.finalized:
         timed(f"finalize-{count}", lambda count=count: stages.finalise(bench, count, after))
     for name in recipe.remedies:

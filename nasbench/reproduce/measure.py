@@ -10,9 +10,10 @@ from pathlib import Path
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.suite import Suite
 from nasbench.evaluation.tasks import Task, parse_task
+from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.items import Items, Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
-from nasbench.reproduce.stages import SEARCHED, Bench
+from nasbench.reproduce.searching import SEARCHED
 from nasbench.reproduce.team import Job, Team
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement

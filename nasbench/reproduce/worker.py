@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
+from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.items import Items
 from nasbench.reproduce.measure import Measurer, measure_share
 from nasbench.reproduce.recipe import Recipe
-from nasbench.reproduce.stages import Bench
 from nasbench.reproduce.team import Job
 
 
