@@ -342,7 +342,7 @@ def test_silu_of_some_outputs_beside_all(name):
 
 @pytest.mark.parametrize("batch", [3, 40, 100])
 def test_the_product_with_silu_is_the_product_without(batch):
-    x, weight = draw(batch, 1536, dtype=torch.float16), draw(200, 1536, dtype=torch.float16)
+    x, weight = draw(batch, 1536, dtype=torch.float16), 0.1 * draw(200, 1536, dtype=torch.float16)
     row, active = product_and_silu(x, weight, None, 50, 64)
     assert relative_rmse(row.float(), x.float() @ weight.float().T) < CLOSE[torch.float16]
     assert (active is None) == (batch != 40)
