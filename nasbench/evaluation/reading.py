@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nasbench.backbone.decoder import Decoder
 from nasbench.supernet.losses import CHUNK
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of one forward, padding included: enough to keep the device busy."""
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Forms of attention whose kernels take any shape. cuDNN's, which torch prefers on an H100, is planned by the host for
+each new pair of batch and length, for tens to hundreds of milliseconds (github.com/modelscope/FunASR/issues/3704): here
+no two batches are alike, and each pass over lines makes other ones."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def read_ends(decoder: Decoder, ends: Ends) -> tuple[np.ndarray, np.ndarray]:
     one [sum of counts] bool."""
     parts = []
     for batch in ends.batches:
-        hidden = decoder.hidden(batch.tokens)
+        with sdpa_kernel(ANY_SHAPE):
+            hidden = decoder.hidden(batch.tokens)
         targets = batch.tokens[batch.row, batch.place]
         parts.append(_score(decoder, hidden[batch.row, batch.place - 1], targets))
     log_p, right = map(ends.in_order, zip(*parts, strict=True))
@@ -235,7 +241,9 @@ def _guess_again(
     own = torch.arange(guesses.shape[1], device=guesses.device)
     place = lengths + own
     table.scatter_(1, place, guesses)
-    hidden = decoder.hidden(table).gather(1, (place - 1)[..., None].expand(-1, -1, decoder.shape.hidden_size))
+    with sdpa_kernel(ANY_SHAPE):
+        hidden = decoder.hidden(table)
+    hidden = hidden.gather(1, (place - 1)[..., None].expand(-1, -1, decoder.shape.hidden_size))
     chunks = hidden.flatten(0, 1).split(CHUNK[guesses.device.type])
     said = torch.cat([decoder.logits(part).argmax(-1) for part in chunks]).view_as(guesses)
     agreed = (said == guesses).cumprod(1).sum(1, keepdim=True)

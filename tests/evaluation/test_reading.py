@@ -124,6 +124,19 @@ def test_greedy_of_lines_that_end_at_once_and_of_none(context):
     assert greedy(decoder, some([4]), 1, torch.tensor([300])) == [written(decoder, some([4])[0], 1, ())]
 
 
+def test_no_attention_is_planned_for_each_shape(context, monkeypatch):
+    decoder, seen = lively(context.teacher.shape), []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    forward = decoder.hidden
+    monkeypatch.setattr(decoder, "hidden", lambda tokens: (seen.append(enabled()), forward(tokens))[1])
+    before = enabled()
+    read_ends(decoder, Ends([Text(ids, 2) for ids in some([9, 4])], 64, CPU, 1))
+    greedy(decoder, some([5]), 3, torch.tensor([0]))
+    assert len(seen) >= 3
+    assert not any(seen)
+    assert enabled() == before
+
+
 def test_tokens_are_those_of_each_text_alone(context):
     encode = context.tokenizer.encode
     pairs = [("the layer", " holds"), ("the layer", " or not"), ("", "a"), ("x", ""), ("", "")]
