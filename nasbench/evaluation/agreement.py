@@ -15,7 +15,7 @@ from torch import Tensor
 from nasbench.backbone.decoder import Decoder
 from nasbench.engine.generate import stream
 from nasbench.errors import UserError
-from nasbench.evaluation.reading import Text, read_ends
+from nasbench.evaluation.reading import Ends, Text, read_ends
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 
 PROMPT_TOKENS = 128
@@ -54,10 +54,16 @@ class Agreement(Task):
     def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
         if context.teacher is None:
             raise UserError(f"task {self.name} needs a teacher: evaluate a run, not a checkpoint alone")
-        teacher = context.teacher
-        rows = context.once(self, lambda: self.texts(teacher, context))
-        ends = read_ends(decoder, [Text(row, self.length) for row in rows.tolist()])
-        right = torch.stack([agreed for _, agreed in ends]).float()
+        teacher, longest = context.teacher, decoder.shape.max_context
+
+        def lay_out() -> Ends:
+            rows = context.once(self, lambda: self.texts(teacher, context))
+            return Ends([Text(row, self.length) for row in rows.tolist()], longest, decoder.device)
+
+        ends = context.once((self, longest, decoder.device), lay_out)
+        _, agreed = read_ends(decoder, ends)
+        # The texts are of one length, and so are their ends.
+        right = torch.from_numpy(agreed).view(len(ends.counts), -1).float()
         # .prefix: tokens before the first that differs, as a share; a text that is written alone follows just as far.
         return {self.label: right.mean(1), f"{self.label}.prefix": right.cumprod(1).mean(1)}
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nasbench.backbone.decoder import Decoder
 from nasbench.evaluation.evals_file import EvalsFile, Key
 from nasbench.evaluation.importance import Importance, layer_importance
-from nasbench.evaluation.reading import Text, batches_by_length, end_places, padded
+from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.score import Score
 from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, summarise
 from nasbench.runs import Run
@@ -170,18 +170,18 @@ class Evaluator:
         """KL to the teacher in nats, mean over the tokens of each text's end, [texts] fp32 of every placement: what an
         answer loses. Measured now; work is shared as in `held_out`."""
         wanted, teacher = sorted(set(placements)), self.supernet.teacher
-        found = {placement: torch.zeros(len(texts)) for placement in wanted}
-        for group in batches_by_length([len(text.ids) for text in texts], SHARED_TOKENS[teacher.device.type]):
-            batch = Batch(padded([texts[i].ids for i in group], teacher.device))
-            counts = [texts[i].count for i in group]
-            row, place = end_places([len(texts[i].ids) for i in group], counts, teacher.device)
+        ends = Ends(texts, teacher.shape.max_context, teacher.device, SHARED_TOKENS[teacher.device.type])
+        parts: dict[Placement, list[Tensor]] = {placement: [] for placement in wanted}
+        for part in ends.batches:
+            batch, row, place = Batch(part.tokens), part.row, part.place
             target = _log_p(teacher, hidden_of(teacher, batch)[row, place - 1])
             for placement, hidden in self._shared_prefixes(wanted, batch):
                 log_p = _log_p(teacher, hidden[row, place - 1])
-                kl = torch.linalg.vecdot(target.exp(), target - log_p).cpu()
-                for i, part in zip(group, kl.split(counts), strict=True):
-                    found[placement][i] = part.mean()
-        return found
+                parts[placement].append(torch.linalg.vecdot(target.exp(), target - log_p))
+        return {
+            placement: torch.from_numpy(ends.sums(ends.in_order(kl)) / ends.counts).float()
+            for placement, kl in parts.items()
+        }
 
     def _teacher(self, split: str, index: int, batch: Batch) -> Tensor | Distribution:
         """What the teacher says of a batch, kept: its distribution while there is room, else its final hidden states,

@@ -1,7 +1,7 @@
 """Reading many texts of different lengths at once: the likelihood of their ends, and greedy lines.
 
-Texts are sorted by length and padded behind their end, where causal layers never look back from it. What is read of a
-batch stays on the device until all batches are done.
+Texts are sorted by length and padded behind their end, where causal layers never look back from it. They are laid out
+on the device once, for all decoders that read them, and what is read of a batch stays there until all batches are done.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nasbench.backbone.decoder import Decoder
 from nasbench.supernet.losses import CHUNK
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 """Tokens of one forward, padding included: enough to keep the device busy."""
+ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Forms of attention whose kernels take any shape. cuDNN's, which torch prefers on an H100, is planned by the host for
+each new pair of batch and length, for tens to hundreds of milliseconds (github.com/modelscope/FunASR/issues/3704): here
+no two batches are alike, and each pass over lines makes other ones."""
 
 
 @dataclass(frozen=True)
@@ -30,59 +35,100 @@ class Text:
     count: int
 
 
-def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `tokens` tokens once padded to the longest of each, shortest first."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+def lengths_of(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[rows] int64."""
+    return np.fromiter(map(len, rows), np.int64, len(rows))
+
+
+def batches_of(lengths: np.ndarray, tokens: int) -> Iterator[slice]:
+    """Places of ascending lengths [n], in batches of at most `tokens` tokens once padded to the longest of each; a row
+    longer than that is a batch of its own."""
     start = 0
-    while start < len(order):
-        size = 1
-        while start + size < len(order) and (size + 1) * lengths[order[start + size]] <= tokens:
-            size += 1
-        yield order[start : start + size]
-        start += size
+    while start < len(lengths):
+        sizes = np.arange(1, len(lengths) - start + 1) * lengths[start:]
+        stop = start + max(1, int(sizes.searchsorted(tokens, "right")))
+        yield slice(start, stop)
+        start = stop
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """[rows, longest] int64, zeros behind each row."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    lengths = lengths_of(rows)
     table = np.zeros((len(rows), lengths.max()), np.int64)
     table[np.arange(table.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
     return torch.from_numpy(table).to(device)
 
 
-def end_places(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+def end_places(lengths: np.ndarray, counts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and place of the last `counts` tokens of padded rows of these lengths, [sum of counts] int64 each."""
-    count = np.asarray(counts, np.int64)
-    row = np.repeat(np.arange(len(count)), count)
+    row = np.repeat(np.arange(len(counts)), counts)
     # Tokens of all ends in a row, less those of the ends before: each end's own, from 0 on.
-    own = np.arange(len(row)) - np.repeat(count.cumsum() - count, count)
-    place = np.repeat(np.asarray(lengths, np.int64) - count, count) + own
+    own = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
+    place = np.repeat(lengths - counts, counts) + own
     return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
 
 
-@torch.inference_mode()
-def read_ends(decoder: Decoder, texts: Sequence[Text]) -> list[tuple[Tensor, Tensor]]:
-    """Of every text, for each token of its end: log p in nats [count] fp32, and whether it is the most likely [count].
+@dataclass(frozen=True)
+class EndBatch:
+    """Padded texts on a device.
 
-    A text that is too long for the model loses its beginning.
+    Attributes:
+        tokens: [B, T] int64.
+        row, place: of the tokens of all ends, [M] int64 each.
     """
-    longest, device = decoder.shape.max_context, decoder.device
-    rows = [text.ids[-longest:] for text in texts]
-    counts = [min(text.count, len(row) - 1) for text, row in zip(texts, rows, strict=True)]
-    order: list[int] = []
-    parts: list[tuple[Tensor, Tensor]] = []
-    for batch in batches_by_length(list(map(len, rows)), BATCH_TOKENS[device.type]):
-        order += batch
-        tokens = padded([rows[i] for i in batch], device)
-        hidden = decoder.hidden(tokens)
-        row, place = end_places([len(rows[i]) for i in batch], [counts[i] for i in batch], device)
-        parts.append(_score(decoder, hidden[row, place - 1], tokens[row, place]))
-    log_p, right = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-    sizes = [counts[i] for i in order]
-    found: dict[int, tuple[Tensor, Tensor]] = dict(
-        zip(order, zip(log_p.split(sizes), right.split(sizes), strict=True), strict=True)
-    )
-    return [found[i] for i in range(len(texts))]
+
+    tokens: Tensor
+    row: Tensor
+    place: Tensor
+
+
+class Ends:
+    """Texts whose ends are read, laid out once for all decoders that read them.
+
+    Args:
+        longest: tokens that the decoders can read; a longer text loses its beginning.
+        tokens: most of a batch, padding included; None: BATCH_TOKENS.
+
+    Attributes:
+        batches: all texts, the shortest first.
+        counts: tokens of each text's end that are predicted, [texts] int64, in the order of the texts.
+    """
+
+    def __init__(self, texts: Sequence[Text], longest: int, device: torch.device, tokens: int | None = None) -> None:
+        rows = [text.ids[-longest:] for text in texts]
+        lengths = lengths_of(rows)
+        self.counts = np.minimum([text.count for text in texts], lengths - 1)
+        order = lengths.argsort(kind="stable")
+        self.batches = []
+        for part in batches_of(lengths[order], tokens or BATCH_TOKENS[device.type]):
+            chosen = order[part]
+            row, place = end_places(lengths[chosen], self.counts[chosen], device)
+            self.batches.append(EndBatch(padded([rows[i] for i in chosen], device), row, place))
+        self._text = np.repeat(np.arange(len(texts)), self.counts)
+        # From the order of the batches to that of the texts, token by token.
+        self._back = np.repeat(order, self.counts[order]).argsort(kind="stable")
+
+    def in_order(self, values: Sequence[Tensor]) -> np.ndarray:
+        """What was read of each batch [M], brought to the host as one: [sum of counts], text by text."""
+        return torch.cat(list(values)).cpu().numpy()[self._back]
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over each text's end of values as `in_order` gives them: [texts] float64, 0 where nothing is read."""
+        return np.bincount(self._text, values, len(self.counts))
+
+
+@torch.inference_mode()
+def read_ends(decoder: Decoder, ends: Ends) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of the ends, text by text: log p in nats [sum of counts] fp32, and whether it is the most likely
+    one [sum of counts] bool."""
+    parts = []
+    for batch in ends.batches:
+        with sdpa_kernel(ANY_SHAPE):
+            hidden = decoder.hidden(batch.tokens)
+        targets = batch.tokens[batch.row, batch.place]
+        parts.append(_score(decoder, hidden[batch.row, batch.place - 1], targets))
+    log_p, right = map(ends.in_order, zip(*parts, strict=True))
+    return log_p, right
 
 
 def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +143,38 @@ def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, T
     return torch.cat(log_p), torch.cat(right)
 
 
+class Prompts:
+    """Texts behind which something is written, laid out once for all decoders that do so: the shortest first, one
+    behind the other on a device, where any of them become a padded table without the host's touching a token.
+
+    Attributes:
+        order: which text stands at each place, [n] int64.
+        lengths: tokens of those texts, [n] int64, ascending.
+    """
+
+    def __init__(self, texts: Sequence[Sequence[int]], device: torch.device) -> None:
+        lengths = lengths_of(texts)
+        self.order = lengths.argsort(kind="stable")
+        self.lengths = lengths[self.order]
+        ids = np.fromiter(chain.from_iterable(texts[i] for i in self.order), np.int64)
+        self._ids = torch.from_numpy(ids).to(device)
+        self._lengths = torch.from_numpy(self.lengths).to(device)
+        self._stops = self._lengths.cumsum(0)
+
+    def table(self, places: Tensor, longest: int, width: int) -> tuple[Tensor, Tensor]:
+        """The texts at `places` [B], the last `longest` tokens of each: [B, width] int64 with zeros behind each, and
+        their lengths [B, 1]."""
+        lengths = self._lengths[places, None].clamp(max=longest)
+        column = torch.arange(width, device=places.device)
+        behind = column >= lengths
+        at = (self._stops[places, None] - lengths + column).masked_fill_(behind, 0)
+        return self._ids[at].masked_fill_(behind, 0), lengths
+
+
 @torch.inference_mode()
 def greedy(
     decoder: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts | Sequence[Sequence[int]],
     tokens: int,
     ends: Tensor,
     likely: Sequence[Sequence[int]] = (),
@@ -114,48 +188,64 @@ def greedy(
     recurrent state allows.
 
     Args:
+        prompts: laid out on the decoder's device, if they are asked of several decoders.
         ends: token ids on the decoder's device.
         likely: first guesses, one row of at most `tokens` per prompt; none at all: zeros. They save passes and change
             nothing.
         progress: called after every pass with how many prompts are left.
     """
     device = decoder.device
+    if not isinstance(prompts, Prompts):
+        prompts = Prompts(prompts, device)
     longest = decoder.shape.max_context - tokens
-    rows = [list(prompt[-longest:]) for prompt in prompts]
-    guesses = torch.zeros(len(rows), tokens, dtype=torch.int64)
+    widths = prompts.lengths.clip(max=longest) + tokens
+    count = len(widths)
+    guesses = torch.zeros(count, tokens, dtype=torch.int64)
     if likely:
-        first = padded([[*row, 0] for row in likely], guesses.device)[:, :tokens]
+        first = padded([[*likely[i], 0] for i in prompts.order], guesses.device)[:, :tokens]
         guesses[:, : first.shape[1]] = first
-    left = list(range(len(rows)))
-    while left:
-        settled = []
-        for batch in batches_by_length([len(rows[i]) + tokens for i in left], BATCH_TOKENS[device.type]):
-            chosen = [left[at] for at in batch]
-            said, done = _guess_again(decoder, [rows[i] for i in chosen], guesses[chosen], ends)
-            guesses[chosen] = said
-            settled += [i for i, over in zip(chosen, done, strict=True) if over]
-        left = sorted(set(left) - set(settled))
+    guesses = guesses.to(device)
+    stops = torch.isin(torch.arange(decoder.shape.vocab_size, device=device), ends)
+    settled = torch.zeros(count, dtype=torch.bool, device=device)
+    left = np.arange(count)
+    while len(left):
+        places = torch.from_numpy(left).to(device)
+        for part in batches_of(widths[left], BATCH_TOKENS[device.type]):
+            chosen = places[part]
+            table, lengths = prompts.table(chosen, longest, int(widths[left[part.stop - 1]]))
+            guesses[chosen], settled[chosen] = _guess_again(decoder, table, lengths, guesses[chosen], stops)
+        # All that the host has to know of a pass.
+        left = np.flatnonzero(~settled.cpu().numpy())
         progress(len(left))
-    return [_before(row, ends.cpu()) for row in guesses]
+    sizes = (stops[guesses].cumsum(1) == 0).sum(1)
+    lines: list[list[int]] = [[]] * count
+    for i, line, size in zip(prompts.order.tolist(), guesses.tolist(), sizes.tolist(), strict=True):
+        lines[i] = line[:size]
+    return lines
 
 
 def _guess_again(
-    decoder: Decoder, prompts: Sequence[list[int]], guesses: Tensor, ends: Tensor
-) -> tuple[Tensor, list[bool]]:
-    """One pass: the most likely tokens behind prompts and guesses [B, M], and which of the rows are settled."""
-    count, device = guesses.shape[1], decoder.device
-    ids = padded([prompt + guess for prompt, guess in zip(prompts, guesses.tolist(), strict=True)], device)
-    starts = torch.tensor(list(map(len, prompts)))[:, None] - 1
-    place = (starts + torch.arange(count)).to(device)
-    hidden = decoder.hidden(ids).gather(1, place[..., None].expand(-1, -1, decoder.shape.hidden_size))
-    said = torch.cat([decoder.logits(part).argmax(-1) for part in hidden.flatten(0, 1).split(CHUNK[device.type])])
-    said = said.view(-1, count)
-    agreed = (said == guesses.to(device)).cumprod(1).sum(1, keepdim=True)
-    known = torch.arange(count, device=device) <= agreed
-    done = (agreed[:, 0] + 1 >= count) | (torch.isin(said, ends) & known).any(1)
-    return said.cpu(), done.tolist()
+    decoder: Decoder, table: Tensor, lengths: Tensor, guesses: Tensor, stops: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One pass.
 
+    Args:
+        table: prompts [B, T] with room behind them, where the guesses are written.
+        lengths: of the prompts, [B, 1].
+        guesses: [B, M].
+        stops: whether a token ends a line, [vocabulary] bool.
 
-def _before(row: Tensor, ends: Tensor) -> list[int]:
-    stops = torch.isin(row, ends).nonzero()
-    return row[: int(stops[0]) if len(stops) else len(row)].tolist()
+    Returns:
+        The most likely tokens behind prompts and guesses [B, M], and which of the rows are settled [B] bool.
+    """
+    own = torch.arange(guesses.shape[1], device=guesses.device)
+    place = lengths + own
+    table.scatter_(1, place, guesses)
+    with sdpa_kernel(ANY_SHAPE):
+        hidden = decoder.hidden(table)
+    hidden = hidden.gather(1, (place - 1)[..., None].expand(-1, -1, decoder.shape.hidden_size))
+    chunks = hidden.flatten(0, 1).split(CHUNK[guesses.device.type])
+    said = torch.cat([decoder.logits(part).argmax(-1) for part in chunks]).view_as(guesses)
+    agreed = (said == guesses).cumprod(1).sum(1, keepdim=True)
+    done = (agreed[:, 0] + 1 >= len(own)) | (stops[said] & (own <= agreed)).any(1)
+    return said, done

@@ -21,8 +21,8 @@ from torch import Tensor
 from nasbench.backbone.decoder import Decoder
 from nasbench.backbone.tokenizer import Tokenizer
 from nasbench.errors import UserError
-from nasbench.evaluation.multiple_choice import log_likelihoods, tokenised
-from nasbench.evaluation.reading import greedy
+from nasbench.evaluation.multiple_choice import Choices, lay_out
+from nasbench.evaluation.reading import Prompts, greedy
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.files import machine_errors
 
@@ -125,26 +125,26 @@ class Suite(Task):
         items = context.once(self, self.items)
         if items[0].answers:
             return {self.label: self._written(items, decoder, context)}
-        texts = [pair for item in items for pair in item.alternatives]
-        pairs = context.once((self, "tokens"), lambda: tokenised(context.tokenizer, texts))
-        values = iter(log_likelihoods(decoder, pairs))
-        hits: dict[str, list[float]] = {self.label: [], f"{self.label}.plain": []}
-        for item in items:
-            plain = [next(values) for _ in item.alternatives]
+
+        def ask() -> Choices:
+            questions = [(item.alternatives, item.gold) for item in items]
             # The space that stands before a continuation is not counted.
-            by_byte = [v / (len(text.encode()) - 1) for v, (_, text) in zip(plain, item.alternatives, strict=True)]
-            for scores, found in zip((by_byte, plain), hits.values(), strict=True):
-                found.append(float(max(range(len(scores)), key=scores.__getitem__) == item.gold))
-        return {label: Tensor(found) for label, found in hits.items()}
+            return lay_out(decoder, context.tokenizer, questions, lambda text: len(text.encode()) - 1)
+
+        choices = context.once((self, decoder.shape.max_context, decoder.device), ask)
+        by_byte, plain = choices.correct(decoder)
+        return {self.label: by_byte, f"{self.label}.plain": plain}
 
     def _written(self, items: list[SuiteItem], decoder: Decoder, context: Context) -> Tensor:
-        ends = context.once("line ends", lambda: line_ends(context.tokenizer))
-        prompts = context.once((self, "tokens"), lambda: context.tokenizer.encode_batch([item.query for item in items]))
+        tokenizer, device = context.tokenizer, decoder.device
+        ends = context.once(("line ends", device), lambda: line_ends(tokenizer).to(device))
+        queries = [item.query for item in items]
+        prompts = context.once((self, device), lambda: Prompts(tokenizer.encode_batch(queries), device))
         # Placements of one model write much the same: what the last one wrote is the first guess.
         memory: dict[str, list[list[int]]] = context.once((self, "lines"), dict)
-        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends.to(decoder.device), memory.get("lines", ()))
+        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends, memory.get("lines", ()))
         memory["lines"] = lines
-        texts = [context.tokenizer.decode(line).lower() for line in lines]
+        texts = [tokenizer.decode(line).lower() for line in lines]
         hits = [any(a.lower() in text for a in item.answers) for item, text in zip(items, texts, strict=True)]
         return Tensor([float(hit) for hit in hits])
 

@@ -8,7 +8,7 @@ import torch
 from nasbench.backbone.load import load_model, random_decoder
 from nasbench.engine.generate import generate
 from nasbench.errors import UserError
-from nasbench.evaluation.reading import end_places, greedy, padded
+from nasbench.evaluation.reading import greedy
 from nasbench.evaluation.suite import chance, line_ends, read_items
 from nasbench.evaluation.tasks import Context, parse_task
 from nasbench.spaces.placement import parse_placement
@@ -42,13 +42,6 @@ def test_greedy_is_what_a_cache_gives(context, placement):
         assert passes == [0]
         wrong = [torch.randint(256, (n,)).tolist() for n in (12, 0, 3, 1, 7)]
         assert greedy(decoder, prompts, 12, stops, wrong) == expected
-
-
-def test_ends_of_padded_rows():
-    assert padded([[3], [4, 5, 6], [7, 8]], torch.device("cpu")).tolist() == [[3, 0, 0], [4, 5, 6], [7, 8, 0]]
-    row, place = end_places([1, 3, 5, 2], [1, 2, 0, 2], torch.device("cpu"))
-    assert row.tolist() == [0, 1, 1, 3, 3]
-    assert place.tolist() == [0, 1, 2, 0, 1]
 
 
 def test_choices_and_prefixes(context, tmp_path):

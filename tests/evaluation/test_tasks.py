@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from nasbench.backbone.load import load_model
 from nasbench.errors import UserError
 from nasbench.evaluation.multiple_choice import log_likelihoods, read_questions
+from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.retrieval import make_items
 from nasbench.evaluation.tasks import Context, parse_task, parse_tasks, summarise
 from nasbench.supernet.data import Corpus
@@ -32,7 +33,8 @@ def test_log_likelihoods_equal_one_by_one(context):
     pairs = [
         (torch.randint(256, (n,)).tolist(), torch.randint(256, (m,)).tolist()) for n, m in [(5, 3), (40, 1), (2, 9)]
     ]
-    together = log_likelihoods(context.teacher, pairs)
+    ends = Ends([Text(prefix + tail, len(tail)) for prefix, tail in pairs], 512, context.teacher.device)
+    together = log_likelihoods(context.teacher, ends)
     for (prefix, tail), value in zip(pairs, together, strict=True):
         log_p = F.log_softmax(context.teacher(torch.tensor([prefix + tail]))[0], -1)
         expected = sum(float(log_p.detach()[len(prefix) + i - 1, token]) for i, token in enumerate(tail))

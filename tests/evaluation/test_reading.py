@@ -1,0 +1,188 @@
+"""Many texts read at once give what each gives alone, and what is laid out once stays the same for every decoder."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nasbench.backbone.load import load_model, random_decoder
+from nasbench.evaluation import reading, retrieval
+from nasbench.evaluation.multiple_choice import lay_out, tokenised
+from nasbench.evaluation.reading import Ends, Prompts, Text, batches_of, end_places, greedy, padded, read_ends
+from nasbench.evaluation.tasks import Context, parse_task
+from nasbench.spaces.placement import parse_placement
+from nasbench.supernet.data import Corpus
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def context(tiny_model, text_file):
+    loaded = load_model(str(tiny_model))
+    return Context(loaded.tokenizer, Corpus.load(str(text_file), loaded.tokenizer, 32), loaded.decoder)
+
+
+def lively(shape, seed=3):
+    """A random decoder whose greedy text does not stand still."""
+    decoder = random_decoder(shape, parse_placement("A J W8 J"), seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in decoder.named_parameters():
+            if weight.ndim > 1 and "norm" not in name:
+                weight.normal_(std=0.25)
+    return decoder
+
+
+def some(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.inference_mode()
+def written(decoder, prompt, count, ends):
+    """One token after another, each from a forward over all before it."""
+    ids, line = prompt[-(decoder.shape.max_context - count) :], []
+    while len(line) < count:
+        token = int(decoder(torch.tensor([ids + line]))[0, -1].argmax())
+        if token in ends:
+            break
+        line.append(token)
+    return line
+
+
+def test_batches_are_as_large_as_fits():
+    lengths = np.array([1, 1, 2, 3, 3, 9, 10])
+    assert [(part.start, part.stop) for part in batches_of(lengths, 9)] == [(0, 3), (3, 5), (5, 6), (6, 7)]
+    assert list(batches_of(lengths[:0], 9)) == []
+    assert list(batches_of(lengths, 1000)) == [slice(0, 7)]
+
+
+def test_ends_of_padded_rows():
+    assert padded([[3], [4, 5, 6], [7, 8]], CPU).tolist() == [[3, 0, 0], [4, 5, 6], [7, 8, 0]]
+    row, place = end_places(np.array([1, 3, 5, 2]), np.array([1, 2, 0, 2]), CPU)
+    assert row.tolist() == [0, 1, 1, 3, 3]
+    assert place.tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("tokens", [None, 1, 100])
+def test_ends_are_what_each_text_gives_alone(context, tokens):
+    """Of all lengths, one longer than the context, one whose end is longer than the text, one of a single token."""
+    decoder = lively(replace(context.teacher.shape, max_context=64))
+    sizes = [(9, 3), (63, 1), (64, 5), (90, 7), (2, 1), (1, 1), (5, 5), (9, 0)]
+    texts = [Text(ids, count) for ids, (_, count) in zip(some([n for n, _ in sizes]), sizes, strict=True)]
+    ends = Ends(texts, 64, CPU, tokens)
+    log_p, right = read_ends(decoder, ends)
+    assert ends.counts.tolist() == [3, 1, 5, 7, 1, 0, 4, 0]
+    sums, wrong = ends.sums(log_p), ends.sums(~right)
+    start = 0
+    for i, (text, count) in enumerate(zip(texts, ends.counts.tolist(), strict=True)):
+        ids = torch.tensor(text.ids[-64:])
+        with torch.inference_mode():
+            said = F.log_softmax(decoder(ids[None])[0], -1)[len(ids) - count - 1 : -1]
+        expected = said.gather(-1, ids[len(ids) - count :, None])[:, 0] if count else torch.empty(0)
+        np.testing.assert_allclose(log_p[start : start + count], expected, rtol=1e-4, atol=1e-5)
+        assert sums[i] == pytest.approx(float(expected.sum()), rel=1e-4)
+        if count:
+            assert right[start : start + count].tolist() == (said.argmax(-1) == ids[-count:]).tolist()
+        assert wrong[i] == count - int(right[start : start + count].sum())
+        start += count
+    assert start == len(log_p) == len(right)
+
+
+@pytest.mark.parametrize("batch_tokens", [4096, 50])
+def test_greedy_is_one_token_after_another(context, monkeypatch, batch_tokens):
+    """Prompts of all lengths, some longer than the context; guesses that are right, wrong, short and missing; settled
+    prompts leave, and others take their room."""
+    monkeypatch.setitem(reading.BATCH_TOKENS, "cpu", batch_tokens)
+    decoder = lively(replace(context.teacher.shape, max_context=48))
+    texts = some([7, 1, 36, 20, 37, 60, 7, 2, 13])
+    ends = torch.arange(0, 256, 7)
+    expected = [written(decoder, text, 12, set(ends.tolist())) for text in texts]
+    assert len({len(line) for line in expected}) > 2
+    prompts = Prompts(texts, CPU)
+    mixed = [line if i % 2 else some([i])[0] for i, line in enumerate(expected)]
+    for likely in ((), expected, mixed, [[]] * len(texts), [[*line, 1, 2, 3][:12] for line in expected]):
+        passes: list[int] = []
+        assert greedy(decoder, prompts, 12, ends, likely, passes.append) == expected
+        assert passes == sorted(passes, reverse=True)
+        assert passes[-1] == 0
+        assert greedy(decoder, texts, 12, ends, likely) == expected
+    assert greedy(decoder, texts, 12, torch.tensor([], dtype=torch.int64)) == [
+        written(decoder, text, 12, ()) for text in texts
+    ]
+
+
+def test_greedy_of_lines_that_end_at_once_and_of_none(context):
+    decoder = lively(context.teacher.shape)
+    passes: list[int] = []
+    assert greedy(decoder, some([3, 5]), 6, torch.arange(256), (), passes.append) == [[], []]
+    assert passes == [0]
+    assert greedy(decoder, [], 6, torch.arange(256)) == []
+    assert greedy(decoder, some([4]), 1, torch.tensor([300])) == [written(decoder, some([4])[0], 1, ())]
+
+
+def test_no_attention_is_planned_for_each_shape(context, monkeypatch):
+    decoder, seen = lively(context.teacher.shape), []
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    forward = decoder.hidden
+    monkeypatch.setattr(decoder, "hidden", lambda tokens: (seen.append(enabled()), forward(tokens))[1])
+    before = enabled()
+    read_ends(decoder, Ends([Text(ids, 2) for ids in some([9, 4])], 64, CPU, 1))
+    greedy(decoder, some([5]), 3, torch.tensor([0]))
+    assert len(seen) >= 3
+    assert not any(seen)
+    assert enabled() == before
+
+
+def test_tokens_are_those_of_each_text_alone(context):
+    encode = context.tokenizer.encode
+    pairs = [("the layer", " holds"), ("the layer", " or not"), ("", "a"), ("x", ""), ("", "")]
+    expected = [(encode(first) or [0], encode(first + second)[len(encode(first) or [0]) :]) for first, second in pairs]
+    # Behind nothing stands the end-of-text token, and the continuation is tokenised alone.
+    expected[2] = ([0], encode("a"))
+    assert tokenised(context.tokenizer, pairs) == expected
+
+
+def test_the_first_of_equally_likely_alternatives_is_chosen(context, monkeypatch):
+    questions = [([("q", " a"), ("q", " bb")], 0), ([("q", " a"), ("q", " a"), ("q", " c")], 1)]
+    choices = lay_out(context.teacher, context.tokenizer, questions, lambda text: len(text.encode()) - 1)
+    monkeypatch.setattr("nasbench.evaluation.multiple_choice.log_likelihoods", lambda *_: [-4, -6, -1, -1, -2])
+    by_byte, plain = choices.correct(context.teacher)
+    assert by_byte.tolist() == [0, 0]
+    assert plain.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 500])
+def test_prose_is_rows_one_behind_the_other(size):
+    """Row by row from a random place, the first again behind the last."""
+    prose = torch.arange(7 * 32).view(7, 32)
+    for seed in range(20):
+        generator = random.Random(seed)
+        first, rows = generator.randrange(7), []
+        for i in range(size // 32 + 2):
+            rows += prose[(first + i) % 7].tolist()
+        start = generator.randrange(32)
+        found = retrieval._prose(prose.numpy(), size, random.Random(seed))
+        assert found == rows[start : start + size]
+
+
+def test_a_second_decoder_is_asked_without_tokenising_again(context, tmp_path, monkeypatch):
+    (tmp_path / "c.jsonl").write_text('{"query": "the", "choices": ["layer", "state"], "gold": 0}\n')
+    (tmp_path / "w.jsonl").write_text('{"query": "the", "answers": ["layer"]}\n')
+    tasks = ["agreement@8", "retrieval@100:2", f"mc:{tmp_path}/c.jsonl", f"mc-plain:{tmp_path}/c.jsonl"]
+    tasks += [f"suite:{tmp_path}/c.jsonl", f"suite:{tmp_path}/w.jsonl"]
+    parsed = [parse_task(text) for text in tasks]
+    other = lively(context.teacher.shape)
+    expected = [task.values(other, replace(context, memo={})).tolist() for task in parsed]
+    for task in parsed:
+        task.values(context.teacher, context)
+    for name in ("encode", "encode_batch"):
+        monkeypatch.setattr(type(context.tokenizer), name, lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(reading, "padded", lambda *_: pytest.fail("padded again"))
+    for task, values in zip(parsed[:5], expected, strict=False):
+        assert task.values(other, context).tolist() == values
+    monkeypatch.undo()
+    assert parsed[5].values(other, context).tolist() == expected[5]
