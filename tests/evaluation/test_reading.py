@@ -115,6 +115,28 @@ def test_greedy_is_one_token_after_another(context, monkeypatch, batch_tokens):
     ]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_reads_and_writes_what_a_cpu_does(context):
+    shape, device = replace(context.teacher.shape, max_context=48), torch.device("cuda")
+    decoder = lively(shape)
+    other = random_decoder(shape, parse_placement("A J W8 J"), device="cuda")
+    other.load_state_dict(decoder.state_dict())
+    texts = some([7, 1, 36, 20, 37, 60, 7, 2, 13])
+    pairs = [
+        read_ends(model, Ends([Text(ids, 4) for ids in texts], 48, where))
+        for model, where in ((decoder, CPU), (other, device))
+    ]
+    np.testing.assert_allclose(pairs[1][0], pairs[0][0], rtol=1e-2, atol=1e-2)
+    assert (pairs[1][1] == pairs[0][1]).mean() > 0.9
+    stops = torch.arange(0, 256, 7)
+    expected = greedy(decoder, texts, 12, stops)
+    found = greedy(other, texts, 12, stops.to(device), expected)
+    # Where two tokens are nearly as likely, rounding decides.
+    assert sum(ours == line for ours, line in zip(found, expected, strict=True)) >= len(texts) - 2
+    assert found == greedy(other, Prompts(texts, device), 12, stops.to(device))
+
+
 def test_greedy_of_lines_that_end_at_once_and_of_none(context):
     decoder = lively(context.teacher.shape)
     passes: list[int] = []
