@@ -265,9 +265,7 @@ class ProductLaunch:
         }  # fmt: skip
 
 
-def swiglu_launch(
-    batch: int, outputs: int, element_size: int, sms: int, shared_memory: int
-) -> ProductLaunch:  # fmt: skip
+def swiglu_launch(batch: int, outputs: int, element_size: int, sms: int, shared_memory: int) -> ProductLaunch:
     """Of gate and up product with SiLU and multiplication, by measurements on an H100: `benchmarks/launches.py`."""
     sequences = max(16, triton.next_power_of_2(batch))
     if sequences > 32 and (turned := even_launch(batch, outputs, element_size, sms, shared_memory, swiglu=True)):
