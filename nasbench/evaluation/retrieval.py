@@ -67,7 +67,7 @@ class Retrieval(Task):
         return f"{self.name}@{format_size(self.length)}" + (f":{self.items}" if self.items != ITEMS else "")
 
     def key(self, context: Context) -> str:
-        return f"v1/{self.items}/{context.corpus.fingerprint[:8]}"
+        return f"v2/{context.split}/{self.items}/{context.corpus.fingerprint[:8]}"
 
     def values(self, decoder: Decoder, context: Context) -> Tensor:
         if self.length > decoder.shape.max_context:
@@ -79,7 +79,7 @@ class Retrieval(Task):
             texts = [Text(item.prompt + item.answer, len(item.answer)) for item in items]
             return Ends(texts, longest, decoder.device)
 
-        ends = context.once((self, longest, decoder.device), lay_out)
+        ends = context.once((self, context.split, longest, decoder.device), lay_out)
         # Whether greedy decoding gives an answer: reading it at once is the same, since a token is only reached when
         # all before it were right.
         _, right = read_ends(decoder, ends)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -119,11 +120,27 @@ def test_retrieval_counts_whole_answers_only(context):
     assert (score.value, score.n, score.task) == (pytest.approx(1 / 3), 3, "retrieval@200:3")
 
 
+def test_retrieval_asks_of_the_split_that_it_is_asked_of(context, monkeypatch):
+    """One after another with one memo, as an evaluator does; and the cache tells them apart."""
+    asked = []
+    monkeypatch.setattr(
+        "nasbench.evaluation.retrieval.read_ends",
+        lambda decoder, ends: asked.append(ends) or (None, np.ones(int(ends.counts.sum()), bool)),
+    )
+    task, contexts = parse_task("retrieval@200:3"), [replace(context, split=split) for split in ("test", "search")]
+    for each in (*contexts, contexts[0]):
+        task.score(context.teacher, each)
+    assert asked[0] is asked[2]
+    tokens = [torch.cat([batch.tokens.flatten() for batch in ends.batches]) for ends in asked]
+    assert not torch.equal(tokens[0], tokens[1])
+    assert task.key(contexts[0]) != task.key(contexts[1])
+
+
 def test_loss_and_kl_of_the_teacher(context):
     context = replace(context, corpus=context.corpus.without_documents())
     tokens = context.corpus.test
     expected = F.cross_entropy(context.teacher(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert parse_task("loss").score(context.teacher, context).value == pytest.approx(float(expected), rel=1e-5)
+    assert parse_task("loss").score(context.teacher, context).value == pytest.approx(float(expected.detach()), rel=1e-5)
     assert parse_task("kl").score(context.teacher, context).value == pytest.approx(0, abs=1e-6)
     with pytest.raises(UserError, match="needs a teacher"):
         parse_task("kl").score(context.teacher, Context(context.tokenizer, context.corpus, None))
