@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.kernel_cases import gpu_missing
 from nasbench.backbone.load import random_decoder
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
@@ -72,8 +73,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write every result as JSON")
     parser.add_argument("--seconds", type=float, default=1.0, help="decoding time of a case")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: this benchmark measures one", file=sys.stderr)
+    if gpu_missing():
         return 1
     ceilings = measure_ceilings("cuda", free_bytes("cuda"), torch.bfloat16)
     print(

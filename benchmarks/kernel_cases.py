@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,6 +35,14 @@ def relative_rmse(value: Tensor, reference: Tensor) -> float:
 def worst(errors: list[float]) -> float:
     """The largest, or NaN if there is one: max() may drop it."""
     return float(torch.tensor(errors).max())
+
+
+def gpu_missing() -> bool:
+    """Whether there is no GPU to measure, which it then says."""
+    if torch.cuda.is_available():
+        return False
+    print("no CUDA GPU here: this benchmark measures one", file=sys.stderr)
+    return True
 
 
 def sets_of(nbytes: float) -> int:

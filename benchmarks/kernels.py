@@ -30,7 +30,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.kernel_cases import CLOSE, PROMPTS, Attention, Call, RecurrentStep, Rule, Work, each_us, pass_tb_s
+from benchmarks.kernel_cases import (
+    CLOSE,
+    PROMPTS,
+    Attention,
+    Call,
+    RecurrentStep,
+    Rule,
+    Work,
+    each_us,
+    gpu_missing,
+    pass_tb_s,
+)
 from nasbench.config import format_size
 from nasbench.engine.floor import BUFFER_BYTES
 from nasbench.engine.memory import free_bytes
@@ -184,8 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=(RECURRENT, ATTENTION, RULE), help="one part")
     parser.add_argument("--seconds", type=float, default=40, help="other libraries are left out after this")
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: this benchmark measures one", file=sys.stderr)
+    if gpu_missing():
         return 1
     # In the script's own folder this file is what others take for the package named `kernels`.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]

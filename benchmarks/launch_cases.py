@@ -97,7 +97,7 @@ def candidates(product: Product, batch: int, device: torch.device, dtype: torch.
     from nasbench_kernels.decode import fits, streams
     from nasbench_kernels.decode.card import card
     from nasbench_kernels.decode.gemv import gemv_launch
-    from nasbench_kernels.decode.product import batch_launch, swiglu_launch
+    from nasbench_kernels.decode.product_launch import batch_launch, swiglu_launch
 
     rows, columns, width = product.rows, product.columns, dtype.itemsize
     if batch == 1:
@@ -153,7 +153,7 @@ def whole_tiles(
     base: Any, batch: int, outputs: int, element_size: int, sms: int, shared_memory: int, swiglu: bool
 ) -> list[Any]:
     """`base` and other launches of a product that is not divided, what promises most first."""
-    from nasbench_kernels.decode.product import ProductLaunch, turned_launch
+    from nasbench_kernels.decode.product_launch import ProductLaunch, turned_launch
 
     def staged(launch: Any, programs: int, most: int) -> Any:
         """In as many stages as leave room for so many programs on a multiprocessor."""

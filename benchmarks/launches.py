@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import CLOSE, Call, each_us, pass_tb_s, sets_of
+from benchmarks.kernel_cases import CLOSE, Call, each_us, gpu_missing, pass_tb_s, sets_of
 from benchmarks.launch_cases import Product, ProductCase, candidates, products
 from benchmarks.state_cases import BATCHES as STATE_BATCHES
 from benchmarks.state_cases import StateCase, label, launches, states
@@ -363,8 +363,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: this benchmark measures one", file=sys.stderr)
+    if gpu_missing():
         return 1
     import triton
 

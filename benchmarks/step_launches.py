@@ -32,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from benchmarks.kernel_cases import CLOSE
+from benchmarks.kernel_cases import CLOSE, gpu_missing
 from benchmarks.launch_cases import HEAD, Candidate, Product, ProductCase, candidates, products
 from benchmarks.state_cases import StateCase, label, launches, states
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.backbone.shapes import ModelShape
+from nasbench.blocks.gated_delta import JetBlockConfig
 from nasbench.config import parse_size
 from nasbench.errors import NasbenchError, UserError
 
@@ -85,9 +86,13 @@ def parts_of(shape: ModelShape, batch: int, device: torch.device) -> list[Part]:
     for part in found:
         if isinstance(part.what, Product) and part.what.swiglu:
             part.tried = [choice for choice in part.tried if choice.kind != "cuBLAS" or choice.chosen]
-    for config in states(shape):
-        found.append(Part(STATE, launches(config, batch, device)))
+    found += [Part(STATE, launches(config, batch, device)) for config in _state(shape)]
     return found
+
+
+def _state(shape: ModelShape) -> list[JetBlockConfig]:
+    """The recurrent layers that a step has the most of: one choice is in place at a time."""
+    return [config for config, _ in states(shape).most_common(1)]
 
 
 def check(shape: str, batch: int, part: int, place: int) -> float:
@@ -100,7 +105,7 @@ def check(shape: str, batch: int, part: int, place: int) -> float:
         with torch.inference_mode():
             if isinstance(found.what, Product):
                 return ProductCase(found.what, batch, device, DTYPE, 2).error(choice)
-            return StateCase(next(iter(states(resolve_shape(shape)))), batch, device, DTYPE, 2).error(choice)
+            return StateCase(_state(resolve_shape(shape))[0], batch, device, DTYPE, 2).error(choice)
     except Exception:  # of what does not compile here, or does not fit
         return float("inf")
 
@@ -133,7 +138,7 @@ def in_place(parts: Sequence[Part]) -> Iterator[None]:
     ours = {(p.what.rows, p.what.columns): p for p in parts if isinstance(p.what, Product)}
     gate_up = {p.what.rows // 2: p for p in parts if isinstance(p.what, Product) and p.what.swiglu}
     step = [part for part in parts if part.what == STATE]
-    batch_launch, swiglu_launch, streams = product.batch_launch, product.swiglu_launch, product.streams
+    batch_launch, swiglu_launch, streams = product.batch_launch, product.swiglu_launch, decode.streams
 
     def of(rows: int, columns: int) -> Any:
         return ours[rows, columns].now.launch if (rows, columns) in ours else None
@@ -149,8 +154,7 @@ def in_place(parts: Sequence[Part]) -> Iterator[None]:
         return streams(x, weight, divided) if part is None else part.now.kind == "product"
 
     new: list[tuple[Any, str, Any]] = [
-        (product, "batch_launch", batch), (product, "swiglu_launch", swiglu), (product, "streams", streamed),
-        (decode, "streams", streamed),
+        (product, "batch_launch", batch), (product, "swiglu_launch", swiglu), (decode, "streams", streamed),
     ]  # fmt: skip
     if step:
         new.append((recurrent, "step_launch", lambda *_: step[0].now))
@@ -249,8 +253,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
-    if not torch.cuda.is_available():
-        print("no CUDA GPU here: this benchmark measures one", file=sys.stderr)
+    if gpu_missing():
         return 1
     import triton
 

@@ -82,6 +82,9 @@ def test_the_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+LONGER = [*SOURCES, *sorted((ROOT / "kernels").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", LONGER, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_is_read_in_one_sitting(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 450

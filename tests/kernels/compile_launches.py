@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from nasbench_kernels import decode, distill, prefill
+from nasbench_kernels.decode import product_launch as choices
 from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 from triton.backends.compiler import GPUTarget
@@ -109,7 +110,7 @@ def turned_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> 
     module = sys.modules["nasbench_kernels.decode.product"]
     x, size = nothing(batch, hidden, dtype=dtype), dtype.itemsize
     for each in (1, 2):
-        launch = partial(module.turned_launch, batch, inner, size, *module.card(x.device), each)
+        launch = partial(choices.turned_launch, batch, inner, size, *module.card(x.device), each)
         module.launch_swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype), launch(swiglu=True))
         weight, bias = nothing(inner, hidden, dtype=dtype), nothing(inner, dtype=dtype)
         module.launch_batch_product(x, weight, bias, False, replace(launch(), hints=each == 2))
@@ -121,9 +122,9 @@ def offered_products(batch: int, hidden: int, inner: int, rows: int) -> None:
 
     module, x = sys.modules["nasbench_kernels.decode.product"], nothing(batch, hidden)
     sms, shared = module.card(x.device)
-    for launch in whole_tiles(module.swiglu_launch(batch, inner, 2, sms, shared), batch, inner, 2, sms, shared, True):
+    for launch in whole_tiles(choices.swiglu_launch(batch, inner, 2, sms, shared), batch, inner, 2, sms, shared, True):
         module.launch_swiglu_product(x, nothing(2 * inner, hidden), launch)
-    base = module.batch_launch(batch, rows, hidden, 2, sms, shared, False)
+    base = choices.batch_launch(batch, rows, hidden, 2, sms, shared, False)
     for launch in whole_tiles(base, batch, rows, 2, sms, shared, False):
         module.launch_batch_product(x, nothing(rows, hidden), None, False, launch)
 

@@ -29,15 +29,13 @@ from nasbench_kernels.decode import (
 )
 from nasbench_kernels.decode.overlap import dependent, without_overlap
 from nasbench_kernels.decode.product import (
-    ProductLaunch,
-    batch_launch,
     launch_batch_product,
     launch_swiglu_product,
     launch_turned_product,
     product_and_silu,
-    turned_launch,
     turned_product_kernel,
 )
+from nasbench_kernels.decode.product_launch import ProductLaunch, batch_launch, turned_launch
 from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv import dynamic_conv_step
 from nasbench_kernels.gated_delta import gated_delta_step

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from nasbench_kernels.decode.product import batch_launch, swiglu_launch
+from nasbench_kernels.decode.product_launch import batch_launch, swiglu_launch
 
 import benchmarks.launches as bench
 from benchmarks.launch_cases import (

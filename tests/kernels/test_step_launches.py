@@ -9,7 +9,7 @@ from nasbench_kernels import decode
 from nasbench_kernels.decode import product, recurrent
 
 import benchmarks.step_launches as bench
-from benchmarks.launch_cases import Candidate, Product
+from benchmarks.launch_cases import Candidate
 from nasbench.backbone.resolve import resolve_shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +54,7 @@ def test_time_is_up():
 
 def test_choices_are_in_place_and_leave_no_trace():
     found = parts()
-    before = (product.batch_launch, product.swiglu_launch, product.streams, decode.streams, recurrent.step_launch)
+    before = (product.batch_launch, product.swiglu_launch, decode.streams, recurrent.step_launch)
     by_name = {part.what if isinstance(part.what, str) else part.what.part: part for part in found}
     down, state, gate_up = by_name["down"], by_name["recurrent step"], by_name["gate+up"]
     x, weight = torch.empty(64, 8960, device="meta", dtype=torch.bfloat16), torch.empty(1536, 8960, device="meta")
@@ -72,9 +72,7 @@ def test_choices_are_in_place_and_leave_no_trace():
         assert product.batch_launch(64, 7, 64, 2, 132, 228 << 10, False) == before[0](
             64, 7, 64, 2, 132, 228 << 10, False
         )
-    assert before == (
-        product.batch_launch, product.swiglu_launch, product.streams, decode.streams, recurrent.step_launch
-    )  # fmt: skip
+    assert before == (product.batch_launch, product.swiglu_launch, decode.streams, recurrent.step_launch)
 
 
 def test_what_is_wrong_is_not_tried(monkeypatch):
@@ -122,4 +120,3 @@ def test_a_whole_run_on_a_gpu(tmp_path):
     arguments = ["--shape", "qwen2.5-1.5b", "--batch", "3", "--context", "1k", "--seconds", "40", "--jobs", "4"]
     assert bench.main([*arguments, "--out", str(out)]) == 0
     assert "at the end:" in out.read_text()
-    assert Product("head", 96, 32).part not in out.read_text()

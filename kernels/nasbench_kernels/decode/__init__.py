@@ -4,7 +4,8 @@ from nasbench_kernels.decode.argmax import argmax
 from nasbench_kernels.decode.attention import decode_attention, rotary_write
 from nasbench_kernels.decode.gemv import gemv
 from nasbench_kernels.decode.pointwise import add_norm, conv_step, silu_part, swiglu
-from nasbench_kernels.decode.product import batch_product, fits, product_and_silu, streams, swiglu_product
+from nasbench_kernels.decode.product import batch_product, product_and_silu, swiglu_product
+from nasbench_kernels.decode.product_launch import fits, streams
 from nasbench_kernels.decode.recurrent import RowLayout, StepWorkspace, recurrent_step
 
 __all__ = [
