@@ -6,6 +6,8 @@ Every figure is of whole steps: batch to the device, teacher, losses, gradients,
 them, on random tokens. Model FLOP/s counts what the mathematics asks for, not what kernels do: the teacher's forward
 pass, the student's from the first replaced layer on, gradients of activations behind it and of the trained mixers'
 weights, three products with the head. It is shown beside the rate of a large product, measured in the same run.
+
+A built-in shape, as qwen3-1.7b, gets random weights: what a model would cost, before it is fetched.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nasbench.backbone.load import load_model
-from nasbench.backbone.resolve import resolve_shape
+from nasbench.backbone.load import LoadedModel, load_model, random_decoder
+from nasbench.backbone.resolve import classify, resolve_shape
 from nasbench.backbone.shapes import ModelShape
 from nasbench.cli.common import torch_device, torch_dtype
 from nasbench.cli.distill_command import parse_names
@@ -57,6 +59,16 @@ def random_corpus(shape: ModelShape, rows: int, sequence: int, documents: bool) 
     begins[:, 0] = True
     ages = (place - torch.where(begins, place, 0).cummax(1).values).int()
     return Corpus(tokens, tokens[:1], tokens[:1], "random", {"train": ages} if documents else {})
+
+
+def model_of(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
+    """A model with its weights; of a built-in shape random ones."""
+    if classify(name).has_weights:
+        return load_model(name, dtype=dtype, device=device)
+    shape = resolve_shape(name)
+    decoder = random_decoder(shape, shape.placement, dtype=dtype, device=device).requires_grad_(False)
+    # The steps read random tokens, and no text.
+    return LoadedModel(decoder, None, shape, "random weights")  # type: ignore[arg-type]
 
 
 def mixer_flops(shape: ModelShape, name: str, rows: int, sequence: int) -> tuple[float, float]:
@@ -187,7 +199,7 @@ def cases(options: argparse.Namespace) -> list[tuple[str, DistillConfig, int]]:
 def run(options: argparse.Namespace) -> int:
     device, dtype = torch_device(options.device), torch_dtype(options.dtype)
     shape, sequence = resolve_shape(options.model), parse_size(options.sequence)
-    loaded = load_model(options.model, dtype=dtype, device=device)
+    loaded = model_of(options.model, dtype, device)
     names = parse_names(options.names, shape)
     rate = measure_ceilings(device, free_bytes(device), dtype).matmul_tflop_s
     where = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"

@@ -52,6 +52,14 @@ def prompt_ops() -> Any:
 
 
 @cache
+def distill_ops() -> Any:
+    """The module `nasbench_kernels.distill`, whose kernels have a backward, imported when it is first needed."""
+    import nasbench_kernels.distill as module
+
+    return module
+
+
+@cache
 def workspace(device: torch.device) -> StepWorkspace:
     """Scratch of the recurrent step on a device, shared by all layers."""
     return ops().StepWorkspace()

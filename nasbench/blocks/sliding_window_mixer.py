@@ -30,7 +30,7 @@ class SlidingWindow(FullAttention):
         return positions % slots
 
     def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v = self.project(x, chunk.cos, chunk.sin)
+        q, k, v = self.project_chunk(x, chunk)
         if chunk.documents is not None:
             return self.merge(document_attention(q, k, v, chunk.documents, self.config.window))
         if cache is None:

@@ -10,9 +10,6 @@ What has no path here, and everything on a CPU, is the layer as its kind defines
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,14 +69,14 @@ def fused_mlp(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`mlp(x)`, x [B, T, C]."""
     if not fused.differentiable(x):
         return mlp(x)
-    return mlp.down_proj(_ops().swiglu(_project(mlp.stacked, x)))
+    return mlp.down_proj(fused.distill_ops().swiglu(_project(mlp.stacked, x)))
 
 
 def fused_jet_block(mixer: JetBlock, x: Tensor, chunk: Chunk) -> Tensor:
     """`mixer(x, chunk)` with gradients."""
     heads, values = mixer.heads, mixer.config.values
     row = _project(mixer.stacked, x)
-    q, k, decay, beta, v, gate, middle = _ops().rule_inputs(
+    q, k, decay, beta, v, gate, middle = fused.distill_ops().rule_inputs(
         row, mixer.A_log, mixer.dt_bias, heads, mixer.key_dim, (values, values, mixer.config.generator_size)
     )
     ages = None
@@ -89,7 +86,7 @@ def fused_jet_block(mixer: JetBlock, x: Tensor, chunk: Chunk) -> Tensor:
     kernels = mixer.dynamic_conv1d.kernel_generator(middle)
     v = fused.prompt_ops().triton_short_conv(v, kernels, None, ages).unflatten(-1, (heads, -1))
     mixed, _ = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, None)
-    return mixer.o_proj(_ops().gated_norm(mixed, gate, mixer.o_norm.weight))
+    return mixer.o_proj(fused.distill_ops().gated_norm(mixed, gate, mixer.o_norm.weight))
 
 
 def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
@@ -105,7 +102,7 @@ def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
 
 def _attention(mixer: FullAttention, x: Tensor, chunk: Chunk) -> Tensor:
     row = _project(mixer.stacked, x)
-    q, k, v = _ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
+    q, k, v = fused.distill_ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
     window = mixer.config.window if isinstance(mixer, SlidingWindow) else None
     return mixer.o_proj(flash_attention(q, k, v, window).flatten(2))
 
@@ -125,11 +122,3 @@ def _project(stacked: StackedProjections, x: Tensor) -> Tensor:
         return F.linear(x, torch.cat(weights))
     biases = [linear.bias for linear in stacked.linears] + ([weights[0].new_zeros(missing)] if missing else [])
     return F.linear(x, torch.cat(weights), torch.cat(biases))
-
-
-@cache
-def _ops() -> Any:
-    """The module `nasbench_kernels.distill`, imported when it is first needed: triton takes a second."""
-    import nasbench_kernels.distill as module
-
-    return module

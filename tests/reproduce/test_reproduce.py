@@ -12,6 +12,7 @@ from nasbench.errors import UserError
 from nasbench.reproduce import measure, stages
 from nasbench.reproduce.page import read
 from nasbench.reproduce.recipe import Candidate, Recipe
+from nasbench.supernet.settings import DistillConfig
 
 app = typer.Typer()
 app.command("reproduce")(reproduce_command.command)
@@ -112,6 +113,28 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     with pytest.raises(pytest.fail.Exception):
         nas(*again, "--remedies", "mixers,long,self,plain,average")
     assert (report / "index.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("device", "replayed", "graphs"),
+    [("cuda", 200.0, True), ("cuda", 101.0, False), ("cuda", None, False), ("cpu", 200.0, False)],
+)
+def test_graphs_replay_sub_networks_where_they_are_faster(monkeypatch, device, replayed, graphs):
+    asked = []
+
+    def timed(_, stage, changes):
+        asked.append(changes)
+        if changes[f"{stage}_batch_tokens"] > 4096:
+            return None
+        tok_s = replayed if changes.get("graphs") else 100.0
+        return tok_s and {"batch_tokens": 4096, "tok_s": tok_s, "graphs": bool(changes.get("graphs"))}
+
+    monkeypatch.setattr(stages, "_timed_step", timed)
+    recipe = Recipe(training=DistillConfig(align_batch_tokens=8192, supernet_batch_tokens=8192))
+    bench = SimpleNamespace(recipe=recipe, device=device, log=lambda line: None)
+    assert stages._largest_step(bench, "supernet")["graphs"] is graphs
+    assert any(changes.get("graphs") for changes in asked) is (device == "cuda")
+    assert stages._largest_step(bench, "align") == {"batch_tokens": 4096, "tok_s": 100.0, "graphs": False}
 
 
 def test_what_was_chosen_is_asked_first():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from supernet_tiny import SHAPE
 from torch import nn
 
@@ -14,6 +15,14 @@ from nasbench.backbone.load import random_decoder
 from nasbench.spaces.placement import parse_placement
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_speeds_of_both_stages_are_told(tiny_model, tmp_path):
@@ -36,16 +45,21 @@ def test_speeds_of_both_stages_are_told(tiny_model, tmp_path):
     assert said.count("tokens/s") == 6
 
 
-def test_model_flops_are_those_of_the_products():
+def test_model_flops_are_those_of_the_products(benchmark):
     """Of a forward pass of full attention: two for every weight of a projection and token, four for every channel of a
     query and key that it sees."""
-    spec = importlib.util.spec_from_file_location("train_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     decoder = random_decoder(SHAPE, parse_placement("4A"))
     rows, sequence = 2, 128
     linears = [part for part in decoder.model.layers.modules() if isinstance(part, nn.Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
     seen = sequence * (sequence + 1) / 2
     expected = 2 * rows * sequence * weights + 4 * rows * SHAPE.num_layers * SHAPE.num_heads * SHAPE.head_dim * seen
-    assert module._teacher_flops(SHAPE, rows, sequence) == pytest.approx(expected, rel=0.01)
+    assert benchmark._teacher_flops(SHAPE, rows, sequence) == pytest.approx(expected, rel=0.01)
+
+
+def test_built_in_shapes_have_random_weights(benchmark):
+    """Frozen, as those of a model that is read."""
+    found = benchmark.model_of("qwen2.5-1.5b", torch.bfloat16, "meta")
+    assert found.shape.name == "qwen2.5-1.5b"
+    assert {parameter.dtype for parameter in found.decoder.parameters()} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in found.decoder.parameters())
