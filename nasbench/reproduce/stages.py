@@ -121,27 +121,28 @@ def finalise(bench: Bench, count: int, after: Callable[[Candidate, int, Path], N
         bench.plan[f"{key}-placement"] = pick
     candidate = Candidate(count, pick["method"], bench.shape.parse(pick["placement"]), weights="final")
     config = replace(_settings(bench), supernet_lr=bench.recipe.finalize_lr)
-    tok_s = float(bench.plan["supernet"]["tok_s"])
-    spent = 0.0
     for share in CURVE:
         if _done(bench, f"{key}-{share}"):
             continue
         step = config.supernet_batch_tokens
         planned = bench.plan[f"{key}-{share}"]
         if planned is None:
-            seconds = max(0.0, share * bench.recipe.finalize_seconds - spent)
+            tok_s = float(bench.plan[f"{key}-tok_s"] or bench.plan["supernet"]["tok_s"])
+            seconds = max(0.0, share * bench.recipe.finalize_seconds - (bench.plan[f"{key}-spent"] or 0.0))
             earlier = bench.plan[f"{key}-{CURVE[0]}"] or 0 if share != CURVE[0] else 0
             planned = earlier + max(int(share == CURVE[-1]), int(seconds * tok_s / step)) * step
             bench.plan[f"{key}-{share}"] = planned
         began = time.monotonic()
-        folder = _finalise(bench, candidate, config, planned)
-        seconds = time.monotonic() - began
-        spent += seconds
+        try:
+            folder = _finalise(bench, candidate, config, planned)
+        finally:
+            # Also what a run that is stopped here has used: without it the device would seem faster than it is.
+            spent = round((bench.plan[f"{key}-spent"] or 0.0) + time.monotonic() - began, 1)
+            bench.plan[f"{key}-spent"] = spent
         # The next share at the speed that this one had, where it was long enough to tell.
         if spent > 5 and planned:
-            tok_s = planned / spent
-            bench.plan[f"{key}-tok_s"] = tok_s
-        bench.log(f"{format_placement(candidate.placement)}: {planned:,} tokens, {seconds:.0f} s")
+            bench.plan[f"{key}-tok_s"] = planned / spent
+        bench.log(f"{format_placement(candidate.placement)}: {planned:,} tokens, {spent:.0f} s")
         after(candidate, planned, folder)
         bench.plan[f"{key}-{share}-of"] = _supernet_version(bench)
     bench.plan.add_candidates([candidate])

@@ -11,7 +11,8 @@ from nasbench.cli import reproduce_command
 from nasbench.errors import UserError
 from nasbench.reproduce import measure, stages
 from nasbench.reproduce.page import read
-from nasbench.reproduce.recipe import Candidate, Recipe
+from nasbench.reproduce.recipe import Candidate, Plan, Recipe
+from nasbench.spaces.placement import parse_placement
 from nasbench.supernet.settings import DistillConfig
 
 app = typer.Typer()
@@ -135,6 +136,36 @@ def test_graphs_replay_sub_networks_where_they_are_faster(monkeypatch, device, r
     assert stages._largest_step(bench, "supernet")["graphs"] is graphs
     assert any(changes.get("graphs") for changes in asked) is (device == "cuda")
     assert stages._largest_step(bench, "align") == {"batch_tokens": 4096, "tok_s": 100.0, "graphs": False}
+
+
+def test_a_finalising_that_was_stopped_is_not_thought_faster(monkeypatch, tmp_path):
+    """The first quarter takes 100 s, of which 60 before it is stopped: 300 s are left for the rest, at that speed."""
+    clock, asked = [0.0], []
+
+    def finalised(bench, candidate, config, tokens, *rest):
+        asked.append(tokens)
+        clock[0] += {1: 60.0, 2: 40.0}.get(len(asked), 300.0)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return tmp_path
+
+    monkeypatch.setattr(stages, "_finalise", finalised)
+    monkeypatch.setattr(stages, "_supernet_version", lambda bench: "v")
+    monkeypatch.setattr(stages.time, "monotonic", lambda: clock[0])
+    plan = Plan(tmp_path / "plan.json")
+    plan["supernet"] = {"batch_tokens": 1000, "tok_s": 500.0}
+    plan["finalize-1-placement"] = {"placement": "A J", "method": "beam"}
+    bench = SimpleNamespace(
+        recipe=Recipe(finalize_seconds=400.0),
+        plan=plan,
+        log=lambda line: None,
+        shape=SimpleNamespace(parse=parse_placement),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        stages.finalise(bench, 1, lambda *_: None)
+    stages.finalise(bench, 1, lambda *_: None)
+    assert asked == [50_000, 50_000, 200_000]
+    assert plan["finalize-1-spent"] == 400
 
 
 def test_what_was_chosen_is_asked_first():
