@@ -40,18 +40,18 @@ def command(
         str, typer.Option(help="What the finalised placement is chosen by: recall (text and retrieval) or kl (text).")
     ] = "recall",
     finalize_lr: Annotated[float, typer.Option(help="Peak learning rate of finalising.")] = 5e-4,
-    align_seconds: Annotated[float, typer.Option(help="Of block-wise alignment.")] = 90,
+    align_seconds: Annotated[float, typer.Option(help="Of block-wise alignment.")] = 40,
     supernet_seconds: Annotated[float, typer.Option(help="Of random sub-networks.")] = 150,
-    search_seconds: Annotated[float, typer.Option(help="Of all searches together.")] = 120,
-    finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 420,
+    search_seconds: Annotated[float, typer.Option(help="Of all searches together.")] = 80,
+    finalize_seconds: Annotated[float, typer.Option(help="Of each finalised placement.")] = 240,
     remedies: Annotated[
         str,
         typer.Option(
             help="Other ways to finalise, '' for none: mixers, hidden, long, fast, gentle, self, plain, average."
         ),
     ] = "average",
-    speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 60,
-    measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 420,
+    speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 30,
+    measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 600,
     measure_devices: Annotated[
         str,
         typer.Option(
@@ -63,10 +63,10 @@ def command(
     batches: Annotated[str, typer.Option(help="Sequences decoded at once at each of the contexts.")] = "64,16",
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement in a search.")] = "32k",
     test_tokens: Annotated[str, typer.Option(help="Other held-out tokens, of the table.")] = "256k",
-    quick_items: Annotated[int, typer.Option(help="Items of each benchmark that every placement is asked.")] = 200,
+    quick_items: Annotated[int, typer.Option(help="Items of each benchmark that every placement is asked.")] = 50,
     retrieval: Annotated[str, typer.Option(help="Lengths of key-value retrieval.")] = "512,1k,2k,4k,8k",
     quick_retrieval: Annotated[str, typer.Option(help="Those of every placement.")] = "2k",
-    retrieval_items: Annotated[int, typer.Option(help="Questions at each length.")] = 100,
+    retrieval_items: Annotated[int, typer.Option(help="Questions at each length.")] = 200,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",

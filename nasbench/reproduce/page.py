@@ -25,10 +25,12 @@ LOOKS = {
     "kl-greedy": ("#cc79a7", "^", "KL-greedy"),
     "recall": ("#e69f00", "D", "with retrieval"),
     "final": ("#d55e00", "*", "finalised"),
+    "final:average": ("#56b4e9", "P", "finalised, averaged"),
 }
-"""Colour, marker and name of each method."""
+"""Colour, marker and name of each method, and of weights that were finalised."""
 WORDS = (
     "placement", "search", "searched", "against", "way", "method", "fill", "weights", "benchmark", "scoring",
+    "layers",
 )  # fmt: skip
 """Columns of words."""
 CSS = (
@@ -65,16 +67,17 @@ def by_count(axes: Axes, rows: Sequence[Row], y: str) -> None:
     if drawn:
         axes.scatter([p[0] for p in drawn], [p[1] for p in drawn], s=9, color="#aeb6c0", label="random")
     for method, (colour, marker, name) in LOOKS.items():
-        if method == "final":
-            mine = [row for row in best if row["weights"] == "final"]
+        finalised = method.startswith("final")
+        if finalised:
+            mine = [row for row in best if row["weights"] == method]
         else:
             mine = [row for row in best if row["method"] == method and row["weights"] == "supernet"]
         points = _points(mine, "k", y)
         if points:
             axes.errorbar(
                 [p[0] for p in points], [p[1] for p in points], yerr=[1.96 * p[2] for p in points], color=colour,
-                marker=marker, markersize=9 if method == "final" else 4.5, label=name, capsize=2,
-                linestyle="none" if method == "final" else "-",
+                marker=marker, markersize=9 if finalised else 4.5, label=name, capsize=2,
+                linestyle="none" if finalised else "-",
             )  # fmt: skip
     teacher = _points([row for row in rows if row["method"] == TEACHER], "k", y)
     for point in teacher:
@@ -116,7 +119,9 @@ def against_speed(axes: Axes, rows: Sequence[Row], speed: str) -> None:
     """KL against decode speed, of placements with the best fillers."""
     for row in rows:
         if row.get("kl") and row.get(speed) and row["fill"] == "best" and row["method"] != TEACHER:
-            method = "final" if row["weights"].startswith("final") else row["method"]
+            weights = row["weights"]
+            finalised = weights if weights in LOOKS else "final"
+            method = finalised if weights.startswith("final") else row["method"]
             colour, marker, name = LOOKS.get(method, ("#aeb6c0", ".", "random"))
             known = axes.get_legend_handles_labels()[1]
             label = "_" if name in known else name
@@ -214,9 +219,9 @@ def _section(section: Section) -> str:
 
 
 def _cell(text: str) -> str:
-    bold = text.startswith("**")
+    bold, slanted = text.startswith("**"), text.startswith("*")
     text = html.escape(text.strip("*"))
-    return f"<b>{text}</b>" if bold else text
+    return f"<b>{text}</b>" if bold else f"<i>{text}</i>" if slanted else text
 
 
 def _number(text: str, error: str | None) -> str:

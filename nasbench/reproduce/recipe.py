@@ -65,12 +65,12 @@ class Recipe:
             checkpoint_every_s=300.0,
         )
     )  # fmt: skip
-    align_seconds: float = 90.0
+    align_seconds: float = 40.0
     supernet_seconds: float = 150.0
-    search_seconds: float = 120.0
-    finalize_seconds: float = 420.0
-    speed_seconds: float = 60.0
-    measure_seconds: float = 420.0
+    search_seconds: float = 80.0
+    finalize_seconds: float = 240.0
+    speed_seconds: float = 30.0
+    measure_seconds: float = 600.0
     finalize_lr: float = 5e-4
     choose: str = "recall"
     remedies: tuple[str, ...] = ("average",)
@@ -78,10 +78,10 @@ class Recipe:
     test_tokens: int = 262144
     contexts: tuple[int, ...] = (8192, 65536)
     batches: tuple[int, ...] = (64, 16)
-    quick_items: int = 200
+    quick_items: int = 50
     retrieval: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     quick_retrieval: tuple[int, ...] = (2048,)
-    retrieval_items: int = 100
+    retrieval_items: int = 200
 
     def check(self, num_layers: int) -> None:
         """Raises UserError for what the model cannot do."""

@@ -6,13 +6,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from nasbench.config import format_size
 from nasbench.files import write_text
 from nasbench.reproduce.items import Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
+from nasbench.reproduce.speed import composition
 from nasbench.reproduce.table import Z95, Cells, Facts, comparison_rows, measures, median_random, table_rows
+from nasbench.search.objective import Speed
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement
 
@@ -30,7 +33,7 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its title, which may be empty, and words before it. Cells in ** are bold."""
+    """A table with its title, which may be empty, and words before it. Cells in ** are bold, in * italic."""
 
     title: str
     words: str
@@ -54,6 +57,11 @@ def sections(facts: Facts) -> list[Section]:
             *_comparison(facts),
         ),
         Section("What more tokens and other ways of finalising bring", "", *_curve(facts)),
+        Section(
+            "Speed and cache",
+            _speed_words(facts),
+            *_speeds(facts),
+        ),
     ]
 
 
@@ -140,6 +148,41 @@ def _curve(facts: Facts) -> Table:
         for row in facts.plan["curve"] or []
     ]  # fmt: skip
     return ["K", "way", "million tokens", "loss", "KL", "retrieval"], rows
+
+
+def _speed_words(facts: Facts) -> str:
+    longest = facts.speeds.shape.max_context
+    told = [
+        f"{format_size(context)}: {batch} sequences at once"
+        + (", the model's shape with a longer cache than it was trained for" if context > longest else "")
+        for context, batch in facts.speeds.batches.items()
+    ]
+    return (
+        f"Of all placements with these layers, wherever they stand. {'; '.join(told)}. In italics what was not "
+        "measured: the mean of the steps of models of one kind of layer."
+    )
+
+
+def _speeds(facts: Facts) -> Table:
+    """One row for each number of layers of each kind, the most full attention first."""
+    rows: dict[str, list[str]] = {}
+    for candidate in sorted(facts.plan.candidates, key=lambda row: -row.k):
+        layers = composition(candidate.placement)
+        if layers in rows:
+            continue
+        found = [facts.speeds.of(candidate.placement, context) for context in facts.speeds.batches]
+        rows[layers] = [layers, *chain.from_iterable(map(_speed_cells, found))]
+    names = [format_size(context) for context in facts.speeds.batches]
+    return ["layers", *(f"{what} {n}" for n in names for what in ("tokens/s at", "cache, GiB, at"))], list(
+        rows.values()
+    )
+
+
+def _speed_cells(speed: Speed | None) -> list[str]:
+    if speed is None:
+        return ["", ""]
+    text = f"{speed.decode_tok_s:,.0f}"
+    return [text if speed.source == "measured" else f"*{text}*", f"{speed.cache_bytes / 2**30:.3f}"]
 
 
 def _number(cells: Cells, name: str) -> float:

@@ -91,6 +91,8 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     summary = (report / "summary.md").read_text()
     assert all(f"| {name} |" in summary for name in ("the model itself", "median random", "beam", "finalised, long"))
     assert "| K | search | against | KL | loss |" in summary
+    assert "| layers | tokens/s at 128 | cache, GiB, at 128 | tokens/s at 1k | cache, GiB, at 1k |" in summary
+    assert all(summary.count(f"\n| {layers} | ") == 1 for layers in ("4A", "2A 2J", "4J"))
     page = (report / "index.html").read_text()
     assert "Every placement" in page
     assert all(f">{name}<" in page for name in ("the model itself", "median random", "finalised, long"))
