@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nasbench.engine.memory import free_bytes, ran_out
 from nasbench.errors import MachineError
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.recipe import Candidate
@@ -53,9 +54,9 @@ def budget(bench: Bench, stage: str, seconds: float) -> dict[str, Any]:
 
 
 def _largest_step(bench: Bench, stage: str) -> dict[str, Any]:
-    """How a step is made: its tokens, batches being halved until one fits, and its tokens/s; of sub-networks on a GPU
-    also whether graphs are faster. They are where the host launches more slowly than the GPU computes, and they keep
-    the activations of every kind in every layer."""
+    """How a step is made: its tokens, batches being halved until one fits, its tokens/s and the most memory that it
+    takes; of sub-networks on a GPU also whether graphs are faster, as they are where the host launches more slowly than
+    the GPU computes."""
     config = bench.recipe.training
     size = config.align_batch_tokens if stage == "align" else config.supernet_batch_tokens
     while (found := _timed_step(bench, stage, {f"{stage}_batch_tokens": size})) is None:
@@ -63,6 +64,12 @@ def _largest_step(bench: Bench, stage: str) -> dict[str, Any]:
             raise MachineError(f"not one row of {bench.recipe.sequence} tokens fits into a step of {stage}")
         size //= 2
     if stage == "supernet" and bench.device.startswith("cuda") and not (config.graphs or config.recompute):
+        # A step keeps the activations of one kind in each layer, graphs those of all of them. What does not fit must
+        # not be tried: memory that runs out within a capture leaves torch's allocator as it is there.
+        needed = found["peak_bytes"] * len(bench.run.spec.names)
+        if needed > free_bytes(bench.device):
+            bench.log(f"{stage}: graphs would take {needed / 2**30:,.0f} GiB")
+            return found
         replayed = _timed_step(bench, stage, {f"{stage}_batch_tokens": size, "graphs": True})
         told = "do not fit" if replayed is None else f"{replayed['tok_s']:,.0f}"
         bench.log(f"{stage}: {found['tok_s']:,.0f} tokens/s; from graphs: {told}")
@@ -72,16 +79,21 @@ def _largest_step(bench: Bench, stage: str) -> dict[str, Any]:
 
 
 def _timed_step(bench: Bench, stage: str, changes: dict[str, Any]) -> dict[str, Any] | None:
-    """Tokens and tokens/s of a stage's steps with changed settings; None where they do not fit in the memory."""
+    """Tokens, tokens/s and memory of a stage's steps with changed settings; None where they do not fit."""
     config = bench.recipe.training.updated(changes)
     found: dict[str, Any] | None = None
+    cuda = bench.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(bench.device)
     try:
         distiller = Distiller(bench.run, bench.loaded, config, threading.Event(), corpus=bench.corpus)
         distiller.prepare(0)
         tokens, seconds = time_steps(distiller, stage)
-        found = {"batch_tokens": tokens, "tok_s": tokens / seconds, "graphs": config.graphs}
-    except torch.OutOfMemoryError:
-        pass
+        peak = torch.cuda.max_memory_allocated(bench.device) if cuda else 0
+        found = {"batch_tokens": tokens, "tok_s": tokens / seconds, "graphs": config.graphs, "peak_bytes": peak}
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
     # Outside of the handler: the exception holds the frames, and the frames hold the tensors.
     distiller = None  # type: ignore[assignment]
     bench.forget()

@@ -119,10 +119,16 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("device", "replayed", "graphs"),
-    [("cuda", 200.0, True), ("cuda", 101.0, False), ("cuda", None, False), ("cpu", 200.0, False)],
+    ("device", "replayed", "free", "graphs"),
+    [
+        ("cuda", 200.0, 3 << 30, True),
+        ("cuda", 101.0, 3 << 30, False),
+        ("cuda", None, 3 << 30, False),
+        ("cuda", 200.0, (3 << 30) - 1, False),
+        ("cpu", 200.0, 3 << 30, False),
+    ],
 )
-def test_graphs_replay_sub_networks_where_they_are_faster(monkeypatch, device, replayed, graphs):
+def test_graphs_replay_sub_networks_where_they_fit_and_are_faster(monkeypatch, device, replayed, free, graphs):
     asked = []
 
     def timed(_, stage, changes):
@@ -130,14 +136,17 @@ def test_graphs_replay_sub_networks_where_they_are_faster(monkeypatch, device, r
         if changes[f"{stage}_batch_tokens"] > 4096:
             return None
         tok_s = replayed if changes.get("graphs") else 100.0
-        return tok_s and {"batch_tokens": 4096, "tok_s": tok_s, "graphs": bool(changes.get("graphs"))}
+        graphs = bool(changes.get("graphs"))
+        return tok_s and {"batch_tokens": 4096, "tok_s": tok_s, "graphs": graphs, "peak_bytes": 1 << 30}
 
     monkeypatch.setattr(stages, "_timed_step", timed)
     recipe = Recipe(training=DistillConfig(align_batch_tokens=8192, supernet_batch_tokens=8192))
-    bench = SimpleNamespace(recipe=recipe, device=device, log=lambda line: None)
+    monkeypatch.setattr(stages, "free_bytes", lambda _: free)
+    run = SimpleNamespace(spec=SimpleNamespace(names=("A", "W8", "J")))
+    bench = SimpleNamespace(recipe=recipe, device=device, log=lambda line: None, run=run)
     assert stages._largest_step(bench, "supernet")["graphs"] is graphs
-    assert any(changes.get("graphs") for changes in asked) is (device == "cuda")
-    assert stages._largest_step(bench, "align") == {"batch_tokens": 4096, "tok_s": 100.0, "graphs": False}
+    assert any(changes.get("graphs") for changes in asked) is (device == "cuda" and free >= 3 << 30)
+    assert stages._largest_step(bench, "align")["tok_s"] == 100
 
 
 def test_a_finalising_that_was_stopped_is_not_thought_faster(monkeypatch, tmp_path):
