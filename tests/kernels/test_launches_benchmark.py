@@ -157,7 +157,9 @@ def test_every_launch_is_right(batch):
         rows = list(bench.product_rows(TINY, product, count, batch, time_us=time_us, left=always, sets=2, **HALF))
         assert {row.status for row in rows} == {"ok"}, product
         assert {row.us for row in rows} == {2.0}
-        assert all(0 < row.error < 2e-3 for row in rows)
+        # Parts in fp32 of products of so few columns are exact on some processors.
+        assert all(0 <= row.error < 2e-3 for row in rows)
+        assert max(row.error for row in rows) > 0
         assert rows[0].nbytes == 2 * product.rows * product.columns
         assert bench.best_of(rows)[0] == rows[0]
     assert set(calls) == {16}
