@@ -8,13 +8,14 @@ CPU_TORCH := torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cp
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch,$(CPU_TORCH))
 BIN := $(VENV)/bin
 ARGS ?=
+JOBS ?= 2
 
 .PHONY: help quickstart reproduce-smollm2 test test-slow test-gpu lint format install install-dev wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  variables: TORCH='torch==X' another torch, PYTHON=python3.12, ARGS='--device cuda' for quickstart, VENV=folder, DATA=text SUITE=folder for reproduce-smollm2"
+	@echo "  variables: TORCH='torch==X' another torch, PYTHON=python3.12, ARGS='--device cuda' for quickstart, VENV=folder, JOBS=4 processes for test, DATA=text SUITE=folder for reproduce-smollm2"
 
 quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-135M
 	$(BIN)/nasbench quickstart $(ARGS)
@@ -23,7 +24,7 @@ reproduce-smollm2: $(VENV)/.installed ## train, search, finalise and measure Smo
 	$(BIN)/nasbench reproduce --out runs/smollm2-135m $(if $(DATA),--data $(DATA)) $(if $(SUITE),--suite $(SUITE)) $(ARGS)
 
 test: $(VENV)/.installed-dev ## the test suite (CPU, under 8 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not gpu and not hub and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not hub and not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take more than a minute each
 	$(BIN)/python -m pytest -m "slow and not gpu and not hub" --timeout 1200 $(ARGS)
