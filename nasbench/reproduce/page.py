@@ -119,9 +119,9 @@ def against_speed(axes: Axes, rows: Sequence[Row], speed: str) -> None:
     """KL against decode speed, of placements with the best fillers."""
     for row in rows:
         if row.get("kl") and row.get(speed) and row["fill"] == "best" and row["method"] != TEACHER:
-            weights = row["weights"]
-            finalised = weights if weights in LOOKS else "final"
-            method = finalised if weights.startswith("final") else row["method"]
+            method, weights = row["method"], row["weights"]
+            if weights.startswith("final"):
+                method = weights if weights in LOOKS else "final"
             colour, marker, name = LOOKS.get(method, ("#aeb6c0", ".", "random"))
             known = axes.get_legend_handles_labels()[1]
             label = "_" if name in known else name

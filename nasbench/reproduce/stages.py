@@ -64,9 +64,10 @@ def _largest_step(bench: Bench, stage: str) -> dict[str, Any]:
             raise MachineError(f"not one row of {bench.recipe.sequence} tokens fits into a step of {stage}")
         size //= 2
     if stage == "supernet" and bench.device.startswith("cuda") and not (config.graphs or config.recompute):
-        # A step keeps the activations of one kind in each layer, graphs those of all of them. What does not fit must
-        # not be tried: memory that runs out within a capture leaves torch's allocator as it is there.
-        needed = found["peak_bytes"] * len(bench.run.spec.names)
+        # A step keeps the activations of one kind in each layer, graphs those of all of them; finalising whole layers
+        # later takes up to one more. What does not fit must not be tried: memory that runs out within a capture leaves
+        # torch's allocator as it is there.
+        needed = found["peak_bytes"] * (1 + len(bench.run.spec.names))
         if needed > free_bytes(bench.device):
             bench.log(f"{stage}: graphs would take {needed / 2**30:,.0f} GiB")
             return found

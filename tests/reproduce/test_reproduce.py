@@ -1,13 +1,16 @@
 """The whole recipe on a tiny model: every stage, its tables, and that it goes on where it stopped."""
 
+import inspect
 import json
 import string
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
 
 from nasbench.cli import reproduce_command
+from nasbench.config import parse_size
 from nasbench.errors import UserError
 from nasbench.reproduce import measure, stages
 from nasbench.reproduce.page import read
@@ -121,11 +124,11 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
 @pytest.mark.parametrize(
     ("device", "replayed", "free", "graphs"),
     [
-        ("cuda", 200.0, 3 << 30, True),
-        ("cuda", 101.0, 3 << 30, False),
-        ("cuda", None, 3 << 30, False),
-        ("cuda", 200.0, (3 << 30) - 1, False),
-        ("cpu", 200.0, 3 << 30, False),
+        ("cuda", 200.0, 4 << 30, True),
+        ("cuda", 101.0, 4 << 30, False),
+        ("cuda", None, 4 << 30, False),
+        ("cuda", 200.0, (4 << 30) - 1, False),
+        ("cpu", 200.0, 4 << 30, False),
     ],
 )
 def test_graphs_replay_sub_networks_where_they_fit_and_are_faster(monkeypatch, device, replayed, free, graphs):
@@ -145,8 +148,42 @@ def test_graphs_replay_sub_networks_where_they_fit_and_are_faster(monkeypatch, d
     run = SimpleNamespace(spec=SimpleNamespace(names=("A", "W8", "J")))
     bench = SimpleNamespace(recipe=recipe, device=device, log=lambda line: None, run=run)
     assert stages._largest_step(bench, "supernet")["graphs"] is graphs
-    assert any(changes.get("graphs") for changes in asked) is (device == "cuda" and free >= 3 << 30)
+    assert any(changes.get("graphs") for changes in asked) is (device == "cuda" and free >= 4 << 30)
     assert stages._largest_step(bench, "align")["tok_s"] == 100
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), RuntimeError("CUDA error: out of memory")])
+def test_a_step_that_does_not_fit_is_none_and_any_other_error_passes(monkeypatch, error):
+    bench = SimpleNamespace(
+        recipe=Recipe(), device="cpu", run=None, loaded=None, corpus=None, forget=lambda: forgotten.append(True)
+    )
+    forgotten = []
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(stages, "Distiller", fails)
+    assert stages._timed_step(bench, "align", {}) is None
+    assert forgotten
+    error = RuntimeError("shapes do not fit each other")
+    with pytest.raises(RuntimeError, match="shapes"):
+        stages._timed_step(bench, "align", {})
+
+
+def test_the_command_asks_for_what_the_recipe_says():
+    """Both tell their defaults, the command without importing torch."""
+    told = {name: option.default for name, option in inspect.signature(reproduce_command.command).parameters.items()}
+    recipe = Recipe()
+    for name, value in vars(recipe).items():
+        if name.endswith(("_seconds", "_items")) or name in ("seeds", "seed", "finalize_lr", "choose"):
+            assert told[name] == value, name
+    for name in ("sequence", "search_tokens", "test_tokens"):
+        assert parse_size(told[name]) == getattr(recipe, name), name
+    for name in ("contexts", "batches", "retrieval", "quick_retrieval"):
+        assert reproduce_command._sizes(told[name]) == getattr(recipe, name), name
+    assert tuple(map(int, told["full_attention"].split(","))) == recipe.counts
+    assert tuple(map(int, told["finalize"].split(","))) == recipe.finalized
+    assert tuple(told["remedies"].split(",")) == recipe.remedies
 
 
 def test_a_finalising_that_was_stopped_is_not_thought_faster(monkeypatch, tmp_path):
