@@ -8,6 +8,11 @@ pass, the student's from the first replaced layer on, gradients of activations b
 weights, three products with the head. It is shown beside the rate of a large product, measured in the same run.
 
 A built-in shape, as qwen3-1.7b, gets random weights: what a model would cost, before it is fetched.
+
+    torchrun --nproc-per-node 2 benchmarks/train.py --model qwen2.5-1.5b [--shard]
+
+Under torchrun the processes share out the rows of a step, with --shard the weights, too. Tokens/s are of all together;
+the utilisation is beside as many devices' products, memory and the profile are the first process's.
 """
 
 from __future__ import annotations
@@ -45,7 +50,9 @@ from nasbench.spaces.placement import Placement, kind_of
 from nasbench.supernet.data import Corpus
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.sharding import place_of
 from nasbench.supernet.train import Distiller
+from nasbench.supernet.workers import Workers, workers_of
 
 DOCUMENT_TOKENS = 400
 """Mean length of a document where they are kept apart."""
@@ -61,12 +68,15 @@ def random_corpus(shape: ModelShape, rows: int, sequence: int, documents: bool) 
     return Corpus(tokens, tokens[:1], tokens[:1], "random", {"train": ages} if documents else {})
 
 
-def model_of(name: str, dtype: torch.dtype, device: str) -> LoadedModel:
-    """A model with its weights; of a built-in shape random ones."""
+def model_of(name: str, dtype: torch.dtype, device: str, shard: bool = False) -> LoadedModel:
+    """A model with its weights; of a built-in shape random ones. On the CPU where they are to be shared out."""
     if classify(name).has_weights:
-        return load_model(name, dtype=dtype, device=device)
+        return load_model(name, dtype=dtype, device=place_of(shard, device))
     shape = resolve_shape(name)
+    # Random numbers are the device's work, also of what then moves.
     decoder = random_decoder(shape, shape.placement, dtype=dtype, device=device).requires_grad_(False)
+    if shard:
+        decoder.to("cpu")
     # The steps read random tokens, and no text.
     return LoadedModel(decoder, None, shape, "random weights")  # type: ignore[arg-type]
 
@@ -150,6 +160,7 @@ def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str,
         "stage": stage, "step_tokens": rows * sequence, "sequence": sequence, "steps": steps,
         "documents": bool(distiller.corpus.ages), "step_ms": seconds * 1e3, "tok_s": rows * sequence / seconds,
         "launch_ms": launched / steps * 1e3, "device_busy_ms": busy_us / 1e3,
+        "processes": distiller.workers.size, "shard": distiller.config.shard,
         "model_tflop": flops / 1e12, "model_tflop_s": flops / seconds / 1e12,
         "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
         "kernels": [{"name": key, "ms": us / 1e3, "count": count, "share": us / busy_us} for key, (us, count) in found],
@@ -166,6 +177,9 @@ def main() -> int:
     parser.add_argument("--documents", action="store_true", help="also with documents of a row kept apart")
     parser.add_argument("--recompute", action="store_true", help="also with activations computed again")
     parser.add_argument("--graphs", action="store_true", help="also with layers replayed from CUDA graphs")
+    parser.add_argument(
+        "--shard", action="store_true", help="under torchrun: each process holds its share of the weights"
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--top", type=int, default=14, help="kernels that are listed")
     parser.add_argument("--device", default="auto")
@@ -180,7 +194,7 @@ def main() -> int:
 
 def cases(options: argparse.Namespace) -> list[tuple[str, DistillConfig, int]]:
     """(stage, settings, tokens of a step) of every run."""
-    plain = replace(Recipe().training, documents=False)
+    plain = replace(Recipe().training, documents=False, shard=options.shard)
     variants = [plain]
     variants += [replace(plain, documents=True, repeat_share=0.0)] if options.documents else []
     variants += [replace(plain, recompute=True)] if options.recompute else []
@@ -197,14 +211,22 @@ def cases(options: argparse.Namespace) -> list[tuple[str, DistillConfig, int]]:
 
 
 def run(options: argparse.Namespace) -> int:
-    device, dtype = torch_device(options.device), torch_dtype(options.dtype)
+    with workers_of(torch_device(options.device)) as (workers, device):
+        return run_with(options, workers, device)
+
+
+def run_with(options: argparse.Namespace, workers: Workers, device: str) -> int:
+    """What one of the processes does; the first one tells."""
+    dtype = torch_dtype(options.dtype)
     shape, sequence = resolve_shape(options.model), parse_size(options.sequence)
-    loaded = model_of(options.model, dtype, device)
     names = parse_names(options.names, shape)
+    cuda = device.startswith("cuda")
     rate = measure_ceilings(device, free_bytes(device), dtype).matmul_tflop_s
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
-    print(f"{where}, {shape.name}, {','.join(names)}, {options.dtype}: large products at {rate:.1f} TFLOP/s, "
-          f"torch {torch.__version__}", flush=True)  # fmt: skip
+    where = torch.cuda.get_device_name() if cuda else "CPU"
+    many = f"{workers.size} processes, " if workers.size > 1 else ""
+    about = f"{where}, {many}{shape.name}, {','.join(names)}, {options.dtype}"
+    say(workers, f"{about}: large products at {rate:.1f} TFLOP/s, torch {torch.__version__}")
+    loaded: LoadedModel | None = None
     results = []
     for stage, config, size in cases(options):
         corpus = random_corpus(shape, 4 * max(1, size // sequence), sequence, config.documents)
@@ -212,28 +234,42 @@ def run(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as folder:
             distiller = None
             try:
-                if device.startswith("cuda"):
+                loaded = loaded or model_of(options.model, dtype, device, config.shard)
+                if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                distiller = Distiller(Run(Path(folder), spec), loaded, config, threading.Event(), corpus=corpus)
+                distiller = Distiller(
+                    Run(Path(folder), spec), loaded, config, threading.Event(), corpus=corpus, workers=workers
+                )
                 distiller.prepare(0)
                 found = measure(distiller, stage, options.steps, options.top)
             except torch.OutOfMemoryError:
                 found = None
         distiller = None
+        if config.shard:
+            # What was shared out cannot be again.
+            loaded = None
         gc.collect()
-        if device.startswith("cuda"):
+        if cuda:
             torch.cuda.empty_cache()
-        told = ", ".join(name for name in ("documents", "recompute", "graphs") if getattr(config, name)) or "plain"
+        told = ", ".join(name for name in ("documents", "recompute", "graphs", "shard") if getattr(config, name))
+        told = told or "plain"
         if found is None:
-            print(f"\n{stage} {format_size(size)} ({told}): does not fit in the memory", flush=True)
+            say(workers, f"\n{stage} {format_size(size)} ({told}): does not fit in the memory")
             continue
         found |= {"recompute": config.recompute, "graphs": config.graphs, "device": where, "product_tflop_s": rate,
-                  "utilisation": found["model_tflop_s"] / rate, "torch": torch.__version__}  # fmt: skip
+                  "utilisation": found["model_tflop_s"] / rate / workers.size, "torch": torch.__version__}  # fmt: skip
         results.append(found)
-        show(found, told)
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if workers.leads:
+            show(found, told)
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def say(workers: Workers, line: str) -> None:
+    """Prints a line, once."""
+    if workers.leads:
+        print(line, flush=True)
 
 
 def show(found: dict[str, Any], told: str) -> None:

@@ -45,6 +45,21 @@ def test_speeds_of_both_stages_are_told(tiny_model, tmp_path):
     assert said.count("tokens/s") == 6
 
 
+def test_processes_of_torchrun_share_a_step(tiny_model, tmp_path):
+    """Told once, of all tokens; every process holds its share of the weights."""
+    out = tmp_path / "train.json"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT),
+        *("--model", tiny_model, "--names", "W8,J", "--sequence", "32", "--align", "128", "--supernet", "128"),
+        *("--steps", "1", "--device", "cpu", "--dtype", "fp32", "--out", out, "--shard"),
+    ]
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=True).stdout
+    assert said.count("tokens/s") == 2
+    for row in json.loads(out.read_text()):
+        assert (row["processes"], row["shard"], row["step_tokens"]) == (2, True, 128)
+        assert row["utilisation"] == pytest.approx(row["model_tflop_s"] / row["product_tflop_s"] / 2)
+
+
 def test_model_flops_are_those_of_the_products(benchmark):
     """Of a forward pass of full attention: two for every weight of a projection and token, four for every channel of a
     query and key that it sees."""
