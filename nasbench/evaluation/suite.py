@@ -81,6 +81,12 @@ def read_items(path: Path) -> list[SuiteItem]:
     return items
 
 
+def evenly(count: int, total: int) -> list[int]:
+    """Indexes of `count` of `total` items, evenly spread; all of them where there are fewer."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
 def chance(items: list[SuiteItem]) -> float:
     """What guessing scores."""
     return sum(1 / len(item.alternatives) if item.alternatives else 0.0 for item in items) / len(items)
@@ -115,8 +121,7 @@ class Suite(Task):
     def items(self) -> list[SuiteItem]:
         """Those that are asked."""
         items = read_items(self.path)
-        count = min(self.limit or len(items), len(items))
-        return [items[i * len(items) // count] for i in range(count)]
+        return [items[i] for i in evenly(self.limit or len(items), len(items))]
 
     def values(self, decoder: Decoder, context: Context) -> Tensor:
         return self.measures(decoder, context)[self.label]

@@ -72,11 +72,10 @@ def words(facts: table.Facts) -> str:
 def asked_words(facts: table.Facts) -> str:
     """How many placements were asked how much; a run that was short of seconds has not asked all."""
     subjects = dict.fromkeys(subject(row) for row in facts.plan.candidates)
-    names = list(facts.chances)
-    whole = sum(table.suite_score(facts, each, names) is not None for each in subjects)
+    whole = sum(table.suite_score(facts, each) is not None for each in subjects)
     few = sum(table.best_suite_score(facts, each) is not None for each in subjects) - whole
     parts = [f"All {len(subjects)} have held-out loss and KL"]
-    if names:
+    if facts.chances:
         parts.append(f"{whole} were asked every item of the benchmarks")
     if few:
         parts.append(f"{few} others {facts.quick_items} items of each, beside the model's score on the same items")

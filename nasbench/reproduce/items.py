@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nasbench.evaluation.suite import evenly
 from nasbench.files import machine_errors
 
 DIGITS = 5
@@ -83,6 +84,12 @@ class Items:
 
     def get(self, subject: Subject, measure: str) -> np.ndarray | None:
         return self.values.get((subject, measure))
+
+    def some(self, subject: Subject, benchmark: str, count: int) -> np.ndarray | None:
+        """What `benchmark@count` is: as it was measured, or out of all items where those were asked."""
+        found = self.get(subject, f"{benchmark}@{count}")
+        whole = self.get(subject, benchmark)
+        return found if found is not None or whole is None else whole[evenly(count, len(whole))]
 
     def add(self, subject: Subject, version: str, measures: Mapping[str, np.ndarray]) -> None:
         """Writes the values at once. Raises MachineError."""

@@ -72,8 +72,7 @@ def queue(bench: Bench) -> Iterator[Pair]:
     )
     others = [row for row in rows if row not in first and row not in main]
     yield from ((row, True) for row in (*first, *main))
-    # Beside the model's own score on the same few items.
-    yield from ((row, False) for row in (*(row for row in first if row.method == TEACHER), *others))
+    yield from ((row, False) for row in others)
     yield from ((row, True) for row in others)
 
 
@@ -147,7 +146,13 @@ class Measurer:
     def missing(self, candidate: Candidate, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that are not measured yet."""
         named, version = subject(candidate), self.version(candidate)
-        return [task for task in tasks if not self.items.has(named, version, measure_name(task, task.label))]
+
+        def known(task: Task) -> bool:
+            # Who was asked all items was asked the few among them.
+            names = {measure_name(task, task.label)} | ({task.path.stem} if isinstance(task, Suite) else set())
+            return any(self.items.has(named, version, name) for name in names)
+
+        return [task for task in tasks if not known(task)]
 
     def tasks(self, candidate: Candidate, tasks: Sequence[Task]) -> None:
         """Measures the tasks that are not measured yet."""

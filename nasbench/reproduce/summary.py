@@ -14,7 +14,7 @@ from nasbench.files import write_text
 from nasbench.reproduce.items import Subject, mean_and_error
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.speed import composition
-from nasbench.reproduce.table import Z95, Cells, Facts, comparison_rows, measures, median_random, table_rows
+from nasbench.reproduce.table import Z95, Cells, Facts, column, comparison_rows, measures, median_random, table_rows
 from nasbench.search.objective import Speed
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement
@@ -52,8 +52,9 @@ def sections(facts: Facts) -> list[Section]:
             *_placements(facts),
         ),
         Section(
-            "Searched minus others, over the same rows of text",
-            "Negative is better; bold where the interval is below zero.",
+            "Searched minus others, over the same rows of text and the same questions",
+            "KL and loss in nats a token, less is better; retrieval and benchmarks in points of accuracy, more is "
+            "better; bold where all of the interval is better.",
             *_comparison(facts),
         ),
         Section("What more tokens and other ways of finalising bring", "", *_curve(facts)),
@@ -102,7 +103,7 @@ def _placements(facts: Facts) -> Table:
             line.append("" if math.isnan(speed) else f"{speed:,.0f}" + (f" ({speed / before:.2f}x)" if before else ""))
         shown.append(line)
     head = ["K", "placement", "loss", "KL", "suite kept"]
-    head += [f"retrieval {measure.partition('@')[2].partition(':')[0]}" for measure in retrieval]
+    head += [_length_name(measure) for measure in retrieval]
     head += ["agreement"]
     head += [f"tokens/s at {format_size(context)}"] if context is not None else []
     return head, shown
@@ -127,15 +128,44 @@ def _subject(candidate: Candidate) -> Subject:
 
 
 def _comparison(facts: Facts) -> Table:
+    asked = compared(facts)
+    shown = {"kl": ("KL", -1), "loss": ("loss", -1), **{column(m): (_length_name(m), 1) for m in asked}}
+    if facts.chances:
+        shown["suite"] = ("benchmarks", 1)
     rows = []
     for cells in comparison_rows(facts):
         line = [str(cells["k"]), NAMES[str(cells["searched"])], str(cells["against"])]
-        for measure in ("kl", "loss"):
-            value, low, high = (_number(cells, f"{measure}{end}") for end in ("", "_low", "_high"))
-            text = "" if math.isnan(value) else f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
-            line.append(f"**{text}**" if high < 0 else text)
+        for name, (_, better) in shown.items():
+            value, low, high = (_number(cells, f"{name}{end}") for end in ("", "_low", "_high"))
+            if better < 0:
+                text = f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+            else:
+                text = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+            if name == "suite" and cells["suite_items"] != most_items(facts):
+                text += f", {cells['suite_items']} items"
+            sure = high < 0 if better < 0 else low > 0
+            line.append("" if math.isnan(value) else f"**{text}**" if sure else text)
         rows.append(line)
-    return ["K", "search", "against", "KL", "loss"], rows
+    return ["K", "search", "against", *(title for title, _ in shown.values())], rows
+
+
+def compared(facts: Facts) -> list[str]:
+    """Retrieval of a length that every placement was asked, of several the middle one: comparison.csv has them all."""
+    subjects = {_subject(row) for row in facts.plan.candidates}
+    found = measures(facts.items, ("retrieval",))
+    found = [name for name in found if all(facts.items.get(each, name) is not None for each in subjects)]
+    return found[len(found) // 2 :][:1]
+
+
+def most_items(facts: Facts) -> int:
+    """Items of all benchmarks together."""
+    if facts.teacher is None:
+        return 0
+    return sum(0 if (v := facts.items.get(facts.teacher, name)) is None else len(v) for name in facts.chances)
+
+
+def _length_name(measure: str) -> str:
+    return f"retrieval {measure.partition('@')[2].partition(':')[0]}"
 
 
 def _curve(facts: Facts) -> Table:

@@ -70,42 +70,63 @@ class SuiteScore:
     items: int
 
 
-def suite_score(facts: Facts, subject: Subject, names: Sequence[str]) -> SuiteScore | None:
-    """Over all benchmarks in `names`; None where one was not measured of the placement or of the teacher.
+def suite_score(facts: Facts, subject: Subject, limit: int = 0) -> SuiteScore | None:
+    """Over all benchmarks, `limit` items of each or all; None where one was not measured of the placement or of the
+    teacher.
 
     The ratio's error by its first derivatives: of s - r t over the same items, with s and t the averages above chance.
     """
-    if not names or facts.teacher is None:
+    pairs = _pairs(facts, subject, facts.teacher, limit)
+    if pairs is None:
         return None
-    pairs = []
-    for name in names:
-        ours, theirs = facts.items.get(subject, name), facts.items.get(facts.teacher, name)
-        if ours is None or theirs is None or len(ours) != len(theirs):
-            return None
-        pairs.append((ours, theirs, facts.chances[name.partition("@")[0]]))
-    above = float(np.mean([ours.mean() - floor for ours, _, floor in pairs]))
-    whole = float(np.mean([theirs.mean() - floor for _, theirs, floor in pairs]))
+    floors = list(facts.chances.values())
+    above = float(np.mean([ours.mean() - floor for (ours, _), floor in zip(pairs, floors, strict=True)]))
+    whole = float(np.mean([theirs.mean() - floor for (_, theirs), floor in zip(pairs, floors, strict=True)]))
     kept = above / whole if whole > 0 else math.nan
-    spread = [
-        np.var(ours - kept * theirs, ddof=1) / len(ours) if len(ours) > 1 else math.nan for ours, theirs, _ in pairs
-    ]
-    errors = [mean_and_error(ours)[1] for ours, _, _ in pairs]
+    spread = [np.var(ours - kept * theirs, ddof=1) / len(ours) if len(ours) > 1 else math.nan for ours, theirs in pairs]
+    errors = [mean_and_error(ours)[1] for ours, _ in pairs]
     count = len(pairs)
     return SuiteScore(
-        average=float(np.mean([ours.mean() for ours, _, _ in pairs])),
+        average=float(np.mean([ours.mean() for ours, _ in pairs])),
         average_se=math.sqrt(sum(error**2 for error in errors)) / count,
         kept=kept,
         kept_se=math.sqrt(sum(spread)) / count / whole if whole > 0 else math.nan,
-        items=sum(len(ours) for ours, _, _ in pairs),
+        items=sum(len(ours) for ours, _ in pairs),
     )
+
+
+def _pairs(
+    facts: Facts, subject: Subject, other: Subject | None, limit: int
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Of every benchmark the values of two subjects on the same items; None where one is missing."""
+    if not facts.chances or other is None:
+        return None
+    pairs = []
+    for name in facts.chances:
+        ours, theirs = (
+            facts.items.some(each, name, limit) if limit else facts.items.get(each, name) for each in (subject, other)
+        )
+        if ours is None or theirs is None or len(ours) != len(theirs):
+            return None
+        pairs.append((ours, theirs))
+    return pairs
 
 
 def best_suite_score(facts: Facts, subject: Subject) -> SuiteScore | None:
     """Of all items where they were asked, else of the few that every placement is asked."""
-    names = list(facts.chances)
-    return suite_score(facts, subject, names) or suite_score(
-        facts, subject, [f"{n}@{facts.quick_items}" for n in names]
-    )
+    return suite_score(facts, subject) or suite_score(facts, subject, facts.quick_items)
+
+
+def suite_difference(facts: Facts, subject: Subject, other: Subject) -> tuple[float, float, int]:
+    """Mean accuracy over the benchmarks minus another placement's, its standard error, and over how many items: all
+    that both were asked. NaN, NaN and 0 where they share none."""
+    for limit in (0, facts.quick_items):
+        pairs = _pairs(facts, subject, other, limit)
+        if pairs is not None:
+            gaps = [difference(ours, theirs) for ours, theirs in pairs]
+            error = math.sqrt(sum(se**2 for _, se in gaps)) / len(gaps)
+            return float(np.mean([gap for gap, _ in gaps])), error, sum(len(ours) for ours, _ in pairs)
+    return math.nan, math.nan, 0
 
 
 def table_rows(facts: Facts) -> list[Cells]:
@@ -126,7 +147,7 @@ def table_rows(facts: Facts) -> list[Cells]:
         for name in ("average", "average_se", "kept", "kept_se", "items"):
             cells[f"suite_{name}"] = math.nan if score is None else getattr(score, name)
         for measure in measures(facts.items, ("retrieval", "agreement")):
-            name = measure.replace(":", "_n").replace("@", "_").replace(".", "_")
+            name = column(measure)
             cells[name], cells[f"{name}_se"] = mean_and_error(facts.items.get(subject, measure))
         for context in facts.speeds.batches:
             speed, at = facts.speeds.of(candidate.placement, context), format_size(context)
@@ -171,11 +192,12 @@ def suite_rows(facts: Facts) -> list[Cells]:
 
 
 def comparison_rows(facts: Facts) -> list[Cells]:
-    """comparison.csv: loss and KL of searched placements minus those of the even and the median random one of the same
-    K and fillers, over the same rows of text, with 95 % intervals. Below zero the search is better, and beyond chance
-    where the interval's upper end is, too."""
+    """comparison.csv: what was measured of searched placements minus that of the even and the median random one of the
+    same K and fillers, over the same rows of text, questions and items, with 95 % intervals. Below zero in loss and KL,
+    above it in retrieval and benchmarks the search is better, and beyond chance where the whole interval is there."""
     rows: list[Cells] = []
     best = [row for row in facts.plan.candidates if row.fill == "best" and row.weights == "supernet"]
+    retrieval = measures(facts.items, ("retrieval",))
     for count in sorted({row.k for row in best}):
         mine = {row.method: Subject(format_placement(row.placement), row.weights) for row in best if row.k == count}
         others = {UNIFORM: mine.get(UNIFORM), "median random": median_random(facts, mine)}
@@ -184,11 +206,21 @@ def comparison_rows(facts: Facts) -> list[Cells]:
                 if method not in mine or subject is None:
                     continue
                 cells: Cells = {"k": count, "searched": method, "against": other}
-                for measure in ("loss", "kl"):
-                    gap, error = difference(facts.items.get(mine[method], measure), facts.items.get(subject, measure))
-                    cells |= {measure: gap, f"{measure}_low": gap - Z95 * error, f"{measure}_high": gap + Z95 * error}
-                rows.append(cells)
+                for measure in ("loss", "kl", *retrieval):
+                    ours, theirs = (facts.items.get(each, measure) for each in (mine[method], subject))
+                    cells |= _gap_cells(column(measure), *difference(ours, theirs))
+                gap, error, asked = suite_difference(facts, mine[method], subject)
+                rows.append({**cells, **_gap_cells("suite", gap, error), "suite_items": asked})
     return rows
+
+
+def _gap_cells(name: str, gap: float, error: float) -> Cells:
+    return {name: gap, f"{name}_low": gap - Z95 * error, f"{name}_high": gap + Z95 * error}
+
+
+def column(measure: str) -> str:
+    """A measure's column: `retrieval@2k:200` -> retrieval_2k_n200."""
+    return measure.replace(":", "_n").replace("@", "_").replace(".", "_")
 
 
 def median_random(facts: Facts, mine: dict[str, Subject]) -> Subject | None:

@@ -5,6 +5,7 @@ import json
 import string
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -12,9 +13,13 @@ import typer
 from nasbench.cli import reproduce_command
 from nasbench.config import parse_size
 from nasbench.errors import UserError
-from nasbench.reproduce import measure, stages
+from nasbench.evaluation.suite import Suite
+from nasbench.reproduce import measure, stages, summary
+from nasbench.reproduce.items import Items, Subject
+from nasbench.reproduce.measure import subject
 from nasbench.reproduce.page import read
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
+from nasbench.reproduce.table import Facts, comparison_rows
 from nasbench.spaces.placement import parse_placement
 from nasbench.supernet.settings import DistillConfig
 
@@ -93,7 +98,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert (report / "kl.png").is_file()
     summary = (report / "summary.md").read_text()
     assert all(f"| {name} |" in summary for name in ("the model itself", "median random", "beam", "finalised, long"))
-    assert "| K | search | against | KL | loss |" in summary
+    assert "| K | search | against | KL | loss | retrieval 128 | benchmarks |" in summary
     assert "| layers | tokens/s at 128 | cache, GiB, at 128 | tokens/s at 1k | cache, GiB, at 1k |" in summary
     assert all(summary.count(f"\n| {layers} | ") == 1 for layers in ("4A", "2A 2J", "4J"))
     page = (report / "index.html").read_text()
@@ -216,6 +221,53 @@ def test_a_finalising_that_was_stopped_is_not_thought_faster(monkeypatch, tmp_pa
     assert plan["finalize-1-spent"] == 400
 
 
+def test_few_items_are_those_among_all(tmp_path):
+    """`choices@3` of who was asked all seven, and which of the tasks are left then."""
+    items, subject = Items(tmp_path / "items.jsonl"), Subject("2A", "supernet")
+    items.add(subject, "v", {"choices": np.arange(7.0)})
+    assert items.some(subject, "choices", 3).tolist() == [0, 2, 4]
+    assert items.some(subject, "written", 3) is None
+    items.add(subject, "v", {"written@3": np.ones(3)})
+    assert items.some(subject, "written", 3).tolist() == [1, 1, 1]
+    measurer = measure.Measurer(None, items)
+    measurer.version = lambda candidate: "v"
+    tasks = [Suite(tmp_path / f"{name}.jsonl", limit) for name in ("choices", "written") for limit in (3, 0)]
+    left = measurer.missing(Candidate(2, "beam", ("A", "A")), tasks)
+    assert [(task.path.stem, task.limit) for task in left] == [("written", 0)]
+    measurer.version = lambda candidate: "trained on"
+    assert measurer.missing(Candidate(2, "beam", ("A", "A")), tasks) == tasks
+
+
+def test_searched_and_random_placements_are_compared_item_by_item(tmp_path):
+    """Over all items of both, else over the few: the intervals are those of differences."""
+    plan = Plan(tmp_path / "plan.json")
+    teacher = Candidate(2, "teacher", ("A", "A"), weights="teacher")
+    rows = [Candidate(1, name, place) for name, place in (("beam", ("A", "J")), ("uniform", ("J", "A")))]
+    rows.append(Candidate(1, "random-0", ("J", "W8")))
+    plan.add_candidates([teacher, *rows])
+    items = Items(tmp_path / "items.jsonl")
+    theirs, ours = np.array([0.0, 1, 0, 1, 0, 0, 1, 0]), np.array([1.0, 1, 0, 1, 1, 0, 1, 1])
+    for row, values in ((teacher, theirs), (rows[0], ours), (rows[1], theirs)):
+        items.add(subject(row), "v", {"choices": values})
+    items.add(subject(rows[2]), "v", {"choices@4": theirs[::2], "kl": np.ones(3)})
+    for row, answers in zip(rows, ([1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]), strict=True):
+        items.add(subject(row), "v", {"retrieval@96:4": np.array(answers)})
+    items.add(subject(teacher), "v", {"retrieval@96:4": np.ones(4)})
+    facts = Facts(plan, items, None, {"choices": 0.5}, 4)
+    even, drawn = comparison_rows(facts)
+    gaps = ours - theirs
+    half = 1.96 * gaps.std(ddof=1) / 8**0.5
+    assert (even["suite"], even["suite_items"]) == (gaps.mean(), 8)
+    assert even["suite_low"] == pytest.approx(gaps.mean() - half)
+    assert (drawn["suite"], drawn["suite_items"]) == (gaps[::2].mean(), 4)
+    assert (even["retrieval_96_n4"], drawn["retrieval_96_n4"]) == (0.5, 0.75)
+    head, table = summary._comparison(facts)
+    assert head == ["K", "search", "against", "KL", "loss", "retrieval 96", "benchmarks"]
+    assert table[1][-1].endswith(", 4 items")
+    assert not table[0][-1].endswith("items")
+    assert table[1][5].startswith("**+75.0 (+26.0 to")
+
+
 def test_what_was_chosen_is_asked_first():
     recipe = Recipe(counts=(0, 1, 2), finalized=(2,))
     final = Candidate(2, "beam", ("A", "A", "J"), weights="final")
@@ -225,7 +277,7 @@ def test_what_was_chosen_is_asked_first():
     bench = SimpleNamespace(recipe=recipe, plan=SimpleNamespace(candidates=[*others, *beams, final, teacher]))
     asked = list(measure.queue(bench))
     chosen = [final, teacher, *reversed(beams)]
-    briefly = [(row, False) for row in (teacher, *others)]
+    briefly = [(row, False) for row in others]
     assert asked == [*((row, True) for row in chosen), *briefly, *((row, True) for row in others)]
 
 
