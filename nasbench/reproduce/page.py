@@ -34,7 +34,7 @@ WORDS = (
 )  # fmt: skip
 """Columns of words."""
 CSS = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:84rem;margin:2rem auto;padding:0 1rem;color:#1b1f26}"
     "table{border-collapse:collapse;font-size:12.5px;display:block;overflow-x:auto;white-space:nowrap}"
     "td,th{padding:.15rem .5rem;border-bottom:1px solid #e2e5ea;text-align:right}"
     "th:first-child,td:first-child{text-align:left}td.words,th.words{text-align:left}"
@@ -61,8 +61,12 @@ def _points(rows: Sequence[Row], x: str, y: str) -> list[tuple[float, float, flo
 
 
 def by_count(axes: Axes, rows: Sequence[Row], y: str) -> None:
-    """A measure against K: random placements as dots, the methods as lines, finalised ones as stars."""
+    """A measure against K: random placements as dots, the methods as lines, finalised ones as stars. Of benchmarks
+    those that were asked as many items as any: few items lie wider apart than placements do."""
     best = [row for row in rows if row["fill"] == "best"]
+    if y == "suite_kept":
+        most = max((int(row["suite_items"]) for row in best if row["suite_items"]), default=0)
+        best = [row for row in best if row["suite_items"] == str(most)]
     drawn = _points([row for row in best if row["method"].startswith("random")], "k", y)
     if drawn:
         axes.scatter([p[0] for p in drawn], [p[1] for p in drawn], s=9, color="#aeb6c0", label="random")

@@ -48,7 +48,8 @@ def sections(facts: Facts) -> list[Section]:
             "",
             "Intervals are 95 %. Losses in nats a token above the model's own, on held-out text; suite and retrieval "
             "as the share that is kept of the model's score (the suite's above chance), on the same items; agreement: "
-            "of 128 tokens that the model writes, those that are the placement's first choice.",
+            "of 128 tokens that the model writes, those that are the placement's first choice. In italics: of a few "
+            "items of each benchmark, where not all were asked.",
             *_placements(facts),
         ),
         Section(
@@ -91,6 +92,8 @@ def _placements(facts: Facts) -> Table:
             str(candidate.k), name, _interval(cells, "loss_above_teacher"), _interval(cells, "kl"),
             _interval(cells, "suite_kept", percent=True),
         ]  # fmt: skip
+        if line[-1] and cells["suite_items"] != most_items(facts):
+            line[-1] = f"*{line[-1]}*"
         for measure in retrieval:
             ours = facts.items.get(_subject(candidate), measure)
             theirs = None if facts.teacher is None else facts.items.get(facts.teacher, measure)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import typer
+from matplotlib.figure import Figure
 
 from nasbench.cli import reproduce_command
 from nasbench.config import parse_size
 from nasbench.errors import UserError
 from nasbench.evaluation.suite import Suite
-from nasbench.reproduce import measure, stages, summary
+from nasbench.reproduce import measure, page, stages, summary
 from nasbench.reproduce.items import Items, Subject
 from nasbench.reproduce.measure import subject
 from nasbench.reproduce.page import read
@@ -101,9 +102,9 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert "| K | search | against | KL | loss | retrieval 128 | benchmarks |" in summary
     assert "| layers | tokens/s at 128 | cache, GiB, at 128 | tokens/s at 1k | cache, GiB, at 1k |" in summary
     assert all(summary.count(f"\n| {layers} | ") == 1 for layers in ("4A", "2A 2J", "4J"))
-    page = (report / "index.html").read_text()
-    assert "Every placement" in page
-    assert all(f">{name}<" in page for name in ("the model itself", "median random", "finalised, long"))
+    html = (report / "index.html").read_text()
+    assert "Every placement" in html
+    assert all(f">{name}<" in html for name in ("the model itself", "median random", "finalised, long"))
     assert (report / "curve-retrieval.png").stat().st_size > 1000
 
     lines = (run / "items.jsonl").read_text()
@@ -266,6 +267,15 @@ def test_searched_and_random_placements_are_compared_item_by_item(tmp_path):
     assert table[1][-1].endswith(", 4 items")
     assert not table[0][-1].endswith("items")
     assert table[1][5].startswith("**+75.0 (+26.0 to")
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("9", 3), ("4", 2)])
+def test_placements_that_were_asked_few_items_are_not_drawn_beside_others(asked, shown):
+    row = {"fill": "best", "weights": "supernet", "suite_kept": "0.9", "suite_kept_se": "0.1", "suite_items": "9"}
+    rows = [{**row, "k": str(k), "method": "random-0", "suite_items": items} for k, items in enumerate("99" + asked)]
+    axes = Figure().subplots()
+    page.by_count(axes, rows, "suite_kept")
+    assert [len(dots.get_offsets()) for dots in axes.collections] == [shown]
 
 
 def test_what_was_chosen_is_asked_first():
