@@ -51,7 +51,9 @@ def command(
         ),
     ] = "average",
     speed_seconds: Annotated[float, typer.Option(help="Of decode speeds.")] = 30,
-    measure_seconds: Annotated[float, typer.Option(help="Of benchmarks and retrieval.")] = 600,
+    measure_seconds: Annotated[
+        float, typer.Option(help="Of benchmarks and retrieval; it ends before where all is asked.")
+    ] = 900,
     measure_devices: Annotated[
         str,
         typer.Option(

@@ -70,7 +70,7 @@ class Recipe:
     search_seconds: float = 80.0
     finalize_seconds: float = 240.0
     speed_seconds: float = 30.0
-    measure_seconds: float = 600.0
+    measure_seconds: float = 900.0
     finalize_lr: float = 5e-4
     choose: str = "recall"
     remedies: tuple[str, ...] = ("average",)
