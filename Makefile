@@ -23,7 +23,7 @@ quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-
 reproduce-smollm2: $(VENV)/.installed ## train, search, finalise and measure SmolLM2-135M's hybrids (one GPU, about half an hour)
 	$(BIN)/nasbench reproduce --out runs/smollm2-135m $(if $(DATA),--data $(DATA)) $(if $(SUITE),--suite $(SUITE)) $(ARGS)
 
-test: $(VENV)/.installed-dev ## the test suite (CPU, under 8 minutes on 2 cores)
+test: $(VENV)/.installed-dev ## the test suite (CPU, 8 to 9 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not gpu and not hub and not slow" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.installed-dev ## the tests that take more than a minute each

@@ -86,10 +86,11 @@ class Items:
         return self.values.get((subject, measure))
 
     def some(self, subject: Subject, benchmark: str, count: int) -> np.ndarray | None:
-        """What `benchmark@count` is: as it was measured, or out of all items where those were asked."""
-        found = self.get(subject, f"{benchmark}@{count}")
-        whole = self.get(subject, benchmark)
-        return found if found is not None or whole is None else whole[evenly(count, len(whole))]
+        """What `benchmark@count` is: as it was measured, or out of all items where those were asked since."""
+        few, whole = (subject, f"{benchmark}@{count}"), (subject, benchmark)
+        if whole in self.values and self._times[whole] >= self._times.get(few, 0.0):
+            return self.values[whole][evenly(count, len(self.values[whole]))]
+        return self.values.get(few)
 
     def add(self, subject: Subject, version: str, measures: Mapping[str, np.ndarray]) -> None:
         """Writes the values at once. Raises MachineError."""

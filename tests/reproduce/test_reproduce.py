@@ -3,6 +3,7 @@
 import inspect
 import json
 import string
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -230,6 +231,12 @@ def test_few_items_are_those_among_all(tmp_path):
     assert items.some(subject, "written", 3) is None
     items.add(subject, "v", {"written@3": np.ones(3)})
     assert items.some(subject, "written", 3).tolist() == [1, 1, 1]
+    # Of weights that were trained on since, what was asked last counts, whichever it is.
+    newer = Items(tmp_path / "newer.jsonl")
+    for name, value in (("choices@3", 0.0), ("choices", 1.0), ("choices@3", 2.0)):
+        time.sleep(0.002)
+        newer.add(subject, str(value), {name: np.full(3 if "@" in name else 7, value)})
+        assert newer.some(subject, "choices", 3).tolist() == [value] * 3
     measurer = measure.Measurer(None, items)
     measurer.version = lambda candidate: "v"
     tasks = [Suite(tmp_path / f"{name}.jsonl", limit) for name in ("choices", "written") for limit in (3, 0)]
