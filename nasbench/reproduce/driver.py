@@ -12,10 +12,10 @@ import torch
 
 from nasbench.backbone.resolve import resolve_shape
 from nasbench.errors import UserError
-from nasbench.reproduce import measure, searching, stages, table
+from nasbench.reproduce import measure, ranks, searching, stages, table
 from nasbench.reproduce.bench import Bench, Log
-from nasbench.reproduce.items import Items, difference, mean_and_error
-from nasbench.reproduce.measure import Measurer, subject, suite_files
+from nasbench.reproduce.items import Items, difference, mean_and_error, subject_of
+from nasbench.reproduce.measure import Measurer, suite_files
 from nasbench.reproduce.page import write_page
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.speed import Speeds
@@ -34,6 +34,18 @@ def facts_of(out: Path, recipe: Recipe) -> table.Facts:
     return table.Facts(Plan(out / "plan.json"), Items(out / "items.jsonl"), speeds, chances, recipe.quick_items)
 
 
+def write_tables(folder: Path, facts: table.Facts) -> None:
+    """The CSVs of `nasbench.reproduce.table` and `nasbench.reproduce.ranks` into a folder."""
+    for name, rows in (
+        ("table", table.table_rows(facts)),
+        ("suite", table.suite_rows(facts)),
+        ("comparison", table.comparison_rows(facts)),
+        ("ranks", ranks.rank_rows(facts)),
+        ("curve", facts.plan["curve"] or []),
+    ):
+        table.write_cells(folder / f"{name}.csv", rows)
+
+
 def write_report(out: Path, recipe: Recipe, command: str) -> Path:
     """Tables and page of what a run has so far, and the small files that they were computed from. They show the command
     that the run was made with; `command` where none was kept."""
@@ -42,7 +54,7 @@ def write_report(out: Path, recipe: Recipe, command: str) -> Path:
         raise UserError(f"{out} has nothing to report yet: run nasbench reproduce --out {out}")
     folder = out / REPORT
     folder.mkdir(parents=True, exist_ok=True)
-    table.write_tables(folder, facts)
+    write_tables(folder, facts)
     for name in ("plan.json", "speeds.csv", "importance.csv", "supernet/losses.csv", "supernet/progress.csv"):
         if (out / name).is_file():
             shutil.copyfile(out / name, folder / Path(name).name)
@@ -71,7 +83,7 @@ def words(facts: table.Facts) -> str:
 
 def asked_words(facts: table.Facts) -> str:
     """How many placements were asked how much; a run that was short of seconds has not asked all."""
-    subjects = dict.fromkeys(subject(row) for row in facts.plan.candidates)
+    subjects = dict.fromkeys(subject_of(row) for row in facts.plan.candidates)
     whole = sum(table.suite_score(facts, each) is not None for each in subjects)
     few = sum(table.best_suite_score(facts, each) is not None for each in subjects) - whole
     parts = [f"All {len(subjects)} have held-out loss and KL"]
@@ -133,7 +145,7 @@ def reproduce(
     timed("speed", lambda: measure.measure_speeds(bench))
 
     def refresh() -> None:
-        table.write_tables(out / REPORT, facts_of(out, recipe))
+        write_tables(out / REPORT, facts_of(out, recipe))
 
     try:
         timed("measure", lambda: measure.measure_all(bench, items, refresh, helpers))
@@ -151,7 +163,7 @@ def on_curve(bench: Bench, items: Items, candidate: Candidate, tokens: int) -> N
     measurer = Measurer(bench, items)
     teacher = next(row for row in bench.plan.candidates if row.method == TEACHER)
     measurer.held_out([teacher])
-    reference = items.get(subject(teacher), "loss")
+    reference = items.get(subject_of(teacher), "loss")
     for row, count in ((Candidate(candidate.k, candidate.method, candidate.placement), 0), (candidate, tokens)):
         name = format_placement(row.placement)
         if (name, candidate.weights, count) in known:

@@ -18,6 +18,8 @@ import numpy as np
 
 from nasbench.evaluation.suite import evenly
 from nasbench.files import machine_errors
+from nasbench.reproduce.recipe import Candidate
+from nasbench.spaces.placement import format_placement
 
 DIGITS = 5
 """Of a value; enough beside its spread over items."""
@@ -29,6 +31,11 @@ class Subject:
 
     placement: str
     weights: str
+
+
+def subject_of(candidate: Candidate) -> Subject:
+    """What a candidate's values are kept under; several candidates may share one."""
+    return Subject(format_placement(candidate.placement), candidate.weights)
 
 
 class Items:

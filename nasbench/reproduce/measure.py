@@ -11,7 +11,7 @@ from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.suite import Suite
 from nasbench.evaluation.tasks import Task, parse_task
 from nasbench.reproduce.bench import Bench
-from nasbench.reproduce.items import Items, Subject, mean_and_error
+from nasbench.reproduce.items import Items, Subject, mean_and_error, subject_of
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.searching import SEARCHED
 from nasbench.reproduce.team import Job, Team
@@ -25,10 +25,6 @@ REFRESH_S = 20.0
 """Seconds between two writings of the tables while placements are measured."""
 Pair = tuple[Candidate, bool]
 """A candidate, and whether it is asked everything."""
-
-
-def subject(candidate: Candidate) -> Subject:
-    return Subject(format_placement(candidate.placement), candidate.weights)
 
 
 def suite_files(folder: Path | None) -> list[Path]:
@@ -81,8 +77,8 @@ def share_of(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
     come. All that is asked of one stays in one process, so that nothing is measured twice."""
     places: dict[Subject, int] = {}
     for candidate, _ in pairs:
-        places.setdefault(subject(candidate), len(places))
-    return [pair for pair in pairs if places[subject(pair[0])] % of == number]
+        places.setdefault(subject_of(candidate), len(places))
+    return [pair for pair in pairs if places[subject_of(pair[0])] % of == number]
 
 
 class Measurer:
@@ -116,7 +112,7 @@ class Measurer:
             return TEACHER
         if candidate.weights == "supernet":
             return self.bench.supernet_evaluator.supernet.version
-        key = subject(candidate)
+        key = subject_of(candidate)
         if key not in self._versions:
             self._versions[key] = final_version(self._folder(candidate))
         return self._versions[key]
@@ -124,14 +120,14 @@ class Measurer:
     def held_out(self, candidates: Sequence[Candidate]) -> None:
         """Loss and KL on the test split, of candidates with the same weights."""
         # A placement that two searches found is measured once.
-        by_subject = {subject(c): c for c in candidates}
+        by_subject = {subject_of(c): c for c in candidates}
         wanted = [c for named, c in by_subject.items() if not self.items.has(named, self.version(c), "kl")]
         for start in range(0, len(wanted), GROUP):
             group = wanted[start : start + GROUP]
             found = self.evaluator(group[0]).held_out([c.placement for c in group], "test")
             for candidate in group:
                 loss, kl = found[candidate.placement]
-                self.items.add(subject(candidate), self.version(candidate), {"loss": loss.numpy(), "kl": kl.numpy()})
+                self.items.add(subject_of(candidate), self.version(candidate), {"loss": loss.numpy(), "kl": kl.numpy()})
 
     def recalled(self, candidate: Candidate) -> tuple[float, float]:
         """The share of key-value questions that are answered, of the first length that every placement is asked, and
@@ -140,12 +136,12 @@ class Measurer:
         for length in lengths:
             task = parse_task(f"retrieval@{length}:{self.bench.recipe.retrieval_items}")
             self.tasks(candidate, [task])
-            return mean_and_error(self.items.get(subject(candidate), measure_name(task, task.label)))
+            return mean_and_error(self.items.get(subject_of(candidate), measure_name(task, task.label)))
         return math.nan, math.nan
 
     def missing(self, candidate: Candidate, tasks: Sequence[Task]) -> list[Task]:
         """The tasks that are not measured yet."""
-        named, version = subject(candidate), self.version(candidate)
+        named, version = subject_of(candidate), self.version(candidate)
 
         def known(task: Task) -> bool:
             # Who was asked all items was asked the few among them.
@@ -160,7 +156,7 @@ class Measurer:
             evaluator = self.evaluator(candidate)
             found = task.measures(evaluator.supernet.select(candidate.placement), evaluator.context("test"))
             values = {measure_name(task, label): column.numpy() for label, column in found.items()}
-            self.items.add(subject(candidate), self.version(candidate), values)
+            self.items.add(subject_of(candidate), self.version(candidate), values)
 
     def pair(self, pair: Pair) -> None:
         """All that the queue asks of a candidate at this place."""

@@ -30,7 +30,7 @@ LOOKS = {
 """Colour, marker and name of each method, and of weights that were finalised."""
 WORDS = (
     "placement", "search", "searched", "against", "way", "method", "fill", "weights", "benchmark", "scoring",
-    "layers",
+    "layers", "score", "pairs", "measure",
 )  # fmt: skip
 """Columns of words."""
 CSS = (
@@ -251,6 +251,7 @@ def write_page(folder: Path, title: str, introduction: str, command: str, sectio
         for name, words in (
             ("table.csv", "Every placement"),
             ("comparison.csv", "Searched minus even and median random placements, with 95 % intervals"),
+            ("ranks.csv", "What the scores of a search say of the rest, with 95 % intervals"),
             ("curve.csv", "What more tokens of finalising bring"),
             ("suite.csv", "Every benchmark"),
         )

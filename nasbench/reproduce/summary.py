@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nasbench.config import format_size
 from nasbench.files import write_text
-from nasbench.reproduce.items import Subject, mean_and_error
+from nasbench.reproduce.items import mean_and_error, subject_of
+from nasbench.reproduce.ranks import rank_rows
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.speed import composition
 from nasbench.reproduce.table import Z95, Cells, Facts, column, comparison_rows, measures, median_random, table_rows
 from nasbench.search.objective import Speed
 from nasbench.search.trials import TEACHER, UNIFORM
-from nasbench.spaces.placement import format_placement
 
 NAMES = {
     TEACHER: "the model itself",
@@ -58,6 +58,14 @@ def sections(facts: Facts) -> list[Section]:
             "better; bold where all of the interval is better.",
             *_comparison(facts),
         ),
+        Section(
+            "What the scores of a search say of the rest",
+            "Kendall's tau: of pairs of placements before finalising, the share that both put in the same order minus "
+            "the share in the other order; 1 is the same ranking, 0 is chance. At equal K: pairs with as many layers "
+            "of full attention, those that a search chooses among. Intervals over placements drawn anew; bold where "
+            "all of it is above 0.",
+            *_ranks(facts),
+        ),
         Section("What more tokens and other ways of finalising bring", "", *_curve(facts)),
         Section(
             "Speed and cache",
@@ -95,11 +103,11 @@ def _placements(facts: Facts) -> Table:
         if line[-1] and cells["suite_items"] != most_items(facts):
             line[-1] = f"*{line[-1]}*"
         for measure in retrieval:
-            ours = facts.items.get(_subject(candidate), measure)
+            ours = facts.items.get(subject_of(candidate), measure)
             theirs = None if facts.teacher is None else facts.items.get(facts.teacher, measure)
             whole = 0.0 if theirs is None else float(theirs.mean())
             line.append("" if ours is None or not whole else f"{float(ours.mean()) / whole:.0%}")
-        agreed = mean_and_error(facts.items.get(_subject(candidate), AGREEMENT))[0]
+        agreed = mean_and_error(facts.items.get(subject_of(candidate), AGREEMENT))[0]
         line.append("" if math.isnan(agreed) else f"{agreed:.1%}")
         if context is not None:
             speed, before = (_number(row, f"decode_tok_s_{format_size(context)}") for row in (cells, teacher))
@@ -122,12 +130,8 @@ def _name(facts: Facts, candidate: Candidate) -> str | None:
     if candidate.method in NAMES:
         return NAMES[candidate.method]
     same = [row for row in facts.plan.candidates if row.k == candidate.k and row.weights == candidate.weights]
-    middle = median_random(facts, {row.method: _subject(row) for row in same if row.fill == "best"})
-    return "median random" if middle == _subject(candidate) else None
-
-
-def _subject(candidate: Candidate) -> Subject:
-    return Subject(format_placement(candidate.placement), candidate.weights)
+    middle = median_random(facts, {row.method: subject_of(row) for row in same if row.fill == "best"})
+    return "median random" if middle == subject_of(candidate) else None
 
 
 def _comparison(facts: Facts) -> Table:
@@ -154,10 +158,26 @@ def _comparison(facts: Facts) -> Table:
 
 def compared(facts: Facts) -> list[str]:
     """Retrieval of a length that every placement was asked, of several the middle one: comparison.csv has them all."""
-    subjects = {_subject(row) for row in facts.plan.candidates}
+    subjects = {subject_of(row) for row in facts.plan.candidates}
     found = measures(facts.items, ("retrieval",))
     found = [name for name in found if all(facts.items.get(each, name) is not None for each in subjects)]
     return found[len(found) // 2 :][:1]
+
+
+def _ranks(facts: Facts) -> Table:
+    """One row for each score and kind of pairs."""
+    names = {"suite": "benchmarks", **{column(m): _length_name(m) for m in measures(facts.items, ("retrieval",))}}
+    names[column(AGREEMENT)] = "agreement"
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for cells in rank_rows(facts):
+        text = f"{cells['tau']:.2f} ({cells['low']:.2f} to {cells['high']:.2f})"
+        line = rows.setdefault((str(cells["score"]), str(cells["pairs"])), {})
+        line[str(cells["measure"])] = f"**{text}**" if _number(cells, "low") > 0 else text
+    shown = {name: title for name, title in names.items() if any(name in line for line in rows.values())}
+    titles = {"loss": "loss", "kl": "KL"}
+    return ["score", "pairs", *shown.values()], [
+        [titles[score], pairs, *(line.get(name, "") for name in shown)] for (score, pairs), line in rows.items()
+    ]
 
 
 def most_items(facts: Facts) -> int:

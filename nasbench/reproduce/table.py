@@ -3,6 +3,7 @@
 table.csv        every placement: losses, suite, retrieval, agreement, speed
 suite.csv        every benchmark of every placement
 comparison.csv   for every K, the searched placement against the even one and the median random one
+ranks.csv        what the scores of a search say of the rest (nasbench/reproduce/ranks.py)
 curve.csv        what more tokens of finalising bring
 """
 
@@ -19,11 +20,10 @@ import numpy as np
 from nasbench.config import format_size, parse_size
 from nasbench.evaluation.suite import chance, read_items
 from nasbench.files import atomic_path
-from nasbench.reproduce.items import Items, Subject, difference, mean_and_error
+from nasbench.reproduce.items import Items, Subject, difference, mean_and_error, subject_of
 from nasbench.reproduce.recipe import Plan
 from nasbench.reproduce.speed import Speeds
 from nasbench.search.trials import TEACHER, UNIFORM
-from nasbench.spaces.placement import format_placement
 
 Cells = dict[str, object]
 Z95 = 1.96
@@ -46,7 +46,7 @@ class Facts:
     @property
     def teacher(self) -> Subject | None:
         row = next((row for row in self.plan.candidates if row.method == TEACHER), None)
-        return None if row is None else Subject(format_placement(row.placement), TEACHER)
+        return None if row is None else subject_of(row)
 
 
 def suite_chances(files: Sequence[Path]) -> dict[str, float]:
@@ -133,22 +133,22 @@ def table_rows(facts: Facts) -> list[Cells]:
     """table.csv. Cells of what was not measured are empty."""
     rows: list[Cells] = []
     for candidate in sorted(facts.plan.candidates, key=lambda row: (-row.k, row.weights != TEACHER)):
-        subject = Subject(format_placement(candidate.placement), candidate.weights)
-        loss, kl = (facts.items.get(subject, name) for name in ("loss", "kl"))
+        named = subject_of(candidate)
+        loss, kl = (facts.items.get(named, name) for name in ("loss", "kl"))
         teacher = None if facts.teacher is None else facts.items.get(facts.teacher, "loss")
         cells: Cells = {
             "k": candidate.k, "method": candidate.method, "fill": candidate.fill, "weights": candidate.weights,
-            "placement": subject.placement,
+            "placement": named.placement,
             "loss": mean_and_error(loss)[0], "loss_se": mean_and_error(loss)[1],
             "loss_above_teacher": difference(loss, teacher)[0], "loss_above_teacher_se": difference(loss, teacher)[1],
             "kl": mean_and_error(kl)[0], "kl_se": mean_and_error(kl)[1],
         }  # fmt: skip
-        score = best_suite_score(facts, subject)
+        score = best_suite_score(facts, named)
         for name in ("average", "average_se", "kept", "kept_se", "items"):
             cells[f"suite_{name}"] = math.nan if score is None else getattr(score, name)
         for measure in measures(facts.items, ("retrieval", "agreement")):
             name = column(measure)
-            cells[name], cells[f"{name}_se"] = mean_and_error(facts.items.get(subject, measure))
+            cells[name], cells[f"{name}_se"] = mean_and_error(facts.items.get(named, measure))
         for context in facts.speeds.batches:
             speed, at = facts.speeds.of(candidate.placement, context), format_size(context)
             cells[f"decode_tok_s_{at}"] = math.nan if speed is None else speed.decode_tok_s
@@ -199,7 +199,7 @@ def comparison_rows(facts: Facts) -> list[Cells]:
     best = [row for row in facts.plan.candidates if row.fill == "best" and row.weights == "supernet"]
     retrieval = measures(facts.items, ("retrieval",))
     for count in sorted({row.k for row in best}):
-        mine = {row.method: Subject(format_placement(row.placement), row.weights) for row in best if row.k == count}
+        mine = {row.method: subject_of(row) for row in best if row.k == count}
         others = {UNIFORM: mine.get(UNIFORM), "median random": median_random(facts, mine)}
         for method in ("beam", "kl-greedy", "recall"):
             for other, subject in others.items():
@@ -244,11 +244,3 @@ def _cell(value: object) -> object:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return value
-
-
-def write_tables(folder: Path, facts: Facts) -> None:
-    """All of them into the folder."""
-    write_cells(folder / "table.csv", table_rows(facts))
-    write_cells(folder / "suite.csv", suite_rows(facts))
-    write_cells(folder / "comparison.csv", comparison_rows(facts))
-    write_cells(folder / "curve.csv", facts.plan["curve"] or [])

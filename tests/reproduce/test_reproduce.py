@@ -18,7 +18,7 @@ from nasbench.errors import UserError
 from nasbench.evaluation.suite import Suite
 from nasbench.reproduce import measure, page, stages, summary
 from nasbench.reproduce.items import Items, Subject
-from nasbench.reproduce.measure import subject
+from nasbench.reproduce.measure import subject_of
 from nasbench.reproduce.page import read
 from nasbench.reproduce.recipe import Candidate, Plan, Recipe
 from nasbench.reproduce.table import Facts, comparison_rows
@@ -97,6 +97,9 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert all(0 <= float(row["retrieval"]) <= 1 for row in curve)
     assert float(curve[-1]["kl"]) == pytest.approx(float(final["kl"]), rel=1e-3)
     assert {row["against"] for row in read(report / "comparison.csv")} == {"uniform", "median random"}
+    # All placements of the tiny model answer alike: no order, no row.
+    assert "suite" not in {row["measure"] for row in read(report / "ranks.csv")}
+    assert "## What the scores of a search say of the rest" in (report / "summary.md").read_text()
     assert (report / "kl.png").is_file()
     summary = (report / "summary.md").read_text()
     assert all(f"| {name} |" in summary for name in ("the model itself", "median random", "beam", "finalised, long"))
@@ -256,11 +259,11 @@ def test_searched_and_random_placements_are_compared_item_by_item(tmp_path):
     items = Items(tmp_path / "items.jsonl")
     theirs, ours = np.array([0.0, 1, 0, 1, 0, 0, 1, 0]), np.array([1.0, 1, 0, 1, 1, 0, 1, 1])
     for row, values in ((teacher, theirs), (rows[0], ours), (rows[1], theirs)):
-        items.add(subject(row), "v", {"choices": values})
-    items.add(subject(rows[2]), "v", {"choices@4": theirs[::2], "kl": np.ones(3)})
+        items.add(subject_of(row), "v", {"choices": values})
+    items.add(subject_of(rows[2]), "v", {"choices@4": theirs[::2], "kl": np.ones(3)})
     for row, answers in zip(rows, ([1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]), strict=True):
-        items.add(subject(row), "v", {"retrieval@96:4": np.array(answers)})
-    items.add(subject(teacher), "v", {"retrieval@96:4": np.ones(4)})
+        items.add(subject_of(row), "v", {"retrieval@96:4": np.array(answers)})
+    items.add(subject_of(teacher), "v", {"retrieval@96:4": np.ones(4)})
     facts = Facts(plan, items, None, {"choices": 0.5}, 4)
     even, drawn = comparison_rows(facts)
     gaps = ours - theirs
