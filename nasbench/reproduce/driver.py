@@ -86,6 +86,8 @@ def asked_words(facts: table.Facts) -> str:
     subjects = dict.fromkeys(subject_of(row) for row in facts.plan.candidates)
     whole = sum(table.suite_score(facts, each) is not None for each in subjects)
     few = sum(table.best_suite_score(facts, each) is not None for each in subjects) - whole
+    if whole == len(subjects):
+        return f"All {whole} have held-out loss and KL and were asked every item of the benchmarks."
     parts = [f"All {len(subjects)} have held-out loss and KL"]
     if facts.chances:
         parts.append(f"{whole} were asked every item of the benchmarks")

@@ -141,13 +141,13 @@ def _comparison(facts: Facts) -> Table:
         shown["suite"] = ("benchmarks", 1)
     rows = []
     for cells in comparison_rows(facts):
-        line = [str(cells["k"]), NAMES[str(cells["searched"])], str(cells["against"])]
+        line = [str(cells["k"]), NAMES[str(cells["searched"])], NAMES.get(str(cells["against"]), str(cells["against"]))]
         for name, (_, better) in shown.items():
             value, low, high = (_number(cells, f"{name}{end}") for end in ("", "_low", "_high"))
             if better < 0:
-                text = f"{value:+.4f} ({low:+.4f} to {high:+.4f})"
+                text = f"{value:+z.4f} ({low:+z.4f} to {high:+z.4f})"
             else:
-                text = f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+                text = f"{100 * value:+z.1f} ({100 * low:+z.1f} to {100 * high:+z.1f})"
             if name == "suite" and cells["suite_items"] != most_items(facts):
                 text += f", {cells['suite_items']} items"
             sure = high < 0 if better < 0 else low > 0
@@ -170,7 +170,7 @@ def _ranks(facts: Facts) -> Table:
     names[column(AGREEMENT)] = "agreement"
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for cells in rank_rows(facts):
-        text = f"{cells['tau']:.2f} ({cells['low']:.2f} to {cells['high']:.2f})"
+        text = f"{cells['tau']:z.2f} ({cells['low']:z.2f} to {cells['high']:z.2f})"
         line = rows.setdefault((str(cells["score"]), str(cells["pairs"])), {})
         line[str(cells["measure"])] = f"**{text}**" if _number(cells, "low") > 0 else text
     shown = {name: title for name, title in names.items() if any(name in line for line in rows.values())}

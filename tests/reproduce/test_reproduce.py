@@ -99,6 +99,7 @@ def test_everything_is_measured_and_a_stopped_run_goes_on(arguments, tmp_path, m
     assert {row["against"] for row in read(report / "comparison.csv")} == {"uniform", "median random"}
     # All placements of the tiny model answer alike: no order, no row.
     assert "suite" not in {row["measure"] for row in read(report / "ranks.csv")}
+    assert "and were asked every item of the benchmarks." in (report / "summary.md").read_text()
     assert "## What the scores of a search say of the rest" in (report / "summary.md").read_text()
     assert (report / "kl.png").is_file()
     summary = (report / "summary.md").read_text()
@@ -274,6 +275,7 @@ def test_searched_and_random_placements_are_compared_item_by_item(tmp_path):
     assert (even["retrieval_96_n4"], drawn["retrieval_96_n4"]) == (0.5, 0.75)
     head, table = summary._comparison(facts)
     assert head == ["K", "search", "against", "KL", "loss", "retrieval 96", "benchmarks"]
+    assert [line[2] for line in table] == ["evenly spread", "median random"]
     assert table[1][-1].endswith(", 4 items")
     assert not table[0][-1].endswith("items")
     assert table[1][5].startswith("**+75.0 (+26.0 to")
