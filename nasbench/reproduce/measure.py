@@ -22,7 +22,9 @@ from nasbench.supernet.finalize import final_folder, final_version, use_final
 GROUP = 8
 """Placements whose held-out loss is measured together: they share the layers they begin with."""
 REFRESH_S = 20.0
-"""Seconds between two writings of the tables while placements are measured."""
+"""Seconds between two writings of the tables while placements are measured, at least."""
+REFRESH_SHARE = 0.02
+"""Of the time that goes into writing them, at most."""
 Pair = tuple[Candidate, bool]
 """A candidate, and whether it is asked everything."""
 
@@ -222,7 +224,7 @@ def work_through(measurer: Measurer, order: Sequence[Pair], team: Team, refresh:
     """Measures the main process's share of `order`, and those of team members that fail, until the team's time is up
     or all is done; waits for the team."""
     bench, job = measurer.bench, team.job
-    todo, done, told = share_of(order, 0, job.of), 0, time.monotonic()
+    todo, done, next_tables = share_of(order, 0, job.of), 0, time.monotonic() + REFRESH_S
     while True:
         # Asked before `fallen`: who ends in between is told of there next time.
         running = team.running()
@@ -239,9 +241,10 @@ def work_through(measurer: Measurer, order: Sequence[Pair], team: Team, refresh:
             time.sleep(0.2)
         else:
             return
-        if time.monotonic() - told > REFRESH_S:
+        if (began := time.monotonic()) > next_tables:
             refresh()
-            told = time.monotonic()
+            ended = time.monotonic()
+            next_tables = ended + max(REFRESH_S, (ended - began) / REFRESH_SHARE)
 
 
 def measure_speeds(bench: Bench) -> None:

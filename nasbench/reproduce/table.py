@@ -13,6 +13,7 @@ import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ class Facts:
     chances: dict[str, float]
     quick_items: int
 
-    @property
+    @cached_property
     def teacher(self) -> Subject | None:
         row = next((row for row in self.plan.candidates if row.method == TEACHER), None)
         return None if row is None else subject_of(row)

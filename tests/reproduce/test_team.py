@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from nasbench.cli.reproduce_command import helper_devices
 from nasbench.errors import UserError
 from nasbench.files import read_json
-from nasbench.reproduce import team
+from nasbench.reproduce import measure, team
 from nasbench.reproduce.driver import reproduce, write_report
 from nasbench.reproduce.items import Items, Subject
 from nasbench.reproduce.measure import Measurer, share_of
@@ -164,6 +165,20 @@ def test_a_stopped_team_leaves_what_it_has_and_a_fallen_member_its_share(measure
     assert not any("same command" in line for line in said)
     same_items(out, folder)
     assert same_tables(out, folder)
+
+
+@pytest.mark.parametrize(("share", "written"), [(1e-9, 1), (1e9, 5)])
+def test_tables_take_a_share_of_the_time(monkeypatch, share, written):
+    """Five placements, after each of which the tables are due; once they took long, they wait."""
+    monkeypatch.setattr(measure, "REFRESH_S", 0.0)
+    monkeypatch.setattr(measure, "REFRESH_SHARE", share)
+    alone = SimpleNamespace(job=team.Job("out", "cpu", "float32", 0, 1, time.time() + 60, {}), running=lambda: False)
+    alone.fallen = list
+    measurer = SimpleNamespace(bench=SimpleNamespace(progress=lambda *_: None), pair=lambda pair: time.sleep(0.01))
+    order = [(Candidate(1, f"random-{i}", tuple("JJJJJ"[:i] + "A" + "JJJJJ"[i:])), True) for i in range(5)]
+    refreshed = []
+    measure.work_through(measurer, order, alone, lambda: refreshed.append(time.sleep(0.01)))
+    assert len(refreshed) == written
 
 
 def test_time_is_up_for_all(unmeasured, monkeypatch):
