@@ -130,3 +130,14 @@ def test_help_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_parts_of_torch_that_take_seconds_wait_until_they_are_needed():
+    """Every measuring process and every command would pay for them."""
+    code = (
+        "import sys, nasbench.blocks.full_attention_mixer, nasbench.supernet.train, nasbench.reproduce.worker;"
+        "heavy = {'torch._dynamo', 'torch.distributed.tensor'} & set(sys.modules);"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

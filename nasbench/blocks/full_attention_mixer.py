@@ -7,7 +7,6 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from nasbench.blocks import fused
 from nasbench.blocks.base import MixerConfig
@@ -147,6 +146,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16):
         # Flash attention aligns causality to the lower right by itself: no mask of T x N, which at long contexts is
         # larger than the keys, and which with grouped heads leaves only the form that writes all scores to memory.
+        # Imported here: it brings torch._dynamo, two seconds that a process without a GPU need not spend.
+        from torch.nn.attention.bias import causal_lower_right
+
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(queries, keys), enable_gqa=True)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

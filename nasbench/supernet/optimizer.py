@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from nasbench.supernet.sharding import local, share_of, with_share
+from nasbench.supernet.sharding import is_shared_out, local, share_of, with_share
 from nasbench.supernet.workers import ALONE, Workers
 
 
@@ -73,15 +72,15 @@ class MasterAdamW:
         self._segments: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}
         """Of a group's segment, the beginning, which is shared out; the rest is whole in every process."""
-        self.sharded = any(isinstance(p, DTensor) for p in self.working.values())
+        self.sharded = any(is_shared_out(p) for p in self.working.values())
         end = 0
         for group, parameters in self.groups.items():
             begin = middle = end
-            for name in sorted(parameters, key=lambda name: not isinstance(parameters[name], DTensor)):
+            for name in sorted(parameters, key=lambda name: not is_shared_out(parameters[name])):
                 master = self.masters[f"{group}.{name}"]
                 self._views[f"{group}.{name}"] = buffer[end : end + master.numel()].view_as(master)
                 end += master.numel()
-                if isinstance(parameters[name], DTensor):
+                if is_shared_out(parameters[name]):
                     middle = end
             self._segments[group] = buffer[begin:end]
             self._shares[group] = buffer[begin:middle]
@@ -89,7 +88,7 @@ class MasterAdamW:
     def weights(self) -> dict[str, Tensor]:
         """The masters by name; of parameters that are shared out, the parameters."""
         return {
-            name: working.detach() if isinstance(working, DTensor) else self.masters[name].detach()
+            name: working.detach() if is_shared_out(working) else self.masters[name].detach()
             for name, working in self.working.items()
         }
 
@@ -230,7 +229,7 @@ class MasterAdamW:
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if isinstance(parameter, DTensor):
+    if is_shared_out(parameter):
         assert parameter.dtype == torch.float32
         return nn.Parameter(local(parameter.detach()))  # in the same memory
     return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())

@@ -20,14 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 
 from nasbench.errors import MachineError, UserError
 from nasbench.files import machine_errors
 from nasbench.supernet import checkpoint
 from nasbench.supernet.checkpoint import MOMENTS, Checkpoint, digest
 from nasbench.supernet.optimizer import MasterAdamW
-from nasbench.supernet.sharding import gathered, local, with_share
+from nasbench.supernet.sharding import gathered, is_shared_out, local, with_share
 from nasbench.supernet.workers import Workers
 
 
@@ -43,11 +42,11 @@ def save(
 
     Raises MachineError in every process when the disk refuses in one; the older checkpoint is then still there.
     """
-    if not any(isinstance(tensor, DTensor) for tensor in (*weights.values(), *optimizer.values())):
+    if not any(is_shared_out(tensor) for tensor in (*weights.values(), *optimizer.values())):
         return checkpoint.save(folder, name, weights, optimizer, state)
-    shares: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if isinstance(tensor, DTensor)}
+    shares: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if is_shared_out(tensor)}
     rest = {key: tensor for key, tensor in optimizer.items() if key not in shares}
-    device = local(next(tensor for tensor in weights.values() if isinstance(tensor, DTensor))).device
+    device = local(next(tensor for tensor in weights.values() if is_shared_out(tensor))).device
     moments = folder / f".{name}.moments"
     error: MachineError | None = None
     digests: dict[str, str] = {}

@@ -18,17 +18,19 @@ A process begins with the whole model in the host's memory; a card never holds m
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 
 from nasbench.blocks.stacked import StackedProjections
 from nasbench.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from nasbench.supernet.supernet import Supernet
     from nasbench.supernet.workers import Workers
 
@@ -110,7 +112,7 @@ def shard(net: Supernet, workers: Workers) -> None:
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
     for module in (net.teacher, *net.mixers(), *net.own.values()):
         for parameter in module.parameters():
-            if not isinstance(parameter, DTensor):
+            if not is_shared_out(parameter):
                 parameter.data = parameter.data.to(device)
     root(torch.empty(0, device=device))  # FSDP2 takes no call without arguments on GPUs
     net.shards = root
@@ -133,17 +135,24 @@ def _even(parameter: Tensor, size: int) -> bool:
     return parameter.ndim > 0 and -(-parameter.shape[0] // size) * (size - 1) < parameter.shape[0]
 
 
+def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a process has a share of the tensor. Without importing DTensor, a second that most commands need not
+    spend: where nobody has imported it, no tensor is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's share, in the same memory; a tensor that is whole as it is."""
     with torch.no_grad():
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.to_local() if is_shared_out(tensor) else tensor
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
     """The share of a tensor, whole or shared out, that stands where `like`'s does."""
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return value
-    if isinstance(value, DTensor):
+    if is_shared_out(value):
         return local(value)
     size, rank = like.device_mesh.size(), like.device_mesh.get_local_rank()
     return value.chunk(size)[rank]
@@ -151,8 +160,10 @@ def share_of(value: Tensor, like: Tensor) -> Tensor:
 
 def with_share(like: Tensor, share: Tensor) -> Tensor:
     """The tensor shared out as `like` of which this process has `share`."""
-    if not isinstance(like, DTensor):
+    if not is_shared_out(like):
         return share
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -161,7 +172,7 @@ def with_share(like: Tensor, share: Tensor) -> Tensor:
 @torch.no_grad()
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor. Every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from nasbench.cli.reproduce_command import helper_devices
 from nasbench.errors import UserError
 from nasbench.files import read_json
-from nasbench.reproduce import measure, team
+from nasbench.reproduce import measure, page, team
 from nasbench.reproduce.driver import reproduce, write_report
 from nasbench.reproduce.items import Items, Subject
 from nasbench.reproduce.measure import Measurer, share_of
@@ -42,6 +42,14 @@ worker.main()
 def threads(monkeypatch):
     """Members compute as this process does."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_figures():
+    """They take longer to draw than the tiny model takes to measure; test_reproduce.py looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "figures", lambda _: [])
+        yield
 
 
 @pytest.fixture(scope="module")
