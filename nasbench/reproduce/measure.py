@@ -24,7 +24,7 @@ GROUP = 8
 REFRESH_S = 20.0
 """Seconds between two writings of the tables while placements are measured, at least."""
 REFRESH_SHARE = 0.02
-"""Of the time that goes into writing them, at most."""
+"""The share of the time that writing them takes, at most."""
 Pair = tuple[Candidate, bool]
 """A candidate, and whether it is asked everything."""
 
