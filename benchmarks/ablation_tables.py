@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nasbench.errors import UserError
-from nasbench.files import write_text
+from nasbench.core.errors import UserError
+from nasbench.core.files import write_text
 from nasbench.reproduce.items import Items, Subject, difference, mean_and_error
 from nasbench.reproduce.recipe import Plan
 from nasbench.search.table import write_rows

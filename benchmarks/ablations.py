@@ -34,9 +34,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.ablation_tables import ARMS, STAGES, TEACHER, Results
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.config import parse_size
-from nasbench.errors import NasbenchError, UserError, unknown
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import NasbenchError, UserError, unknown
+from nasbench.core.sizes import parse_size
 from nasbench.reproduce.items import Items, Subject
 from nasbench.reproduce.recipe import Plan, Recipe
 from nasbench.spaces.placement import Placement, format_placement, uniform_placement
@@ -122,7 +122,7 @@ class Study:
 
     def _begin(self) -> None:
         """Reads model and text, and then writes down what is asked: a wrong path binds nobody."""
-        from nasbench.backbone.load import load_model
+        from nasbench.checkpoints.load import load_model
 
         self.loaded = load_model(self.model, dtype=self.dtype, device=self.device)
         self.real = self._read(self.data)
@@ -164,7 +164,7 @@ class Study:
             Results(self.out).write()
 
     def _read(self, data: str) -> Any:
-        from nasbench.supernet.data import Corpus
+        from nasbench.data.packing import Corpus
 
         corpus = Corpus.load(data, self.loaded.tokenizer, self.sequence)
         return corpus if self.config.documents else corpus.without_documents()
@@ -172,7 +172,7 @@ class Study:
     def _own_text(self) -> Path:
         """What the model wrote; written once."""
         from nasbench.cli.common import progress_bar
-        from nasbench.supernet.self_corpus import BATCH, Writing, write_corpus
+        from nasbench.data.self_corpus import BATCH, Writing, write_corpus
 
         path = self.out / "work" / "self.jsonl"
         if not path.is_file():
@@ -192,7 +192,7 @@ class Study:
             return self.data, self.real
         import torch
 
-        from nasbench.supernet.data import SPLITS, Corpus
+        from nasbench.data.packing import SPLITS, Corpus
 
         path = self._own_text()
         own = self._read(str(path))

@@ -19,15 +19,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.kernel_cases import gpu_missing
-from nasbench.backbone.load import random_decoder
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import parse_size
-from nasbench.engine.floor import measure_ceilings
-from nasbench.engine.fused_step import FusedStep
-from nasbench.engine.memory import free_bytes
-from nasbench.engine.throughput import measure
-from nasbench.errors import MachineError
+from nasbench.checkpoints.load import random_decoder
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import MachineError
+from nasbench.core.sizes import parse_size
+from nasbench.model.shapes import ModelShape
+from nasbench.runtime.fused_step import FusedStep
+from nasbench.runtime.memory import free_bytes
+from nasbench.runtime.roofline import measure_ceilings
+from nasbench.runtime.throughput import measure
 
 CASES = (
     "jet-nemotron-2b:64k:128",

@@ -24,14 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size, parse_sizes
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import MachineError, NasbenchError, UserError
+from nasbench.core.sizes import format_size, parse_sizes
 from nasbench.cost import CostModel, add_calibration, judge, load_cost_model
 from nasbench.cost.calibration import CalibrationRow, calibration_path, read_calibration
 from nasbench.cost.judge import Judged, Judgement
 from nasbench.cost.judge_points import MOST_BATCH, JudgePoint, judge_points
-from nasbench.errors import MachineError, NasbenchError, UserError
+from nasbench.model.shapes import ModelShape
 from nasbench.search.table import write_rows
 from nasbench.spaces.placement import Placement, count_kind, format_placement, parse_placement
 from nasbench.store import db_path
@@ -63,9 +63,9 @@ class Prediction:
 def measure(options: argparse.Namespace) -> None:
     import torch
 
+    from nasbench.cost.end_to_end import EndToEnd
     from nasbench.devices import detect
-    from nasbench.end_to_end import EndToEnd
-    from nasbench.engine.memory import sequence_bytes, weight_bytes
+    from nasbench.runtime.memory import sequence_bytes, weight_bytes
 
     shape, device, dtype = _where(options)
     info, width = detect(device), dtype.itemsize
@@ -117,7 +117,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def largest(options: argparse.Namespace) -> None:
-    from nasbench.end_to_end import EndToEnd, LargestBatch
+    from nasbench.cost.end_to_end import EndToEnd, LargestBatch
 
     shape, device, dtype = _where(options)
     whole = EndToEnd(shape, device, dtype)

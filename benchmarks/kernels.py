@@ -42,9 +42,9 @@ from benchmarks.kernel_cases import (
     gpu_missing,
     pass_tb_s,
 )
-from nasbench.config import format_size
-from nasbench.engine.floor import BUFFER_BYTES
-from nasbench.engine.memory import free_bytes
+from nasbench.core.sizes import format_size
+from nasbench.runtime.memory import free_bytes
+from nasbench.runtime.roofline import BUFFER_BYTES
 
 RECURRENT, ATTENTION, RULE = "recurrent step", "decode attention", "gated delta rule"
 BATCHES = (1, 64, 128, 256, 512, 1024)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.kernel_cases import Call, relative_rmse, sets_of
-from nasbench.backbone.shapes import ModelShape
+from nasbench.model.shapes import ModelShape
 
 INPUTS, GENERATOR, OUTPUTS, GATE_UP, DOWN, HEAD = "inputs", "generator", "outputs", "gate+up", "down", "head"
 BEFORE: dict[str, Literal["norm", "silu"]] = {INPUTS: "norm", GATE_UP: "norm", HEAD: "norm", GENERATOR: "silu"}

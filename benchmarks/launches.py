@@ -52,11 +52,11 @@ from benchmarks.kernel_cases import CLOSE, Call, each_us, gpu_missing, pass_tb_s
 from benchmarks.launch_cases import Product, ProductCase, candidates, products
 from benchmarks.state_cases import BATCHES as STATE_BATCHES
 from benchmarks.state_cases import StateCase, label, launches, states
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks.gated_delta import JetBlockConfig
-from nasbench.config import format_size
-from nasbench.errors import MachineError, UserError
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import MachineError, UserError
+from nasbench.core.sizes import format_size
+from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
+from nasbench.model.shapes import ModelShape
 
 PARTS = ("argmax", "products", "states", "steps")
 SHARES = {"argmax": 0.6, "products": 0.6, "states": 0.7, "steps": 1.0}
@@ -179,10 +179,10 @@ def step_rows(shape: ModelShape, device: torch.device) -> Iterator[Row]:
 
     from benchmarks.decode import CLOSE as STEP_CLOSE
     from benchmarks.decode import step_error
-    from nasbench.backbone.load import random_decoder
-    from nasbench.engine.floor import measure_ceilings
-    from nasbench.engine.memory import free_bytes, largest_batch
-    from nasbench.engine.throughput import measure
+    from nasbench.checkpoints.load import random_decoder
+    from nasbench.runtime.memory import free_bytes, largest_batch
+    from nasbench.runtime.roofline import measure_ceilings
+    from nasbench.runtime.throughput import measure
 
     able, error = bool(dependent(device)["PDL"]), step_error(shape)
     torch.cuda.empty_cache()

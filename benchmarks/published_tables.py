@@ -20,18 +20,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size, profiles_dir
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import NasbenchError, UserError
+from nasbench.core.sizes import format_size, profiles_dir
 from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
 from nasbench.cost.model import INTERVAL_SD
 from nasbench.devices import DEVICES, DeviceSpec
-from nasbench.engine.floor import Ceilings, decode_floor
-from nasbench.engine.memory import USABLE, sequence_bytes, weight_bytes
-from nasbench.errors import NasbenchError, UserError
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling.estimate import Estimator
 from nasbench.profiling.plan import plan
 from nasbench.profiling.sweep import CHUNKS
+from nasbench.runtime.memory import USABLE, sequence_bytes, weight_bytes
+from nasbench.runtime.roofline import Ceilings, decode_floor
 from nasbench.search.table import write_rows
 from nasbench.store import CEILING, Row
 

@@ -26,10 +26,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.published_tables import BATCHES, CONTEXTS, SPEED_UP
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size, parse_size, parse_sizes
-from nasbench.errors import MachineError, NasbenchError, UserError
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import MachineError, NasbenchError, UserError
+from nasbench.core.sizes import format_size, parse_size, parse_sizes
+from nasbench.model.shapes import ModelShape
 from nasbench.search.table import read_rows, write_rows
 
 FAST, SLOW = "jet-nemotron-2b", "qwen3-1.7b"
@@ -47,8 +47,8 @@ class Point:
         mode: decode, a step at `context` keys; or prefill, prompts of `context` tokens.
         tok_s: tokens per second of all sequences, new ones or those of the prompts.
         ms: of a step, or of all prompts.
-        floor_ms: the least time at the rates of the same run: nasbench.engine.floor; of prompts, their operations at
-            the rate of a large matrix product.
+        floor_ms: the least time at the rates of the same run, nasbench.runtime.roofline; of prompts, their operations
+            at the rate of a large matrix product.
     """
 
     model: str
@@ -100,8 +100,8 @@ class Measurement:
         import torch
 
         from nasbench.devices import detect
-        from nasbench.engine.floor import measure_ceilings
-        from nasbench.engine.memory import free_bytes
+        from nasbench.runtime.memory import free_bytes
+        from nasbench.runtime.roofline import measure_ceilings
 
         self.options, self.path = options, options.out / FILE
         self.points, self.dtype = read_rows(self.path, Point), torch.bfloat16
@@ -111,7 +111,7 @@ class Measurement:
 
     def run(self) -> int:
         """The exit code. Qwen3 first: the 2B is measured at its batches, too."""
-        from nasbench.backbone.load import random_decoder
+        from nasbench.checkpoints.load import random_decoder
 
         red = 0
         for name in (SLOW, FAST):
@@ -186,7 +186,7 @@ class Measurement:
 
     def decode(self, shape: ModelShape, context: int, batch: int | None) -> Point:
         """At a batch, or at the largest: that of the paper where there is one and it fits."""
-        from nasbench.engine.throughput import measure
+        from nasbench.runtime.throughput import measure
 
         published = BATCHES.get(context) if shape.name == FAST else None
         tries: list[int | str] = [batch] if batch else [published, "max"] if published else ["max"]
@@ -205,7 +205,7 @@ class Measurement:
         return self.point(shape, context, result.batch, "decode", 1, result.step_ms, result.floor_ms)
 
     def prefill(self, shape: ModelShape, context: int, batch: int) -> Point:
-        from nasbench.engine.throughput import measure_prefill
+        from nasbench.runtime.throughput import measure_prefill
 
         flops = batch * prompt_flops(shape, context)
         floor_s = flops / self.ceilings.matmul_tflop_s / 1e12

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import CLOSE, Call, RecurrentStep, sets_of, worst
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks.gated_delta import JetBlockConfig
+from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
+from nasbench.model.shapes import ModelShape
 
 if TYPE_CHECKING:
     from nasbench_kernels.decode.recurrent import StepLaunch

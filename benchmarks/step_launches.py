@@ -35,11 +35,11 @@ import torch
 from benchmarks.kernel_cases import CLOSE, gpu_missing
 from benchmarks.launch_cases import HEAD, Candidate, Product, ProductCase, candidates, products
 from benchmarks.state_cases import StateCase, label, launches, states
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks.gated_delta import JetBlockConfig
-from nasbench.config import parse_size
-from nasbench.errors import NasbenchError, UserError
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import NasbenchError, UserError
+from nasbench.core.sizes import parse_size
+from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
+from nasbench.model.shapes import ModelShape
 
 KEEP = 0.0015
 """Of a step's time: what a launch must save to be kept."""
@@ -206,11 +206,11 @@ def climb(
 
 def stepper(shape: ModelShape, batch: int, context: int, device: torch.device) -> Callable[[], float]:
     """Milliseconds of a captured step, the median of REPLAYS, of random weights and a full cache."""
-    from nasbench.backbone.load import random_decoder
-    from nasbench.blocks import fused
-    from nasbench.engine.clock import stopwatch
-    from nasbench.engine.fused_step import FusedStep
-    from nasbench.engine.graph import capture
+    from nasbench.checkpoints.load import random_decoder
+    from nasbench.model import fused
+    from nasbench.runtime.clock import stopwatch
+    from nasbench.runtime.fused_step import FusedStep
+    from nasbench.runtime.graph import capture
 
     decoder = random_decoder(shape, shape.placement, dtype=DTYPE, device=device)
     cache = decoder.new_cache(batch, context)
@@ -258,8 +258,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     from nasbench.devices import detect
-    from nasbench.engine.floor import decode_floor, measure_ceilings
-    from nasbench.engine.memory import free_bytes
+    from nasbench.runtime.memory import free_bytes
+    from nasbench.runtime.roofline import decode_floor, measure_ceilings
 
     began, device = time.monotonic(), torch.device("cuda")
     lines: list[str] = []

@@ -34,25 +34,25 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nasbench.backbone.load import LoadedModel, load_model, random_decoder
-from nasbench.backbone.resolve import classify, resolve_shape
-from nasbench.backbone.shapes import ModelShape
+from nasbench.checkpoints.load import LoadedModel, load_model, random_decoder
+from nasbench.checkpoints.resolve import classify, resolve_shape
 from nasbench.cli.common import torch_device, torch_dtype
 from nasbench.cli.distill_command import parse_names
-from nasbench.config import format_size, parse_size
-from nasbench.engine.clock import synchronise
-from nasbench.engine.floor import measure_ceilings
-from nasbench.engine.memory import free_bytes
-from nasbench.errors import NasbenchError
+from nasbench.core.errors import NasbenchError
+from nasbench.core.sizes import format_size, parse_size
+from nasbench.data.packing import Corpus
+from nasbench.model.shapes import ModelShape
+from nasbench.parallel.context import Workers, workers_of
+from nasbench.parallel.fsdp import place_of
 from nasbench.reproduce.recipe import Recipe
 from nasbench.runs import Run, RunSpec
+from nasbench.runtime.clock import synchronise
+from nasbench.runtime.memory import free_bytes
+from nasbench.runtime.roofline import measure_ceilings
 from nasbench.spaces.placement import Placement, kind_of
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.sharding import place_of
 from nasbench.supernet.train import Distiller
-from nasbench.supernet.workers import Workers, workers_of
 
 DOCUMENT_TOKENS = 400
 """Mean length of a document where they are kept apart."""

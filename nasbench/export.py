@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nasbench import __version__
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.hf_folder import hf_config, jet_nemotron_config
-from nasbench.backbone.load import LoadedModel
-from nasbench.backbone.shapes import ModelShape
-from nasbench.backbone.tokenizer import Tokenizer
-from nasbench.errors import MachineError, UserError, unknown
-from nasbench.files import machine_errors, write_json
+from nasbench.checkpoints.hf_folder import hf_config, jet_nemotron_config
+from nasbench.checkpoints.load import LoadedModel
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import MachineError, UserError, unknown
+from nasbench.core.files import machine_errors, write_json
+from nasbench.model.decoder import Decoder
+from nasbench.model.shapes import ModelShape
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.supernet.finalize import final_folder, is_final, load_final

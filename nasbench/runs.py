@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nasbench.errors import UserError
-from nasbench.files import read_json, write_json
+from nasbench.core.errors import UserError
+from nasbench.core.files import read_json, write_json
 from nasbench.spaces.space import Space
 
 

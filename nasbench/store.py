@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from nasbench.errors import UserError
-from nasbench.files import atomic_path, machine_errors
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path, machine_errors
 
 SCHEMA = 3
 """Version of the columns below. Older files are read, and written as this version by the next change or by
@@ -135,7 +135,7 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
 
     Args:
-        shape: the model's (nasbench.backbone.shapes.ModelShape).
+        shape: the model's (nasbench.model.shapes.ModelShape).
         block: a shared block, or a layer kind's letter with its complete `args`.
     """
     relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nasbench.backbone.hf_folder import hf_config
-from nasbench.backbone.load import random_decoder
-from nasbench.backbone.shapes import ModelShape
+from nasbench.checkpoints.hf_folder import hf_config
+from nasbench.checkpoints.load import random_decoder
+from nasbench.model.shapes import ModelShape
 from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import parse_placement
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from nasbench.runs import Run
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
-from nasbench.supernet.workers import workers_of
+from nasbench.parallel.context import workers_of
 torch.set_num_threads(1)
 run = Run.open(Path(sys.argv[1]))
 """

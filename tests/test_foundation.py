@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nasbench import registry as registry_module
-from nasbench.config import format_size, parse_size, parse_sizes
-from nasbench.errors import MachineError, UserError, unknown
-from nasbench.files import atomic_path, read_json, write_json, write_text
-from nasbench.registry import Registry
+from nasbench.core import registry as registry_module
+from nasbench.core.errors import MachineError, UserError, unknown
+from nasbench.core.files import atomic_path, read_json, write_json, write_text
+from nasbench.core.registry import Registry
+from nasbench.core.sizes import format_size, parse_size, parse_sizes
 from nasbench.runs import Run, RunSpec
 
 
@@ -132,7 +132,7 @@ def test_help_answers_at_once():
         ),
         # Every measuring process and every command would pay seconds for them.
         (
-            "import nasbench.blocks.full_attention_mixer, nasbench.supernet.train, nasbench.reproduce.worker",
+            "import nasbench.model.mixers.attention.mixer, nasbench.supernet.train, nasbench.reproduce.worker",
             ("torch._dynamo", "torch.distributed.tensor"),
         ),
     ],

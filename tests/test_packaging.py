@@ -23,9 +23,9 @@ COST = [
     "--json",
 ]
 WHERE = (
-    "import json, nasbench, nasbench.config, nasbench.blocks.jet_block_mixer, nasbench_kernels;"
-    "print(json.dumps([nasbench.__file__, list(nasbench_kernels.__path__)[0], str(nasbench.config.profiles_dir()),"
-    "nasbench.config.profiles_dir().is_dir()]))"
+    "import json, nasbench, nasbench.core.sizes, nasbench.model.mixers.gated_delta.jet_block, nasbench_kernels;"
+    "print(json.dumps([nasbench.__file__, list(nasbench_kernels.__path__)[0], str(nasbench.core.sizes.profiles_dir()),"
+    "nasbench.core.sizes.profiles_dir().is_dir()]))"
 )
 
 

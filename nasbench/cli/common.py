@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from nasbench.errors import MachineError, unknown
+from nasbench.core.errors import MachineError, unknown
 
 DTYPES = ("fp32", "bf16", "fp16")
 

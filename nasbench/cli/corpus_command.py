@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 command = typer.Typer(help="Text to distil on, written by the model itself.", no_args_is_help=True)
 
@@ -37,9 +37,9 @@ def generate(
     """The model writes its own corpus: distillation without other data. Stopped, the same command continues."""
     import time
 
-    from nasbench.backbone.load import load_model
+    from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
-    from nasbench.supernet.self_corpus import BATCH, Writing, write_corpus
+    from nasbench.data.self_corpus import BATCH, Writing, write_corpus
 
     if temperature <= 0:
         raise UserError(f"bad temperature {temperature}: above 0, or every document of a beginning would be the same")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
-    from nasbench.backbone.shapes import ModelShape
+    from nasbench.model.shapes import ModelShape
     from nasbench.store import Row
 
 
@@ -30,7 +30,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json
     from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
     from nasbench.cost.model import INTERVAL_SD

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 
 command = typer.Typer(help="Validate, list and merge profile databases.", no_args_is_help=True)
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from nasbench.cli.training_options import Shard, TensorBoard, with_given
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 
 def command(
@@ -43,13 +43,13 @@ def command(
 
     Asked for more tokens, a finished run goes on. Under torchrun, every process takes its rows of each batch.
     """
-    from nasbench.backbone.load import resolve_shape
+    from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.parallel.context import workers_of
+    from nasbench.parallel.fsdp import check
     from nasbench.runs import Run, RunSpec
     from nasbench.supernet.settings import DistillConfig
-    from nasbench.supernet.sharding import check
     from nasbench.supernet.train import distill
-    from nasbench.supernet.workers import workers_of
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
@@ -86,11 +86,11 @@ def _dry_run(  # type: ignore[no-untyped-def]
 ) -> None:
     import threading
 
-    from nasbench.backbone.load import load_model
+    from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import log, print_json, print_table
+    from nasbench.parallel.fsdp import place_of
     from nasbench.runs import Run
     from nasbench.supernet.estimate import estimate
-    from nasbench.supernet.sharding import place_of
     from nasbench.supernet.train import Distiller
 
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError, unknown
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
     from nasbench.evaluation.score import Score
@@ -54,7 +54,7 @@ def command(
 def _score_run(  # type: ignore[no-untyped-def]
     path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype
 ) -> tuple[str, dict[str, Score]]:
-    from nasbench.backbone.load import resolve_shape
+    from nasbench.checkpoints.load import resolve_shape
     from nasbench.evaluation.evaluator import Evaluator
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
@@ -76,10 +76,10 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     device: str,
     dtype,
 ) -> tuple[str, dict[str, Score]]:
-    from nasbench.backbone.load import load_model
+    from nasbench.checkpoints.load import load_model
+    from nasbench.data.packing import Corpus
     from nasbench.evaluation.tasks import Context
     from nasbench.spaces.placement import format_placement
-    from nasbench.supernet.data import Corpus
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
     from nasbench.supernet.forward import mixing
 

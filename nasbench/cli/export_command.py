@@ -21,7 +21,7 @@ def command(
 
     opened = Run.open(run)
 
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.export import check_export, export
 
     check_export(format, out)

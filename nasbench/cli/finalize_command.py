@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from nasbench.cli.training_options import Shard, TensorBoard, with_given
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 
 def command(
@@ -33,13 +33,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
-    from nasbench.backbone.load import resolve_shape
+    from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.parallel.context import workers_of
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import AVERAGE, average_final, finalize
     from nasbench.supernet.settings import DistillConfig
-    from nasbench.supernet.workers import workers_of
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")

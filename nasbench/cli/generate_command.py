@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 
 
 def command(
@@ -21,14 +21,14 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Continue a text; the continuation goes to standard output."""
-    from nasbench.backbone.load import load_model
+    from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import torch_device, torch_dtype
 
     loaded = load_model(checkpoint, dtype=torch_dtype(dtype), device=torch_device(device))
 
     import torch
 
-    from nasbench.engine.generate import stream
+    from nasbench.runtime.generate import stream
 
     ids = loaded.tokenizer.encode(prompt)
     if loaded.tokenizer.bos_id is not None:

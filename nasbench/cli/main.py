@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nasbench import __version__
-from nasbench.errors import NasbenchError
+from nasbench.core.errors import NasbenchError
 
 COMMANDS = (
     "quickstart",

@@ -11,9 +11,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
     """List the built-in model shapes and the default model."""
-    from nasbench.backbone.shapes import DEFAULT_MODEL, MODELS
     from nasbench.cli.common import print_json, print_table
-    from nasbench.config import format_size
+    from nasbench.core.sizes import format_size
+    from nasbench.model.shapes import DEFAULT_MODEL, MODELS
     from nasbench.spaces.placement import format_placement
 
     models: list[dict[str, Any]] = []

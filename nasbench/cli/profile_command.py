@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.config import parse_size, parse_sizes
-from nasbench.errors import MachineError, UserError
+from nasbench.core.errors import MachineError, UserError
+from nasbench.core.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
-    from nasbench.backbone.shapes import ModelShape
+    from nasbench.model.shapes import ModelShape
     from nasbench.profiling.sweep import SweepResult, Todo
     from nasbench.spaces.placement import Placement
 
@@ -69,7 +69,7 @@ def command(
     chunk_tokens = parse_size(chunk) if chunk else None
     mode_list = [mode.strip() for mode in modes.split(",") if mode.strip()]
 
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.profiling.sweep import prepare
 
     shape = resolve_shape(model)
@@ -208,10 +208,10 @@ def _calibrate(todo: Todo, points: list[tuple[str, Placement, int, int]], chunk:
     import torch
 
     from nasbench.cli.common import log
+    from nasbench.core.errors import NasbenchError
     from nasbench.cost import add_calibration
     from nasbench.cost.calibration import calibration_path, read_calibration
-    from nasbench.end_to_end import EndToEnd
-    from nasbench.errors import NasbenchError
+    from nasbench.cost.end_to_end import EndToEnd
     from nasbench.profiling.measure import DTYPE_NAMES
     from nasbench.spaces.placement import format_placement
 

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def command(
 
     Stopped at any moment, the same command continues.
     """
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, torch_device
     from nasbench.cli.main import run
     from nasbench.cost import check_context
@@ -97,8 +97,8 @@ def command(
 
 def _dtype(out: Path, device: str) -> str:
     """The faster data type, as the first run of this folder found it: a second one goes on with its rows."""
+    from nasbench.core.files import atomic_path, machine_errors
     from nasbench.devices.dtype import faster_dtype
-    from nasbench.files import atomic_path, machine_errors
 
     path = out / "dtype.txt"
     with machine_errors(f"writing {path}"):
@@ -123,7 +123,7 @@ def _stages(
     scale: float,
 ) -> list[tuple[str, list[str]]]:
     """(title, command line) of every stage. Each finds what an earlier run of it has done, and goes on from there."""
-    from nasbench.config import format_size
+    from nasbench.core.sizes import format_size
 
     def tokens(text: str, least: int = 1024) -> str:
         return format_size(max(least, int(parse_size(text) * scale)))

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError, unknown
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.sizes import parse_size
 
 CPU_SHARE = 1 / 32
 """Of every batch that fills a GPU, on a CPU."""
@@ -81,7 +81,7 @@ def command(
     Writes OUT/report: table.csv of every placement, comparisons with intervals, figures, index.html. Stopped at any
     moment, the same command continues; more seconds give a finished stage more tokens.
     """
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, progress_bar, torch_device, torch_dtype
     from nasbench.cli.distill_command import parse_names
     from nasbench.cli.search_command import parse_counts

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
     from nasbench.search.run_folder import Outcome
@@ -66,7 +66,7 @@ def command(
     sizes = parse_size(context), parse_size(batch), parse_size(search_tokens)
     held_out = parse_size(test_tokens) if test_tokens != "0" else None
 
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cost import check_context, find_profiles, load_cost_model
     from nasbench.search.run_folder import choose_dtype, search_run
     from nasbench.search.trials import Target

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
     """Measure decode and prefill of a whole model with random weights, and how near the memory's limit it is."""
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json, torch_device, torch_dtype
 
     shape = resolve_shape(model)
@@ -37,7 +37,7 @@ def command(
     if tokens > shape.max_context:
         raise UserError(f"context {tokens} is beyond {shape.name}'s: choose 1 to {shape.max_context}")
 
-    from nasbench.engine.throughput import measure
+    from nasbench.runtime.throughput import measure
 
     result = measure(
         shape,

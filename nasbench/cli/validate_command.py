@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nasbench.config import parse_size
+from nasbench.core.sizes import parse_size
 
 
 def command(
@@ -24,15 +24,15 @@ def command(
 
     Writes runs/NAME/validation.csv; what was measured there before is not measured again.
     """
-    from nasbench.backbone.resolve import resolve_shape
+    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import print_json, print_table, progress_bar, torch_device
+    from nasbench.core.errors import UserError
     from nasbench.cost import find_profiles, load_cost_model
     from nasbench.devices import detect
-    from nasbench.errors import UserError
     from nasbench.runs import Run
     from nasbench.search.run_folder import choose_dtype
     from nasbench.search.trials import Target
-    from nasbench.validation import choose, mean_error, validate
+    from nasbench.search.validation import choose, mean_error, validate
 
     opened = Run.open(run)
     if placements < 1:

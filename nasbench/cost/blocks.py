@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import format_size
 from nasbench.cost.table import Table, Time, blend
-from nasbench.errors import UserError
+from nasbench.model.shapes import ModelShape
 from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
 
 _IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from nasbench.errors import UserError
-from nasbench.files import atomic_path, machine_errors
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path, machine_errors
 
 SCHEMA = 1
 PRIOR_SD = {"constant": 3.0, "alone": 3.0, "host": 0.3}

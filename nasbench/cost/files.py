@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import profiles_dir
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.sizes import profiles_dir
 from nasbench.cost.calibration import find_calibration
 from nasbench.cost.model import CostModel
-from nasbench.errors import UserError, unknown
+from nasbench.model.shapes import ModelShape
 from nasbench.store import Database, Row, default_db_dir, read_db, replaces
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nasbench.core.errors import UserError
 from nasbench.cost.model import INTERVAL_SD, CostModel
-from nasbench.errors import UserError
 from nasbench.spaces.placement import Placement, format_placement
 
 

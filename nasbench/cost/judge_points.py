@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nasbench.backbone.shapes import ModelShape
+from nasbench.model.shapes import ModelShape
 from nasbench.spaces.placement import Placement, count_kind
 
 BATCHES = (1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256, 384, 512, 1024)

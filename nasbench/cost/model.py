@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from nasbench.backbone.shapes import MODELS, ModelShape
-from nasbench.config import format_size
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
-from nasbench.errors import UserError, unknown
+from nasbench.model.shapes import MODELS, ModelShape
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.store import SHARED_BLOCKS, Row
 

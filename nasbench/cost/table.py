@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from nasbench.config import format_size
+from nasbench.core.sizes import format_size
 from nasbench.store import Row
 
 SPREAD_SD = 1.683

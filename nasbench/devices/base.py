@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nasbench.registry import Registry
+from nasbench.core.registry import Registry
 
 FIGURES = ("memory_bytes", "bandwidth_gb_s", "tflop_s", "shared_memory_bytes")
 """What a DeviceSpec states of a device."""

@@ -7,9 +7,9 @@ import platform
 import re
 from pathlib import Path
 
+from nasbench.core.errors import MachineError, unknown
 from nasbench.devices.base import DEVICES, DeviceInfo, slugify
 from nasbench.devices.jetson import Jetson
-from nasbench.errors import MachineError, unknown
 
 LEAST_UNIFIED = 0.8
 """Of a Jetson's memory the system shows at least this share: less belongs to a smaller module of the name."""

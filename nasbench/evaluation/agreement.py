@@ -12,11 +12,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.engine.generate import stream
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.evaluation.reading import Ends, Text, read_ends
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
+from nasbench.model.decoder import Decoder
+from nasbench.runtime.generate import stream
 
 PROMPT_TOKENS = 128
 """Of held-out text before what the teacher writes; less where rows are shorter."""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path, machine_errors
 from nasbench.evaluation.score import Score
-from nasbench.files import atomic_path, machine_errors
 from nasbench.spaces.placement import format_placement, parse_placement
 
 COLUMNS = (

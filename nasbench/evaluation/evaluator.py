@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import Decoder
+from nasbench.data.packing import Batch, Corpus
 from nasbench.evaluation.evals_file import EvalsFile, Key
 from nasbench.evaluation.importance import Importance, layer_importance
 from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.score import Score
 from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, summarise
+from nasbench.model.decoder import Decoder
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
-from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.forward import chunk_of, hidden_of, mixing
 from nasbench.supernet.fused_layers import run_layer
 from nasbench.supernet.losses import Distribution, output_weight, teacher_distribution, token_losses

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nasbench.errors import UserError
-from nasbench.files import atomic_path
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path
 
 if TYPE_CHECKING:
     from nasbench.evaluation.evaluator import Evaluator, Progress

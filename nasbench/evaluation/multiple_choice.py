@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.tokenizer import Tokenizer
-from nasbench.errors import UserError
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
+from nasbench.core.files import machine_errors
 from nasbench.evaluation.reading import Ends, Text, read_ends
 from nasbench.evaluation.tasks import TASKS, Context, Task
-from nasbench.files import machine_errors
+from nasbench.model.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nasbench.backbone.decoder import Decoder
+from nasbench.model.decoder import Decoder
 from nasbench.supernet.losses import CHUNK
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.config import format_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import format_size
 from nasbench.evaluation.reading import Ends, Text, read_ends
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
+from nasbench.model.decoder import Decoder
 
 NAMES = (
     "Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",

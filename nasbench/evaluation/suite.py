@@ -18,13 +18,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.tokenizer import Tokenizer
-from nasbench.errors import UserError
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
+from nasbench.core.files import machine_errors
 from nasbench.evaluation.multiple_choice import Choices, lay_out
 from nasbench.evaluation.reading import Prompts, greedy
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
-from nasbench.files import machine_errors
+from nasbench.model.decoder import Decoder
 
 ANSWER_TOKENS = 24
 """Longest line that is written as an answer."""

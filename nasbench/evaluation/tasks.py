@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 import torch
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.tokenizer import Tokenizer
-from nasbench.config import format_size, parse_size
-from nasbench.errors import UserError
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
+from nasbench.core.registry import Registry
+from nasbench.core.sizes import format_size, parse_size
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.reading import BATCH_TOKENS
 from nasbench.evaluation.score import Score
-from nasbench.registry import Registry
-from nasbench.supernet.data import Corpus
+from nasbench.model.decoder import Decoder
 from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import output_weight, token_losses
 

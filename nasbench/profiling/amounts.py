@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nasbench.backbone.shapes import ModelShape
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling.plan import Point
 
 Amounts = tuple[int, int]

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 
 from nasbench import __version__
-from nasbench.backbone.shapes import ModelShape
+from nasbench.core.errors import UserError, unknown
 from nasbench.devices import DEVICES, DeviceInfo, DeviceSpec
-from nasbench.errors import UserError, unknown
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.fused_calls import NO_CALL
 from nasbench.profiling.measure import DTYPE_NAMES, point_cells

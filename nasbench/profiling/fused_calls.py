@@ -1,5 +1,5 @@
 """The blocks of a decode step and of a prompt's chunk on a GPU, each with the kernels that the engine launches for it
-(nasbench.engine.fused_step, Decoder.hidden).
+(nasbench.runtime.fused_step, Decoder.hidden).
 
 In a step for one sequence the norms and the residual additions are parts of the products next to them, so a norm has no
 call of its own; elsewhere residual addition and norm are one kernel between the blocks.
@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import Decoder, GatedMLP
-from nasbench.blocks import fused
-from nasbench.blocks.mixer import MixerCache, Step
+from nasbench.model import fused
+from nasbench.model.block import MixerCache, Step
+from nasbench.model.decoder import Decoder, GatedMLP
 
 NO_CALL = "for one sequence a part of the products after it"
 """Why the norm has no time of its own."""

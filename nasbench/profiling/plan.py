@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size, parse_size
-from nasbench.errors import UserError, unknown
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.sizes import format_size, parse_size
+from nasbench.model.shapes import ModelShape
 from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
@@ -21,7 +21,7 @@ LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
 FULL_MEMORY = 1.0
 """Share of it that a whole model may come to fill, up to which its layers are measured; no less than what
-nasbench.engine.memory lets a model fill, or its largest batch has no rows."""
+nasbench.runtime.memory lets a model fill, or its largest batch has no rows."""
 USABLE_MEMORY = 0.85
 """Share of the device's memory that a plan counts on; the rest is for work space and what else runs."""
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import unknown
 from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
-from nasbench.errors import unknown
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
 from nasbench.profiling.measure import DTYPE_NAMES, Machine, measure, point_cells

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 
-from nasbench.blocks import fused
-from nasbench.errors import MachineError, NasbenchError
+from nasbench.core.errors import MachineError, NasbenchError
+from nasbench.model import fused
 from nasbench.profiling.ceilings import measure_ceilings
 from nasbench.profiling.measure import Machine, measure, point_cells, provenance
 from nasbench.profiling.plan import Point

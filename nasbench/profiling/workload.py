@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nasbench.backbone.decoder import Decoder, GatedMLP
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import fused
-from nasbench.blocks.mixer import Chunk, MixerCache, Step
+from nasbench.model import fused
+from nasbench.model.block import Chunk, MixerCache, Step
+from nasbench.model.decoder import Decoder, GatedMLP
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling import fused_calls
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nasbench import __version__
-from nasbench.backbone.resolve import classify, resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.config import format_size
+from nasbench.checkpoints.resolve import classify, resolve_shape
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import format_size
 from nasbench.cost import dtype_bytes, find_profiles
-from nasbench.errors import UserError
+from nasbench.model.shapes import ModelShape
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
 from nasbench.search.session import compare

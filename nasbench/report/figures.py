@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from nasbench.config import format_size
+from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.facts import Facts, KRow, Point, TargetFacts
 from nasbench.search.trials import score

@@ -10,8 +10,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nasbench.config import format_size
-from nasbench.files import atomic_path, machine_errors, write_text
+from nasbench.core.files import atomic_path, machine_errors, write_text
+from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
 from nasbench.report.figures import drawings

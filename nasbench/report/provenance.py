@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from nasbench.backbone.resolve import ModelName
-from nasbench.config import format_size
+from nasbench.checkpoints.resolve import ModelName
+from nasbench.core.sizes import format_size
 from nasbench.runs import Run
 from nasbench.search.trials import TEACHER, UNIFORM, Trial
 from nasbench.store import Row
@@ -43,7 +43,7 @@ class Validated(Protocol):
 def teacher_source(model: ModelName) -> str:
     """What the full-attention model is, in words."""
     if model.kind == "default":
-        from nasbench.backbone.fetch import SOURCE
+        from nasbench.checkpoints.fetch import SOURCE
 
         return SOURCE
     kinds = {"gguf": "GGUF file, dequantised", "hub": "from the hub", "folder": "local folder"}

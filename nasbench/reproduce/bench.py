@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from nasbench.backbone.load import LoadedModel, load_model
-from nasbench.backbone.shapes import ModelShape
+from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.evaluator import Evaluator
+from nasbench.model.shapes import ModelShape
 from nasbench.reproduce.recipe import Plan, Recipe
 from nasbench.reproduce.speed import Speeds
 from nasbench.runs import Run, RunSpec
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.loop import Progress, no_progress
 from nasbench.supernet.supernet import Supernet
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.errors import UserError
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import UserError
 from nasbench.reproduce import measure, ranks, searching, stages, table
 from nasbench.reproduce.bench import Bench, Log
 from nasbench.reproduce.items import Items, difference, mean_and_error, subject_of

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nasbench.core.files import machine_errors
 from nasbench.evaluation.suite import evenly
-from nasbench.files import machine_errors
 from nasbench.reproduce.recipe import Candidate
 from nasbench.spaces.placement import format_placement
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.suite import Suite
 from nasbench.evaluation.tasks import Task, parse_task
+from nasbench.parallel.pool import Job, Team
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.items import Items, Subject, mean_and_error, subject_of
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.searching import SEARCHED
-from nasbench.reproduce.team import Job, Team
 from nasbench.search.trials import TEACHER, UNIFORM
 from nasbench.spaces.placement import format_placement
 from nasbench.supernet.finalize import final_folder, final_version, use_final

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nasbench.config import format_size, parse_size
-from nasbench.files import atomic_path, write_text
+from nasbench.core.files import atomic_path, write_text
+from nasbench.core.sizes import format_size, parse_size
 from nasbench.report import style
 from nasbench.reproduce.summary import Section
 from nasbench.search.trials import TEACHER, UNIFORM

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from nasbench.errors import UserError, unknown
-from nasbench.files import read_json, write_json
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import read_json, write_json
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet.settings import DistillConfig
 

@@ -6,13 +6,13 @@ import random
 import time
 from dataclasses import replace
 
+from nasbench.core.errors import MachineError
 from nasbench.devices import detect
-from nasbench.engine.throughput import DTYPE_NAMES
-from nasbench.errors import MachineError
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.reproduce import recall
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.recipe import Candidate, Recipe
+from nasbench.runtime.throughput import DTYPE_NAMES
 from nasbench.search import strategies
 from nasbench.search.objective import Loss, Speed
 from nasbench.search.session import Options, Search, baselines

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from nasbench.backbone.shapes import ModelShape
-from nasbench.engine.floor import Ceilings, measure_ceilings
-from nasbench.engine.memory import free_bytes
-from nasbench.engine.throughput import measure
-from nasbench.errors import MachineError
+from nasbench.core.errors import MachineError
+from nasbench.model.shapes import ModelShape
+from nasbench.runtime.memory import free_bytes
+from nasbench.runtime.roofline import Ceilings, measure_ceilings
+from nasbench.runtime.throughput import measure
 from nasbench.search.objective import Speed
 from nasbench.search.table import read_rows, write_rows
 from nasbench.spaces.placement import Placement, format_placement

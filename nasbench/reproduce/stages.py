@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from nasbench.engine.memory import free_bytes, ran_out
-from nasbench.errors import MachineError
+from nasbench.core.errors import MachineError
+from nasbench.data.packing import Corpus
+from nasbench.data.self_corpus import BATCH, Writing, write_corpus
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.recipe import Candidate
 from nasbench.reproduce.searching import chosen
+from nasbench.runtime.memory import free_bytes, ran_out
 from nasbench.spaces.placement import format_placement
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.estimate import time_steps
 from nasbench.supernet.finalize import AVERAGE, average_final, finalize
-from nasbench.supernet.self_corpus import BATCH, Writing, write_corpus
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import Distiller, distill
 

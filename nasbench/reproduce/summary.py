@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from nasbench.config import format_size
-from nasbench.files import write_text
+from nasbench.core.files import write_text
+from nasbench.core.sizes import format_size
 from nasbench.reproduce.items import mean_and_error, subject_of
 from nasbench.reproduce.ranks import rank_rows
 from nasbench.reproduce.recipe import Candidate

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nasbench.config import format_size, parse_size
+from nasbench.core.files import atomic_path
+from nasbench.core.sizes import format_size, parse_size
 from nasbench.evaluation.suite import chance, read_items
-from nasbench.files import atomic_path
 from nasbench.reproduce.items import Items, Subject, difference, mean_and_error, subject_of
 from nasbench.reproduce.recipe import Plan
 from nasbench.reproduce.speed import Speeds

@@ -1,6 +1,6 @@
 """`python -m nasbench.reproduce.worker`: measures one share of the placements of a run on a device of its own.
 
-Started by `nasbench.reproduce.team`, which says what it reads and writes. Of the run it writes items-N.jsonl alone:
+Started by `nasbench.parallel.pool`, which says what it reads and writes. Of the run it writes items-N.jsonl alone:
 plan, tables and report are the main process's.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from nasbench.parallel.pool import Job
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.items import Items
 from nasbench.reproduce.measure import Measurer, measure_share
 from nasbench.reproduce.recipe import Recipe
-from nasbench.reproduce.team import Job
 
 
 def work(job: Job) -> None:

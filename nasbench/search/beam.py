@@ -7,7 +7,7 @@ full layer at a time. Candidates are tried in the order of a guess that learns (
 
 from __future__ import annotations
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.search.session import BATCH, STRATEGIES, Search
 from nasbench.search.surrogate import Surrogate
 from nasbench.spaces.space import full_attention_layers

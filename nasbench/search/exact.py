@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from nasbench.errors import MachineError, UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.search.session import STRATEGIES, Search
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space

@@ -7,7 +7,7 @@ layers that are worth most alone are tried.
 
 from __future__ import annotations
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.search.session import STRATEGIES, Search
 
 NAME = "kl-greedy"

@@ -11,7 +11,7 @@ import hashlib
 import warnings
 from typing import TYPE_CHECKING
 
-from nasbench.errors import MachineError, UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.search.session import BATCH, STRATEGIES, Search
 from nasbench.search.trials import best_of, front_rows
 from nasbench.spaces.placement import Placement

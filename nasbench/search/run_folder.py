@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nasbench.config import parse_size
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 from nasbench.cost import CostModel
-from nasbench.errors import UserError
 from nasbench.runs import Run
 from nasbench.search import strategies
 from nasbench.search.objective import RunObjective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.search.session import STRATEGIES, Search
 from nasbench.search.trials import UNIFORM
 from nasbench.spaces.placement import Placement

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from nasbench.errors import UserError, unknown
-from nasbench.registry import Registry
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.registry import Registry
 from nasbench.search.objective import Loss, Objective
 from nasbench.search.trials import (
     FILLERS,

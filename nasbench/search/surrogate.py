@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from nasbench.pareto import Floats
+from nasbench.search.pareto import Floats
 
 
 class Surrogate:

@@ -9,8 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from nasbench.errors import UserError
-from nasbench.files import atomic_path
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path
 
 Row = TypeVar("Row")
 _LEGAL = {int: "a whole number", float: "a number", str: "text"}

@@ -10,10 +10,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from nasbench.errors import UserError
-from nasbench.files import machine_errors
-from nasbench.pareto import front as pareto_front
-from nasbench.pareto import hypervolume
+from nasbench.core.errors import UserError
+from nasbench.core.files import machine_errors
+from nasbench.search.pareto import front as pareto_front
+from nasbench.search.pareto import hypervolume
 from nasbench.search.table import read_rows, write_rows
 from nasbench.spaces.placement import Placement, count_kind, parse_placement
 

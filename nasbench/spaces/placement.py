@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from itertools import groupby
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 
 Placement = tuple[str, ...]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nasbench.errors import UserError, unknown
+from nasbench.core.errors import UserError, unknown
 from nasbench.spaces.placement import Placement, count_kind, format_placement, kind_of
 
 

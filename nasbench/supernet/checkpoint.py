@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nasbench.errors import UserError
-from nasbench.files import machine_errors, read_json, write_json
+from nasbench.core.errors import UserError
+from nasbench.core.files import machine_errors, read_json, write_json
 
 WEIGHTS, OPTIMIZER, STATE, LATEST = "supernet.safetensors", "optimizer.safetensors", "state.json", "latest.json"
 MOMENTS = "moments"

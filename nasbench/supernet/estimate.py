@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nasbench.parallel.fsdp import local
 from nasbench.supernet import checkpoint
 from nasbench.supernet.loop import LossSums
-from nasbench.supernet.sharding import local
 from nasbench.supernet.train import SOLVE_BATCH_TOKENS, STAGES, Distiller
 
 TIMED_STEPS = 3

@@ -16,14 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nasbench.backbone.decoder import DecoderLayer
-from nasbench.backbone.load import LoadedModel, load_model
-from nasbench.errors import UserError
-from nasbench.files import atomic_path, read_json, write_json
+from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path, read_json, write_json
+from nasbench.data.packing import Batch, Corpus
+from nasbench.model.decoder import DecoderLayer
+from nasbench.parallel import fsdp as sharding
+from nasbench.parallel.context import ALONE, Workers
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
-from nasbench.supernet import checkpoint, sharding
-from nasbench.supernet.data import Batch, Corpus
+from nasbench.supernet import checkpoint
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
     Loop,
@@ -40,7 +42,6 @@ from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import REST, distill_step, first_not_finite
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import training_corpus
-from nasbench.supernet.workers import ALONE, Workers
 
 CONFIG, MIXERS, TRAINING = "final.json", "mixers.safetensors", "training"
 STAGE = "finalize"

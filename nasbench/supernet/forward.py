@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.blocks.documents import Documents
-from nasbench.blocks.mixer import Chunk, TokenMixer
-from nasbench.supernet.data import Batch
+from nasbench.data.packing import Batch
+from nasbench.model.block import Chunk, TokenMixer
+from nasbench.model.decoder import Decoder
+from nasbench.model.documents import Documents
 from nasbench.supernet.fused_layers import embed, run_layer
 
 

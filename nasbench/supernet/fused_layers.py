@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import Decoder, DecoderLayer, GatedMLP
-from nasbench.blocks import fused
-from nasbench.blocks.documents import RESET_LOG_DECAY
-from nasbench.blocks.flash import flash_attention, has_flash
-from nasbench.blocks.full_attention_mixer import FullAttention
-from nasbench.blocks.gated_delta_mixer import WIDEST_TRAINED_KEY
-from nasbench.blocks.jet_block_mixer import JetBlock
-from nasbench.blocks.mixer import Chunk, TokenMixer
-from nasbench.blocks.sliding_window_mixer import SlidingWindow
-from nasbench.blocks.stacked import StackedProjections
-from nasbench.supernet.sharding import run
+from nasbench.model import fused
+from nasbench.model.block import Chunk, TokenMixer
+from nasbench.model.decoder import Decoder, DecoderLayer, GatedMLP
+from nasbench.model.documents import RESET_LOG_DECAY
+from nasbench.model.mixers.attention.flash import flash_attention, has_flash
+from nasbench.model.mixers.attention.mixer import FullAttention
+from nasbench.model.mixers.gated_delta.jet_block import JetBlock
+from nasbench.model.mixers.gated_delta.mixer import WIDEST_TRAINED_KEY
+from nasbench.model.mixers.sliding_window.mixer import SlidingWindow
+from nasbench.model.packed import StackedProjections
+from nasbench.parallel.fsdp import run
 
 ALIGNED = 8
 """Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""

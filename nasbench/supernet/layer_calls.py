@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from nasbench.blocks.mixer import Chunk
+from nasbench.data.packing import Batch
+from nasbench.model.block import Chunk
 from nasbench.spaces.placement import kind_of
-from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.fused_layers import run_layer
 from nasbench.supernet.supernet import Supernet

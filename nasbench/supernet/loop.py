@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nasbench.engine.graph import capture
-from nasbench.errors import MachineError
-from nasbench.files import machine_errors, write_text
+from nasbench.core.errors import MachineError
+from nasbench.core.files import machine_errors, write_text
+from nasbench.data.packing import Batch
+from nasbench.parallel.context import ALONE, Workers
+from nasbench.runtime.graph import capture
 from nasbench.supernet import board, checkpoint, sharded_checkpoint
-from nasbench.supernet.data import Batch
 from nasbench.supernet.optimizer import MasterAdamW, cosine
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.workers import ALONE, Workers
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the tokens done and the tokens of the whole stage."""

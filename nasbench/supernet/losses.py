@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.blocks import fused
+from nasbench.model import fused
+from nasbench.model.decoder import Decoder
 
 CHUNK = {"cpu": 128, "cuda": 1024}
 """Tokens whose logits are scored at once. 128 are 25 MB in fp32 for a vocabulary of 49152, which a last-level cache

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nasbench.supernet.sharding import is_shared_out, local, share_of, with_share
-from nasbench.supernet.workers import ALONE, Workers
+from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel.fsdp import is_shared_out, local, share_of, with_share
 
 
 def cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -30,7 +30,7 @@ class MasterAdamW:
     The gradients of all masters lie in one fp32 buffer, a group's side by side: one sum over processes, one norm and
     one scaling a group.
 
-    A parameter that is shared out to processes (nasbench.supernet.sharding) is fp32 and its own master: gradients,
+    A parameter that is shared out to processes (nasbench.parallel.fsdp) is fp32 and its own master: gradients,
     moments and steps are those of this process's share, and only a group's norm needs the others.
 
     Args:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.blocks.mixer import Chunk, TokenMixer
-from nasbench.supernet.data import Batch
+from nasbench.data.packing import Batch
+from nasbench.model.block import Chunk, TokenMixer
+from nasbench.model.decoder import Decoder
+from nasbench.parallel.fsdp import assign, full
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
-from nasbench.supernet.sharding import assign, full
 
 ROUNDING = 1e-4
 """A share of the target's energy that is no error: bf16 rounds away about 4e-6. A window that sees the whole row is the

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nasbench.errors import UserError, unknown
+from nasbench.core.errors import UserError, unknown
 
 FULL_SCHEDULES = ("uniform", "falling")
 
@@ -49,7 +49,7 @@ class DistillConfig:
         recompute: activations of the student's layers are computed again in the backward pass: slower, less memory.
         graphs: on a GPU every layer of a sub-network is replayed from CUDA graphs: fewer launches, more memory.
         shard: weights, gradients and moments are shared out to the processes that torchrun started, for models that one
-            card does not hold (nasbench.supernet.sharding); false: each process holds all. Not with graphs.
+            card does not hold (nasbench.parallel.fsdp); false: each process holds all. Not with graphs.
         log_every: steps between two rows of losses.csv.
         checkpoint_every_s: seconds between two checkpoints.
         tensorboard: losses and speed are written for TensorBoard, too, beside losses.csv.

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from nasbench.errors import MachineError, UserError
-from nasbench.files import machine_errors
+from nasbench.core.errors import MachineError, UserError
+from nasbench.core.files import machine_errors
+from nasbench.parallel.context import Workers
+from nasbench.parallel.fsdp import gathered, is_shared_out, local, with_share
 from nasbench.supernet import checkpoint
 from nasbench.supernet.checkpoint import MOMENTS, Checkpoint, digest
 from nasbench.supernet.optimizer import MasterAdamW
-from nasbench.supernet.sharding import gathered, is_shared_out, local, with_share
-from nasbench.supernet.workers import Workers
 
 
 def save(

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import torch
 
+from nasbench.data.packing import Batch
+from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel.fsdp import full
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
-from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
 from nasbench.supernet.layer_calls import TEACHER, LayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.sharding import full
 from nasbench.supernet.supernet import Supernet
-from nasbench.supernet.workers import ALONE, Workers
 
 REST = "rest"
 """Names what a finalised hybrid trains of a layer beside its mixer, in losses and files."""

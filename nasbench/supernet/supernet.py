@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nasbench.backbone.decoder import Decoder, DecoderLayer
-from nasbench.backbone.load import LoadedModel, load_model
-from nasbench.backbone.tokenizer import Tokenizer
-from nasbench.blocks.full_attention_mixer import FullAttention
-from nasbench.blocks.mixer import TokenMixer
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
+from nasbench.model.block import TokenMixer
+from nasbench.model.decoder import Decoder, DecoderLayer
+from nasbench.model.mixers.attention.mixer import FullAttention
+from nasbench.parallel.fsdp import assign
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
-from nasbench.supernet.sharding import assign
 
 
 class Supernet:
@@ -32,7 +32,7 @@ class Supernet:
         own: layers of one finalised hybrid whose MLP and norms, too, are its own, by index and name; the teacher's are
             never changed.
         version: names the weights: "init" before training, else the checkpoint's digest.
-        shards: where the weights are shared out to several processes (nasbench.supernet.sharding), all their units.
+        shards: where the weights are shared out to several processes (nasbench.parallel.fsdp), all their units.
     """
 
     def __init__(

@@ -22,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nasbench.backbone.load import LoadedModel, load_model
-from nasbench.blocks.mixer import TokenMixer
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Batch, Corpus
+from nasbench.model.block import TokenMixer
+from nasbench.parallel import fsdp as sharding
+from nasbench.parallel.context import ALONE, Workers
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
-from nasbench.supernet import checkpoint, sharded_checkpoint, sharding
-from nasbench.supernet.data import Batch, Corpus
+from nasbench.supernet import checkpoint, sharded_checkpoint
 from nasbench.supernet.forward import mixing
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
@@ -47,7 +49,6 @@ from nasbench.supernet.ridge import calibrate_writing, solve_readouts
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import align_step, distill_step, first_not_finite, sample_placement
 from nasbench.supernet.supernet import Supernet
-from nasbench.supernet.workers import ALONE, Workers
 
 STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nasbench.cli.main import run
-from nasbench.engine import floor
+from nasbench.runtime import roofline as floor
 
 KEYS = {
     "placement", "model", "device", "context", "batch", "decode_tok_s", "prefill_tok_s", "step_ms", "cache_bytes",

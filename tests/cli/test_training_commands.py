@@ -8,7 +8,7 @@ import typer
 from supernet_tiny import one_thread, text_file, tiny_model
 
 from nasbench.cli import corpus_command, distill_command, eval_command, finalize_command
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 
 __all__ = ["one_thread", "text_file", "tiny_model"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nasbench.backbone.shapes import MODELS
+from nasbench.model.shapes import MODELS
 from nasbench.store import read_db
 
 PROFILES = Path(__file__).parents[2] / "profiles"

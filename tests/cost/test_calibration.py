@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_cost import CHUNK, SHAPE, make, rows_of
 
-from nasbench.backbone.shapes import MODELS
+from nasbench.core.errors import UserError
 from nasbench.cost import CalibrationRow, CostModel, add_calibration, judge, load_cost_model
 from nasbench.cost.calibration import (
     FOREIGN,
@@ -20,7 +20,7 @@ from nasbench.cost.calibration import (
     read_calibration,
 )
 from nasbench.cost.judge import spearman
-from nasbench.errors import UserError
+from nasbench.model.shapes import MODELS
 from nasbench.spaces.placement import format_placement
 from nasbench.store import Database
 

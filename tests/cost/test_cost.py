@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nasbench.backbone.shapes import MODELS
+from nasbench.core.errors import UserError
 from nasbench.cost import CostModel, find_profiles, profiled_devices
-from nasbench.errors import UserError
+from nasbench.model.shapes import MODELS
 from nasbench.store import SHARED_BLOCKS, Database, Row, block_cells
 
 SHAPE = MODELS["smollm2-135m"]

@@ -10,10 +10,10 @@ import torch
 from test_calibration import end_to_end
 from test_cost import rows_of
 
-from nasbench import end_to_end as end_to_end_module
-from nasbench.backbone.shapes import MODELS, ModelShape
 from nasbench.cost import CostModel, add_calibration
-from nasbench.end_to_end import EndToEnd, find_largest
+from nasbench.cost import end_to_end as end_to_end_module
+from nasbench.cost.end_to_end import EndToEnd, find_largest
+from nasbench.model.shapes import MODELS, ModelShape
 from nasbench.spaces.placement import count_kind
 from nasbench.store import Database
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nasbench.backbone.shapes import MODELS
 from nasbench.devices import DEVICES, DeviceInfo
+from nasbench.model.shapes import MODELS
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.measure import point_cells
 from nasbench.profiling.plan import plan

@@ -2,10 +2,10 @@
 
 import pytest
 
+from nasbench.core.errors import MachineError, UserError
 from nasbench.devices import DEVICES, DeviceSpec, detect
 from nasbench.devices.base import FIGURES, slugify
 from nasbench.devices.detect import _gpu_slug
-from nasbench.errors import MachineError, UserError
 
 
 @pytest.mark.parametrize("slug", sorted(DEVICES))
@@ -114,7 +114,7 @@ def test_devices_that_are_not_there():
 def test_a_third_party_adds_a_device(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    from nasbench import registry
+    from nasbench.core import registry
 
     monkeypatch.setattr(DEVICES, "_discovered", False)
     monkeypatch.setattr(DEVICES, "_items", dict(DEVICES._items))

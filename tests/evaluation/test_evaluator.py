@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.evaluation.evals_file import EvalsFile, Key, read_evals
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.evaluation.importance import importance_path, read_importance

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasbench.backbone.load import load_model, random_decoder
+from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.data.packing import Corpus
 from nasbench.evaluation import reading, retrieval
 from nasbench.evaluation.multiple_choice import lay_out, tokenised
 from nasbench.evaluation.reading import Ends, Prompts, Text, batches_of, end_places, greedy, padded, read_ends
 from nasbench.evaluation.tasks import Context, parse_task
 from nasbench.spaces.placement import parse_placement
-from nasbench.supernet.data import Corpus
 
 CPU = torch.device("cpu")
 

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from nasbench.backbone.load import load_model, random_decoder
-from nasbench.engine.generate import generate
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.reading import greedy
 from nasbench.evaluation.suite import chance, line_ends, read_items
 from nasbench.evaluation.tasks import Context, parse_task
+from nasbench.runtime.generate import generate
 from nasbench.spaces.placement import parse_placement
-from nasbench.supernet.data import Corpus
 
 
 @pytest.fixture

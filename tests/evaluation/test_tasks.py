@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.multiple_choice import log_likelihoods, read_questions
 from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.retrieval import make_items
 from nasbench.evaluation.tasks import Context, parse_task, parse_tasks, summarise
-from nasbench.supernet.data import Corpus
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from supernet_tiny import LAYERS, save_tiny
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import UserError
 from nasbench.export import export
 from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import format_placement, parse_placement

@@ -7,9 +7,9 @@ import torch
 from nasbench_kernels.gated_delta import chunked_gated_delta, naive_gated_delta
 from tolerances import BF16, CACHE_FP32, CHUNKED_FP32, relative_rmse
 
-from nasbench.backbone.load import random_decoder
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import BLOCKS
+from nasbench.checkpoints.load import random_decoder
+from nasbench.model import BLOCKS
+from nasbench.model.shapes import ModelShape
 from nasbench.spaces.placement import parse_placement
 
 pytestmark = pytest.mark.gpu

@@ -26,11 +26,11 @@ from benchmarks.launch_cases import (
     stage_bytes,
     whole_tiles,
 )
-from nasbench.backbone.load import random_decoder
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import fused
-from nasbench.engine.fused_step import FusedStep
+from nasbench.checkpoints.load import random_decoder
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.model import fused
+from nasbench.model.shapes import ModelShape
+from nasbench.runtime.fused_step import FusedStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = ModelShape(
@@ -268,9 +268,10 @@ def test_whole_steps(able, monkeypatch):
     from nasbench_kernels.decode import overlap
 
     import benchmarks.decode as decode
-    from nasbench.backbone import load
-    from nasbench.engine import floor, memory, throughput
-    from nasbench.errors import MachineError
+    from nasbench.checkpoints import load
+    from nasbench.core.errors import MachineError
+    from nasbench.runtime import memory, throughput
+    from nasbench.runtime import roofline as floor
 
     def measure(*_, context, batch, **rest):
         if context > 4096:

@@ -15,8 +15,8 @@ from nasbench_kernels.decode.recurrent import step_launch
 import benchmarks.launches as bench
 from benchmarks.kernel_cases import CLOSE
 from benchmarks.state_cases import StateCase, label, launches, states
-from nasbench.backbone.resolve import resolve_shape
-from nasbench.backbone.shapes import ModelShape
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.model.shapes import ModelShape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = ModelShape(

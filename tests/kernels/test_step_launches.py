@@ -10,7 +10,7 @@ from nasbench_kernels.decode import product, recurrent
 
 import benchmarks.step_launches as bench
 from benchmarks.launch_cases import Candidate
-from nasbench.backbone.resolve import resolve_shape
+from nasbench.checkpoints.resolve import resolve_shape
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

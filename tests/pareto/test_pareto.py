@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from nasbench.pareto import dominates, front, hypervolume
+from nasbench.search.pareto import dominates, front, hypervolume
 
 
 @st.composite

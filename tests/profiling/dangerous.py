@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from nasbench.blocks.base import MixerConfig, parse_ints
-from nasbench.blocks.mixer import MixerCache, TokenMixer
+from nasbench.model.block import MixerCache, TokenMixer
+from nasbench.model.spec import MixerConfig, parse_ints
 
 HARMLESS, KILLED, LEFT, HUNG, CRASHED, GREEDY = range(1, 7)
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from nasbench.backbone.shapes import MODELS
+from nasbench.core.errors import UserError
 from nasbench.devices import DEVICES
-from nasbench.errors import UserError
+from nasbench.model.shapes import MODELS
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.estimate import LEAST_ERROR, Estimator, learn, samples
 from nasbench.profiling.plan import Point

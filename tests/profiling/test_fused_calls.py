@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasbench.backbone.load import random_decoder
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import fused
-from nasbench.engine.fused_step import FusedStep
+from nasbench.checkpoints.load import random_decoder
+from nasbench.model import fused
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling import fused_calls
 from nasbench.profiling.plan import Point
 from nasbench.profiling.workload import Bench, build
+from nasbench.runtime.fused_step import FusedStep
 
 TINY = ModelShape("tiny", "qwen3", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, qk_norm=True, defaults=(("W", "32"),))
 

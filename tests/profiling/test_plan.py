@@ -2,8 +2,8 @@
 
 import pytest
 
-from nasbench.backbone.shapes import MODELS
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.model.shapes import MODELS
 from nasbench.profiling.plan import Point, batch_limit, largest_batch, parse_batches, plan
 
 SHAPE = MODELS["smollm2-135m"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nasbench.backbone.shapes import MODELS
+from nasbench.model.shapes import MODELS
 from nasbench.profiling.sweep import sweep
 from nasbench.store import read_db
 

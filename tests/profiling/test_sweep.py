@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.shapes import MODELS, ModelShape
+from nasbench.core.errors import MachineError, UserError
 from nasbench.cost import CostModel
-from nasbench.errors import MachineError, UserError
+from nasbench.model.decoder import Decoder
+from nasbench.model.shapes import MODELS, ModelShape
 from nasbench.profiling import sweep as sweep_module
 from nasbench.profiling.measure import measure, point_cells, provenance
 from nasbench.profiling.plan import Point

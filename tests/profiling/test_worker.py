@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from nasbench import registry, store
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks import BLOCKS
+from nasbench import store
+from nasbench.core import registry
+from nasbench.model import BLOCKS
+from nasbench.model.shapes import ModelShape
 from nasbench.profiling import worker as worker_module
 from nasbench.profiling.sweep import prepare, sweep
 from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupted
@@ -35,8 +36,8 @@ def dangerous(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setattr(BLOCKS, "_discovered", False)
     monkeypatch.setattr(BLOCKS, "_items", dict(BLOCKS._items))
-    found = [EntryPoint("Z", "dangerous:DangerousConfig", "nasbench.blocks")]
-    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "nasbench.blocks" else [])
+    found = [EntryPoint("Z", "dangerous:DangerousConfig", "nasbench.model")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "nasbench.model" else [])
     yield
     sys.modules.pop("dangerous", None)
 

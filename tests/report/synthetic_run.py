@@ -4,9 +4,9 @@ import math
 
 from search.synthetic import SyntheticObjective
 
-from nasbench.backbone.resolve import resolve_shape
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.files import write_text
 from nasbench.cost import CostModel
-from nasbench.files import write_text
 from nasbench.runs import Run, RunSpec
 from nasbench.search.objective import Loss, Speed
 from nasbench.search.session import Options, Search, run_search

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from report.synthetic_run import make_run
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.report import style
 from nasbench.report.facts import collect
 from nasbench.report.figures import drawings, shown_points
@@ -142,7 +142,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_kinds_keep_their_colour():
-    from nasbench.blocks import BLOCKS
+    from nasbench.model import BLOCKS
 
     colours = [style.colour(kind) for kind in "AWJGDMLRTK"]
     assert len(set(colours)) == len(colours)

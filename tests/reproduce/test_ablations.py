@@ -8,13 +8,13 @@ import torch
 
 import benchmarks.ablations as bench
 from benchmarks.ablation_tables import Difference, Results, Row
-from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.tasks import Context, parse_task
 from nasbench.runs import Run
 from nasbench.search.table import read_rows
 from nasbench.supernet import checkpoint, train
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.supernet import Supernet
 
 SETTINGS = (
@@ -107,7 +107,7 @@ def test_arms_are_measured_compared_and_not_done_twice(arguments, tiny_model, te
     assert "nan" not in text.lower()
 
     # All is there: no model is read; other options are refused; the page is made of the values alone.
-    monkeypatch.setattr("nasbench.backbone.load.load_model", lambda *_, **__: pytest.fail("done again"))
+    monkeypatch.setattr("nasbench.checkpoints.load.load_model", lambda *_, **__: pytest.fail("done again"))
     assert bench.main([*arguments, "--arms", "self,base"]) == 0
     assert bench.main([*arguments, "--align", "1k"]) == 2
     assert "was begun with another align_tokens" in capsys.readouterr().err

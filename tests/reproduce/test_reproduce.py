@@ -13,8 +13,8 @@ import typer
 from matplotlib.figure import Figure
 
 from nasbench.cli import reproduce_command
-from nasbench.config import parse_size
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_size
 from nasbench.evaluation.suite import Suite
 from nasbench.reproduce import measure, page, stages, summary
 from nasbench.reproduce.items import Items, Subject

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from nasbench.cli.reproduce_command import helper_devices
-from nasbench.errors import UserError
-from nasbench.files import read_json
-from nasbench.reproduce import measure, page, team
+from nasbench.core.errors import UserError
+from nasbench.core.files import read_json
+from nasbench.parallel import pool as team
+from nasbench.reproduce import measure, page
 from nasbench.reproduce.driver import reproduce, write_report
 from nasbench.reproduce.items import Items, Subject
 from nasbench.reproduce.measure import Measurer, share_of

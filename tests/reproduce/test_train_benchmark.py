@@ -11,7 +11,7 @@ import torch
 from supernet_tiny import SHAPE
 from torch import nn
 
-from nasbench.backbone.load import random_decoder
+from nasbench.checkpoints.load import random_decoder
 from nasbench.spaces.placement import parse_placement
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train.py"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from supernet_tiny import LAYERS, SHAPE, save_tiny
 
-from nasbench.backbone.load import load_model
+from nasbench.checkpoints.load import load_model
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front, read_trials
 from nasbench.store import SHARED_BLOCKS, Database, Row, block_cells

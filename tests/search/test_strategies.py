@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from search.synthetic import SyntheticObjective
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.search.exact import solve
 from nasbench.search.session import Options, Search, run_search
 from nasbench.search.strategies import STRATEGIES

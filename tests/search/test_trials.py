@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from search.synthetic import SyntheticObjective
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.search.session import Options, Search, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import Trial, add_trials, front_rows, read_front, read_trials, write_front

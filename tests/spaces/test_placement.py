@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.spaces.placement import (
     args_of,
     count_kind,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasbench import store
-from nasbench.errors import MachineError, UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.store import COLUMNS, KEY, Database, Row, read_db, select
 
 

@@ -8,7 +8,7 @@ import torch
 import typer
 
 from nasbench.cli import distill_command
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 

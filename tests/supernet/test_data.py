@@ -10,11 +10,11 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import MachineError, UserError
-from nasbench.supernet import hub_data
-from nasbench.supernet.data import Batch, Corpus, _encode, ages_of, cut, pack, split_documents
-from nasbench.supernet.text import default_documents, read_documents
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import MachineError, UserError
+from nasbench.data import hub as hub_data
+from nasbench.data.packing import Batch, Corpus, _encode, ages_of, cut, pack, split_documents
+from nasbench.data.text import default_documents, read_documents
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
 from nasbench.supernet import checkpoint
 from nasbench.supernet.finalize import MIXERS, final_folder, finalize, load_final
 from nasbench.supernet.loop import Loop

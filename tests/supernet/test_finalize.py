@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Corpus
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Corpus
 from nasbench.supernet.finalize import MIXERS, average_final, final_folder, finalize, is_final, load_final, use_final
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet

@@ -7,11 +7,11 @@ import pytest
 import torch
 from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
-from nasbench.backbone.decoder import Decoder
-from nasbench.backbone.shapes import ModelShape
-from nasbench.blocks.documents import Documents
+from nasbench.data.packing import Batch
+from nasbench.model.decoder import Decoder
+from nasbench.model.documents import Documents
+from nasbench.model.shapes import ModelShape
 from nasbench.supernet import fused_layers
-from nasbench.supernet.data import Batch
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.losses import distillation_kl, token_losses
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
-from nasbench.supernet import self_corpus
-from nasbench.supernet.data import Corpus
-from nasbench.supernet.self_corpus import SHORTEST, Writing, first_tokens, special_ids, write_batch, write_corpus
-from nasbench.supernet.text import read_documents
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import UserError
+from nasbench.data import self_corpus
+from nasbench.data.packing import Corpus
+from nasbench.data.self_corpus import SHORTEST, Writing, first_tokens, special_ids, write_batch, write_corpus
+from nasbench.data.text import read_documents
 
 WRITING = Writing("tiny", length=48, batch=4)
 

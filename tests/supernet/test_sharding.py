@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from supernet_workers import TRAINING, assert_same, said, start, together
 from tolerances import relative_rmse
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import UserError
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import UserError
 from nasbench.spaces.placement import parse_placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.estimate import estimate
@@ -28,11 +28,11 @@ SHARDED = WHOLE.updated({"shard": True})
 SHARES = """
 import threading
 from torch.distributed.tensor import DTensor
-from nasbench.backbone.load import load_model
+from nasbench.checkpoints.load import load_model
 from nasbench.supernet import steps, train
 from nasbench.supernet.estimate import estimate
 from nasbench.supernet.loop import LossSums
-from nasbench.supernet.sharding import local
+from nasbench.parallel.fsdp import local
 with workers_of("cpu") as (workers, device):
     loaded = load_model(run.spec.model, dtype=torch.bfloat16)
     distiller = train.Distiller(run, loaded, {config!r}, threading.Event(), workers=workers)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tolerances import relative_rmse
 
-from nasbench.backbone.load import load_model
-from nasbench.errors import MachineError, UserError
+from nasbench.checkpoints.load import load_model
+from nasbench.core.errors import MachineError, UserError
+from nasbench.data.packing import Batch, Corpus
 from nasbench.spaces.placement import kind_of
 from nasbench.supernet import checkpoint
 from nasbench.supernet import train as training
-from nasbench.supernet.data import Batch, Corpus
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error

@@ -4,12 +4,12 @@ import pytest
 import torch
 from supernet_workers import assert_same, together
 
-from nasbench.errors import UserError
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Batch
+from nasbench.parallel.context import Workers
 from nasbench.supernet import checkpoint
-from nasbench.supernet.data import Batch
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
-from nasbench.supernet.workers import Workers
 
 CONFIG = DistillConfig(
     ridge_tokens=512, align_tokens=768, supernet_tokens=768, align_batch_tokens=128, supernet_batch_tokens=128,

@@ -7,7 +7,7 @@ calls it, so a launch that is complete says that all before it are: after `follo
 they wrote is seen, whatever kernels (our own, torch's, cuBLAS's) they were.
 
 What is read before `follow` must have been written before the last ordinary launch or synchronisation: stacking
-weights (nasbench.blocks.stacked) therefore waits for the device.
+weights (nasbench.model.packed) therefore waits for the device.
 
 CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """

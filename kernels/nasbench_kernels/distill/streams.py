@@ -24,7 +24,7 @@ def turn_kernel(
     index = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     lanes = tl.arange(0, BLOCK_D)
     inside = (index < ROWS)[:, None] & (lanes < HALF)[None, :]
-    # Both halves of the tables are the same (nasbench.blocks.rotary).
+    # Both halves of the tables are the same (nasbench.model.rotary).
     at = (index % T)[:, None] * (2 * HALF) + lanes[None, :]
     c = tl.load(cos + at, mask=inside, other=0.0)
     s = tl.load(sin + at, mask=inside, other=0.0)

@@ -1,0 +1,77 @@
+"""Writing files so that a reader never sees half of one, and turning the system's refusals into one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nasbench.core.errors import MachineError, UserError
+
+
+@contextmanager
+def machine_errors(doing: str) -> Iterator[None]:
+    """Turns an OSError inside into a MachineError of one line: `doing` says what was tried, e.g. "writing x.csv"."""
+    try:
+        yield
+    except OSError as error:
+        reason = {errno.ENOSPC: "no space left on the disk", errno.EACCES: "permission denied"}.get(
+            error.errno or 0, error.strerror or str(error)
+        )
+        raise MachineError(f"{doing}: {reason}") from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it over `path` when the block ends well, removes it when not.
+
+    The file and the rename are flushed to the disk, so that a crash leaves the old file or the new one, whole.
+    Raises MachineError when the folder cannot be made or written.
+    """
+    path = Path(path)
+    with machine_errors(f"writing {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON atomically, keys in the order given."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON. Raises UserError naming the file when it is absent or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None

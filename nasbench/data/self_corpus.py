@@ -1,0 +1,166 @@
+"""Data-free mode: the teacher writes its own corpus, sampled at temperature 1 with the project's engine.
+
+What a model is distilled on should be what it will be asked for. Where its training text is not to be had, its own
+samples are the nearest thing (as in LLM-QAT, arXiv 2305.17888): drawn from the very distribution that the student is
+to keep.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nasbench.checkpoints.load import LoadedModel
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
+from nasbench.core.files import atomic_path, machine_errors
+from nasbench.runtime.generate import stream
+
+BATCH = {"cpu": 8, "cuda": 512}
+"""Documents written at once."""
+SHORTEST = 16
+"""Documents of fewer tokens are left out."""
+_LOOK_EVERY = 32
+"""Steps between two looks at whether every document has ended: looking waits for the device."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is written.
+
+    Attributes:
+        model: as given to --model.
+        length: most tokens of a document.
+        batch: documents at once.
+        temperature, top_p: of the sampling.
+    """
+
+    model: str
+    length: int = 512
+    batch: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Tokens that are no text: any of them ends a document."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {*tokenizer.eos_ids, *(number for number, token in added.items() if token.special)}
+
+
+def first_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What documents may begin with: the begin-of-text token where texts have one, else pieces of text that begin with
+    a capital letter, else any text."""
+    if tokenizer.bos_id is not None:
+        return [tokenizer.bos_id]
+    ordinary = sorted(set(range(tokenizer.vocab_size)) - special_ids(tokenizer))
+    texts = {number: tokenizer.decode([number]) for number in ordinary}
+    capital = [number for number, text in texts.items() if len(text) > 1 and text.isalpha() and text[0].isupper()]
+    return capital if len(capital) >= 16 else ordinary
+
+
+def write_batch(loaded: LoadedModel, writing: Writing, number: int, firsts: list[int]) -> list[list[int]]:
+    """The documents of batch `number`, a function of the seed and the number."""
+    seed = writing.seed * 1_000_003 + number
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.tensor(firsts)[torch.randint(len(firsts), (writing.batch,), generator=generator)]
+    ends = torch.tensor(sorted(special_ids(loaded.tokenizer)), device=loaded.decoder.device)
+    columns, open_rows = [chosen.to(loaded.decoder.device)], torch.ones(writing.batch, dtype=torch.bool)
+    open_rows = open_rows.to(loaded.decoder.device)
+    steps = stream(
+        loaded.decoder,
+        chosen[:, None],
+        max_new_tokens=writing.length - 1,
+        temperature=writing.temperature,
+        top_p=writing.top_p,
+        seed=seed,
+    )
+    for index, tokens in enumerate(steps, 1):
+        columns.append(tokens.clone())
+        open_rows &= ~torch.isin(tokens, ends)
+        if index % _LOOK_EVERY == 0 and not bool(open_rows.any()):
+            break
+    rows = torch.stack(columns, 1)
+    return [_until_end(row, ends) for row in rows.cpu()]
+
+
+def _until_end(row: Tensor, ends: Tensor) -> list[int]:
+    """A row's tokens up to the first that ends it; the first of all may be a begin-of-text token, which is no text."""
+    ended = torch.isin(row, ends.cpu())
+    begin = int(ended[0])
+    stops = ended[begin:].nonzero()
+    return row[begin : begin + int(stops[0]) if len(stops) else len(row)].tolist()
+
+
+def write_corpus(
+    loaded: LoadedModel,
+    writing: Writing,
+    tokens: int,
+    path: Path,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> int:
+    """Writes documents of at least `tokens` tokens in all to a .jsonl, and returns how many tokens they are.
+
+    Batches that are done lie in a hidden file beside it: the same call continues after a stop, and gives the same file.
+    Raises UserError for bad settings, MachineError when the disk refuses.
+    """
+    longest = loaded.shape.max_context
+    if path.suffix != ".jsonl":
+        raise UserError(f"bad name {path}: a corpus is a .jsonl")
+    if not SHORTEST <= writing.length <= longest:
+        raise UserError(f"bad length {writing.length}: choose {SHORTEST} to {longest}, the context of the model")
+    partial = path.with_name(f".{path.name}.partial")
+    firsts, source = first_tokens(loaded.tokenizer), f"{writing.model}, temperature {writing.temperature:g}"
+    documents = _read_partial(partial, writing)
+    total = sum(document["tokens"] for document in documents)
+    number = documents[-1]["batch"] + 1 if documents else 0
+    with machine_errors(f"writing {partial}"):
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_lines([asdict(writing), *documents]))
+            while total < tokens:
+                new: list[dict[str, Any]] = []
+                for ids in write_batch(loaded, writing, number, firsts):
+                    text = loaded.tokenizer.decode(ids)
+                    if len(ids) >= SHORTEST and text.strip():
+                        new.append({"text": text, "source": source, "tokens": len(ids), "batch": number})
+                if not new and number > len(documents) + 8:
+                    raise UserError(f"{writing.model} writes nothing of {SHORTEST} tokens: choose another model")
+                file.writelines(_lines(new))
+                file.flush()
+                documents += new
+                total += sum(document["tokens"] for document in new)
+                number += 1
+                progress("corpus", min(total, tokens), tokens)
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_lines(documents))
+    partial.unlink(missing_ok=True)
+    return total
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    return (json.dumps(row) + "\n" for row in rows)
+
+
+def _read_partial(path: Path, writing: Writing) -> list[dict[str, Any]]:
+    """The documents of the whole batches of a stopped call with the same settings. The last batch may be torn: it is
+    written again."""
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    if not rows or rows[0] != asdict(writing):
+        return []
+    documents = rows[1:]
+    return [row for row in documents if row["batch"] < documents[-1]["batch"]]

@@ -1,0 +1,1 @@
+"""G and J: Gated DeltaNet and JetBlock."""

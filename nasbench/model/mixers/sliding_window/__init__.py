@@ -1,0 +1,1 @@
+"""W: sliding-window attention."""

@@ -1,0 +1,74 @@
+"""W with weights: full attention's parameters over the last `window` keys, kept in a ring buffer."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nasbench.model.block import Chunk, MixerCache
+from nasbench.model.documents import document_attention
+from nasbench.model.mixers.attention.flash import flash_attention, has_flash
+from nasbench.model.mixers.attention.mixer import FullAttention, causal_attention
+from nasbench.model.mixers.sliding_window.spec import SlidingWindowConfig
+from nasbench.model.spec import MixerConfig
+
+
+class SlidingWindow(FullAttention):
+    """Position p lies in slot p % slots, slots = min(window, context); the decode step is full attention's own, since
+    a ring that has wrapped is full and the order of keys does not matter to attention."""
+
+    config: SlidingWindowConfig
+    config_class: ClassVar[type[MixerConfig]] = SlidingWindowConfig
+
+    def slots(self, context: int) -> int:
+        return min(self.config.window, context)
+
+    def slot(self, positions: Tensor, slots: int) -> Tensor:
+        return positions % slots
+
+    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
+        q, k, v = self.project_chunk(x, chunk)
+        if chunk.documents is not None:
+            return self.merge(document_attention(q, k, v, chunk.documents, self.config.window))
+        if cache is None:
+            return self.merge(windowed_attention(q, k, v, self.config.window))
+        rings, tokens, end = (cache.state["keys"], cache.state["values"]), x.shape[1], chunk.start + x.shape[1]
+        slots = rings[0].shape[2]
+        past = self.slot(torch.arange(max(0, chunk.start - slots + 1), chunk.start, device=x.device), slots)
+        all_k, all_v = (
+            torch.cat((ring[:, :, past].to(new.dtype), new), 2) for ring, new in zip(rings, (k, v), strict=True)
+        )
+        kept = min(tokens, slots)
+        target = self.slot(torch.arange(end - kept, end, device=x.device), slots)
+        for ring, new in zip(rings, (k, v), strict=True):
+            ring.index_copy_(2, target, new[:, :, tokens - kept :].to(ring.dtype))
+        return self.merge(windowed_attention(q, all_k, all_v, self.config.window))
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """q [B, H, T, D] of the last T of N positions, k and v [B, Hkv, N, D] -> [B, H, T, D].
+
+    By flash attention where it runs. Else each block of `window` queries looks at the two windows of keys that it can
+    see: time and memory grow with T x window, not with T x T, either way.
+    """
+    tokens, past = q.shape[2], k.shape[2] - q.shape[2]
+    if k.shape[2] <= window:
+        return causal_attention(q, k, v)
+    if has_flash(q, q.shape[-1]):
+        return flash_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window).transpose(1, 2)
+    block = max(window, 64)
+    outputs = []
+    for first in range(0, tokens, block):
+        last = min(first + block, tokens)
+        begin = max(0, past + first - window + 1)
+        query = torch.arange(past + first, past + last, device=q.device)[:, None]
+        key = torch.arange(begin, past + last, device=q.device)
+        mask = (key <= query) & (key > query - window)
+        keys, values = k[:, :, begin : past + last], v[:, :, begin : past + last]
+        outputs.append(
+            F.scaled_dot_product_attention(q[:, :, first:last], keys, values, attn_mask=mask, enable_gqa=True)
+        )
+    return torch.cat(outputs, dim=2)

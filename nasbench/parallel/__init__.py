@@ -1,0 +1,1 @@
+"""Several processes: torchrun, weights sharded by FSDP2, a pool of workers."""

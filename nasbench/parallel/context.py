@@ -1,0 +1,89 @@
+"""Several processes that train one supernet: each takes its rows of every batch, gradients and losses are summed.
+
+Only the mixers learn, and they are small: every process holds them all, and the frozen teacher beside them, unless the
+weights are shared out (nasbench.parallel.fsdp). A checkpoint says the same whatever the number of processes, and a
+run may go on with another number. `torchrun` starts the processes and says in the environment which one this is.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from nasbench.core.errors import UserError
+from nasbench.data.packing import Batch
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that train together.
+
+    Attributes:
+        rank: 0-based; rank 0 writes the files.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a batch. Raises UserError when they cannot be shared out evenly."""
+        if self.size == 1:
+            return batch
+        rows = len(batch.tokens)
+        if rows % self.size:
+            raise UserError(
+                f"a batch of {rows} sequences cannot be shared out to {self.size} processes: "
+                f"choose a batch of a multiple of {self.size} sequences"
+            )
+        return batch.rows(slice(self.rank, None, self.size))
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Replaces each tensor by its sum over the processes."""
+        if self.size > 1:
+            for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                assert work is not None
+                work.wait()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set in any process. Waits for the device."""
+        if self.size == 1:
+            return flag
+        total = torch.tensor(float(flag), device=device)
+        self.sum_([total])
+        return bool(total > 0)
+
+
+ALONE = Workers()
+
+
+@contextmanager
+def workers_of(device: str) -> Iterator[tuple[Workers, str]]:
+    """Joins the processes that torchrun started, if it did: yields this one and its device, `cuda:<local rank>` where
+    `device` is cuda."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield ALONE, device
+        return
+    cuda = device.startswith("cuda")
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
+    try:
+        yield Workers(distributed.get_rank(), size), device
+    finally:
+        distributed.destroy_process_group()
+        # Gloo's threads end with the last reference to their group, and abort a process that ends before them. Weights
+        # that are shared out hold such references, in cycles.
+        gc.collect()

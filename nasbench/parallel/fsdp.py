@@ -1,0 +1,190 @@
+"""A supernet whose weights are shared out to the processes, for models that one card does not hold (FSDP2).
+
+What is used together is one unit of `fully_shard`: the embedding, the head, every MLP, every mixer, the teacher's own
+attention among them. Each process keeps 1/N of a unit's weights, rows of every matrix; a unit is whole in forward and
+backward only. Norms and what has too few rows to share out (a gate's bias per head) stay whole everywhere.
+
+The layers of training are functions (nasbench.supernet.fused_layers), and a layer is made of a unit or the other as
+the sub-network has it. So a unit wraps its module without becoming it, and `run` calls a function with the module
+through the wrapper, whose hooks gather the weights and let go of them, in the backward pass too. Every process calls
+the same units in the same order: sub-networks are functions of seed and step.
+
+What is trained is kept in fp32, its own master: FSDP2 rounds each share to the model's dtype before it gathers, and
+adds gradients in fp32. With gradient and moments a trained weight takes 16 bytes in the process whose share it is.
+FSDP2 takes the mean over processes: steps weight their loss by this process's share of the whole times N.
+
+A process begins with the whole model in the host's memory; a card never holds more than its shares and one unit.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, distributed, nn
+
+from nasbench.core.errors import UserError
+from nasbench.model.packed import StackedProjections
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+    from nasbench.parallel.context import Workers
+
+_UNIT = "unit_of_shards"
+"""The attribute of a module that holds its unit; not one of its submodules, which would be a cycle."""
+
+
+class Unit(nn.Module):
+    """Weights that are gathered, used and let go of together."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return work(self.module, *arguments)
+
+
+class _Root(nn.Module):
+    """All units, so that they share FSDP2's streams and buffers: one unit's gradients are whole at a time."""
+
+    def __init__(self, units: list[Unit]) -> None:
+        super().__init__()
+        self.units = nn.ModuleList(units)
+
+    def forward(self, _: Tensor) -> None:
+        """Nothing: the first call ends FSDP2's construction."""
+
+
+def run(module: nn.Module, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`work(module, *arguments)`, with the module's weights whole in it and in its backward pass."""
+    unit = module.__dict__.get(_UNIT)
+    return work(module, *arguments) if unit is None else unit(work, *arguments)
+
+
+def check(shard: bool, workers: Workers) -> None:
+    """Raises UserError where there is nobody to share the weights with."""
+    if shard and workers.size == 1:
+        raise UserError("shard needs several processes: start with `torchrun --nproc-per-node N`, or say --no-shard")
+
+
+def place_of(shard: bool, device: str) -> str:
+    """Where a model is read to: weights that are to be shared out are never whole on the device."""
+    return "cpu" if shard else device
+
+
+def shard(net: Any, workers: Workers) -> None:
+    """Shares out all weights of a supernet that lies on the CPU, and moves the shares to this process's device.
+
+    Which parameters are trained must be known by now.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    device = torch.device("cpu")
+    if distributed.get_backend() == "nccl":
+        device = torch.device("cuda", torch.cuda.current_device())
+    mesh = init_device_mesh(device.type, (workers.size,))
+    dtype = net.teacher.dtype
+    units = []
+    for module in _modules(net):
+        trained = any(parameter.requires_grad for parameter in module.parameters())
+        whole = {p for p in module.parameters() if p.dtype != dtype or not _even(p, workers.size)}
+        for part in module.modules():
+            if isinstance(stacked := getattr(part, "stacked", None), StackedProjections):
+                stacked.stay_apart()
+        if trained:
+            for parameter in module.parameters():
+                if parameter not in whole:
+                    parameter.data = parameter.data.float()
+        rounding = MixedPrecisionPolicy(dtype if trained else None, torch.float32 if trained else None, None, False)
+        unit = Unit(module)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=rounding, ignored_params=whole)
+        if device.type == "cpu":
+            cast(Any, unit).set_force_sum_reduction_for_comms(True)  # gloo takes no mean
+        object.__setattr__(module, _UNIT, unit)
+        units.append(unit)
+    root = _Root(units)
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    for module in (net.teacher, *net.mixers(), *net.own.values()):
+        for parameter in module.parameters():
+            if not is_shared_out(parameter):
+                parameter.data = parameter.data.to(device)
+    root(torch.empty(0, device=device))  # FSDP2 takes no call without arguments on GPUs
+    net.shards = root
+
+
+def _modules(net: Any) -> Iterator[nn.Module]:
+    teacher, seen = net.teacher, set[int]()
+    layers = [*teacher.layers, *net.own.values()]
+    candidates: list[nn.Module | None] = [teacher.model.embed_tokens, teacher.lm_head, *net.mixers()]
+    for layer in layers:
+        candidates += [layer.self_attn, layer.mlp]
+    for module in candidates:
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+
+
+def _even(parameter: Tensor, size: int) -> bool:
+    """Whether every process gets some of a parameter's rows."""
+    return parameter.ndim > 0 and -(-parameter.shape[0] // size) * (size - 1) < parameter.shape[0]
+
+
+def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a process has a share of the tensor. Without importing DTensor, a second that most commands need not
+    spend: where nobody has imported it, no tensor is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share, in the same memory; a tensor that is whole as it is."""
+    with torch.no_grad():
+        return tensor.to_local() if is_shared_out(tensor) else tensor
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """The share of a tensor, whole or shared out, that stands where `like`'s does."""
+    if not is_shared_out(like):
+        return value
+    if is_shared_out(value):
+        return local(value)
+    size, rank = like.device_mesh.size(), like.device_mesh.get_local_rank()
+    return value.chunk(size)[rank]
+
+
+def with_share(like: Tensor, share: Tensor) -> Tensor:
+    """The tensor shared out as `like` of which this process has `share`."""
+    if not is_shared_out(like):
+        return share
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+@torch.no_grad()
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor. Every process must ask."""
+    return tensor.full_tensor() if is_shared_out(tensor) else tensor
+
+
+@torch.no_grad()
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Writes a value, whole or shared out, into a parameter, whole or shared out."""
+    local(parameter).copy_(share_of(value, parameter))
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Every tensor whole, fp32, on the CPU, one after another. Every process must ask; without `keep` it gets none."""
+    whole = {}
+    for name, tensor in tensors.items():
+        value = full(tensor.detach())
+        if keep:
+            whole[name] = value.float().cpu()
+    return whole

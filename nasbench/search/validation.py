@@ -1,0 +1,166 @@
+"""Predicted against measured: the placements that a search found, run end to end on their device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nasbench.core.errors import UserError
+from nasbench.cost import CostModel
+from nasbench.runs import Run
+from nasbench.search.session import compare
+from nasbench.search.table import read_rows, write_rows
+from nasbench.search.trials import Target, latest, read_front, read_trials
+from nasbench.spaces.placement import Placement, format_placement
+
+MOST = 12
+"""Placements that are measured if not told otherwise."""
+SECONDS = 2.0
+"""Decoding time of one placement, caches filled, all rounds together."""
+ROUNDS = {"cpu": 3, "cuda": 1}
+"""Rounds over all placements, the fastest time of each being kept: the speed of a shared CPU drifts, as it does under
+the profile, which is measured in the same way (nasbench.profiling.sweep)."""
+
+
+@dataclass(frozen=True)
+class ValidationRow:
+    """One placement on one target: a row of runs/NAME/validation.csv.
+
+    Attributes:
+        predicted_tok_s, measured_tok_s: decode, all sequences together; the cost model's and the median of the repeats.
+        error: predicted / measured - 1.
+        floor_fraction: least time of the step (nasbench.runtime.roofline) over the time it took.
+        source: of the prediction: measured or estimated rows.
+    """
+
+    placement: str
+    context: int
+    batch: int
+    dtype: str
+    predicted_tok_s: float
+    measured_tok_s: float
+    error: float
+    step_p20_ms: float
+    step_ms: float
+    step_p80_ms: float
+    repeats: int
+    floor_fraction: float
+    device: str
+    source: str
+    torch: str
+    driver: str
+    nasbench: str
+    measured_utc: str
+
+    @property
+    def target(self) -> Target:
+        return Target(self.device, self.context, self.batch, self.dtype)
+
+
+def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
+    """Full attention, the best of every K that was searched for, the front of the target thinned evenly, and uniform
+    placements, `most` in all.
+
+    Raises UserError where no search has looked at this target.
+    """
+    trials = latest(read_trials(run.trials), target)
+    front = [row.layers for row in read_front(run.front) if row.target == target]
+    if not trials or not front:
+        known = sorted({str(trial.target) for trial in read_trials(run.trials)})
+        raise UserError(
+            f"no search of {run.path} for {target} (searched are: {'; '.join(known) or 'none'}): "
+            f"run `nasbench search {run.path} --context {target.context} --batch {target.batch}`"
+        )
+    baselines = [trial.layers for trial in trials if trial.strategy in ("teacher", "uniform")]
+    share = max(1, most - min(len(baselines), most // 3))
+    named = [pair.searched.layers for pair in compare(trials, sorted({trial.k for trial in trials}))]
+    spread = [front[round(i * (len(front) - 1) / (share - 1 or 1))] for i in range(share)]
+    thinned = list(dict.fromkeys([*named, *spread]))[: share - 1]
+    return list(dict.fromkeys([run.spec.space.original, *thinned, *baselines, *front]))[:most]
+
+
+def validate(
+    run: Run,
+    placements: Sequence[Placement],
+    target: Target,
+    cost: CostModel,
+    torch_device: str,
+    *,
+    seconds: float = SECONDS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[ValidationRow]:
+    """Measures the placements that validation.csv does not hold yet; returns the rows of all of them.
+
+    Speed does not depend on the weights: they are random. Each row is written when it is measured.
+    """
+    import torch
+
+    from nasbench.cost.end_to_end import Decoders
+    from nasbench.runtime.memory import free_bytes
+    from nasbench.runtime.roofline import measure_ceilings
+    from nasbench.runtime.throughput import DTYPE_NAMES, measure
+
+    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[target.dtype]
+    rounds = ROUNDS[torch.device(torch_device).type]
+    path = run.validation
+    known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
+    left = [placement for placement in placements if format_placement(placement) not in known]
+    total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
+    progress(done, total)
+    decoders = Decoders(cost.shape, torch_device, dtype) if left else None
+    ceilings = measure_ceilings(torch_device, free_bytes(torch_device), dtype) if left else None
+    best: dict[Placement, float] = {}
+    for placement in left * rounds:
+        assert decoders is not None
+        predicted = cost.decode(placement, target.context, target.batch)
+        result = measure(
+            cost.shape,
+            placement,
+            context=target.context,
+            batch=target.batch,
+            decoder=decoders.of(placement),
+            prefill_context=None,
+            seconds=seconds / rounds,
+            ceilings=ceilings,
+        )
+        assert predicted.decode_tok_s is not None
+        if result.decode_tok_s > best.get(placement, 0.0):
+            best[placement] = result.decode_tok_s
+            row = ValidationRow(
+                placement=result.placement,
+                context=target.context,
+                batch=target.batch,
+                dtype=target.dtype,
+                predicted_tok_s=predicted.decode_tok_s,
+                measured_tok_s=result.decode_tok_s,
+                error=predicted.decode_tok_s / result.decode_tok_s - 1,
+                step_p20_ms=result.step_p20_ms,
+                step_ms=result.step_ms,
+                step_p80_ms=result.step_p80_ms,
+                repeats=result.repeats,
+                floor_fraction=result.floor_fraction,
+                device=result.device,
+                source=predicted.source,
+                torch=result.torch,
+                driver=result.driver,
+                nasbench=result.nasbench,
+                measured_utc=result.measured_utc,
+            )
+            _add(path, row)
+        done += 1
+        progress(done, total)
+    names = {format_placement(placement) for placement in placements}
+    return [row for row in read_rows(path, ValidationRow) if row.target == target and row.placement in names]
+
+
+def _add(path: Path, row: ValidationRow) -> None:
+    others = [
+        old for old in read_rows(path, ValidationRow) if (old.placement, old.target) != (row.placement, row.target)
+    ]
+    write_rows(path, ValidationRow, [*others, row])
+
+
+def mean_error(rows: Sequence[ValidationRow]) -> float:
+    """Mean absolute relative error of the predictions."""
+    return sum(abs(row.error) for row in rows) / len(rows)

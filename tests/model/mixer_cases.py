@@ -1,0 +1,69 @@
+"""Small layer shapes and helpers that the contract tests share."""
+
+import torch
+from torch import Tensor
+
+from nasbench.model import BLOCKS, LayerShape, MixerConfig, mixer_config
+from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
+from nasbench.model.rotary import rotary_tables
+
+PLAIN = LayerShape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, max_context=64)
+SHAPES = {
+    "gqa": PLAIN,
+    "bias": LayerShape(48, 6, 2, 8, 64, qkv_bias=True),
+    "qknorm": LayerShape(48, 6, 6, 8, 64, qk_norm=True),
+    "one-kv": LayerShape(40, 4, 1, 16, 64, qkv_bias=True, qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 32.0)),
+}
+FURTHER_NAMES = ("W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24")
+"""Beside every registered kind with its default arguments."""
+
+
+def names() -> list[str]:
+    return [*BLOCKS, *FURTHER_NAMES]
+
+
+def build(name: str, shape: LayerShape = PLAIN, seed: int = 0) -> TokenMixer:
+    """A mixer in which nothing is zero or one by construction, so that every path matters."""
+    torch.manual_seed(seed)
+    mixer = mixer_config(name, shape).build()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return mixer
+
+
+def inputs(config: MixerConfig, batch: int, tokens: int, seed: int = 1) -> Tensor:
+    return torch.randn(batch, tokens, config.shape.hidden_size, generator=torch.Generator().manual_seed(seed))
+
+
+def chunk(shape: LayerShape, start: int, tokens: int) -> Chunk:
+    return Chunk(start, *rotary_tables(shape, torch.arange(start, start + tokens)))
+
+
+def step(shape: LayerShape, positions: Tensor, span: int, uniform: bool) -> Step:
+    return Step(positions, span, uniform, *rotary_tables(shape, positions[:, None]))
+
+
+def whole(mixer: TokenMixer, x: Tensor) -> Tensor:
+    return mixer(x, chunk(mixer.config.shape, 0, x.shape[1]))
+
+
+def new_cache(mixer: TokenMixer, batch: int, context: int, dtype: torch.dtype = torch.float32) -> MixerCache:
+    return mixer.new_cache(batch, context, device="cpu", dtype=dtype)
+
+
+def in_chunks(mixer: TokenMixer, x: Tensor, sizes: list[int], cache: MixerCache) -> Tensor:
+    outputs, start = [], 0
+    for size in sizes:
+        outputs.append(mixer(x[:, start : start + size], chunk(mixer.config.shape, start, size), cache))
+        start += size
+    return torch.cat(outputs, dim=1)
+
+
+def stepwise(mixer: TokenMixer, x: Tensor, start: int, cache: MixerCache, uniform: bool = True) -> Tensor:
+    outputs = []
+    for t in range(start, x.shape[1]):
+        positions = torch.full((x.shape[0],), t)
+        span = t + 1 if uniform else cache.context
+        outputs.append(mixer.step(x[:, t : t + 1], step(mixer.config.shape, positions, span, uniform), cache))
+    return torch.cat(outputs, dim=1)
