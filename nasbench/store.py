@@ -135,7 +135,7 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
 
     Args:
-        shape: the model's (nasbench.model.shapes.ModelShape).
+        shape: the model's (nasbench.model.shapes.ModelSpec).
         block: a shared block, or a layer kind's letter with its complete `args`.
     """
     relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))

@@ -24,7 +24,7 @@ from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.store import SHARED_BLOCKS, Row
 
@@ -109,7 +109,7 @@ class Parts:
         return total(time for _, time in self.times).joules
 
 
-def check_context(shape: ModelShape, context: int) -> int:
+def check_context(shape: ModelSpec, context: int) -> int:
     """Returns the context, or raises UserError when it is beyond the model's."""
     if not 1 <= context <= shape.max_context:
         raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
@@ -138,7 +138,7 @@ class CostModel:
     """
 
     def __init__(
-        self, rows: Iterable[Row], shape: ModelShape, dtype: str, calibration: Sequence[CalibrationRow] = ()
+        self, rows: Iterable[Row], shape: ModelSpec, dtype: str, calibration: Sequence[CalibrationRow] = ()
     ) -> None:
         rows = list(rows)
         devices = sorted({row.device for row in rows})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nasbench.model.documents import Documents
-from nasbench.model.spec import MixerConfig
+from nasbench.model.spec import MixerSpec
 
 if TYPE_CHECKING:
     from nasbench.model.mixers.attention.mixer import FullAttention
@@ -58,8 +58,8 @@ class MixerCache:
     """Static, pre-allocated tensors that one mixer keeps between calls. They are only ever written in place.
 
     Attributes:
-        state: named tensors that `MixerConfig.cache_bytes` counts (keys, values, recurrent state).
-        history: named tensors that `MixerConfig.history_bytes` counts (inputs of short convolutions).
+        state: named tensors that `MixerSpec.cache_bytes` counts (keys, values, recurrent state).
+        history: named tensors that `MixerSpec.history_bytes` counts (inputs of short convolutions).
         context: most tokens that this cache was allocated for.
     """
 
@@ -96,11 +96,11 @@ class TokenMixer(nn.Module, ABC):
     any sizes with a cache, and `step` token by token give the same outputs; outputs never depend on later tokens.
     """
 
-    config_class: ClassVar[type[MixerConfig]]
+    config_class: ClassVar[type[MixerSpec]]
     keeps_documents_apart: ClassVar[bool] = False
     """Whether `forward` heeds `Chunk.documents`. Kinds that do not can be trained with `documents = false` only."""
 
-    def __init__(self, config: MixerConfig) -> None:
+    def __init__(self, config: MixerSpec) -> None:
         super().__init__()
         self.config = config
 
@@ -121,6 +121,6 @@ class TokenMixer(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def init_from_attention(cls, config: MixerConfig, attention: FullAttention) -> Self:
+    def init_from_attention(cls, config: MixerSpec, attention: FullAttention) -> Self:
         """A mixer of `config` on the attention's device and dtype that starts from its weights where shapes allow.
         Weights are copies: training the mixer leaves the attention as it is."""

@@ -21,14 +21,14 @@ from nasbench.model import fused
 from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
 from nasbench.model.packed import StackedProjections
 from nasbench.model.rotary import rotary_tables
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
 
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), the feed-forward of every family here."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelSpec) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
@@ -137,7 +137,7 @@ class _RotaryMemo:
     one memo. Plain attributes, not buffers: a checkpoint has no place for them and a dtype change must not touch them.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelSpec) -> None:
         self.shape = shape
         self.tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     Built on torch's default device and dtype with torch's initial weights; `nasbench.checkpoints.load` fills it.
     """
 
-    def __init__(self, shape: ModelShape, placement: Placement) -> None:
+    def __init__(self, shape: ModelSpec, placement: Placement) -> None:
         super().__init__()
         self.shape = shape
         self.placement = placement

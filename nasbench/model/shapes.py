@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nasbench.core.registry import Registry
-from nasbench.model import LayerShape, MixerConfig, mixer_config
+from nasbench.model import LayerShape, MixerSpec, mixer_spec
 from nasbench.spaces.placement import Placement, parse_placement
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelSpec:
     """Everything about a decoder-only model but its weights.
 
     Attributes:
@@ -58,11 +58,11 @@ class ModelShape:
     def placement(self) -> Placement:
         return parse_placement(self.published_placement or f"{self.num_layers}A", self.num_layers)
 
-    def mixer(self, name: str) -> MixerConfig:
+    def mixer(self, name: str) -> MixerSpec:
         """The configuration of a layer name in this model. Raises UserError."""
-        return mixer_config(name, self.layer, self.defaults)
+        return mixer_spec(name, self.layer, self.defaults)
 
-    def mixers(self, placement: Placement) -> list[MixerConfig]:
+    def mixers(self, placement: Placement) -> list[MixerSpec]:
         """One configuration per layer; equal names share one object."""
         known = {name: self.mixer(name) for name in dict.fromkeys(placement)}
         return [known[name] for name in placement]
@@ -94,7 +94,7 @@ class ModelShape:
 
 DEFAULT_MODEL = "smollm2-135m"
 
-MODELS: Registry[ModelShape] = Registry("model")
+MODELS: Registry[ModelSpec] = Registry("model")
 
 # The larger shapes are here for speed, with random weights, at the contexts that arXiv 2508.15884 measures (to 256K),
 # whatever their checkpoints were trained for.
@@ -102,21 +102,21 @@ _JET_2B = {"W": "1152", "J": "12x96x256", "G": "12x96x256"}
 _JET_4B = {"W": "2048", "J": "16x128x256", "G": "16x128x256"}
 
 for _shape in (
-    ModelShape(
+    ModelSpec(
         "smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152, 8192, 100_000.0, 1e-5, defaults=(("W", "128"),)
     ),
-    ModelShape("qwen3-1.7b", "qwen3", 28, 2048, 6144, 16, 8, 128, 151936, 262144, 1e6, 1e-6, qk_norm=True),
-    ModelShape("qwen2.5-1.5b", "qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
-    ModelShape("qwen2.5-3b", "qwen2", 36, 2048, 11008, 16, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
-    ModelShape(
+    ModelSpec("qwen3-1.7b", "qwen3", 28, 2048, 6144, 16, 8, 128, 151936, 262144, 1e6, 1e-6, qk_norm=True),
+    ModelSpec("qwen2.5-1.5b", "qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
+    ModelSpec("qwen2.5-3b", "qwen2", 36, 2048, 11008, 16, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
+    ModelSpec(
         "llama3.2-3b", "llama", 28, 3072, 8192, 24, 8, 128, 128256, 262144, 500_000.0, 1e-5,
         rope_scaling=("llama3", 32.0, 1.0, 4.0, 8192.0),
     ),
-    ModelShape(
+    ModelSpec(
         "jet-nemotron-2b", "jet_nemotron", 28, 1536, 8960, 12, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True,
         published_placement="14J A 4J A 2W 6J", defaults=tuple(_JET_2B.items()),
     ),
-    ModelShape(
+    ModelSpec(
         "jet-nemotron-4b", "jet_nemotron", 36, 2048, 11008, 16, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True,
         published_placement="5J W 10J W A J W A 2W 2J W J W 4J A 3J",
         defaults=tuple(_JET_4B.items()),

@@ -1,7 +1,7 @@
 """What a layer kind is before it has weights: a frozen configuration and the costs that follow from it.
 
 Imports no torch, so that the cost model and the command line can ask a kind what it costs without loading it.
-A kind is two files: `<kind>.py` with its `MixerConfig` (this contract) and `<kind>_mixer.py` with its
+A kind is two files: `<kind>.py` with its `MixerSpec` (this contract) and `<kind>_mixer.py` with its
 `TokenMixer` (nasbench.model.block). Third parties register the configuration class under the entry-point group
 `nasbench.blocks`, its letter as the name.
 """
@@ -45,7 +45,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class MixerConfig(ABC):
+class MixerSpec(ABC):
     """One layer kind with its hyper-parameters, for a given layer shape. Everything here is a pure function.
 
     Byte counts take `dtype_bytes`, the size of weights, activations and keys/values; recurrent states are fp32.
@@ -106,10 +106,10 @@ class MixerConfig(ABC):
         return self.mixer_class()(self)
 
 
-BLOCKS: Registry[type[MixerConfig]] = Registry("layer kind", group="nasbench.blocks")
+MIXERS: Registry[type[MixerSpec]] = Registry("layer kind", group="nasbench.blocks")
 
 
-def mixer_config(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], ...] = ()) -> MixerConfig:
+def mixer_spec(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], ...] = ()) -> MixerSpec:
     """The configuration of a placement's layer name (`A`, `W1152`, `J@12x96x256`).
 
     Args:
@@ -118,7 +118,7 @@ def mixer_config(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], 
     Raises:
         UserError: unknown letter, or arguments that the kind does not take.
     """
-    kind = BLOCKS[kind_of(name)]
+    kind = MIXERS[kind_of(name)]
     return kind.parse(shape, args_of(name) or dict(defaults).get(kind_of(name), ""))
 
 

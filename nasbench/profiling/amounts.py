@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.plan import Point
 
 Amounts = tuple[int, int]
 """(bytes, floating-point operations)"""
 
 
-def amounts(shape: ModelShape, point: Point, width: int) -> Amounts:
+def amounts(shape: ModelSpec, point: Point, width: int) -> Amounts:
     """Least bytes that one instance of the point's block reads and writes, and its operations.
 
     Args:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import format_size, parse_size
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
@@ -56,7 +56,7 @@ def parse_batches(text: str) -> list[int | str]:
     return [part if part in WORDS else parse_size(part) for part in dict.fromkeys(parts)]
 
 
-def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
+def largest_batch(shape: ModelSpec, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
     """The largest power of two up to 1024 at which a useful hybrid of these kinds fits in memory: weights, one layer of
     the kind with the largest cache, and all others of the kind with the smallest. At least 1."""
     configs = [shape.mixer(name) for name in names]
@@ -69,7 +69,7 @@ def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_
 
 
 def batch_limit(
-    shape: ModelShape, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
+    shape: ModelSpec, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
 ) -> int:
     """The largest batch up to 1024 that a model with a layer of this kind can have: beside it, all layers are of the
     kind of `names` with the smallest cache, and nearly all of the memory is theirs. At least 1."""
@@ -85,7 +85,7 @@ def batch_limit(
 
 
 def plan(
-    shape: ModelShape,
+    shape: ModelSpec,
     names: Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],

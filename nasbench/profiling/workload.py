@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from nasbench.model import fused
 from nasbench.model.block import Chunk, MixerCache, Step
 from nasbench.model.decoder import Decoder, GatedMLP
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling import fused_calls
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
@@ -54,7 +54,7 @@ class Bench:
         memory_bytes: most that the instances of one workload may take.
     """
 
-    shape: ModelShape
+    shape: ModelSpec
     device: str
     dtype: torch.dtype
     llc_bytes: int
@@ -135,7 +135,7 @@ def _evict(bench: Bench) -> Callable[[], object] | None:
     return torch.ones(EVICTED_BYTES // 4).sum
 
 
-def _layerless(shape: ModelShape) -> Decoder:
+def _layerless(shape: ModelSpec) -> Decoder:
     """A decoder without layers: embedding, rotary tables, final norm and head."""
     return Decoder(replace(shape, num_layers=0, published_placement=""), ())
 

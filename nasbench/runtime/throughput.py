@@ -23,7 +23,7 @@ from nasbench.core.errors import MachineError, UserError
 from nasbench.devices import detect
 from nasbench.model import fused
 from nasbench.model.decoder import Decoder, DecoderCache
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch, synchronise
 from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.generate import default_chunk, prefill
@@ -96,7 +96,7 @@ class ThroughputResult:
 
 
 def measure(
-    shape: ModelShape,
+    shape: ModelSpec,
     placement: Placement,
     *,
     context: int,
@@ -199,7 +199,7 @@ def measure_prefill(
     return _prefill(decoder, cache, context, chunk or default_chunk(decoder.device), log)
 
 
-def _check(shape: ModelShape, context: int, batch: int | str, prefill_context: int | None) -> None:
+def _check(shape: ModelSpec, context: int, batch: int | str, prefill_context: int | None) -> None:
     for value in (context, prefill_context or 1):
         if not 1 <= value <= shape.max_context:
             raise UserError(f"context {value} is beyond {shape.name}'s: choose 1 to {shape.max_context}")

@@ -7,9 +7,9 @@ from tolerances import CACHE_FP32, LOGITS_FP32, relative_rmse
 
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.core.errors import UserError
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 
-SHAPE = ModelShape("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
+SHAPE = ModelSpec("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
 HYBRID = ("A", "W", "J", "G")
 
 

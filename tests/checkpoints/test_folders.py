@@ -14,9 +14,9 @@ from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.checkpoints.retrofit import retrofit
 from nasbench.core.errors import MachineError, UserError
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 
-SMALL_JET = ModelShape(
+SMALL_JET = ModelSpec(
     "small-jet", "jet_nemotron", 4, 32, 48, 4, 2, 8, 211, 64, 1e4, 1e-6, qkv_bias=True,
     published_placement="J A W J", defaults=(("W", "5"), ("J", "3x12x32")),
 )  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nasbench.model import BLOCKS, LayerShape, MixerConfig, mixer_config
+from nasbench.model import MIXERS, LayerShape, MixerSpec, mixer_spec
 from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
 from nasbench.model.rotary import rotary_tables
 
@@ -19,20 +19,20 @@ FURTHER_NAMES = ("W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24")
 
 
 def names() -> list[str]:
-    return [*BLOCKS, *FURTHER_NAMES]
+    return [*MIXERS, *FURTHER_NAMES]
 
 
 def build(name: str, shape: LayerShape = PLAIN, seed: int = 0) -> TokenMixer:
     """A mixer in which nothing is zero or one by construction, so that every path matters."""
     torch.manual_seed(seed)
-    mixer = mixer_config(name, shape).build()
+    mixer = mixer_spec(name, shape).build()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return mixer
 
 
-def inputs(config: MixerConfig, batch: int, tokens: int, seed: int = 1) -> Tensor:
+def inputs(config: MixerSpec, batch: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, tokens, config.shape.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 

@@ -10,7 +10,7 @@ from mixer_cases import PLAIN, SHAPES, build, chunk, in_chunks, inputs, names, n
 from safetensors.torch import load_file, save_file
 from tolerances import BF16, CACHE_FP32, relative_rmse
 
-from nasbench.model import mixer_config
+from nasbench.model import mixer_spec
 from nasbench.model.mixers.attention.mixer import FullAttention
 
 NAMES = names()
@@ -27,7 +27,7 @@ def _one_thread():
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_parameters_and_cache_bytes_are_the_configurations(name, shape):
-    config = mixer_config(name, SHAPES[shape])
+    config = mixer_spec(name, SHAPES[shape])
     mixer = config.build()
     assert sum(parameter.numel() for parameter in mixer.parameters()) == config.parameters()
     for batch, context, dtype in ((1, 5, torch.float32), (3, 50, torch.bfloat16)):
@@ -129,7 +129,7 @@ def test_gradients_reach_every_parameter_and_the_input(name, shape):
 def test_fresh_mixers_train(name):
     """Zero-initialised parts get a gradient at once or after one step of plain gradient descent."""
     torch.manual_seed(0)
-    mixer = mixer_config(name, PLAIN).build()
+    mixer = mixer_spec(name, PLAIN).build()
     seen = set()
     for _ in range(2):
         mixer.zero_grad()
@@ -147,7 +147,7 @@ def test_fresh_mixers_train(name):
 @torch.no_grad()
 def test_starting_from_attention_copies(name, shape):
     attention = build("A", SHAPES[shape], seed=3)
-    config = mixer_config(name, SHAPES[shape])
+    config = mixer_spec(name, SHAPES[shape])
     mixer = config.mixer_class().init_from_attention(config, attention)
     assert isinstance(mixer, config.mixer_class())
     x = inputs(config, 2, 12)
@@ -162,7 +162,7 @@ def test_starting_from_attention_copies(name, shape):
 @torch.no_grad()
 def test_attention_kinds_start_equal_to_their_source(name):
     attention = build("A", SHAPES["one-kv"], seed=3)
-    config = mixer_config(name, SHAPES["one-kv"])
+    config = mixer_spec(name, SHAPES["one-kv"])
     mixer = config.mixer_class().init_from_attention(config, attention)
     assert isinstance(mixer, FullAttention)
     x = inputs(config, 2, 20)
@@ -197,7 +197,7 @@ def test_half_precision_stays_close(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_are_positive_and_grow(name):
-    config = mixer_config(name, PLAIN)
+    config = mixer_spec(name, PLAIN)
     assert 0 < config.flops(1, 0) <= config.flops(1, 63)
     assert config.flops(64, 0) == pytest.approx(sum(config.flops(1, t) for t in range(64)))
     assert config.decode_bytes(2, 64) > config.decode_bytes(1, 64) > config.parameters()

@@ -8,7 +8,7 @@ from nasbench_kernels.gated_delta import naive_gated_delta
 from tolerances import CACHE_FP32, relative_rmse
 from torch.nn import functional as F
 
-from nasbench.model import LayerShape, mixer_config
+from nasbench.model import LayerShape, mixer_spec
 from nasbench.model.mixers.gated_delta.mixer import (
     LONGEST_HALF_LIFE,
     SHORTEST_HALF_LIFE,
@@ -86,7 +86,7 @@ def test_jet_block_is_the_formula_of_the_design(args, shape):
 @torch.no_grad()
 def test_the_generator_starts_as_the_static_kernel():
     attention = build("A")
-    config = mixer_config("J", PLAIN)
+    config = mixer_spec("J", PLAIN)
     mixer = config.mixer_class().init_from_attention(config, attention)
     x = inputs(config, 1, 5)
     generator = mixer.dynamic_conv1d.kernel_generator
@@ -98,7 +98,7 @@ def test_the_generator_starts_as_the_static_kernel():
 @torch.no_grad()
 def test_projections_start_as_the_attentions(name):
     attention = build("A")
-    config = mixer_config(name, PLAIN)
+    config = mixer_spec(name, PLAIN)
     mixer = config.mixer_class().init_from_attention(config, attention)
     sharp = START_SHARPNESS if name == "J" else 1.0  # a power of two: exact
     assert torch.equal(mixer.q_proj.weight, sharp * attention.q_proj.weight)
@@ -114,12 +114,12 @@ def test_projections_start_as_the_attentions(name):
 @torch.no_grad()
 def test_heads_of_another_size_copy_their_leading_channels():
     attention = build("A")
-    config = mixer_config("J@4x12x5", PLAIN)
+    config = mixer_spec("J@4x12x5", PLAIN)
     mixer = config.mixer_class().init_from_attention(config, attention)
     ours = mixer.q_proj.weight.unflatten(0, (4, 12))
     assert torch.equal(ours[:, :8], START_SHARPNESS * attention.q_proj.weight.unflatten(0, (6, 8))[:4])
     assert 0 < ours[:, 8:].abs().mean() < 1
-    wide = mixer_config("J@6x8x12", PLAIN)
+    wide = mixer_spec("J@6x8x12", PLAIN)
     output = wide.mixer_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
     assert output[..., 8:].abs().max() == 0
     assert output[..., :8].abs().min() > 0
@@ -127,7 +127,7 @@ def test_heads_of_another_size_copy_their_leading_channels():
 
 @pytest.mark.parametrize("name", ["G", "J@1x8x8"])
 def test_half_lives_are_spread(name):
-    mixer = mixer_config(name, PLAIN).build()
+    mixer = mixer_spec(name, PLAIN).build()
     decay = mixer.A_log.exp() * F.softplus(mixer.dt_bias)
     half_lives = torch.log(torch.tensor(2.0)) / decay
     assert (half_lives >= 0.99 * SHORTEST_HALF_LIFE).all()

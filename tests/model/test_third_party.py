@@ -9,7 +9,7 @@ from mixer_cases import PLAIN, build, in_chunks, inputs, new_cache, stepwise, wh
 from tolerances import CACHE_FP32, relative_rmse
 
 from nasbench.core.errors import UserError
-from nasbench.model import BLOCKS, mixer_config
+from nasbench.model import MIXERS, mixer_spec
 
 MODULE = '''
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nasbench.model.spec import MixerConfig, parse_ints
+from nasbench.model.spec import MixerSpec, parse_ints
 from nasbench.model.block import MixerCache, TokenMixer
 
 
 @dataclass(frozen=True)
-class MeanConfig(MixerConfig):
+class MeanConfig(MixerSpec):
     """Z: the mean of every value so far, through a bottleneck."""
 
     width: int = 8
@@ -95,17 +95,17 @@ def fifth_kind(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: running-mean-blocks\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[nasbench.blocks]\nZ = running_mean_blocks:MeanConfig\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(BLOCKS, "_items", dict(BLOCKS._items))
-    monkeypatch.setattr(BLOCKS, "_discovered", False)
+    monkeypatch.setattr(MIXERS, "_items", dict(MIXERS._items))
+    monkeypatch.setattr(MIXERS, "_discovered", False)
     importlib.invalidate_caches()
     yield info
     sys.modules.pop("running_mean_blocks", None)
 
 
 def test_an_installed_kind_is_one_of_the_kinds(fifth_kind):
-    assert "Z" in list(BLOCKS)
-    assert mixer_config("Z", PLAIN).args == "8"
-    assert mixer_config("Z4", PLAIN).parameters() == 2 * PLAIN.hidden_size * 4
+    assert "Z" in list(MIXERS)
+    assert mixer_spec("Z", PLAIN).args == "8"
+    assert mixer_spec("Z4", PLAIN).parameters() == 2 * PLAIN.hidden_size * 4
 
 
 @torch.no_grad()
@@ -124,11 +124,11 @@ def test_a_broken_installed_kind_is_named(fifth_kind):
     (fifth_kind / "entry_points.txt").write_text("[nasbench.blocks]\nZ = running_mean_blocks:Nothing\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match=r"'Z'.*running_mean_blocks:Nothing"):
-        list(BLOCKS)
+        list(MIXERS)
 
 
 def test_a_letter_cannot_be_taken_twice(fifth_kind):
     (fifth_kind / "entry_points.txt").write_text("[nasbench.blocks]\nA = running_mean_blocks:MeanConfig\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match="'A' is already registered"):
-        list(BLOCKS)
+        list(MIXERS)

@@ -13,13 +13,13 @@ from typing import ClassVar
 import torch
 
 from nasbench.model.block import MixerCache, TokenMixer
-from nasbench.model.spec import MixerConfig, parse_ints
+from nasbench.model.spec import MixerSpec, parse_ints
 
 HARMLESS, KILLED, LEFT, HUNG, CRASHED, GREEDY = range(1, 7)
 
 
 @dataclass(frozen=True)
-class DangerousConfig(MixerConfig):
+class DangerousConfig(MixerSpec):
     """Z: what its argument says."""
 
     ending: int = HARMLESS

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from nasbench.checkpoints.load import random_decoder
 from nasbench.model import fused
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling import fused_calls
 from nasbench.profiling.plan import Point
 from nasbench.profiling.workload import Bench, build
 from nasbench.runtime.fused_step import FusedStep
 
-TINY = ModelShape("tiny", "qwen3", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, qk_norm=True, defaults=(("W", "32"),))
+TINY = ModelSpec("tiny", "qwen3", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, qk_norm=True, defaults=(("W", "32"),))
 
 
 class Recorder:

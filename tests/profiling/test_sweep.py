@@ -12,7 +12,7 @@ import torch
 from nasbench.core.errors import MachineError, UserError
 from nasbench.cost import CostModel
 from nasbench.model.decoder import Decoder
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.profiling import sweep as sweep_module
 from nasbench.profiling.measure import measure, point_cells, provenance
 from nasbench.profiling.plan import Point
@@ -21,7 +21,7 @@ from nasbench.profiling.telemetry import Reading, Telemetry, shared
 from nasbench.profiling.workload import Workload, build
 from nasbench.store import CEILINGS, Database, Row, read_db
 
-TINY = ModelShape("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
+TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
 ASKED = {
     "blocks": "AWJG",
     "contexts": [64, 256],

@@ -7,7 +7,7 @@ import torch
 from tolerances import BF16, CACHE_FP32, relative_rmse
 
 from nasbench.checkpoints.load import random_decoder
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import Stepper
@@ -16,10 +16,10 @@ from nasbench.spaces.placement import parse_placement
 pytestmark = pytest.mark.gpu
 
 SHAPES = [
-    ModelShape(
+    ModelSpec(
         "bias", "qwen2", 4, 256, 528, 8, 2, 64, 1024, 4096, 10_000.0, 1e-6, qkv_bias=True, defaults=(("W", "48"),)
     ),
-    ModelShape(
+    ModelSpec(
         "norms", "qwen3", 4, 192, 400, 6, 3, 96, 513, 4096, 1e6, 1e-6, qk_norm=True, tie_embeddings=False,
         defaults=(("W", "48"), ("J", "3x24x40")),
     ),

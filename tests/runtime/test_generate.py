@@ -7,14 +7,14 @@ import torch
 
 from nasbench.checkpoints.load import random_decoder
 from nasbench.core.errors import UserError
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime import generate as generate_module
 from nasbench.runtime import graph as graph_module
 from nasbench.runtime.generate import cache_rows, generate, prefill, prefill_each, stream
 from nasbench.runtime.graph import WARM_UP, Stepper, Writer
 from nasbench.runtime.sampling import Sampling, choose
 
-SHAPE = ModelShape("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
+SHAPE = ModelSpec("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
 PLACEMENT = ("A", "W", "J", "G")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -10,7 +10,7 @@ from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 from nasbench.data.packing import Batch
 from nasbench.model.decoder import Decoder
 from nasbench.model.documents import Documents
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.supernet import fused_layers
 from nasbench.supernet.forward import chunk_of
 from nasbench.supernet.losses import distillation_kl, token_losses
@@ -23,7 +23,7 @@ AGES = torch.tensor([[*range(30), *range(40)], [*range(64), *range(6)]], dtype=t
 
 
 def decoder(name, dtype=torch.float32, head_dim=16):
-    shape = ModelShape(
+    shape = ModelSpec(
         name="tiny", family="llama", num_layers=1, hidden_size=48, intermediate_size=72, num_heads=3, num_kv_heads=1,
         head_dim=head_dim, vocab_size=97, max_context=256, rope_theta=10000.0, rms_eps=1e-5,
     )  # fmt: skip

@@ -11,19 +11,19 @@ from torch.nn import functional as F
 from nasbench.model import fused
 from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
 from nasbench.model.documents import document_attention
-from nasbench.model.mixers.attention.spec import FullAttentionConfig
+from nasbench.model.mixers.attention.spec import FullAttentionSpec
 from nasbench.model.packed import StackedProjections
 from nasbench.model.rotary import apply_rotary
-from nasbench.model.spec import MixerConfig
+from nasbench.model.spec import MixerSpec
 
 
 class FullAttention(TokenMixer):
     """Causal attention of H query heads over Hkv shared key/value heads, rotary positions, optional query/key norms."""
 
-    config_class: ClassVar[type[MixerConfig]] = FullAttentionConfig
+    config_class: ClassVar[type[MixerSpec]] = FullAttentionSpec
     keeps_documents_apart: ClassVar[bool] = True
 
-    def __init__(self, config: MixerConfig) -> None:
+    def __init__(self, config: MixerSpec) -> None:
         super().__init__(config)
         shape = config.shape
         self.head_dim = shape.head_dim
@@ -117,7 +117,7 @@ class FullAttention(TokenMixer):
         return self.merge(decode_attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
 
     @classmethod
-    def init_from_attention(cls, config: MixerConfig, attention: FullAttention) -> Self:
+    def init_from_attention(cls, config: MixerSpec, attention: FullAttention) -> Self:
         """A copy of every weight."""
         weight = attention.q_proj.weight
         mixer = cls(config).to(device=weight.device, dtype=weight.dtype)

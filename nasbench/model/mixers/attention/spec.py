@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import LayerShape, MixerConfig
+from nasbench.model.spec import LayerShape, MixerSpec
 
 if TYPE_CHECKING:
     from nasbench.model.block import TokenMixer
@@ -31,7 +31,7 @@ def attention_flops(shape: LayerShape, tokens: int, scored: int) -> int:
 
 
 @dataclass(frozen=True)
-class FullAttentionConfig(MixerConfig):
+class FullAttentionSpec(MixerSpec):
     """Full attention has no hyper-parameters of its own: its shape is the layer's."""
 
     kind: ClassVar[str] = "A"

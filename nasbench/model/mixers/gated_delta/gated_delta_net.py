@@ -14,9 +14,9 @@ from nasbench.model.block import MixerCache
 from nasbench.model.documents import Documents
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
-from nasbench.model.mixers.gated_delta.spec import GatedDeltaConfig, GatedDeltaNetConfig
+from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec, GatedDeltaSpec
 from nasbench.model.packed import stacked_parameters
-from nasbench.model.spec import MixerConfig
+from nasbench.model.spec import MixerSpec
 
 
 class ShortConvolution(nn.Module):
@@ -31,9 +31,9 @@ class ShortConvolution(nn.Module):
 class GatedDeltaNet(GatedDeltaMixer):
     """q, k, v = SiLU(conv(x W)); the parameter names are flash-linear-attention's."""
 
-    config_class: ClassVar[type[MixerConfig]] = GatedDeltaNetConfig
+    config_class: ClassVar[type[MixerSpec]] = GatedDeltaNetSpec
 
-    def __init__(self, config: GatedDeltaConfig) -> None:
+    def __init__(self, config: GatedDeltaSpec) -> None:
         super().__init__(config)
         self.q_conv1d = ShortConvolution(config.keys, config.conv_size)
         self.k_conv1d = ShortConvolution(config.keys, config.conv_size)

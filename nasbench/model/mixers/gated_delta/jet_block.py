@@ -15,8 +15,8 @@ from nasbench.model.block import MixerCache
 from nasbench.model.documents import Documents
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
-from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
-from nasbench.model.spec import MixerConfig
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.spec import MixerSpec
 
 
 class KernelGenerator(nn.Module):
@@ -49,10 +49,10 @@ class DynamicConvolution(nn.Module):
 class JetBlock(GatedDeltaMixer):
     """q, k = SiLU(x W), v = SiLU(dynamic convolution of x Wv); the parameter names are the published ones."""
 
-    config: JetBlockConfig
-    config_class: ClassVar[type[MixerConfig]] = JetBlockConfig
+    config: JetBlockSpec
+    config_class: ClassVar[type[MixerSpec]] = JetBlockSpec
 
-    def __init__(self, config: JetBlockConfig) -> None:
+    def __init__(self, config: JetBlockSpec) -> None:
         super().__init__(config)
         self.dynamic_conv1d = DynamicConvolution(
             config.shape.hidden_size, config.generator_size, config.values, config.conv_size

@@ -17,7 +17,7 @@ from nasbench.model import fused
 from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
 from nasbench.model.documents import RESET_LOG_DECAY, Documents
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.mixers.gated_delta.spec import GatedDeltaConfig
+from nasbench.model.mixers.gated_delta.spec import GatedDeltaSpec
 from nasbench.model.packed import StackedProjections
 
 NORM_EPS = 1e-5
@@ -41,10 +41,10 @@ from 0.597 to 0.577 by both and by half-lives of 1 to 256 tokens instead of 4 to
 class GatedDeltaMixer(TokenMixer):
     """Linear attention whose memory is one matrix per head. Subclasses say how queries, keys and values are made."""
 
-    config: GatedDeltaConfig
+    config: GatedDeltaSpec
     keeps_documents_apart: ClassVar[bool] = True
 
-    def __init__(self, config: GatedDeltaConfig) -> None:
+    def __init__(self, config: GatedDeltaSpec) -> None:
         super().__init__(config)
         hidden, heads = config.shape.hidden_size, config.num_heads
         self.heads, self.key_dim, self.value_dim = heads, config.key_dim, config.value_dim

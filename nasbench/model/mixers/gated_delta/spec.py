@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import LayerShape, MixerConfig, parse_ints
+from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import TokenMixer
@@ -24,7 +24,7 @@ CHUNK = 64
 
 
 @dataclass(frozen=True)
-class GatedDeltaConfig(MixerConfig):
+class GatedDeltaSpec(MixerSpec):
     """Heads, dimensions and convolution width that both kinds share. Default heads: those of the attention, with
     key and value dimension equal to its head dimension, so that every projection can start from the attention's."""
 
@@ -79,7 +79,7 @@ class GatedDeltaConfig(MixerConfig):
 
 
 @dataclass(frozen=True)
-class GatedDeltaNetConfig(GatedDeltaConfig):
+class GatedDeltaNetSpec(GatedDeltaSpec):
     """G: static causal convolutions on q, k and v."""
 
     kind: ClassVar[str] = "G"
@@ -102,7 +102,7 @@ class GatedDeltaNetConfig(GatedDeltaConfig):
 
 
 @dataclass(frozen=True)
-class JetBlockConfig(GatedDeltaConfig):
+class JetBlockSpec(GatedDeltaSpec):
     """J: a dynamic causal convolution on v, none on q and k."""
 
     generator_reduction: int = 8

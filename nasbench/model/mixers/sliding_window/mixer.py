@@ -12,16 +12,16 @@ from nasbench.model.block import Chunk, MixerCache
 from nasbench.model.documents import document_attention
 from nasbench.model.mixers.attention.flash import flash_attention, has_flash
 from nasbench.model.mixers.attention.mixer import FullAttention, causal_attention
-from nasbench.model.mixers.sliding_window.spec import SlidingWindowConfig
-from nasbench.model.spec import MixerConfig
+from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
+from nasbench.model.spec import MixerSpec
 
 
 class SlidingWindow(FullAttention):
     """Position p lies in slot p % slots, slots = min(window, context); the decode step is full attention's own, since
     a ring that has wrapped is full and the order of keys does not matter to attention."""
 
-    config: SlidingWindowConfig
-    config_class: ClassVar[type[MixerConfig]] = SlidingWindowConfig
+    config: SlidingWindowSpec
+    config_class: ClassVar[type[MixerSpec]] = SlidingWindowSpec
 
     def slots(self, context: int) -> int:
         return min(self.config.window, context)

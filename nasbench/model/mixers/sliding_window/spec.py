@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.model.mixers.attention.spec import attention_flops, attention_parameters, key_value_bytes
-from nasbench.model.spec import LayerShape, MixerConfig, parse_ints
+from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import TokenMixer
@@ -16,7 +16,7 @@ DEFAULT_WINDOW = 1152
 
 
 @dataclass(frozen=True)
-class SlidingWindowConfig(MixerConfig):
+class SlidingWindowSpec(MixerSpec):
     """Attention over the last `window` keys, kept in a ring buffer."""
 
     window: int = DEFAULT_WINDOW
