@@ -21,6 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.errors import NasbenchError, UserError
 from nasbench.core.sizes import format_size, profiles_dir
 from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
@@ -29,13 +30,12 @@ from nasbench.devices import DEVICES, DeviceSpec
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.estimate import Estimator
 from nasbench.profiling.plan import plan
-from nasbench.profiling.sweep import CHUNKS
 from nasbench.runtime.memory import USABLE, sequence_bytes, weight_bytes
 from nasbench.runtime.roofline import Ceilings, decode_floor
 from nasbench.search.table import write_rows
 from nasbench.store import CEILING, Row
 
-WIDTH, DTYPE, CHUNK = 2, "bf16", CHUNKS["cuda"]
+WIDTH, DTYPE, CHUNK = 2, "bf16", PREFILL_CHUNK.of("cuda")
 CONTEXTS = tuple(4096 << power for power in range(7))
 LONG = 65536
 MOST = 1024

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, unknown
-
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def print_json(data: Any) -> None:
@@ -66,13 +65,3 @@ def torch_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise MachineError(f"device {name!r} is not there: this machine has no CUDA GPU that torch can use")
     return name
-
-
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of `fp32`, `bf16` or `fp16`. Raises UserError."""
-    import torch
-
-    table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in table:
-        raise unknown("dtype", name, table)
-    return table[name]

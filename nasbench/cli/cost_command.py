@@ -70,9 +70,8 @@ def command(
         print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {_mark(cost.source)}")
     if cost.j_per_token is not None:
         print(f"energy   {cost.j_per_token * 1e3:.3f} mJ a token")
-    print(
-        f"cache    {cost.cache_bytes / 2**20:.2f} MiB, and {cost.history_bytes / 2**20:.2f} MiB of convolution inputs"
-    )
+    cache, conv_state = (size / 2**20 for size in (cost.cache_bytes, cost.conv_state_bytes))
+    print(f"cache    {cache:.2f} MiB, and {conv_state:.2f} MiB of convolution inputs")
 
 
 def _mark(source: str) -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
 
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
     from nasbench.profiling.sweep import SweepResult, Todo
     from nasbench.spaces.placement import Placement
 
-PROMPT_TOKENS = {"cpu": 2048, "cuda": 65536}
+PROMPT_TOKENS = ByDevice(cpu=2048, cuda=65536)
 """Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
+MOST_SEQUENCES = ByDevice(cpu=4, cuda=1 << 20)
+"""Of a step that calibrates."""
 
 
 def command(
@@ -154,7 +158,6 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     from nasbench.devices import DEVICES
     from nasbench.profiling.estimate import Estimator
     from nasbench.profiling.plan import plan
-    from nasbench.profiling.sweep import CHUNKS
     from nasbench.spaces.placement import parse_placement
     from nasbench.store import Database, db_path
 
@@ -164,9 +167,8 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
     estimator = Estimator({row.key: row for row in known}.values(), asked.dtype)
     names = parse_placement(asked.blocks)
-    groups = plan(
-        shape, names, asked.contexts, asked.batches, asked.modes, asked.chunk or CHUNKS["cuda"], spec.memory_bytes, 2
-    )
+    chunk = asked.chunk or PREFILL_CHUNK.of("cuda")
+    groups = plan(shape, names, asked.contexts, asked.batches, asked.modes, chunk, spec.memory_bytes, 2)
     rows = estimator.rows(spec, shape, [point for group in groups for point in group])
     path = db_path(spec.slug, db)
     measured = {row.key for row in Database(path).read() if row.source == "measured"}
@@ -188,7 +190,7 @@ def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tup
 
     shape, names = todo.bench.shape, list(dict.fromkeys(parse_placement(blocks)))
     kind, memory, width = todo.machine.info.kind, todo.machine.info.memory_bytes, todo.bench.dtype.itemsize
-    most, tokens = {"cpu": 4, "cuda": 1 << 20}[kind], PROMPT_TOKENS[kind]
+    most, tokens = MOST_SEQUENCES.of(kind), PROMPT_TOKENS.of(kind)
     first, last = contexts[0], contexts[-1]
     placements = [((name,) * shape.num_layers, name) for name in names]
     placements.append((tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0]))
@@ -212,11 +214,10 @@ def _calibrate(todo: Todo, points: list[tuple[str, Placement, int, int]], chunk:
     from nasbench.cost import add_calibration
     from nasbench.cost.calibration import calibration_path, read_calibration
     from nasbench.cost.end_to_end import EndToEnd
-    from nasbench.profiling.measure import DTYPE_NAMES
     from nasbench.spaces.placement import format_placement
 
     shape, bench = todo.bench.shape, todo.bench
-    path, dtype = calibration_path(todo.path), DTYPE_NAMES[bench.dtype]
+    path, dtype = calibration_path(todo.path), dtype_name(bench.dtype)
     known = {(row.model, row.dtype, row.mode, row.placement, row.context, row.batch) for row in read_calibration(path)}
     whole = EndToEnd(shape, bench.device, bench.dtype)
     done = 0

@@ -9,26 +9,27 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from nasbench import __version__
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import PREFILL_CHUNK
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError
+from nasbench.core.provenance import provenance
 from nasbench.cost import CalibrationRow
 from nasbench.devices import detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch
-from nasbench.runtime.generate import default_chunk, prefill
+from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import Stepper
 from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
 from nasbench.runtime.roofline import Ceilings, measure_ceilings
-from nasbench.runtime.throughput import DTYPE_NAMES, measure
+from nasbench.runtime.throughput import measure
 from nasbench.spaces.placement import Placement, format_placement
 
 PROMPT_RUNS = 3
@@ -113,7 +114,7 @@ class EndToEnd:
         """The reading of `batch` prompts of `context` tokens in chunks, to the logits of the last tokens: the median of
         a few runs, fewer where they would take longer than `seconds` together."""
         decoder = self._decoder(placement)
-        chunk = chunk or default_chunk(decoder.device)
+        chunk = chunk or PREFILL_CHUNK.of(decoder.device)
         try:
             samples = self._read(decoder, context, batch, chunk, seconds)
         except torch.OutOfMemoryError:
@@ -170,12 +171,9 @@ class EndToEnd:
         return {
             "device": info.slug,
             "model": self.shape.name,
-            "dtype": DTYPE_NAMES[self.dtype],
+            "dtype": dtype_name(self.dtype),
             "placement": format_placement(placement),
-            "torch": torch.__version__,
-            "driver": info.driver,
-            "project": __version__,
-            "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            **provenance(info.slug, info.driver).cells("torch", "driver", "project", "measured_utc"),
         }
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from nasbench.core.errors import UserError, unknown
+from nasbench.core.dtypes import dtype_bytes
+from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
@@ -28,7 +29,6 @@ from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.store import SHARED_BLOCKS, Row
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTERVAL_SD = 1.645
 """Half a 90 % interval, in standard errors."""
 BLOCK = 1 << 14
@@ -46,7 +46,7 @@ class Cost:
         prefill_tok_s: prompt tokens per second of all sequences together.
         step_ms: time of one decode step.
         cache_bytes: keys, values and recurrent states, as arXiv 2508.15884 counts them.
-        history_bytes: inputs of short convolutions, which that count leaves out.
+        conv_state_bytes: inputs of short convolutions, which that count leaves out.
         source: "measured", "estimated" if any row of the sum is, "none" without rows.
         step_stderr_ms, prefill_stderr_tok_s: standard errors, from the scatter of the rows (of estimated ones, their
             error bars), the calibration's coefficients and what it leaves.
@@ -63,7 +63,7 @@ class Cost:
     prefill_tok_s: float | None
     step_ms: float | None
     cache_bytes: int
-    history_bytes: int
+    conv_state_bytes: int
     source: str
     step_stderr_ms: float | None = None
     prefill_stderr_tok_s: float | None = None
@@ -114,13 +114,6 @@ def check_context(shape: ModelSpec, context: int) -> int:
     if not 1 <= context <= shape.max_context:
         raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
     return context
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of a weight, activation, key or value. Raises UserError for an unknown name."""
-    if dtype not in DTYPE_BYTES:
-        raise unknown("dtype", dtype, DTYPE_BYTES)
-    return DTYPE_BYTES[dtype]
 
 
 class CostModel:
@@ -226,7 +219,7 @@ class CostModel:
             batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None,
             source="none",
             cache_bytes=self.shape.cache_bytes(placement, batch, context, self.dtype_bytes),
-            history_bytes=self.shape.history_bytes(placement, batch, self.dtype_bytes),
+            conv_state_bytes=self.shape.history_bytes(placement, batch, self.dtype_bytes),
         )  # fmt: skip
 
     def decode_many(self, placements: Sequence[Placement], context: int, batch: int, extrapolate: bool = False) -> Any:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from nasbench.profiling.measure import DTYPE_NAMES, Machine, implementation, provenance, time_calls
+from nasbench.core.dtypes import dtype_name
+from nasbench.profiling.measure import Machine, implementation, stamp, time_calls
 from nasbench.profiling.timing import Call
+from nasbench.runtime.roofline import MATRIX
 from nasbench.store import CEILING, Row, is_noisy, select
 
 LAUNCHES = 200
@@ -29,7 +31,7 @@ def _buffer_bytes(machine: Machine) -> int:
 def _row(machine: Machine, args: str, dtype: str, calls: Sequence[Call], amount: dict[str, float]) -> Row:
     """`amount` is what one call does: bytes under "gb_s", operations under "tflop_s"."""
     each, telemetry = time_calls(machine, calls)
-    cells: dict[str, Any] = {**asdict(each), **telemetry, **provenance(machine)}
+    cells: dict[str, Any] = {**asdict(each), **telemetry, **stamp(machine)}
     cells["noisy"] = is_noisy(each.p20_us, each.p50_us, each.p80_us)
     cells |= {name: count / each.p50_us / {"gb_s": 1e3, "tflop_s": 1e6}[name] for name, count in amount.items()}
     how = implementation(machine.info.kind, "decode")
@@ -51,10 +53,10 @@ def measure_ceilings(machine: Machine, dtype: torch.dtype) -> list[Row]:
             _row(machine, "read", "fp32", [read], {"gb_s": 4.0 * elements}),
         ]
         del x, y
-        size = 8192 if machine.info.kind == "cuda" else 1024
+        size = MATRIX.of(machine.info.kind)
         a, b = (torch.randn(size, size, device=machine.device).to(dtype) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        rows.append(_row(machine, "matmul", DTYPE_NAMES[dtype], [product], {"tflop_s": 2.0 * size**3}))
+        rows.append(_row(machine, "matmul", dtype_name(dtype), [product], {"tflop_s": 2.0 * size**3}))
         tiny = torch.zeros(8, device=machine.device)
         rows.append(_row(machine, "launch", "fp32", [partial(tiny.add_, 1.0)] * LAUNCHES, {}))
     return rows

@@ -15,20 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 
-from nasbench import __version__
+from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.provenance import provenance
 from nasbench.devices import DEVICES, DeviceInfo, DeviceSpec
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.fused_calls import NO_CALL
-from nasbench.profiling.measure import DTYPE_NAMES, point_cells
+from nasbench.profiling.measure import point_cells
 from nasbench.profiling.plan import Point
 from nasbench.profiling.workload import Bench
 from nasbench.store import CEILING, Row
@@ -198,8 +197,7 @@ class Estimator:
     def rows(self, spec: DeviceSpec, shape: ModelSpec, points: Iterable[Point]) -> list[Row]:
         """Estimated rows of the points on a device, its ceilings first."""
         info = DeviceInfo(spec.slug, spec.title, "cuda", spec.memory_bytes, 0, 0, "", spec.arch)
-        dtype = {name: value for value, name in DTYPE_NAMES.items()}[self.dtype]
-        bench = Bench(shape, "cuda", dtype, 0, 0)
+        bench = Bench(shape, "cuda", torch_dtype(self.dtype), 0, 0)
         return [*self._ceiling_rows(spec), *(self._row(spec, info, bench, point) for point in points)]
 
     def _row(self, spec: DeviceSpec, info: DeviceInfo, bench: Bench, point: Point) -> Row:
@@ -213,7 +211,7 @@ class Estimator:
         caches: dict[str, Any] = {}
         if config is not None:
             caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
-            caches["history_bytes"] = config.history_bytes(point.batch, width)
+            caches["conv_state_bytes"] = config.history_bytes(point.batch, width)
         error = rule.error_of(regime)
         reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(
@@ -257,5 +255,4 @@ def _times(us: float, error: float) -> dict[str, Any]:
 
 
 def _provenance() -> dict[str, Any]:
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"source": "estimated", "project": __version__, "torch": torch.__version__, "measured_utc": now}
+    return {"source": "estimated", **provenance().cells("project", "torch", "measured_utc")}

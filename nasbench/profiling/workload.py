@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasbench.core.by_device import ByDevice
 from nasbench.model import fused
 from nasbench.model.block import Chunk, MixerCache, Step
 from nasbench.model.decoder import Decoder, GatedMLP
@@ -32,7 +33,7 @@ from nasbench.profiling.plan import Point
 
 FEWEST, MOST = 4, 64
 """Instances that a workload goes round, unless memory allows fewer."""
-SMALL = {"cpu": 16, "cuda": 64}
+SMALL = ByDevice(cpu=16, cuda=64)
 """Calls of a small block in one timed run; on a GPU enough to hide the launch of the graph."""
 COLD = 8
 """Size of all instances over that of the last-level cache: at 2, caches that do not evict strictly in turn still held
@@ -72,7 +73,7 @@ class Workload:
         evict: untimed, before each call; None where the calls evict one another.
         moved_bytes: least bytes that one instance reads and writes.
         flops: floating-point operations of one instance.
-        cache_bytes, history_bytes: what the allocator gave to one instance's cache; None without a cache.
+        cache_bytes, conv_state_bytes: what the allocator gave to one instance's cache; None without a cache.
     """
 
     calls: Sequence[Callable[[], object]]
@@ -80,7 +81,7 @@ class Workload:
     flops: int
     cache_bytes: int | None = None
     cache_formula_bytes: int | None = None
-    history_bytes: int | None = None
+    conv_state_bytes: int | None = None
     evict: Callable[[], object] | None = None
     reason: str = ""
 
@@ -222,7 +223,7 @@ def _mlp(bench: Bench, point: Point) -> Workload:
 
 
 def _small(bench: Bench) -> int:
-    return SMALL[torch.device(bench.device).type]
+    return SMALL.of(bench.device)
 
 
 def _norm(bench: Bench, point: Point) -> Workload:

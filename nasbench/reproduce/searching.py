@@ -6,13 +6,13 @@ import random
 import time
 from dataclasses import replace
 
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError
 from nasbench.devices import detect
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.reproduce import recall
 from nasbench.reproduce.bench import Bench
 from nasbench.reproduce.recipe import Candidate, Recipe
-from nasbench.runtime.throughput import DTYPE_NAMES
 from nasbench.search import strategies
 from nasbench.search.objective import Loss, Speed
 from nasbench.search.session import Options, Search, baselines
@@ -31,9 +31,7 @@ class MeasuredObjective:
     def __init__(self, bench: Bench, evaluator: Evaluator) -> None:
         self.space = evaluator.supernet.space
         context = bench.recipe.contexts[0]
-        self.target = Target(
-            detect(bench.device).slug, context, bench.speeds.batches[context], DTYPE_NAMES[bench.dtype]
-        )
+        self.target = Target(detect(bench.device).slug, context, bench.speeds.batches[context], dtype_name(bench.dtype))
         self.version = evaluator.supernet.version
         self.reference_loss = 0.0
         self._bench, self._evaluator = bench, evaluator

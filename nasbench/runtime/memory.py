@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
-USABLE = {"cuda": 0.985, "cpu": 0.6}
+USABLE = ByDevice(cpu=0.6, cuda=0.985)
 """Share of the free memory that a measurement may take: allocators fragment (on an H200, 8 % more sequences ran than
 fit in 0.92 of it: reports/cost-h200/largest-batch.csv), and a CPU has other programs to feed."""
 
@@ -64,7 +65,7 @@ def largest_batch(
     Args:
         loaded: the weights are on the device already.
     """
-    room = int(free_bytes(device) * USABLE[torch.device(device).type])
+    room = int(free_bytes(device) * USABLE.of(device))
     if not loaded:
         room -= weight_bytes(shape, placement, dtype_bytes)
     return max(0, room // sequence_bytes(shape, placement, context, dtype_bytes))

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch
 from nasbench.spaces.placement import Placement
 
-BUFFER_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+BUFFER_BYTES = ByDevice(cpu=256 << 20, cuda=4 << 30)
 """Many times the largest last-level cache, so that every pass comes from the main memory."""
-MATRIX = {"cuda": 8192, "cpu": 1024}
+MATRIX = ByDevice(cpu=1024, cuda=8192)
 """Rows and columns of the product whose rate is measured."""
 REPEATS = 9
 
@@ -67,14 +68,14 @@ def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.d
         dtype: of the matrix product.
     """
     device = torch.device(device)
-    elements = min(BUFFER_BYTES[device.type], free_bytes // 8) // 4
+    elements = min(BUFFER_BYTES.of(device), free_bytes // 8) // 4
     source = torch.rand(elements, device=device)
     target = torch.empty_like(source)
     read = source.nbytes / _best_s(lambda: source.sum(), device)
     # A product is a kernel; copy_ between GPU buffers is handed to a copy engine, which is slower.
     copy = 2 * source.nbytes / _best_s(lambda: torch.mul(source, 2.0, out=target), device)
     in_place = 2 * source.nbytes / _best_s(lambda: source.mul_(0.5), device)
-    size = MATRIX[device.type]
+    size = MATRIX.of(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     matmul = 2 * size**3 / _best_s(lambda: a @ b, device)
     return Ceilings(read / 1e9, copy / 1e9, in_place / 1e9, matmul / 1e12)

@@ -11,28 +11,28 @@ import gc
 import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-import nasbench
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import PREFILL_CHUNK
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
+from nasbench.core.provenance import provenance
 from nasbench.devices import detect
 from nasbench.model import fused
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch, synchronise
 from nasbench.runtime.fused_step import FusedStep
-from nasbench.runtime.generate import default_chunk, prefill
+from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import capture
 from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
 from nasbench.runtime.roofline import Ceilings, decode_floor, measure_ceilings
 from nasbench.spaces.placement import Placement, format_placement
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SMALLEST_CHUNK = 64
 MOST_SEQUENCES = 4096
 """`max` stops here: beyond it a batch gains nothing and the logits alone fill gigabytes."""
@@ -148,8 +148,9 @@ def measure(
     prompt = None if prefill_context is None else prefill_context or context
     prefill_s, used_chunk = None, None
     if prompt is not None:
-        prefill_s, used_chunk = _prefill(decoder, cache, prompt, chunk or default_chunk(device), log)
+        prefill_s, used_chunk = _prefill(decoder, cache, prompt, chunk or PREFILL_CHUNK.of(device), log)
     info = detect(str(device))
+    stamp = provenance(info.slug, info.driver)
     parts = {
         part.name: part.ms for part in decode_floor(shape, placement, cache.batch, context, dtype.itemsize, ceilings)
     }
@@ -158,7 +159,7 @@ def measure(
         placement=format_placement(placement),
         model=shape.name,
         device=info.slug,
-        dtype=DTYPE_NAMES[dtype],
+        dtype=dtype_name(dtype),
         context=context,
         batch=cache.batch,
         decode_tok_s=cache.batch / p50 * 1e3,
@@ -178,11 +179,8 @@ def measure(
         **asdict(ceilings),
         launches=launches,
         predicted_batch=most if batch == "max" else None,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        driver=info.driver,
-        nasbench=nasbench.__version__,
-        measured_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **stamp.cells("threads", "torch", "driver", "measured_utc"),
+        nasbench=stamp.project,
     )
 
 
@@ -196,7 +194,7 @@ def measure_prefill(
         cache = decoder.new_cache(batch, context)
     except torch.OutOfMemoryError:
         raise MachineError(f"the cache of {batch} sequences of {context} tokens does not fit") from None
-    return _prefill(decoder, cache, context, chunk or default_chunk(decoder.device), log)
+    return _prefill(decoder, cache, context, chunk or PREFILL_CHUNK.of(decoder.device), log)
 
 
 def _check(shape: ModelSpec, context: int, batch: int | str, prefill_context: int | None) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nasbench.core.by_device import ByDevice
+from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError
 from nasbench.cost import CostModel
 from nasbench.runs import Run
@@ -18,7 +20,7 @@ MOST = 12
 """Placements that are measured if not told otherwise."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
-ROUNDS = {"cpu": 3, "cuda": 1}
+ROUNDS = ByDevice(cpu=3, cuda=1)
 """Rounds over all placements, the fastest time of each being kept: the speed of a shared CPU drifts, as it does under
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
 
@@ -94,15 +96,14 @@ def validate(
 
     Speed does not depend on the weights: they are random. Each row is written when it is measured.
     """
-    import torch
 
     from nasbench.cost.end_to_end import Decoders
     from nasbench.runtime.memory import free_bytes
     from nasbench.runtime.roofline import measure_ceilings
-    from nasbench.runtime.throughput import DTYPE_NAMES, measure
+    from nasbench.runtime.throughput import measure
 
-    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[target.dtype]
-    rounds = ROUNDS[torch.device(torch_device).type]
+    dtype = torch_dtype(target.dtype)
+    rounds = ROUNDS.of(torch_device)
     path = run.validation
     known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]

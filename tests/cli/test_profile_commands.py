@@ -44,8 +44,8 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     cost = ["cost", "15A 15J", "--model", "smollm2-135m", "--context", "100", "--db", str(tmp_path), "--json"]
     assert run([*cost, "--device", CPU]) == 0
     found = stdout_json(capsys)
-    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source history_bytes "
-    wanted += "step_stderr_ms step_interval_ms prefill_stderr_tok_s calibration_rows j_per_token"
+    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source "
+    wanted += "conv_state_bytes step_stderr_ms step_interval_ms prefill_stderr_tok_s calibration_rows j_per_token"
     assert set(wanted.split()) <= set(found)
     assert found["decode_tok_s"] > 0
     assert found["prefill_tok_s"] is None
@@ -189,7 +189,7 @@ def test_an_older_database_is_migrated(tmp_path, capsys):
         writer.writeheader()
         writer.writerow(lines[0] | {"schema": "1"})
     assert run(["db", "check", str(path)]) == 0
-    assert f"schema 1: `nasbench db migrate {path}` brings it to 3" in capsys.readouterr().out
+    assert f"schema 1: `nasbench db migrate {path}` brings it to 4" in capsys.readouterr().out
     assert run(["db", "migrate", str(tmp_path)]) == 0
     assert "schema 1 became 3" in capsys.readouterr().out
     assert path.read_text() == now

@@ -152,7 +152,7 @@ def test_files_beside_the_profile(tmp_path, measured, plain):
     for db in (tmp_path, path):
         assert load_cost_model("dev", SHAPE, "fp32", db).decode(SHAPE.placement, 2048, 1).calibration_rows == 12
     text = calibration_path(path).read_text()
-    for bad, said in (("time_ms", "header"), (f"{found[0].time_ms:.4f}", "time_ms: bad value 'soon'")):
+    for bad, said in (("time_ms", "no column time_ms"), (f"{found[0].time_ms:.4f}", "time_ms: bad value 'soon'")):
         calibration_path(path).write_text(text.replace(bad, "soon", 1))
         with pytest.raises(UserError, match=said):
             load_cost_model("dev", SHAPE, "fp32", tmp_path)

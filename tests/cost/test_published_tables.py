@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.devices import DEVICES, DeviceInfo
 from nasbench.model.shapes import MODELS
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.measure import point_cells
 from nasbench.profiling.plan import plan
-from nasbench.profiling.sweep import CHUNKS
 from nasbench.profiling.workload import Bench
 from nasbench.store import Database, Row
 
@@ -42,7 +42,9 @@ def half_as_fast(model: str, blocks: str) -> list[Row]:
     info = DeviceInfo(SPEC.slug, SPEC.title, "cuda", SPEC.memory_bytes, 0, 0, "", SPEC.arch)
     bench = Bench(shape, "cuda", torch.bfloat16, 0, 0)
     rows = []
-    groups = plan(shape, blocks, CONTEXTS, ["auto"], ("decode", "prefill"), CHUNKS["cuda"], SPEC.memory_bytes, 2)
+    groups = plan(
+        shape, blocks, CONTEXTS, ["auto"], ("decode", "prefill"), PREFILL_CHUNK.of("cuda"), SPEC.memory_bytes, 2
+    )
     for point in [point for group in groups for point in group]:
         moved, flops = amounts(shape, point, 2)
         us = 2 * max(moved / SPEC.bandwidth_gb_s / 1e3, flops / SPEC.tflop_s / 1e6)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.cost import CostModel
 from nasbench.model.decoder import Decoder
@@ -77,7 +78,7 @@ def test_the_allocators_cache_is_the_formulas(rows):
         if row.block in "AWJG":
             config = TINY.mixer(row.block)
             assert row.cache_bytes == row.cache_formula_bytes == config.cache_bytes(row.batch, row.context, 4)
-            assert row.history_bytes == config.history_bytes(row.batch, 4)
+            assert row.conv_state_bytes == config.history_bytes(row.batch, 4)
             assert row.gb_s is not None
             assert row.bandwidth_fraction is not None
             assert row.args == config.args
@@ -242,7 +243,7 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
         return Row(**point_cells(bench, machine.info, point), p20_us=1.0, p50_us=1.0, p80_us=1.0)
 
     monkeypatch.setattr(sweep_module, "measure", fake)
-    monkeypatch.setattr(sweep_module, "ROUNDS", {"cpu": 1})
+    monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1))
     planned = prepare(TINY, db=tmp_path, **ASKED)
     asked = ASKED | {"seconds_per_row": 9.0}
     result = sweep(TINY, db=tmp_path, limit_s=20.0, **asked)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.model import decoder as decoder_module
 from nasbench.model.shapes import MODELS, ModelSpec
@@ -19,8 +20,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(floor, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 28})
-    monkeypatch.setattr(floor, "MATRIX", {"cpu": 128, "cuda": 1024})
+    monkeypatch.setattr(floor, "BUFFER_BYTES", ByDevice(cpu=1 << 22, cuda=1 << 28))
+    monkeypatch.setattr(floor, "MATRIX", ByDevice(cpu=128, cuda=1024))
 
 
 @pytest.mark.parametrize("device", DEVICES)
