@@ -191,7 +191,7 @@ def test_an_older_database_is_migrated(tmp_path, capsys):
     assert run(["db", "check", str(path)]) == 0
     assert f"schema 1: `nasbench db migrate {path}` brings it to 4" in capsys.readouterr().out
     assert run(["db", "migrate", str(tmp_path)]) == 0
-    assert "schema 1 became 3" in capsys.readouterr().out
+    assert "schema 1 became 4" in capsys.readouterr().out
     assert path.read_text() == now
     assert run(["db", "migrate", str(path)]) == 0
     assert "already" in capsys.readouterr().out
@@ -217,3 +217,12 @@ def test_db_commands(tmp_path, capsys):
     broken.write_text(broken.read_text().replace("2.0000", "soon"))
     assert run(["db", "check", str(broken)]) == 2
     assert "line 2 column p50_us: bad value 'soon'" in capsys.readouterr().err
+
+
+def test_merge_writes_only_into_its_folder(tmp_path, capsys):
+    path = tmp_path / "one.csv"
+    Database(path).merge([Row(device="one", block="A", context=1024, p20_us=1.0, p50_us=2.0, p80_us=3.0)])
+    path.write_text(path.read_text().replace(",one,", ",../escaped,"))
+    assert run(["db", "merge", str(path), "--db", str(tmp_path / "a" / "b")]) == 2
+    assert "line 2 column device: bad device name '../escaped'" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*.csv")) == ["one.csv"]
