@@ -119,7 +119,7 @@ def read_table(path: Path, row: type[R], *, exact: bool = True, check: Check | N
         raise UserError(f"{path} line {reader.line_num}: not CSV: {error}") from None
 
 
-def _read_row(cells: list[str], names: list[str | None], row: type[Any], where: str, check: Check | None) -> Any:
+def _read_row(cells: list[str], names: list[str | None], row: Any, where: str, check: Check | None) -> Any:
     if len(cells) != len(names):
         raise UserError(f"{where}: {len(cells)} cells, the header has {len(names)}")
     known, values = _columns(row), {}
