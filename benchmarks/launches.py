@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     from nasbench.devices import detect
-    from nasbench.profiling.timing import Budget, time_cuda
+    from nasbench.runtime.timing import Budget, time_cuda
 
     began = time.monotonic()
     torch.manual_seed(0)

@@ -208,9 +208,9 @@ def stepper(shape: ModelSpec, batch: int, context: int, device: torch.device) ->
     """Milliseconds of a captured step, the median of REPLAYS, of random weights and a full cache."""
     from nasbench.checkpoints.load import random_decoder
     from nasbench.model import fused
-    from nasbench.runtime.clock import stopwatch
     from nasbench.runtime.fused_step import FusedStep
     from nasbench.runtime.graph import capture
+    from nasbench.runtime.timing import stopwatch
 
     decoder = random_decoder(shape, shape.placement, dtype=DTYPE, device=device)
     cache = decoder.new_cache(batch, context)

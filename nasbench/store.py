@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import locked
+from nasbench.core.noise import is_noisy
 from nasbench.core.tables import columns, read_table, read_text, write_table
 
 SCHEMA = 4
@@ -25,8 +26,6 @@ ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",)}
 """Columns that a version brought, by version."""
 RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
 """New and old names of the columns that a version renamed."""
-SPREAD = 0.03
-"""A row whose p80 - p20 exceeds this share of its p50 is noisy."""
 
 SHARED_BLOCKS = ("embedding", "norm", "mlp", "head")
 """Blocks that are the same in every placement; all others are layer-kind letters, or "ceiling"."""
@@ -143,13 +142,6 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
     variant = "" if block in _SHARED_SIZES else shape.layer.variant
     return {"block": block, "args": args, **sizes, "variant": variant}
-
-
-def is_noisy(p20_us: float | None, p50_us: float | None, p80_us: float | None) -> bool | None:
-    """Whether the percentiles lie further apart than SPREAD allows; None without them."""
-    if p20_us is None or p50_us is None or p80_us is None:
-        return None
-    return p80_us - p20_us > SPREAD * p50_us
 
 
 COLUMNS = columns(Row)

@@ -24,12 +24,12 @@ from nasbench.cost import CalibrationRow
 from nasbench.devices import detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch
 from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import Stepper
 from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
 from nasbench.runtime.roofline import Ceilings, measure_ceilings
 from nasbench.runtime.throughput import measure
+from nasbench.runtime.timing import stopwatch
 from nasbench.spaces.placement import Placement, format_placement
 
 PROMPT_RUNS = 3

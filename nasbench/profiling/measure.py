@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from nasbench.core.dtypes import dtype_name
+from nasbench.core.noise import is_noisy
 from nasbench.core.provenance import provenance
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
 from nasbench.profiling.telemetry import SHARED_REASON, Load, Reading, Telemetry, shared
-from nasbench.profiling.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
-from nasbench.store import Row, block_cells, is_noisy
+from nasbench.runtime.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
+from nasbench.store import Row, block_cells
 
 
 @dataclass

@@ -11,6 +11,7 @@ from pathlib import Path
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
 from nasbench.core.dtypes import dtype_name, torch_dtype
+from nasbench.core.noise import SPREAD
 from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
 from nasbench.model.shapes import ModelSpec
@@ -19,11 +20,11 @@ from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ce
 from nasbench.profiling.measure import Machine, measure, point_cells
 from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
 from nasbench.profiling.telemetry import Telemetry
-from nasbench.profiling.timing import Budget
 from nasbench.profiling.worker import START_S, Worker
 from nasbench.profiling.workload import Bench, most_instances
+from nasbench.runtime.timing import Budget
 from nasbench.spaces.placement import parse_placement
-from nasbench.store import KEY, SPREAD, Database, Row, db_path
+from nasbench.store import KEY, Database, Row, db_path
 
 ROW_BUDGET_S = ByDevice(cpu=0.6, cuda=0.25)
 """Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
@@ -347,30 +348,3 @@ def noise(row: Row) -> float:
     if row.p20_us is None or row.p80_us is None or not row.p50_us:
         return 0.0
     return (row.p80_us - row.p20_us) / row.p50_us + (1.0 if row.throttled else 0.0)
-
-
-def sweep(
-    model: str | ModelSpec,
-    blocks: str | Sequence[str],
-    contexts: Sequence[int],
-    batches: Sequence[int | str],
-    modes: Sequence[str] = ("decode", "prefill"),
-    *,
-    device: str = "cpu",
-    db: Path | None = None,
-    dtype: str = "fp32",
-    chunk: int | None = None,
-    force: bool = False,
-    seconds_per_row: float | None = None,
-    isolate: bool = True,
-    patience_s: float | None = None,
-    limit_s: float | None = None,
-    progress: Progress | None = None,
-) -> SweepResult:
-    """`prepare` and `run` in one: see there."""
-    todo = prepare(
-        model, blocks, contexts, batches, modes,
-        device=device, db=db, dtype=dtype, chunk=chunk, force=force, seconds_per_row=seconds_per_row,
-        isolate=isolate, patience_s=patience_s, limit_s=limit_s,
-    )  # fmt: skip
-    return run(todo, progress)

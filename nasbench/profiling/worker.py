@@ -29,8 +29,8 @@ from nasbench.model import fused
 from nasbench.profiling.ceilings import measure_ceilings
 from nasbench.profiling.measure import Machine, measure, point_cells, stamp
 from nasbench.profiling.plan import Point
-from nasbench.profiling.timing import Budget
 from nasbench.profiling.workload import Bench
+from nasbench.runtime.timing import Budget
 from nasbench.store import Row
 
 START_S = ByDevice(cpu=0.5, cuda=3.0)

@@ -9,15 +9,18 @@ that attention and windows read, the recurrent states that are read and written 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from nasbench.core.by_device import ByDevice
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch
+from nasbench.runtime.timing import stopwatch
 from nasbench.spaces.placement import Placement
+
+Call = Callable[[], object]
 
 BUFFER_BYTES = ByDevice(cpu=256 << 20, cuda=4 << 30)
 """Many times the largest last-level cache, so that every pass comes from the main memory."""
@@ -53,32 +56,43 @@ class Part:
     ms: float
 
 
-def _best_s(work: Callable[[], object], device: torch.device) -> float:
+def _best_s(work: Call, device: torch.device) -> float:
     """Seconds of the fastest of a few runs: a ceiling is what the device can do, not what it does on average."""
     work()
     seconds = stopwatch(device)
     return min(seconds(work) for _ in range(REPEATS))
 
 
-def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.dtype) -> Ceilings:
-    """Measures them, on random data.
+def ceiling_work(
+    device: torch.device | str, free_bytes: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Call, int, int]]:
+    """Yields (name, work, bytes, operations) of each ceiling, on random data.
 
     Args:
         free_bytes: the buffers take at most a quarter of this.
         dtype: of the matrix product.
     """
     device = torch.device(device)
-    elements = min(BUFFER_BYTES.of(device), free_bytes // 8) // 4
-    source = torch.rand(elements, device=device)
-    target = torch.empty_like(source)
-    read = source.nbytes / _best_s(lambda: source.sum(), device)
-    # A product is a kernel; copy_ between GPU buffers is handed to a copy engine, which is slower.
-    copy = 2 * source.nbytes / _best_s(lambda: torch.mul(source, 2.0, out=target), device)
-    in_place = 2 * source.nbytes / _best_s(lambda: source.mul_(0.5), device)
+    source = torch.rand(min(BUFFER_BYTES.of(device), free_bytes // 8) // 4, device=device)
+    target, total = torch.empty_like(source), torch.empty((), device=device)
+    yield "read", partial(torch.sum, source, out=total, dim=None, dtype=torch.float32), source.nbytes, 0
+    # A multiplication is a kernel; copy_ between GPU buffers is handed to a copy engine, which is slower.
+    yield "copy", partial(torch.mul, source, 1.0, out=target), 2 * source.nbytes, 0
+    yield "in_place", partial(source.mul_, 1.0), 2 * source.nbytes, 0
+    del source, target
     size = MATRIX.of(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = 2 * size**3 / _best_s(lambda: a @ b, device)
-    return Ceilings(read / 1e9, copy / 1e9, in_place / 1e9, matmul / 1e12)
+    yield "matmul", partial(torch.mm, a, b, out=torch.empty_like(a)), 0, 2 * size**3
+
+
+@torch.inference_mode()
+def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.dtype) -> Ceilings:
+    """Measures them, as `ceiling_work` says."""
+    device = torch.device(device)
+    rates = {}
+    for name, work, nbytes, flops in ceiling_work(device, free_bytes, dtype):
+        rates[name] = (nbytes / 1e9 or flops / 1e12) / _best_s(work, device)
+    return Ceilings(rates["read"], rates["copy"], rates["in_place"], rates["matmul"])
 
 
 def decode_bytes(shape: ModelSpec, placement: Placement, batch: int, context: int, dtype_bytes: int) -> int:

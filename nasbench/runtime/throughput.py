@@ -8,7 +8,6 @@ all layers, the output matrix and the argmax; on a GPU as one replayed CUDA grap
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -25,12 +24,12 @@ from nasbench.devices import detect
 from nasbench.model import fused
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch, synchronise
 from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import capture
-from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
+from nasbench.runtime.memory import free_bytes, largest_batch, peak_bytes, ran_out
 from nasbench.runtime.roofline import Ceilings, decode_floor, measure_ceilings
+from nasbench.runtime.timing import stopwatch, synchronise
 from nasbench.spaces.placement import Placement, format_placement
 
 SMALLEST_CHUNK = 64
@@ -171,7 +170,7 @@ def measure(
         prefill_s=prefill_s,
         prefill_context=prompt,
         prefill_chunk=used_chunk,
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
         cache_bytes=cache.nbytes,
         floor_ms=floor_ms,
         floor_parts_ms=parts,
@@ -205,12 +204,6 @@ def _check(shape: ModelSpec, context: int, batch: int | str, prefill_context: in
         raise UserError(f"prefill context {prefill_context} is beyond the measured context {context}")
     if batch != "max" and (not isinstance(batch, int) or batch < 1):
         raise UserError(f"bad batch {batch!r}: write a positive whole number or max")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _decode(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nasbench.cli.main import run
+from nasbench.core.by_device import ByDevice
 from nasbench.devices import detect
 from nasbench.store import Database, Row, columns_of, read_db
 
@@ -19,7 +20,7 @@ def nowhere_else(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: tmp_path / "empty")
     monkeypatch.setattr("nasbench.cost.files.default_db_dir", lambda: tmp_path / "empty")
-    monkeypatch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
+    monkeypatch.setattr("nasbench.runtime.roofline.BUFFER_BYTES", ByDevice(cpu=1 << 20))
 
 
 def stdout_json(capsys) -> dict:
