@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +14,21 @@ from nasbench.core.errors import MachineError, unknown
 
 
 def print_json(data: Any) -> None:
-    """Prints one JSON object on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(data) + "\n")
+    """Prints one strict JSON object on standard output, and nothing else. Numbers that are not finite become null."""
+    sys.stdout.write(json.dumps(_strict(data), allow_nan=False) + "\n")
+
+
+def _strict(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _strict(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_strict(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def mark_source(source: str) -> str:
+    """How tables show the source of a number: nobody overlooks an estimate."""
+    return "ESTIMATED" if source == "estimated" else source
 
 
 def log(message: str) -> None:

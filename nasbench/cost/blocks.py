@@ -34,7 +34,7 @@ class Blocks:
         for row in rows:
             if row.dtype == dtype and row.status == "ok" and row.p50_us is not None:
                 key = (*(getattr(row, column) for column in _IDENTITY), row.mode, row.chunk)
-                self._tables.setdefault(key, Table(in_turns=row.mode == "prefill")).add(row)
+                self._tables.setdefault(key, Table(repeated=row.mode == "prefill")).add(row)
             if row.dtype == dtype and row.mode == "prefill":
                 sizes.add(row.chunk)
         self.chunks = sorted(sizes)
@@ -62,10 +62,10 @@ class Blocks:
             shorter = max((size for size in sizes if size <= tokens), default=0)
             with suppress(UserError):  # the sizes may be other blocks'
                 if longer == tokens or not shorter:
-                    return at(longer, longer).longer(tokens / longer)
+                    return at(longer, longer).scaled(tokens / longer)
                 return blend(at(shorter, shorter), at(longer, longer), (tokens - shorter) / (longer - shorter))
         whole = at(max(begin + tokens, chunk), chunk)
-        return whole if tokens == chunk else whole.longer(tokens / chunk)
+        return whole if tokens == chunk else whole.scaled(tokens / chunk)
 
     def head(self, batch: int, extrapolate: bool) -> Time:
         """The output matrix after a prompt, for at most as many sequences as it was measured with."""

@@ -24,7 +24,7 @@ from nasbench.core.files import locked
 from nasbench.core.tables import columns, read_table, write_table
 
 SCHEMA = 1
-PRIOR_SD = {"constant": 3.0, "alone": 3.0, "host": 0.3}
+PRIOR_SD = {"overhead": 3.0, "bs1_overhead": 3.0, "launch": 0.3}
 """Standard deviations of the prior: microseconds a layer for the constants, of the host's scale, which depends on what
 else it does ..."""
 PRIOR_SCALE_SD = 0.1
@@ -37,10 +37,10 @@ LEAST_FREEDOM = 0.2
 """A measurement that the fit follows alone says little of its error: no more than so much counts."""
 FOREIGN = 3.0
 """Measurements of another model of the same device count as so much less precise."""
-CONSTANT, ALONE, SHARED, HOST = "constant", "alone", "shared", "host"
+OVERHEAD, BS1_OVERHEAD, SHARED, LAUNCH = "overhead", "bs1_overhead", "shared", "launch"
 
 Features = Mapping[str, float]
-"""Microseconds by feature: SHARED, HOST and the letters of kinds; CONSTANT and ALONE are numbers of layers."""
+"""Microseconds by feature: SHARED, LAUNCH and the letters of kinds; OVERHEAD and BS1_OVERHEAD are numbers of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class Calibration:
     rows: int = 0
 
     def coefficient(self, name: str) -> float:
-        """Microseconds a layer for CONSTANT and ALONE, else the scale of a feature."""
+        """Microseconds a layer for OVERHEAD and BS1_OVERHEAD, else the scale of a feature."""
         if name in self.names:
             return self.mean[self.names.index(name)]
         return _prior_mean(name)
@@ -109,7 +109,7 @@ class Calibration:
 
 
 def _prior_mean(name: str) -> float:
-    return 0.0 if name in (CONSTANT, ALONE) else 1.0
+    return 0.0 if name in (OVERHEAD, BS1_OVERHEAD) else 1.0
 
 
 def _prior_sd(name: str) -> float:

@@ -70,10 +70,15 @@ def weight_bytes(shape: ModelSpec, placement: Placement, dtype_bytes: int) -> in
     return shape.parameters(placement) * dtype_bytes
 
 
+def activation_bytes(shape: ModelSpec, dtype_bytes: int) -> int:
+    """Bytes of a sequence's logits, in two data types, and of its widest activations while a token is decoded."""
+    return shape.vocab_size * (4 + dtype_bytes) + 4 * (shape.intermediate_size + shape.hidden_size) * 4
+
+
 def sequence_bytes(shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int) -> int:
-    """Bytes that each sequence of a decode batch adds: its caches, its logits in two dtypes, its widest activations."""
+    """Bytes that each sequence of a decode batch adds: its caches and activations."""
     cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.history_bytes(placement, 1, dtype_bytes)
-    return cache + shape.vocab_size * (4 + dtype_bytes) + 4 * (shape.intermediate_size + shape.hidden_size) * 4
+    return cache + activation_bytes(shape, dtype_bytes)
 
 
 def sequences_that_fit(

@@ -10,6 +10,7 @@ from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError
 from nasbench.cost import CostModel
+from nasbench.cost.holdout import WholePoint, compare_point
 from nasbench.runs import Run
 from nasbench.search.session import compare
 from nasbench.search.table import read_rows, write_rows
@@ -107,6 +108,8 @@ def validate(
     path = run.validation
     known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]
+    for placement in left:  # a point that the profile does not cover is told before work begins
+        cost.decode(placement, target.context, target.batch)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     decoders = Decoders(cost.shape, torch_device, dtype) if left else None
@@ -114,7 +117,6 @@ def validate(
     best: dict[Placement, float] = {}
     for placement in left * rounds:
         assert decoders is not None
-        predicted = cost.decode(placement, target.context, target.batch)
         result = measure(
             cost.shape,
             placement,
@@ -125,24 +127,25 @@ def validate(
             seconds=seconds / rounds,
             ceilings=ceilings,
         )
-        assert predicted.decode_tok_s is not None
         if result.decode_tok_s > best.get(placement, 0.0):
             best[placement] = result.decode_tok_s
+            point = WholePoint("decode", placement, target.context, target.batch)
+            seen = compare_point(cost, point, result.decode_tok_s)
             row = ValidationRow(
                 placement=result.placement,
                 context=target.context,
                 batch=target.batch,
                 dtype=target.dtype,
-                predicted_tok_s=predicted.decode_tok_s,
+                predicted_tok_s=seen.predicted_tok_s,
                 measured_tok_s=result.decode_tok_s,
-                error=predicted.decode_tok_s / result.decode_tok_s - 1,
+                error=seen.error,
                 step_p20_ms=result.step_p20_ms,
                 step_ms=result.step_ms,
                 step_p80_ms=result.step_p80_ms,
                 repeats=result.repeats,
                 floor_fraction=result.floor_fraction,
                 device=result.device,
-                source=predicted.source,
+                source=seen.source,
                 torch=result.torch,
                 driver=result.driver,
                 nasbench=result.nasbench,
