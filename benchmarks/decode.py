@@ -18,13 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from nasbench.runtime.fused_step import FusedStep
+
 from benchmarks.kernel_cases import gpu_missing
 from nasbench.checkpoints.load import random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import MachineError
 from nasbench.core.sizes import parse_size
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
 from nasbench.runtime.throughput import measure

@@ -206,9 +206,10 @@ def climb(
 
 def stepper(shape: ModelSpec, batch: int, context: int, device: torch.device) -> Callable[[], float]:
     """Milliseconds of a captured step, the median of REPLAYS, of random weights and a full cache."""
+    from nasbench.runtime.fused_step import FusedStep
+
     from nasbench.checkpoints.load import random_decoder
     from nasbench.model import fused
-    from nasbench.runtime.fused_step import FusedStep
     from nasbench.runtime.graph import capture
     from nasbench.runtime.timing import stopwatch
 

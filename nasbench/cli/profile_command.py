@@ -194,7 +194,8 @@ def _whole_models(
 
     shape, info, dtype = todo.bench.shape, todo.machine.info, todo.bench.dtype
     whole = EndToEnd(shape, todo.bench.device, dtype)
-    path, told = calibration_path(todo.path), {}
+    path = calibration_path(todo.path)
+    told: dict[str, Any] = {}
     if calibrate:
         points = calibration_points(shape, names, contexts, info, dtype.itemsize)
         told["calibration"] = measure_missing(whole, points, path, log, chunk)

@@ -224,7 +224,7 @@ class CostModel:
             raise UserError(f"batch {batch}: choose at least 1")
         width = self.dtype_bytes
         cache = self.shape.cache_bytes(placement, batch, context, width)
-        conv_state = self.shape.history_bytes(placement, batch, width)
+        conv_state = self.shape.conv_state_bytes(placement, batch, width)
         needed = weight_bytes(self.shape, placement, width) + batch * activation_bytes(self.shape, width)
         needed += cache + conv_state
         return Cost(

@@ -77,7 +77,7 @@ def activation_bytes(shape: ModelSpec, dtype_bytes: int) -> int:
 
 def sequence_bytes(shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int) -> int:
     """Bytes that each sequence of a decode batch adds: its caches and activations."""
-    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.history_bytes(placement, 1, dtype_bytes)
+    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.conv_state_bytes(placement, 1, dtype_bytes)
     return cache + activation_bytes(shape, dtype_bytes)
 
 

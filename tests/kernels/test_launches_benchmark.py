@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from nasbench.runtime.fused_step import FusedStep
 from nasbench_kernels.decode.product_launch import batch_launch, swiglu_launch
 
 import benchmarks.launches as bench
@@ -30,7 +31,6 @@ from nasbench.checkpoints.load import random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.model import fused
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.fused_step import FusedStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TINY = ModelSpec(

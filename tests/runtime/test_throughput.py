@@ -48,9 +48,9 @@ def test_steps_read_exactly_the_context_and_different_tokens(monkeypatch):
     original = decoder_module.Decoder._step
 
     def spy(self, tokens, step, cache):
-        spans.append((step.span, step.uniform))
+        spans.append((step.max_seqlen, step.equal_lengths))
         fed.append(tokens.tolist())
-        assert all(bool(state.any()) for mixer in cache.mixers for state in mixer.state.values()), "an empty cache"
+        assert all(bool(state.any()) for mixer in cache.kept for state in mixer.state.values()), "an empty cache"
         return original(self, tokens, step, cache)
 
     monkeypatch.setattr(decoder_module.Decoder, "_step", spy)
