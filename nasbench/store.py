@@ -12,12 +12,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import locked
 from nasbench.core.noise import is_noisy
 from nasbench.core.tables import columns, read_table, read_text, write_table
+from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import FFNS, BlockSpec, ffn_spec
 
 SCHEMA = 4
 """Version of the columns below. Older files are read, and written as this version by the next change or by
@@ -28,7 +30,8 @@ RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
 """New and old names of the columns that a version renamed."""
 
 SHARED_BLOCKS = ("embedding", "norm", "mlp", "head")
-"""Blocks that are the same in every placement; all others are layer-kind letters, or "ceiling"."""
+"""The same in every placement of a model whose FFNs are gated: `mlp` is the row of that FFN. The block of another FFN is
+its kind, with its arguments in `args`; of a mixer, its letter; of the device's limits, "ceiling"."""
 CEILING = "ceiling"
 """Block of the device's own limits; `args` says which: copy, read, matmul or launch."""
 CEILINGS = ("copy", "read", "matmul", "launch")
@@ -103,44 +106,62 @@ class Row:
         return tuple(getattr(self, name) for name in KEY)
 
 
-class Sizes(Protocol):
-    """What block_cells reads of a model's shape."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def layer(self) -> Any: ...
-
-
 SIZE_COLUMNS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-_SHARED_SIZES = {
+_PART_SIZES = {
     "embedding": ("hidden_size", "vocab_size"),
     "norm": ("hidden_size",),
-    "mlp": ("hidden_size", "intermediate_size"),
     "head": ("hidden_size", "vocab_size"),
 }
+_MIXER_SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+GATED = "mlp"
 
 
-def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
+def ffn_names(shape: ModelSpec) -> tuple[str, ...]:
+    """The name of each layer's FFN among profiled blocks; layers without an FFN have none."""
+    texts = shape.ffn or ("gated",) * shape.num_layers
+    return tuple(GATED if text == "gated" else text for text in texts if text != "none")
+
+
+def shared_blocks(shape: ModelSpec) -> tuple[str, ...]:
+    """The blocks of a model that are the same in every placement, FFNs included."""
+    return ("embedding", "norm", *dict.fromkeys(ffn_names(shape)), "head")
+
+
+def is_shared(name: str) -> bool:
+    """Whether a block is the same in every placement: no mixer."""
+    return name in SHARED_BLOCKS or name.partition("@")[0] in FFNS
+
+
+def block_spec(shape: ModelSpec, name: str) -> BlockSpec | None:
+    """The mixer or FFN of a name; None for embedding, norm and head. Raises UserError."""
+    if name in _PART_SIZES:
+        return None
+    if is_shared(name):
+        text = "gated" if name == GATED else name
+        return ffn_spec(text, shape.hidden_size, shape.intermediate_size, shape.activation)
+    return shape.mixer(name)
+
+
+def block_cells(shape: ModelSpec, block: str, args: str = "") -> dict[str, Any]:
     """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
 
     Args:
-        shape: the model's (nasbench.model.shapes.ModelSpec).
-        block: a shared block, or a layer kind's letter with its complete `args`.
+        block: a shared block, or a mixer's name; its letter alone with `args`.
     """
-    relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
-    sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
-    variant = "" if block in _SHARED_SIZES else shape.layer().variant
-    return {"block": block, "args": args, **sizes, "variant": variant}
+    name = f"{block}@{args}" if args else block
+    spec, model = block_spec(shape, name), {name: getattr(shape, name) for name in SIZE_COLUMNS}
+    relevant, cells = _MIXER_SIZES, {"block": block, "args": "", "variant": ""}
+    if spec is None:
+        relevant = _PART_SIZES[name]
+    elif not is_shared(name):
+        cells = {"block": spec.kind, "args": spec.args, "variant": shape.layer().variant}
+    elif spec.kind == "gated":
+        relevant = ("hidden_size", "intermediate_size")
+        model["intermediate_size"] = int(spec.args)
+        cells |= {"block": GATED, "args": "" if shape.activation == "silu" else shape.activation}
+    else:
+        relevant, cells = ("hidden_size",), cells | {"block": spec.kind, "args": spec.args}
+    return cells | {name: model[name] if name in relevant else 0 for name in SIZE_COLUMNS}
 
 
 COLUMNS = columns(Row)

@@ -82,15 +82,9 @@ def _calibrated(rows: int) -> str:
     return f"calibrated by {rows} whole steps" if rows else "not calibrated"
 
 
-def _profiles(rows: list[Row], shape: ModelSpec) -> list[Row]:
-    """The rows of this model's layers."""
-    from nasbench.store import block_cells
-
-    mlp = block_cells(shape, "mlp")
-    return [row for row in rows if all(getattr(row, name) == value for name, value in mlp.items())]
-
-
 def _profiled_dtype(rows: list[Row], shape: ModelSpec) -> str:
     """The data type that this model was profiled in, bf16 where there are several or none."""
-    found = {row.dtype for row in _profiles(rows, shape)}
+    from nasbench.store import block_cells, select
+
+    found = {row.dtype for row in select(rows, **block_cells(shape, "head"))}
     return found.pop() if len(found) == 1 else "bf16"

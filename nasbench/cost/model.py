@@ -1,6 +1,6 @@
 """From a placement to its speed and cache: sums the measured rows of its blocks. Imports no torch.
 
-    decode step = embedding + sum over layers (2 norms + mixer + MLP) + final norm + head
+    decode step = embedding + sum over layers (norms + mixer + FFN) + final norm + head
     prefill     = sum over chunks of the same without the head, + one head for the last token
 
 On a GPU a prompt's kernels are launched one by one. The host runs ahead of the device, so that a chunk takes what is
@@ -11,6 +11,7 @@ What a whole step costs beyond that sum is nasbench.cost.calibration's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
@@ -24,8 +25,8 @@ from nasbench.cost.table import NOTHING, Time, total
 from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.runtime.memory import USABLE, activation_bytes, weight_bytes
-from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
-from nasbench.store import SHARED_BLOCKS, Row
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
+from nasbench.store import Row, ffn_names
 
 INTERVAL_SD = 1.645
 """Half a 90 % interval, in standard errors."""
@@ -234,29 +235,34 @@ class CostModel:
             fits=None if self.room_bytes is None else needed <= self.room_bytes, source="none",
         )  # fmt: skip
 
+    def _shared_counts(self) -> Counter[str]:
+        """How often each shared block but the head runs."""
+        norms = self.shape.num_layers * self.shape.norms_per_layer + 1
+        return Counter(ffn_names(self.shape)) + Counter({"embedding": 1, "norm": norms})
+
     def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
-        layers = len(placement)
-        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers, "head": 1}
+        counts = self._shared_counts() + Counter({"head": 1})
         times = [
-            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count) for name, count in counts.items()
+            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count)
+            for name, count in sorted(counts.items())
         ]
-        for name in dict.fromkeys(placement):
-            time = self._blocks.time(name, "decode", context, batch, extrapolate) * placement.count(name)
-            times.append((kind_of(name), time))
-        return Parts(tuple(times), layers, _constant(batch))
+        for name, count in Counter(placement).items():
+            time = self._blocks.time(name, "decode", context, batch, extrapolate) * count
+            times.append((self.shape.mixer(name).kind, time))
+        return Parts(tuple(times), len(placement), BS1_OVERHEAD if batch == 1 else OVERHEAD)
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
-        layers, chunks = len(placement), ceil(context / chunk)
-        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers}
-        counts |= {name: placement.count(name) for name in dict.fromkeys(placement)}
-        features = {name: SHARED if name in SHARED_BLOCKS else kind_of(name) for name in counts}
-        sums = dict.fromkeys(counts, NOTHING)
+        chunks, shared = ceil(context / chunk), self._shared_counts()
+        features = dict.fromkeys(sorted(shared), SHARED)
+        features |= {name: self.shape.mixer(name).kind for name in placement}
+        counts = shared + Counter(placement)
+        sums = dict.fromkeys(features, NOTHING)
         host = NOTHING
         for begin in range(0, context, chunk):
             tokens = min(chunk, context - begin)
             times = {
-                name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * n
-                for name, n in counts.items()
+                name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * counts[name]
+                for name in features
             }
             every = total(times.values())
             if every.host_us > every.us:
@@ -265,7 +271,7 @@ class CostModel:
                 sums = {name: sums[name] + time for name, time in times.items()}
         found = [(features[name], time) for name, time in sums.items() if time.us]
         found += [(LAUNCH, host)] if host.us else []
-        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), layers * chunks)
+        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), len(placement) * chunks)
 
     def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
         """(microseconds, their standard error)."""
@@ -286,11 +292,6 @@ class CostModel:
             return costs._prefill_parts(placement, row.context, row.batch, row.chunk, False).features
         except UserError:
             return None
-
-
-def _constant(batch: int) -> str:
-    """The calibration's constant of a decode step."""
-    return BS1_OVERHEAD if batch == 1 else OVERHEAD
 
 
 def _source(estimated: bool) -> str:

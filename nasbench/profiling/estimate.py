@@ -29,7 +29,7 @@ from nasbench.profiling.amounts import amounts
 from nasbench.profiling.measure import point_cells
 from nasbench.profiling.plan import Point
 from nasbench.profiling.workload import NO_CALL, Bench
-from nasbench.store import CEILING, Row
+from nasbench.store import CEILING, Row, block_spec
 
 PERCENTILE_SD = 0.8416
 """p20 and p80 of a normal distribution lie this many standard deviations from its middle."""
@@ -202,19 +202,19 @@ class Estimator:
     def _row(self, spec: DeviceSpec, info: DeviceInfo, bench: Bench, point: Point) -> Row:
         width = bench.dtype.itemsize
         moved, flops = amounts(bench.shape, point, width)
-        config = None if point.shared else bench.shape.mixer(point.block)
-        rule = self.rule(point.block if config is None else config.kind, point.mode)
+        cells, block = point_cells(bench, info, point), block_spec(bench.shape, point.block)
+        rule = self.rule(cells["block"], point.mode)
         if (point.block, point.mode, point.batch) == ("norm", "decode", 1):
-            return Row(**point_cells(bench, info, point), **_times(0.0, 0.0), reason=NO_CALL, **_provenance())
+            return Row(**cells, **_times(0.0, 0.0), reason=NO_CALL, **_provenance())
         us, regime = rule.time_us(moved / spec.bandwidth_gb_s / 1e3, flops / spec.tflop_s / 1e6)
         caches: dict[str, Any] = {}
-        if config is not None:
-            caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
-            caches["conv_state_bytes"] = config.conv_state_bytes(point.batch, width)
+        if block is not None and not point.shared:
+            caches["cache_formula_bytes"] = block.cache_bytes(point.batch, point.context, width)
+            caches["conv_state_bytes"] = block.conv_state_bytes(point.batch, width)
         error = rule.error_of(regime)
         reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(
-            **point_cells(bench, info, point), **_times(us, error), **caches,
+            **cells, **_times(us, error), **caches,
             gb_s=moved / us / 1e3, tflop_s=flops / us / 1e6, reason=reason, **_provenance(),
         )  # fmt: skip
 

@@ -45,9 +45,7 @@ def implementation(kind: str, mode: str) -> str:
 
 def point_cells(bench: Bench, info: DeviceInfo, point: Point) -> dict[str, Any]:
     """The key cells of a point's row."""
-    config = None if point.shared else bench.shape.mixer(point.block)
-    named = (point.block, "") if config is None else (config.kind, config.args)
-    cells = block_cells(bench.shape, *named)
+    cells = block_cells(bench.shape, point.block)
     where = {"mode": point.mode, "batch": point.batch, "context": point.context, "chunk": point.chunk}
     how = {"dtype": dtype_name(bench.dtype), "implementation": implementation(info.kind, point.mode)}
     return {"device": info.slug, **cells, **where, **how}

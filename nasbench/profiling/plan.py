@@ -9,7 +9,7 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.memory import lean_hybrid, sequences_that_fit
-from nasbench.store import SHARED_BLOCKS
+from nasbench.store import is_shared, shared_blocks
 
 MODES = ("decode", "prefill")
 WORDS = ("auto", "max")
@@ -42,7 +42,7 @@ class Point:
 
     @property
     def shared(self) -> bool:
-        return self.block in SHARED_BLOCKS
+        return is_shared(self.block)
 
     def __str__(self) -> str:
         where = f" at {format_size(self.context)}" if self.context else ""
@@ -124,7 +124,7 @@ def plan(
     # Matrix products change their pace at every power of two, and these rows are few.
     shared = sorted({*everywhere, *(_powers(everywhere[-1]) if "auto" in batches else ())})
     first: list[Point] = []
-    for block in SHARED_BLOCKS:
+    for block in shared_blocks(shape):
         if "decode" in modes or block == "head":  # prefill ends with one head
             first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":

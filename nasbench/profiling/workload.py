@@ -33,6 +33,7 @@ from nasbench.model.shapes import ModelSpec
 from nasbench.model.stream import stream_for
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
+from nasbench.store import block_spec
 
 NO_CALL = "for one sequence a part of the products after it"
 """Why the norm has no time of its own."""
@@ -93,7 +94,7 @@ class Workload:
 
 def build(bench: Bench, point: Point) -> Workload:
     """The workload of a point; raises what torch raises when the memory is not enough."""
-    return _SHARED[point.block](bench, point) if point.shared else _mixer(bench, point)
+    return _PARTS.get(point.block, _block)(bench, point)
 
 
 def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
@@ -189,10 +190,12 @@ def _calls(
     return [partial(_call, block, norm, x.clone(), meta, cache) for block, cache in zip(blocks, caches, strict=True)]
 
 
-def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache]:
+def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache | None]:
     """A cache per block, full to the context. One is filled with random numbers, the others copy it: faster."""
     size = {"device": bench.device, "dtype": bench.dtype}
     caches = [block.new_cache(point.batch, point.context, **size) for block in blocks]
+    if caches[0] is None:
+        return caches
     caches[0].fill_random()
     for cache in caches[1:]:
         for name, tensor in cache.tensors.items():
@@ -200,25 +203,25 @@ def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache]:
     return caches
 
 
-def _mixer(bench: Bench, point: Point) -> Workload:
-    spec = bench.shape.mixer(point.block)
+def _block(bench: Bench, point: Point) -> Workload:
+    """A mixer or an FFN."""
+    spec = block_spec(bench.shape, point.block)
+    assert spec is not None
+    # A shared block has no context: what it looks back at, if anything, is of constant size.
+    point = replace(point, context=point.context or max(1, point.chunk))
     width = bench.dtype.itemsize
     formula = spec.cache_bytes(point.batch, point.context, width)
-    count = _count(bench, point, spec.parameters() * width + formula)
-    mixers = _instances(bench, point.block, spec.build, count)
-    caches = _caches(bench, mixers, point)
+    conv_state = spec.conv_state_bytes(point.batch, width)
+    count = _count(bench, point, spec.parameters() * width + formula + conv_state)
+    blocks = _instances(bench, point.block, spec.build, count)
+    caches = _caches(bench, blocks, point)
     x = _activations(bench, point, bench.shape.hidden_size)
-    calls = _calls(bench, mixers, x, _meta(bench, point), caches)
-    return Workload(calls, *_amounts(bench, point), caches[0].nbytes, formula, caches[0].conv_state_nbytes)
-
-
-def _ffn(bench: Bench, point: Point) -> Workload:
-    spec = bench.shape.ffn_spec()
-    count = _count(bench, point, spec.parameters() * bench.dtype.itemsize)
-    x = _activations(bench, point, bench.shape.hidden_size)
-    ffns = _instances(bench, "mlp", spec.build, count)
-    meta = _meta(bench, replace(point, context=max(1, point.chunk)))
-    return Workload(_calls(bench, ffns, x, meta, [None] * count), *_amounts(bench, point))
+    work = Workload(_calls(bench, blocks, x, _meta(bench, point), caches), *_amounts(bench, point))
+    if caches[0] is None:
+        return work
+    return replace(
+        work, cache_bytes=caches[0].nbytes, cache_formula_bytes=formula, conv_state_bytes=caches[0].conv_state_nbytes
+    )
 
 
 def _small(bench: Bench) -> int:
@@ -226,7 +229,7 @@ def _small(bench: Bench) -> int:
 
 
 def _norm(bench: Bench, point: Point) -> Workload:
-    """Residual addition and RMSNorm, twice in every layer."""
+    """Residual addition and RMSNorm, twice or four times in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
     meta = _meta(bench, replace(point, context=max(1, point.chunk)))
@@ -274,4 +277,4 @@ def _head(bench: Bench, point: Point) -> Workload:
     return Workload([partial(call, decoder) for decoder in decoders], *_amounts(bench, point))
 
 
-_SHARED = {"mlp": _ffn, "norm": _norm, "embedding": _embedding, "head": _head}
+_PARTS = {"norm": _norm, "embedding": _embedding, "head": _head}

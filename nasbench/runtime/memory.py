@@ -72,7 +72,9 @@ def weight_bytes(shape: ModelSpec, placement: Placement, dtype_bytes: int) -> in
 
 def activation_bytes(shape: ModelSpec, dtype_bytes: int) -> int:
     """Bytes of a sequence's logits, in two data types, and of its widest activations while a token is decoded."""
-    return shape.vocab_size * (4 + dtype_bytes) + 4 * (shape.intermediate_size + shape.hidden_size) * 4
+    # A gated FFN of inner width I has three matrices of hidden size x I.
+    widest = max((ffn.product_parameters() for ffn in set(shape.ffns())), default=0) // (3 * shape.hidden_size)
+    return shape.vocab_size * (4 + dtype_bytes) + 4 * (widest + shape.hidden_size) * 4
 
 
 def sequence_bytes(shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int) -> int:

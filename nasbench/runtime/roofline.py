@@ -111,20 +111,21 @@ def decode_floor(
 def _parts(
     shape: ModelSpec, placement: Placement, batch: int, context: int, width: int, ceilings: Ceilings | None
 ) -> list[Part]:
-    weights = shape.parameters(placement)
-    looked_up = 0 if shape.tie_embeddings else (shape.vocab_size - batch) * shape.hidden_size
+    blocks = [*shape.mixers(placement), *shape.ffns()]
+    norms = (shape.num_layers * shape.norms_per_layer + 1) * shape.hidden_size
+    head = shape.vocab_size * shape.hidden_size
     # The rows of an embedding are looked up, not multiplied; a tied one is the output matrix.
-    products = weights - (0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size)
+    looked_up = 0 if shape.tie_embeddings else batch * shape.hidden_size
+    weight_bytes = sum(block.weight_bytes(batch, width) for block in blocks) + (norms + head + looked_up) * width
+    products = sum(block.product_parameters() for block in blocks) + norms + head
     kept = {"keys and values": [0, 0], "recurrent states": [0, 0]}
-    for name, count in Counter(placement).items():
-        config = shape.mixer(name)
-        moved = config.traffic_bytes(batch, context, width)
-        part = kept["recurrent states" if moved > config.cache_bytes(batch, context, width) else "keys and values"]
-        part[0] += count * moved
-        part[1] += count * batch * max(0, config.flops(1, context - 1) - 2 * config.parameters())
+    for block, count in Counter(blocks).items():
+        part = kept["recurrent states" if block.recurrent else "keys and values"]
+        part[0] += count * block.traffic_bytes(batch, context, width)
+        part[1] += count * batch * max(0, block.flops(1, context - 1) - 2 * block.product_parameters())
     read, in_place = (ceilings.read_gb_s, ceilings.in_place_gb_s) if ceilings else (1.0, 1.0)
     rate = ceilings.matmul_tflop_s if ceilings else 1.0
-    sizes = [("matrix products", (weights - looked_up) * width, 2 * batch * products, read)]
+    sizes = [("matrix products", weight_bytes, 2 * batch * products, read)]
     sizes += [
         (name, nbytes, flops, in_place if name == "recurrent states" else read)
         for name, (nbytes, flops) in kept.items()
