@@ -95,7 +95,7 @@ def test_cache_bytes_are_the_formula():
     decoder = random_decoder(SHAPE, HYBRID, dtype=torch.bfloat16)
     cache = decoder.new_cache(3, 50)
     assert cache.nbytes == SHAPE.cache_bytes(HYBRID, 3, 50)
-    assert cache.conv_state_nbytes == SHAPE.history_bytes(HYBRID, 3)
+    assert cache.conv_state_nbytes == SHAPE.conv_state_bytes(HYBRID, 3)
 
 
 def test_parameters_are_the_formula():
