@@ -216,7 +216,7 @@ def stepper(shape: ModelSpec, batch: int, context: int, device: torch.device) ->
     decoder = random_decoder(shape, shape.placement, dtype=DTYPE, device=device)
     cache = decoder.new_cache(batch, context)
     cache.fill_random(context - 1, torch.Generator(device).manual_seed(0))
-    decoder.chunk(0, context)  # makes the rotary tables: a graph must not
+    decoder.sequence_meta(0, context)  # makes the rotary tables: a graph must not
     tokens = torch.randint(shape.vocab_size, (batch,), device=device)
     positions = torch.full_like(tokens, context - 1)
     step, clock = FusedStep(decoder, cache, context), stopwatch(device)

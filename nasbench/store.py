@@ -30,7 +30,7 @@ RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
 """New and old names of the columns that a version renamed."""
 
 SHARED_BLOCKS = ("embedding", "norm", "mlp", "head")
-"""The same in every placement of a model whose FFNs are gated: `mlp` is the row of that FFN. The block of another FFN is
+"""The same in every placement of a model whose FFNs are gated: `mlp` is that FFN. The block of another FFN is
 its kind, with its arguments in `args`; of a mixer, its letter; of the device's limits, "ceiling"."""
 CEILING = "ceiling"
 """Block of the device's own limits; `args` says which: copy, read, matmul or launch."""

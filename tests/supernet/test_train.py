@@ -73,7 +73,7 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     net = Supernet.build(load_model(str(tiny_model)), run.spec.space)
     tokens = Corpus.load(run.spec.data, net.tokenizer, 32).train[:32]
     layer, mixer = net.teacher.layers[0], net.mixer(0, "J")
-    x, chunk = net.teacher.embed(tokens), net.teacher.chunk(0, 32)
+    x, chunk = net.teacher.embed(tokens), net.teacher.sequence_meta(0, 32)
     inputs = layer.input_layernorm(x)
     target = layer.self_attn(inputs, chunk)
     seen = features_of(mixer, inputs, chunk).flatten(0, -2)
@@ -386,7 +386,7 @@ def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
         assert not torch.equal(window.o_proj.weight, attention.o_proj.weight)
         assert torch.equal(window.q_proj.weight, attention.q_proj.weight)
     plain = Supernet.build(load_model(str(tiny_model)), run.spec.space)
-    x, chunk = plain.teacher.embed(tokens), plain.teacher.chunk(0, 32)
+    x, chunk = plain.teacher.embed(tokens), plain.teacher.sequence_meta(0, 32)
     inputs = plain.teacher.layers[0].input_layernorm(x)
     target = plain.teacher.layers[0].self_attn(inputs, chunk)
     errors = [float(relative_error(n.mixer(0, "W4")(inputs, chunk), target).detach()) for n in (plain, loaded)]
