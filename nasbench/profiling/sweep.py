@@ -23,7 +23,6 @@ from nasbench.profiling.telemetry import Telemetry
 from nasbench.profiling.worker import START_S, Worker
 from nasbench.profiling.workload import Bench, most_instances
 from nasbench.runtime.timing import Budget
-from nasbench.spaces.placement import parse_placement
 from nasbench.store import KEY, Database, Row, db_path
 
 ROW_BUDGET_S = ByDevice(cpu=0.6, cuda=0.25)
@@ -128,7 +127,7 @@ class Todo:
 
 def prepare(
     model: str | ModelSpec,
-    blocks: str | Sequence[str],
+    blocks: Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],
     modes: Sequence[str] = ("decode", "prefill"),
@@ -146,7 +145,7 @@ def prepare(
     """Plans a sweep and takes away what the database has: rows measured as ok, oom or unsupported.
 
     Args:
-        blocks: layer-kind names, as a placement string ("AWJG", "A W99") or a sequence.
+        blocks: names of mixers, as in placements.
         batches: numbers, or "max" for the largest that fits at each context.
         device: torch device.
         db: folder of the database; None for the default one.
@@ -172,10 +171,9 @@ def prepare(
     free = Jetson().available_bytes() if info.unified_memory else None
     usable = int(USABLE_MEMORY * min(info.memory_bytes, free or info.memory_bytes))
     bench = Bench(shape, device, kind, info.llc_bytes or 32 << 20, usable)
-    names = parse_placement(blocks) if isinstance(blocks, str) else blocks
     width = kind.itemsize
     chunk = chunk or PREFILL_CHUNK.of(info.kind)
-    groups = plan(shape, names, contexts, batches, modes, chunk, info.memory_bytes, width)
+    groups = plan(shape, blocks, contexts, batches, modes, chunk, info.memory_bytes, width)
     path = db_path(info.slug, db)
     rows = Database(path).read()
     known = known_ceilings(rows, dtype)
