@@ -246,7 +246,6 @@ MORE |= {
     "mamba2 step smollm2": lambda: mamba2_step(128, 9, 64, 64, FP32),
     "mamba2 step of wide heads": lambda: mamba2_step(64, 12, 256, 256, BF16),
     "mamba2 prompt smollm2": lambda: mamba2_prompt(9, 64, 64, torch.float16),
-    "mamba2 prompt fp32": lambda: mamba2_prompt(9, 64, 128, FP32),
     "mamba2 prompt of wide heads": lambda: mamba2_prompt(4, 256, 256, BF16),
     "distillation 2B": lambda: distillation(2048, 8960, 12, 2, 128, 151936),
     "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),
