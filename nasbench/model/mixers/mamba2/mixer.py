@@ -26,8 +26,8 @@ SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE, STEP_SIZE = 1.0, 256.0, 0.1
 START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
 and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
-WIDEST_STATE = 256
-"""State size up to which the prompt kernel keeps its tiles in registers."""
+WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
+"""State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
 
 class Mamba2(Block):
@@ -110,8 +110,12 @@ class Mamba2(Block):
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
         if not torch.is_grad_enabled():
             return self.prefill_core(row, meta)
+        if self.spec.state_size > WIDEST_TRAINED_STATE:
+            return self.core(row, meta)
+        from nasbench_kernels.mamba2.prefill import triton_mamba2
+
         z, columns, dt = self.parts(row)
-        y, _ = chunked_mamba2(*self.recurrence_inputs(self.convolved(columns, meta, None), dt, meta), self.D)
+        y, _ = triton_mamba2(*self.recurrence_inputs(self.convolved(columns, meta, None), dt, meta), self.D)
         return self.gated(y, z)
 
     def convolved(self, columns: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
