@@ -18,13 +18,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from nasbench.runtime.fused_step import FusedStep
+
 from benchmarks.kernel_cases import gpu_missing
 from nasbench.checkpoints.load import random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import MachineError
 from nasbench.core.sizes import parse_size
-from nasbench.model.shapes import ModelShape
-from nasbench.runtime.fused_step import FusedStep
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
 from nasbench.runtime.throughput import measure
@@ -44,13 +45,13 @@ CLOSE = 2e-2
 
 
 @torch.inference_mode()
-def step_error(shape: ModelShape) -> float:
+def step_error(shape: ModelSpec) -> float:
     """Relative RMSE of the fused step's logits in bf16 against the plain one's in fp32, after a short prompt.
 
     The shape with one layer of every name it is made of, at batch 1 and 3.
     """
     names = tuple(dict.fromkeys(shape.placement))
-    small = ModelShape(**{**vars(shape), "num_layers": len(names), "published_placement": ""})
+    small = ModelSpec(**{**vars(shape), "num_layers": len(names), "published_placement": ""})
     gpu = random_decoder(small, names, dtype=torch.bfloat16, device="cuda", seed=1)
     cpu = random_decoder(small, names, dtype=torch.float32, device="cpu", seed=1)
     cpu.load_state_dict(gpu.state_dict())

@@ -31,7 +31,7 @@ from nasbench.cost import CostModel, add_calibration, judge, load_cost_model
 from nasbench.cost.calibration import CalibrationRow, calibration_path, read_calibration
 from nasbench.cost.judge import Judged, Judgement
 from nasbench.cost.judge_points import MOST_BATCH, JudgePoint, judge_points
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.search.table import write_rows
 from nasbench.spaces.placement import Placement, count_kind, format_placement, parse_placement
 from nasbench.store import db_path
@@ -165,7 +165,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def _judge(
-    costs: CostModel, shape: ModelShape, rows: Sequence[CalibrationRow], mode: str
+    costs: CostModel, shape: ModelSpec, rows: Sequence[CalibrationRow], mode: str
 ) -> tuple[Judgement | None, list[str]]:
     """The judgement of what the profile covers, and why not of the rest."""
     measured, refused = [], []
@@ -184,7 +184,7 @@ def _judge(
     return (judge(costs, measured, mode, chunk=min(chunks, default=None)) if measured else None), refused
 
 
-def _prediction(shape: ModelShape, mode: str, row: Judged) -> Prediction:
+def _prediction(shape: ModelSpec, mode: str, row: Judged) -> Prediction:
     full = count_kind(parse_placement(row.placement, shape.num_layers), "A")
     cells = {name: value for name, value in asdict(row).items() if name != "inside"}
     return Prediction(mode=mode, full_attention=full, inside=int(row.inside), **cells)
@@ -217,7 +217,7 @@ def _print(found: Judgement) -> None:
         print(f"        signed mean by {name}: {means}")
 
 
-def _draw(judgements: dict[str, Judgement], path: Path, shape: ModelShape) -> None:
+def _draw(judgements: dict[str, Judgement], path: Path, shape: ModelSpec) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
@@ -300,14 +300,14 @@ def _key(row: CalibrationRow) -> tuple[str, str, int, int]:
     return row.mode, row.placement, row.context, row.batch
 
 
-def _where(options: argparse.Namespace) -> tuple[ModelShape, str, Any]:
+def _where(options: argparse.Namespace) -> tuple[ModelSpec, str, Any]:
     """(shape, torch device, dtype)."""
     from nasbench.cli.common import torch_device, torch_dtype
 
     return resolve_shape(options.model), torch_device(options.torch_device), torch_dtype(options.dtype)
 
 
-def _costs(device: str, shape: ModelShape, options: argparse.Namespace) -> CostModel | None:
+def _costs(device: str, shape: ModelSpec, options: argparse.Namespace) -> CostModel | None:
     try:
         return load_cost_model(device, shape, options.dtype, options.db)
     except UserError as error:

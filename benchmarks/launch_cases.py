@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.kernel_cases import Call, relative_rmse, sets_of
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 
 INPUTS, GENERATOR, OUTPUTS, GATE_UP, DOWN, HEAD = "inputs", "generator", "outputs", "gate+up", "down", "head"
 BEFORE: dict[str, Literal["norm", "silu"]] = {INPUTS: "norm", GATE_UP: "norm", HEAD: "norm", GENERATOR: "silu"}
 EPS = 1e-6
-BLOCKS = ((2, 512, 4), (2, 1024, 4), (2, 2048, 4), (4, 512, 4), (4, 512, 8), (8, 512, 8))
+MIXERS = ((2, 512, 4), (2, 1024, 4), (2, 2048, 4), (4, 512, 4), (4, 512, 8), (8, 512, 8))
 NARROW, NARROW_BLOCKS = 512, ((4, 4), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8))
 """Up to so many columns one block holds a row: rows and warps."""
 
@@ -46,7 +46,7 @@ class Product:
         return BEFORE.get(self.part, "")
 
 
-def products(shape: ModelShape) -> Counter[Product]:
+def products(shape: ModelSpec) -> Counter[Product]:
     """The matrix products of a decode step and how often each occurs. Layers without a fused step do their own."""
 
     def of(part: str, linear: nn.Linear) -> Product:
@@ -103,7 +103,7 @@ def candidates(product: Product, batch: int, device: torch.device, dtype: torch.
     if batch == 1:
         chosen = gemv_launch(rows // 2 if product.swiglu else rows, columns, product.swiglu)
         whole = 1 << (columns - 1).bit_length()
-        blocks = [(n, whole, warps) for n, warps in NARROW_BLOCKS] if columns <= NARROW else BLOCKS
+        blocks = [(n, whole, warps) for n, warps in NARROW_BLOCKS] if columns <= NARROW else MIXERS
         return [Candidate("gemv", launch, launch == chosen) for launch in dict.fromkeys([chosen, *blocks])]
     x, weight = torch.empty(batch, columns, device="meta", dtype=dtype), torch.empty(rows, columns, device="meta")
     if product.swiglu:

@@ -55,8 +55,8 @@ from benchmarks.state_cases import StateCase, label, launches, states
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import format_size
-from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
-from nasbench.model.shapes import ModelShape
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.shapes import ModelSpec
 
 PARTS = ("argmax", "products", "states", "steps")
 SHARES = {"argmax": 0.6, "products": 0.6, "states": 0.7, "steps": 1.0}
@@ -115,7 +115,7 @@ def judge(error: Callable[[], float], bound: float, calls: Callable[[], list[Cal
 
 
 def product_rows(
-    shape: ModelShape, product: Product, count: int, batch: int, *, time_us: TimeUs, left: Callable[[], float],
+    shape: ModelSpec, product: Product, count: int, batch: int, *, time_us: TimeUs, left: Callable[[], float],
     device: torch.device, dtype: torch.dtype = torch.bfloat16, sets: int | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """A product in its launches, the chosen one first, as long as seconds are left."""
@@ -131,7 +131,7 @@ def product_rows(
 
 
 def argmax_rows(
-    shape: ModelShape, batch: int, *, time_us: TimeUs, device: torch.device, dtype: torch.dtype = torch.bfloat16,
+    shape: ModelSpec, batch: int, *, time_us: TimeUs, device: torch.device, dtype: torch.dtype = torch.bfloat16,
     sets: int | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Over few enough logits that some are in the L2 cache, as those that the head has just written are."""
@@ -157,7 +157,7 @@ def argmax_rows(
 
 
 def state_rows(
-    shape: ModelShape, config: JetBlockConfig, count: int, batch: int, *, time_us: TimeUs, left: Callable[[], float],
+    shape: ModelSpec, config: JetBlockSpec, count: int, batch: int, *, time_us: TimeUs, left: Callable[[], float],
     device: torch.device, dtype: torch.dtype = torch.bfloat16, sets: int | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """A recurrent layer's step in its launches, the chosen one first, as long as seconds are left."""
@@ -173,7 +173,7 @@ def state_rows(
         )  # fmt: skip
 
 
-def step_rows(shape: ModelShape, device: torch.device) -> Iterator[Row]:
+def step_rows(shape: ModelSpec, device: torch.device) -> Iterator[Row]:
     """Whole steps, overlapping and not."""
     from nasbench_kernels.decode.overlap import dependent, without_overlap
 
@@ -291,7 +291,7 @@ Work = tuple[str, str, Callable[[], Iterator[Row]]]
 
 
 def work_of(
-    shapes: Sequence[ModelShape], batches: Sequence[int], time_us: TimeUs, left: Callable[[str], float],
+    shapes: Sequence[ModelSpec], batches: Sequence[int], time_us: TimeUs, left: Callable[[str], float],
     device: torch.device,
 ) -> Iterator[Work]:  # fmt: skip
     """Everything there is to measure, what is short first."""

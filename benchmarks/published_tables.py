@@ -26,7 +26,7 @@ from nasbench.core.sizes import format_size, profiles_dir
 from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
 from nasbench.cost.model import INTERVAL_SD
 from nasbench.devices import DEVICES, DeviceSpec
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.estimate import Estimator
 from nasbench.profiling.plan import plan
 from nasbench.profiling.sweep import CHUNKS
@@ -122,17 +122,17 @@ class Device:
         copy = figure("copy", "gb_s", bandwidth)
         self.ceilings = Ceilings(figure("read", "gb_s", bandwidth), copy, copy, figure("matmul", "tflop_s", rate))
 
-    def largest_batch(self, shape: ModelShape, context: int) -> int:
+    def largest_batch(self, shape: ModelSpec, context: int) -> int:
         """Sequences that fit, at most MOST; 0 for none."""
         room = USABLE["cuda"] * self.spec.memory_bytes - weight_bytes(shape, shape.placement, WIDTH)
         return max(0, min(MOST, int(room // sequence_bytes(shape, shape.placement, context, WIDTH))))
 
-    def batch(self, shape: ModelShape, context: int) -> int:
+    def batch(self, shape: ModelSpec, context: int) -> int:
         """The published batch where there is one and it fits, else the largest."""
         largest = self.largest_batch(shape, context)
         return min(largest, BATCHES[context]) if shape.name == "jet-nemotron-2b" else largest
 
-    def speed(self, mode: str, shape: ModelShape, context: int, batch: int) -> Speed:
+    def speed(self, mode: str, shape: ModelSpec, context: int, batch: int) -> Speed:
         """Without a number where it does not fit or no rows cover it."""
         for costs in self.costs[shape.name] if batch else ():
             with suppress(UserError):
@@ -146,7 +146,7 @@ class Device:
                 return Speed(tok_s, INTERVAL_SD * error, cost.source)
         return Speed()
 
-    def limit_tok_s(self, mode: str, shape: ModelShape, context: int, batch: int) -> float:
+    def limit_tok_s(self, mode: str, shape: ModelSpec, context: int, batch: int) -> float:
         if not batch:
             return NAN
         if mode == "decode":
@@ -210,7 +210,7 @@ def figures(found: dict[str, Device]) -> list[Figure]:
     return rows
 
 
-def _speed_up(device: Device, mode: str, fast: ModelShape, slow: ModelShape, context: int, published: float) -> Figure:
+def _speed_up(device: Device, mode: str, fast: ModelSpec, slow: ModelSpec, context: int, published: float) -> Figure:
     batches = [device.batch(shape, context) for shape in (fast, slow)]
     pairs = list(zip((fast, slow), batches, strict=True))
     ours = [device.speed(mode, shape, context, batch) for shape, batch in pairs]

@@ -29,7 +29,7 @@ from benchmarks.published_tables import BATCHES, CONTEXTS, SPEED_UP
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import MachineError, NasbenchError, UserError
 from nasbench.core.sizes import format_size, parse_size, parse_sizes
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.search.table import read_rows, write_rows
 
 FAST, SLOW = "jet-nemotron-2b", "qwen3-1.7b"
@@ -87,7 +87,7 @@ class Pair:
         return self.fast.floor_tok_s / self.slow.floor_tok_s
 
 
-def prompt_flops(shape: ModelShape, context: int) -> int:
+def prompt_flops(shape: ModelSpec, context: int) -> int:
     """Floating-point operations of one prompt, without the output matrix: only the last token needs it."""
     mixers = sum(config.flops(context, 0) for config in shape.mixers(shape.placement))
     return mixers + 2 * context * shape.num_layers * shape.mlp_parameters()
@@ -136,7 +136,7 @@ class Measurement:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def sound(self, shape: ModelShape) -> bool:
+    def sound(self, shape: ModelSpec) -> bool:
         from benchmarks.decode import CLOSE, step_error
 
         error = step_error(shape)
@@ -150,7 +150,7 @@ class Measurement:
         here = (name, context, mode, self.info.slug, "bf16")
         return [p.batch for p in self.points if (p.model, p.context, p.mode, p.device, p.dtype) == here]
 
-    def missing(self, shape: ModelShape, context: int) -> list[tuple[str, int | None]]:
+    def missing(self, shape: ModelSpec, context: int) -> list[tuple[str, int | None]]:
         """(mode, batch) of what is not in the file; None is the largest."""
         found: list[tuple[str, int | None]] = []
         have = self.known(shape.name, context, "decode")
@@ -165,7 +165,7 @@ class Measurement:
         batch = max(1, self.options.prompt_tokens // context)
         return found if batch in self.known(shape.name, context, "prefill") else [*found, ("prefill", batch)]
 
-    def measure(self, shape: ModelShape, context: int, mode: str, batch: int | None) -> None:
+    def measure(self, shape: ModelSpec, context: int, mode: str, batch: int | None) -> None:
         began = time.monotonic()
         try:
             point = self.decode(shape, context, batch) if mode == "decode" else self.prefill(shape, context, batch or 1)
@@ -184,7 +184,7 @@ class Measurement:
             flush=True,
         )
 
-    def decode(self, shape: ModelShape, context: int, batch: int | None) -> Point:
+    def decode(self, shape: ModelSpec, context: int, batch: int | None) -> Point:
         """At a batch, or at the largest: that of the paper where there is one and it fits."""
         from nasbench.runtime.throughput import measure
 
@@ -204,7 +204,7 @@ class Measurement:
             self.clear()
         return self.point(shape, context, result.batch, "decode", 1, result.step_ms, result.floor_ms)
 
-    def prefill(self, shape: ModelShape, context: int, batch: int) -> Point:
+    def prefill(self, shape: ModelSpec, context: int, batch: int) -> Point:
         from nasbench.runtime.throughput import measure_prefill
 
         flops = batch * prompt_flops(shape, context)
@@ -217,7 +217,7 @@ class Measurement:
         return self.point(shape, context, batch, "prefill", context, seconds * 1e3, floor_s * 1e3)
 
     def point(
-        self, shape: ModelShape, context: int, batch: int, mode: str, tokens: int, ms: float, floor_ms: float
+        self, shape: ModelSpec, context: int, batch: int, mode: str, tokens: int, ms: float, floor_ms: float
     ) -> Point:
         import torch
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import CLOSE, Call, RecurrentStep, sets_of, worst
-from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
-from nasbench.model.shapes import ModelShape
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.shapes import ModelSpec
 
 if TYPE_CHECKING:
     from nasbench_kernels.decode.recurrent import StepLaunch
@@ -55,13 +55,13 @@ KEYS, MOST_REGISTERS = 96, 255
 """The registers above are for so many keys; more keys get more, or the state would spill. No thread has over 255."""
 
 
-def states(shape: ModelShape) -> Counter[JetBlockConfig]:
+def states(shape: ModelSpec) -> Counter[JetBlockSpec]:
     """The JetBlock layers with an fp32 state and how often a step has each."""
-    configs = [config for config in shape.mixers(shape.placement) if isinstance(config, JetBlockConfig)]
+    configs = [config for config in shape.mixers(shape.placement) if isinstance(config, JetBlockSpec)]
     return Counter(config for config in configs if config.state_bits == 8 * STATE_BYTES)
 
 
-def launches(config: JetBlockConfig, batch: int, device: torch.device) -> list[StepLaunch]:
+def launches(config: JetBlockSpec, batch: int, device: torch.device) -> list[StepLaunch]:
     """Ways to launch a step of `batch` sequences, the chosen one first, with the stages that shared memory leaves."""
     from nasbench_kernels.decode.card import card
     from nasbench_kernels.decode.recurrent import StepLaunch, key_blocks, step_launch
@@ -95,7 +95,7 @@ class StateCase(RecurrentStep):
     """
 
     def __init__(
-        self, config: JetBlockConfig, batch: int, device: torch.device, dtype: torch.dtype, sets: int | None = None
+        self, config: JetBlockSpec, batch: int, device: torch.device, dtype: torch.dtype, sets: int | None = None
     ) -> None:
         heads, key_dim, value_dim = config.num_heads, config.key_dim, config.value_dim
         state_bytes = batch * heads * key_dim * value_dim * STATE_BYTES

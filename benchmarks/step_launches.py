@@ -38,8 +38,8 @@ from benchmarks.state_cases import StateCase, label, launches, states
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import NasbenchError, UserError
 from nasbench.core.sizes import parse_size
-from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
-from nasbench.model.shapes import ModelShape
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.shapes import ModelSpec
 
 KEEP = 0.0015
 """Of a step's time: what a launch must save to be kept."""
@@ -77,7 +77,7 @@ def told(choice: Any) -> str:
     return str(choice) if isinstance(choice, Candidate) else label(choice)
 
 
-def parts_of(shape: ModelShape, batch: int, device: torch.device) -> list[Part]:
+def parts_of(shape: ModelSpec, batch: int, device: torch.device) -> list[Part]:
     """The products that most layers have, and the recurrent step, each with what can be tried."""
     counts = products(shape)
     large = [product for product, count in counts.items() if product.part != HEAD and 2 * count >= shape.num_layers]
@@ -90,7 +90,7 @@ def parts_of(shape: ModelShape, batch: int, device: torch.device) -> list[Part]:
     return found
 
 
-def _state(shape: ModelShape) -> list[JetBlockConfig]:
+def _state(shape: ModelSpec) -> list[JetBlockSpec]:
     """The recurrent layers that a step has the most of: one choice is in place at a time."""
     return [config for config, _ in states(shape).most_common(1)]
 
@@ -204,18 +204,19 @@ def climb(
     return ms()
 
 
-def stepper(shape: ModelShape, batch: int, context: int, device: torch.device) -> Callable[[], float]:
+def stepper(shape: ModelSpec, batch: int, context: int, device: torch.device) -> Callable[[], float]:
     """Milliseconds of a captured step, the median of REPLAYS, of random weights and a full cache."""
+    from nasbench.runtime.fused_step import FusedStep
+
     from nasbench.checkpoints.load import random_decoder
     from nasbench.model import fused
     from nasbench.runtime.clock import stopwatch
-    from nasbench.runtime.fused_step import FusedStep
     from nasbench.runtime.graph import capture
 
     decoder = random_decoder(shape, shape.placement, dtype=DTYPE, device=device)
     cache = decoder.new_cache(batch, context)
     cache.fill_random(context - 1, torch.Generator(device).manual_seed(0))
-    decoder.chunk(0, context)  # makes the rotary tables: a graph must not
+    decoder.sequence_meta(0, context)  # makes the rotary tables: a graph must not
     tokens = torch.randint(shape.vocab_size, (batch,), device=device)
     positions = torch.full_like(tokens, context - 1)
     step, clock = FusedStep(decoder, cache, context), stopwatch(device)

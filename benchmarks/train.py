@@ -41,7 +41,7 @@ from nasbench.cli.distill_command import parse_names
 from nasbench.core.errors import NasbenchError
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.data.packing import Corpus
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.parallel.context import Workers, workers_of
 from nasbench.parallel.fsdp import place_of
 from nasbench.reproduce.recipe import Recipe
@@ -58,7 +58,7 @@ DOCUMENT_TOKENS = 400
 """Mean length of a document where they are kept apart."""
 
 
-def random_corpus(shape: ModelShape, rows: int, sequence: int, documents: bool) -> Corpus:
+def random_corpus(shape: ModelSpec, rows: int, sequence: int, documents: bool) -> Corpus:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(shape.vocab_size, (rows, sequence), generator=generator)
     place = torch.arange(sequence)
@@ -81,13 +81,13 @@ def model_of(name: str, dtype: torch.dtype, device: str, shard: bool = False) ->
     return LoadedModel(decoder, None, shape, "random weights")  # type: ignore[arg-type]
 
 
-def mixer_flops(shape: ModelShape, name: str, rows: int, sequence: int) -> tuple[float, float]:
+def mixer_flops(shape: ModelSpec, name: str, rows: int, sequence: int) -> tuple[float, float]:
     """(FLOPs of a layer's mixer forward, those of its projections alone)."""
     config = shape.mixer(name)
     return rows * config.flops(sequence, 0), 2.0 * rows * sequence * config.parameters()
 
 
-def align_flops(shape: ModelShape, names: Sequence[str], rows: int, sequence: int) -> float:
+def align_flops(shape: ModelSpec, names: Sequence[str], rows: int, sequence: int) -> float:
     """The teacher's layers, and of each trained mixer forward, weights' gradients, and the gradients between its
     projections; its input needs none."""
     whole = _teacher_flops(shape, rows, sequence)
@@ -98,7 +98,7 @@ def align_flops(shape: ModelShape, names: Sequence[str], rows: int, sequence: in
 
 
 def supernet_flops(
-    shape: ModelShape, placements: Sequence[Placement], trained: Sequence[str], rows: int, sequence: int
+    shape: ModelSpec, placements: Sequence[Placement], trained: Sequence[str], rows: int, sequence: int
 ) -> float:
     whole = _teacher_flops(shape, rows, sequence)
     mlp = 6.0 * rows * sequence * shape.hidden_size * shape.intermediate_size
@@ -112,7 +112,7 @@ def supernet_flops(
     return whole
 
 
-def _teacher_flops(shape: ModelShape, rows: int, sequence: int) -> float:
+def _teacher_flops(shape: ModelSpec, rows: int, sequence: int) -> float:
     mlp = 6.0 * rows * sequence * shape.hidden_size * shape.intermediate_size
     return shape.num_layers * (mixer_flops(shape, "A", rows, sequence)[0] + mlp)
 

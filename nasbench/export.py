@@ -25,13 +25,13 @@ from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.core.files import machine_errors, write_json
 from nasbench.model.decoder import Decoder
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.supernet.finalize import final_folder, is_final, load_final
 from nasbench.supernet.supernet import Supernet
 
-CONFIGS: dict[str, Callable[[ModelShape, Placement], dict[str, Any]]] = {
+CONFIGS: dict[str, Callable[[ModelSpec, Placement], dict[str, Any]]] = {
     "hf": hf_config,
     "jet-nemotron": jet_nemotron_config,
 }

@@ -118,7 +118,6 @@ class Sizes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    @property
     def layer(self) -> Any: ...
 
 
@@ -135,12 +134,12 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
 
     Args:
-        shape: the model's (nasbench.model.shapes.ModelShape).
+        shape: the model's (nasbench.model.shapes.ModelSpec).
         block: a shared block, or a layer kind's letter with its complete `args`.
     """
     relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
     sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
-    variant = "" if block in _SHARED_SIZES else shape.layer.variant
+    variant = "" if block in _SHARED_SIZES else shape.layer().variant
     return {"block": block, "args": args, **sizes, "variant": variant}
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from nasbench.checkpoints.hf_folder import hf_config
 from nasbench.checkpoints.load import random_decoder
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import parse_placement
 
 WORDS = ("the", "a", "of", "layer", "state", "key", "value", "window", "model", "token", "each", "holds", "or", "not")
 LAYERS = 4
-SHAPE = ModelShape("tiny", "llama", LAYERS, 32, 48, 4, 2, 8, 256, 512, 10_000.0, 1e-5)
+SHAPE = ModelSpec("tiny", "llama", LAYERS, 32, 48, 4, 2, 8, 256, 512, 10_000.0, 1e-5)
 
 
 def save_tiny(folder):

@@ -16,7 +16,7 @@ from nasbench.checkpoints.hf_folder import hf_config
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors, write_json
 from nasbench.core.sizes import cache_dir
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,12 +135,12 @@ def _field(reader: GGUFReader, key: str, path: Path, default: Any = _REQUIRED) -
     return default
 
 
-def gguf_shape(path: Path) -> ModelShape:
+def gguf_shape(path: Path) -> ModelSpec:
     """The shape that a GGUF file describes, named after the file. Raises UserError."""
     return _shape(_open(path), path)
 
 
-def _shape(reader: GGUFReader, path: Path) -> ModelShape:
+def _shape(reader: GGUFReader, path: Path) -> ModelSpec:
     architecture = _field(reader, "general.architecture", path)
     if architecture != "llama":
         raise UserError(f"{path}: architecture {architecture!r} is not supported: only llama")
@@ -155,7 +155,7 @@ def _shape(reader: GGUFReader, path: Path) -> ModelShape:
     head_dim = int(_field(reader, "llama.attention.key_length", path, hidden // heads))
     if int(_field(reader, "llama.rope.dimension_count", path, head_dim)) != head_dim:
         raise UserError(f"{path}: llama.rope.dimension_count differs from the head size {head_dim}: not supported")
-    return ModelShape(
+    return ModelSpec(
         name=path.stem,
         family="llama",
         num_layers=int(_field(reader, "llama.block_count", path)),
@@ -173,7 +173,7 @@ def _shape(reader: GGUFReader, path: Path) -> ModelShape:
     )
 
 
-def _tensors(reader: GGUFReader, shape: ModelShape, path: Path) -> dict[str, np.ndarray]:
+def _tensors(reader: GGUFReader, shape: ModelSpec, path: Path) -> dict[str, np.ndarray]:
     """Every tensor in fp32 under its checkpoint name."""
     import numpy as np
     from gguf.quants import dequantize

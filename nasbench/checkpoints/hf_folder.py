@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import read_json
-from nasbench.model.mixers.gated_delta.spec import JetBlockConfig
-from nasbench.model.mixers.sliding_window.spec import SlidingWindowConfig
-from nasbench.model.shapes import ModelShape
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 
 if TYPE_CHECKING:
@@ -50,12 +50,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def folder_shape(folder: Path) -> ModelShape:
+def folder_shape(folder: Path) -> ModelSpec:
     """The shape of a model folder, named after it. Raises UserError naming the file and the field."""
     return shape_from_config(read_config(folder), folder.resolve().name, str(folder / "config.json"))
 
 
-def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelShape:
+def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSpec:
     """The shape that a config.json describes; its published placement included.
 
     Args:
@@ -73,7 +73,7 @@ def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSha
     heads = _integer(config, "num_attention_heads", where)
     hidden = _integer(config, "hidden_size", where)
     theta, scaling = _rope(config, where)
-    shape = ModelShape(
+    shape = ModelSpec(
         name=name,
         family=family,
         num_layers=_integer(config, "num_hidden_layers", where),
@@ -182,7 +182,7 @@ def _jet_args(jet: dict[str, Any], where: str) -> str:
     return f"{_integer(jet, 'num_heads', where)}x{key_dim}x{value_dim}"
 
 
-def hf_config(shape: ModelShape, placement: Placement) -> dict[str, Any]:
+def hf_config(shape: ModelSpec, placement: Placement) -> dict[str, Any]:
     """config.json of this model: the family's own where every layer is full attention, Jet-Nemotron's for its family,
     and for other hybrids model_type `nasbench` with the family beside it, which no other engine mistakes for its own.
 
@@ -202,7 +202,7 @@ def hf_config(shape: ModelShape, placement: Placement) -> dict[str, Any]:
     return config | _common(shape)
 
 
-def jet_nemotron_config(shape: ModelShape, placement: Placement) -> dict[str, Any]:
+def jet_nemotron_config(shape: ModelSpec, placement: Placement) -> dict[str, Any]:
     """config.json of the published format. Its attention has biases on q, k and v (zeros where the family has none).
 
     Raises:
@@ -222,9 +222,9 @@ def jet_nemotron_config(shape: ModelShape, placement: Placement) -> dict[str, An
             raise UserError(f"the jet-nemotron format has one size for all {letter} layers, not {' and '.join(sizes)}")
     efficient: dict[str, Any] = {}
     for config in configs:
-        if isinstance(config, SlidingWindowConfig):
+        if isinstance(config, SlidingWindowSpec):
             efficient["swa"] = {"window_size": config.window}
-        if isinstance(config, JetBlockConfig):
+        if isinstance(config, JetBlockSpec):
             efficient["jet"] = _jet_config(config)
     return {
         "architectures": [FAMILIES["jet_nemotron"]],
@@ -234,7 +234,7 @@ def jet_nemotron_config(shape: ModelShape, placement: Placement) -> dict[str, An
     } | _common(shape)
 
 
-def _jet_config(config: JetBlockConfig) -> dict[str, Any]:
+def _jet_config(config: JetBlockSpec) -> dict[str, Any]:
     expand_v = config.value_dim / config.key_dim
     # A reader takes int(head_dim * expand_v): nudge a quotient that would round down to one less.
     while int(config.key_dim * expand_v) < config.value_dim:
@@ -251,13 +251,13 @@ def _jet_config(config: JetBlockConfig) -> dict[str, Any]:
     }
 
 
-def _complete(shape: ModelShape, name: str) -> str:
+def _complete(shape: ModelSpec, name: str) -> str:
     """The layer name with its arguments written out, so that it means the same without the model's defaults."""
     args = shape.mixer(name).args
     return f"{kind_of(name)}{'@' if 'x' in args else ''}{args}"
 
 
-def _common(shape: ModelShape) -> dict[str, Any]:
+def _common(shape: ModelSpec) -> dict[str, Any]:
     """The fields that every family has. The rotary base is written in both the old and the new place."""
     rope: dict[str, Any] = {"rope_type": "default"}
     if shape.rope_scaling:

@@ -15,7 +15,7 @@ from nasbench.checkpoints.resolve import classify, model_folder, resolve_shape
 from nasbench.checkpoints.tokenizer import Tokenizer, tokenizer_from_json
 from nasbench.core.errors import MachineError, UserError
 from nasbench.model.decoder import Decoder
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
 __all__ = ["LoadedModel", "load_decoder", "load_model", "random_decoder", "resolve_shape"]
@@ -31,7 +31,7 @@ class LoadedModel:
 
     decoder: Decoder
     tokenizer: Tokenizer
-    shape: ModelShape
+    shape: ModelSpec
     source: str
 
 
@@ -49,7 +49,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
 
 
 def load_decoder(
-    folder: Path, shape: ModelShape, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path, shape: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
     """The decoder of a model folder in evaluation mode. Parameters that a mixer keeps in fp32 stay fp32."""
     files = hf_folder.weight_files(folder)
@@ -78,7 +78,7 @@ def load_decoder(
     return decoder.eval()
 
 
-def _refuse_extra(name: str, path: Path, shape: ModelShape) -> None:
+def _refuse_extra(name: str, path: Path, shape: ModelSpec) -> None:
     """Lets through what repeats other data: a tied output matrix, old checkpoints' rotary tables."""
     if not (name == "lm_head.weight" and shape.tie_embeddings) and not name.endswith("rotary_emb.inv_freq"):
         raise UserError(f"{path} has a tensor {name} that a {shape.family} model of this configuration does not have")
@@ -90,7 +90,7 @@ def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:
         mixer = layer.self_attn
         if any(buffer.is_meta for buffer in mixer.buffers()):
             with torch.device(device):
-                fresh = dict(mixer.config.build().named_buffers())
+                fresh = dict(mixer.spec.build().named_buffers())
             for name, buffer in list(mixer.named_buffers()):
                 if buffer.is_meta:
                     owner, _, leaf = name.rpartition(".")
@@ -98,7 +98,7 @@ def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:
 
 
 def random_decoder(
-    shape: ModelShape,
+    shape: ModelSpec,
     placement: Placement,
     *,
     dtype: torch.dtype = torch.float32,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from nasbench.checkpoints import fetch, gguf_file, hf_folder
 from nasbench.core.errors import MachineError, UserError, unknown
-from nasbench.model.shapes import DEFAULT_MODEL, MODELS, ModelShape
+from nasbench.model.shapes import DEFAULT_MODEL, MODELS, ModelSpec
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -50,7 +50,7 @@ def classify(name: str) -> ModelName:
     raise UserError(f"{error}; or give a local folder, a .gguf file or a hub name (org/name)")
 
 
-def resolve_shape(name: str) -> ModelShape:
+def resolve_shape(name: str) -> ModelSpec:
     """The shape of any --model argument; weights are not read. Raises UserError, and MachineError for the hub."""
     model = classify(name)
     if model.kind in ("default", "shape"):
@@ -64,7 +64,7 @@ def resolve_shape(name: str) -> ModelShape:
     return model_folder(model, weights=False)[1]
 
 
-def model_folder(model: ModelName, weights: bool = True) -> tuple[Path, ModelShape, str]:
+def model_folder(model: ModelName, weights: bool = True) -> tuple[Path, ModelSpec, str]:
     """(folder with config.json, safetensors and tokenizer.json; shape; where it came from) of a name with weights.
 
     Args:

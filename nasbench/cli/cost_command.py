@@ -12,7 +12,7 @@ from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
-    from nasbench.model.shapes import ModelShape
+    from nasbench.model.shapes import ModelSpec
     from nasbench.store import Row
 
 
@@ -83,7 +83,7 @@ def _calibrated(rows: int) -> str:
     return f"calibrated by {rows} whole steps" if rows else "not calibrated"
 
 
-def _profiles(rows: list[Row], shape: ModelShape) -> list[Row]:
+def _profiles(rows: list[Row], shape: ModelSpec) -> list[Row]:
     """The rows of this model's layers."""
     from nasbench.store import block_cells
 
@@ -91,7 +91,7 @@ def _profiles(rows: list[Row], shape: ModelShape) -> list[Row]:
     return [row for row in rows if all(getattr(row, name) == value for name, value in mlp.items())]
 
 
-def _profiled_dtype(rows: list[Row], shape: ModelShape) -> str:
+def _profiled_dtype(rows: list[Row], shape: ModelSpec) -> str:
     """The data type that this model was profiled in, bf16 where there are several or none."""
     found = {row.dtype for row in _profiles(rows, shape)}
     return found.pop() if len(found) == 1 else "bf16"

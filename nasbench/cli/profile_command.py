@@ -14,7 +14,7 @@ from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
-    from nasbench.model.shapes import ModelShape
+    from nasbench.model.shapes import ModelSpec
     from nasbench.profiling.sweep import SweepResult, Todo
     from nasbench.spaces.placement import Placement
 
@@ -139,7 +139,7 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
 class Asked:
     """What of a sweep does not depend on a device that is here."""
 
-    shape: ModelShape
+    shape: ModelSpec
     blocks: str
     contexts: list[int]
     batches: list[int | str]

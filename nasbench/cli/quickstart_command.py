@@ -50,7 +50,7 @@ PRESETS = {
 }
 """By the device's kind: a GPU does in the same minutes many times of what two CPU cores do."""
 
-BLOCKS = "AWJG"
+MIXERS = "AWJG"
 FULL_ATTENTION = "1,2,4,8,15"
 
 
@@ -136,7 +136,7 @@ def _stages(
     batches = ",".join(dict.fromkeys([*preset.batches.split(","), target[1]]))
     goal = ["--context", target[0], "--batch", target[1], "--dtype", dtype, "--db", db, "--on", device]
     held_out = ["--search-tokens", tokens(preset.search_tokens), "--test-tokens", tokens(preset.test_tokens)]
-    profile = ["profile", "--model", model, "--blocks", BLOCKS, "--contexts", contexts, "--batches", batches]
+    profile = ["profile", "--model", model, "--blocks", MIXERS, "--contexts", contexts, "--batches", batches]
     # A CPU's rows are its caches', too: measured in the process that measures the whole steps, both see the same.
     measuring = ["--calibrate", *([] if device.startswith("cuda") else ["--in-process"])]
     search = ["search", folder, "--full-attention", full_attention, *goal, "--eval-dtype", dtype, *held_out]

@@ -9,7 +9,7 @@ from typing import Any
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost.table import Table, Time, blend
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
 
 _IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")
@@ -26,7 +26,7 @@ class Blocks:
         chunks: sizes of prefill chunks that were measured.
     """
 
-    def __init__(self, rows: Iterable[Row], shape: ModelShape, dtype: str, device: str) -> None:
+    def __init__(self, rows: Iterable[Row], shape: ModelSpec, dtype: str, device: str) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
         self._tables: dict[tuple[Any, ...], Table] = {}
         self._known: dict[tuple[Any, ...], Time] = {}

@@ -22,7 +22,7 @@ from nasbench.core.errors import MachineError
 from nasbench.cost import CalibrationRow
 from nasbench.devices import detect
 from nasbench.model.decoder import Decoder
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch
 from nasbench.runtime.generate import default_chunk, prefill
 from nasbench.runtime.graph import Stepper
@@ -42,7 +42,7 @@ NEARBY, BEYOND = 1.04, 1.25
 class Decoders:
     """Decoders of random weights over one embedding and one set of MLPs, each layer's mixers made once per name."""
 
-    def __init__(self, shape: ModelShape, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelSpec, device: str, dtype: torch.dtype) -> None:
         self.shape = shape
         self._make = partial(random_decoder, shape, dtype=dtype, device=device)
         self._by_name: dict[str, Decoder] = {}
@@ -89,7 +89,7 @@ class EndToEnd:
     Raises MachineError where one does not fit in memory.
     """
 
-    def __init__(self, shape: ModelShape, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, shape: ModelSpec, device: str, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.decoders = Decoders(shape, device, dtype)
         self._ceilings: Ceilings | None = None

@@ -9,7 +9,7 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import profiles_dir
 from nasbench.cost.calibration import find_calibration
 from nasbench.cost.model import CostModel
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.store import Database, Row, default_db_dir, read_db, replaces
 
 
@@ -52,7 +52,7 @@ def find_profiles(device: str, db: Path | None = None) -> list[Row]:
     return list(table.values())
 
 
-def load_cost_model(device: str, shape: ModelShape, dtype: str, db: Path | None = None) -> CostModel:
+def load_cost_model(device: str, shape: ModelSpec, dtype: str, db: Path | None = None) -> CostModel:
     """The cost model of a device with the calibration that lies beside its rows. Raises UserError as find_profiles."""
     files = _files(db)
     beside = [Path(db)] if db is not None and Path(db).is_file() else files.get(device, [])

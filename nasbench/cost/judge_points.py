@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement, count_kind
 
 BATCHES = (1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256, 384, 512, 1024)
@@ -25,7 +25,7 @@ class JudgePoint:
     batch: int
 
 
-def placements(shape: ModelShape, names: str, count: int, generator: random.Random) -> list[Placement]:
+def placements(shape: ModelSpec, names: str, count: int, generator: random.Random) -> list[Placement]:
     """The published placement, then random ones whose layers of full attention go from none to all and round again."""
     layers = shape.num_layers
     steps = sorted({round(layers * share) for share in (0, 0.04, 0.07, 0.11, 0.18, 0.25, 0.36, 0.5, 0.64, 0.82, 1)})
@@ -40,7 +40,7 @@ def placements(shape: ModelShape, names: str, count: int, generator: random.Rand
 
 
 def judge_points(
-    shape: ModelShape,
+    shape: ModelSpec,
     names: str,
     mode: str,
     contexts: Sequence[int],

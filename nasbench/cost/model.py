@@ -24,7 +24,7 @@ from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 from nasbench.store import SHARED_BLOCKS, Row
 
@@ -109,7 +109,7 @@ class Parts:
         return total(time for _, time in self.times).joules
 
 
-def check_context(shape: ModelShape, context: int) -> int:
+def check_context(shape: ModelSpec, context: int) -> int:
     """Returns the context, or raises UserError when it is beyond the model's."""
     if not 1 <= context <= shape.max_context:
         raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
@@ -138,7 +138,7 @@ class CostModel:
     """
 
     def __init__(
-        self, rows: Iterable[Row], shape: ModelShape, dtype: str, calibration: Sequence[CalibrationRow] = ()
+        self, rows: Iterable[Row], shape: ModelSpec, dtype: str, calibration: Sequence[CalibrationRow] = ()
     ) -> None:
         rows = list(rows)
         devices = sorted({row.device for row in rows})
@@ -226,7 +226,7 @@ class CostModel:
             batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None,
             source="none",
             cache_bytes=self.shape.cache_bytes(placement, batch, context, self.dtype_bytes),
-            history_bytes=self.shape.history_bytes(placement, batch, self.dtype_bytes),
+            history_bytes=self.shape.conv_state_bytes(placement, batch, self.dtype_bytes),
         )  # fmt: skip
 
     def decode_many(self, placements: Sequence[Placement], context: int, batch: int, extrapolate: bool = False) -> Any:

@@ -1,12 +1,18 @@
-"""Layer kinds. Importing this package registers the built-in ones and imports no torch."""
+"""What a model is: blocks before and with weights, the residual stream, our decoder.
 
-import nasbench.model.kernel_path  # noqa: F401  (the mixers import nasbench_kernels)
-from nasbench.model.mixers.attention.spec import FullAttentionConfig
-from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetConfig, JetBlockConfig
-from nasbench.model.mixers.sliding_window.spec import SlidingWindowConfig
-from nasbench.model.spec import BLOCKS, LayerShape, MixerConfig, mixer_config
+Importing this package registers the built-in blocks and imports no torch.
+"""
 
-for _config in (FullAttentionConfig, SlidingWindowConfig, JetBlockConfig, GatedDeltaNetConfig):
-    BLOCKS.register(_config.kind, _config)
+import nasbench.model.kernel_path  # noqa: F401  (the blocks import nasbench_kernels)
+from nasbench.model.ffn.spec import GatedFFNSpec, MixtureSpec, NoFFNSpec
+from nasbench.model.mixers.attention.spec import FullAttentionSpec
+from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec, JetBlockSpec
+from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
+from nasbench.model.spec import FFNS, MIXERS, LayerShape, MixerSpec, mixer_spec
 
-__all__ = ["BLOCKS", "LayerShape", "MixerConfig", "mixer_config"]
+for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec):
+    MIXERS.register(_mixer.kind, _mixer)
+for _ffn in (GatedFFNSpec, MixtureSpec, NoFFNSpec):
+    FFNS.register(_ffn.kind, _ffn)
+
+__all__ = ["FFNS", "MIXERS", "LayerShape", "MixerSpec", "mixer_spec"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.plan import Point
 
 Amounts = tuple[int, int]
 """(bytes, floating-point operations)"""
 
 
-def amounts(shape: ModelShape, point: Point, width: int) -> Amounts:
+def amounts(shape: ModelSpec, point: Point, width: int) -> Amounts:
     """Least bytes that one instance of the point's block reads and writes, and its operations.
 
     Args:
@@ -18,7 +18,7 @@ def amounts(shape: ModelShape, point: Point, width: int) -> Amounts:
     tokens = point.batch * (point.chunk or 1)
     x_bytes = tokens * shape.hidden_size * width
     if point.block == "mlp":
-        parameters = shape.mlp_parameters()
+        parameters = shape.ffn_spec().parameters()
         return parameters * width + 2 * x_bytes, 2 * tokens * parameters
     if point.block == "norm":
         return 4 * x_bytes, 6 * tokens * shape.hidden_size

@@ -25,12 +25,11 @@ import torch
 from nasbench import __version__
 from nasbench.core.errors import UserError, unknown
 from nasbench.devices import DEVICES, DeviceInfo, DeviceSpec
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
-from nasbench.profiling.fused_calls import NO_CALL
 from nasbench.profiling.measure import DTYPE_NAMES, point_cells
 from nasbench.profiling.plan import Point
-from nasbench.profiling.workload import Bench
+from nasbench.profiling.workload import NO_CALL, Bench
 from nasbench.store import CEILING, Row
 
 PERCENTILE_SD = 0.8416
@@ -195,7 +194,7 @@ class Estimator:
             raise UserError(f"nothing to estimate {mode} from: no measured {self.dtype} rows of it")
         return self.rules.get((block, mode)) or self._pooled[mode]
 
-    def rows(self, spec: DeviceSpec, shape: ModelShape, points: Iterable[Point]) -> list[Row]:
+    def rows(self, spec: DeviceSpec, shape: ModelSpec, points: Iterable[Point]) -> list[Row]:
         """Estimated rows of the points on a device, its ceilings first."""
         info = DeviceInfo(spec.slug, spec.title, "cuda", spec.memory_bytes, 0, 0, "", spec.arch)
         dtype = {name: value for value, name in DTYPE_NAMES.items()}[self.dtype]
@@ -213,7 +212,7 @@ class Estimator:
         caches: dict[str, Any] = {}
         if config is not None:
             caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
-            caches["history_bytes"] = config.history_bytes(point.batch, width)
+            caches["history_bytes"] = config.conv_state_bytes(point.batch, width)
         error = rule.error_of(regime)
         reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import format_size, parse_size
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.store import SHARED_BLOCKS
 
 MODES = ("decode", "prefill")
@@ -56,11 +56,11 @@ def parse_batches(text: str) -> list[int | str]:
     return [part if part in WORDS else parse_size(part) for part in dict.fromkeys(parts)]
 
 
-def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
+def largest_batch(shape: ModelSpec, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
     """The largest power of two up to 1024 at which a useful hybrid of these kinds fits in memory: weights, one layer of
     the kind with the largest cache, and all others of the kind with the smallest. At least 1."""
     configs = [shape.mixer(name) for name in names]
-    each = [config.cache_bytes(1, context, dtype_bytes) + config.history_bytes(1, dtype_bytes) for config in configs]
+    each = [config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes) for config in configs]
     weights = (shape.parameters() + 2 * shape.vocab_size) * dtype_bytes
     room = USABLE_MEMORY * memory_bytes - weights
     per_sequence = max(each) + (shape.num_layers - 1) * min(each)
@@ -69,13 +69,13 @@ def largest_batch(shape: ModelShape, names: Sequence[str], context: int, memory_
 
 
 def batch_limit(
-    shape: ModelShape, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
+    shape: ModelSpec, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
 ) -> int:
     """The largest batch up to 1024 that a model with a layer of this kind can have: beside it, all layers are of the
     kind of `names` with the smallest cache, and nearly all of the memory is theirs. At least 1."""
     each = {other: shape.mixer(other) for other in {name, *names}}
     bytes_of = {
-        other: config.cache_bytes(1, context, dtype_bytes) + config.history_bytes(1, dtype_bytes)
+        other: config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes)
         for other, config in each.items()
     }
     room = FULL_MEMORY * memory_bytes - shape.parameters() * dtype_bytes
@@ -85,7 +85,7 @@ def batch_limit(
 
 
 def plan(
-    shape: ModelShape,
+    shape: ModelSpec,
     names: Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],

@@ -12,7 +12,7 @@ from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import unknown
 from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
 from nasbench.profiling.measure import DTYPE_NAMES, Machine, measure, point_cells
@@ -125,7 +125,7 @@ class Todo:
 
 
 def prepare(
-    model: str | ModelShape,
+    model: str | ModelSpec,
     blocks: str | Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],
@@ -349,7 +349,7 @@ def noise(row: Row) -> float:
 
 
 def sweep(
-    model: str | ModelShape,
+    model: str | ModelSpec,
     blocks: str | Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],

@@ -15,7 +15,7 @@ from nasbench.checkpoints.resolve import classify, resolve_shape
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost import dtype_bytes, find_profiles
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
 from nasbench.search.session import compare
@@ -156,7 +156,7 @@ class Facts:
     """A report's contents."""
 
     run: Run
-    shape: ModelShape
+    shape: ModelSpec
     teacher: str
     created_utc: str
     version: str
@@ -190,7 +190,7 @@ class Facts:
         return sum(errors) / len(errors) if errors else math.nan
 
 
-def kind_title(shape: ModelShape, name: str) -> str:
+def kind_title(shape: ModelSpec, name: str) -> str:
     """What a layer name is called in this model: the kind's title and its arguments."""
     config = shape.mixer(name)
     return f"{config.title} {config.args.replace('x', '×')}".strip()
@@ -328,7 +328,7 @@ def _training(path: Path) -> list[TrainingCurve]:
 
 
 def _profile(
-    targets: Sequence[TargetFacts], shape: ModelShape, run: Run, db: Path | None
+    targets: Sequence[TargetFacts], shape: ModelSpec, run: Run, db: Path | None
 ) -> tuple[list[Row], list[Curve]]:
     """Rows of the model on the main target's device, and the decode curves at the target's batch (or the nearest)."""
     if not targets:
@@ -344,7 +344,7 @@ def _profile(
     return rows, [curve for name in run.spec.space.names if (curve := _curve(name, rows, shape, target)) is not None]
 
 
-def _curve(name: str, rows: Iterable[Row], shape: ModelShape, target: Target) -> Curve | None:
+def _curve(name: str, rows: Iterable[Row], shape: ModelSpec, target: Target) -> Curve | None:
     config = shape.mixer(name)
     cells = block_cells(shape, config.kind, config.args)
     own = [

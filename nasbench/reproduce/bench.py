@@ -14,7 +14,7 @@ import torch
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.data.packing import Corpus
 from nasbench.evaluation.evaluator import Evaluator
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.reproduce.recipe import Plan, Recipe
 from nasbench.reproduce.speed import Speeds
 from nasbench.runs import Run, RunSpec
@@ -38,7 +38,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.plan = Plan(self.out / "plan.json")
         self.loaded: LoadedModel = load_model(self.recipe.model, dtype=self.dtype, device=self.device)
-        self.shape: ModelShape = self.loaded.shape
+        self.shape: ModelSpec = self.loaded.shape
         recipe = self.recipe
         self.recipe.check(self.shape.num_layers)
         data = str(Path(recipe.data).resolve()) if recipe.data and Path(recipe.data).exists() else recipe.data

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from nasbench.core.errors import MachineError
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import Ceilings, measure_ceilings
 from nasbench.runtime.throughput import measure
@@ -63,7 +63,7 @@ def composition(placement: Placement) -> str:
 class Speeds:
     """speeds.csv of a run."""
 
-    def __init__(self, path: Path, shape: ModelShape, contexts: tuple[int, ...], batches: tuple[int, ...]) -> None:
+    def __init__(self, path: Path, shape: ModelSpec, contexts: tuple[int, ...], batches: tuple[int, ...]) -> None:
         self.path, self.shape = path, shape
         self.batches = dict(zip(contexts, batches, strict=True))
         self.rows = {(row.composition, row.context): row for row in read_rows(path, SpeedRow)}

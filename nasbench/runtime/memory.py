@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
 USABLE = {"cuda": 0.985, "cpu": 0.6}
@@ -46,18 +46,18 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-def weight_bytes(shape: ModelShape, placement: Placement, dtype_bytes: int) -> int:
+def weight_bytes(shape: ModelSpec, placement: Placement, dtype_bytes: int) -> int:
     return shape.parameters(placement) * dtype_bytes
 
 
-def sequence_bytes(shape: ModelShape, placement: Placement, context: int, dtype_bytes: int) -> int:
+def sequence_bytes(shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int) -> int:
     """Bytes that each sequence of a decode batch adds: its caches, its logits in two dtypes, its widest activations."""
-    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.history_bytes(placement, 1, dtype_bytes)
+    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.conv_state_bytes(placement, 1, dtype_bytes)
     return cache + shape.vocab_size * (4 + dtype_bytes) + 4 * (shape.intermediate_size + shape.hidden_size) * 4
 
 
 def largest_batch(
-    shape: ModelShape, placement: Placement, context: int, dtype_bytes: int, device: torch.device | str, *, loaded: bool
+    shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int, device: torch.device | str, *, loaded: bool
 ) -> int:
     """Sequences that fit by this model of the memory; 0 if not even one does.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch
 from nasbench.spaces.placement import Placement
 
@@ -80,21 +80,21 @@ def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.d
     return Ceilings(read / 1e9, copy / 1e9, in_place / 1e9, matmul / 1e12)
 
 
-def decode_bytes(shape: ModelShape, placement: Placement, batch: int, context: int, dtype_bytes: int) -> int:
+def decode_bytes(shape: ModelSpec, placement: Placement, batch: int, context: int, dtype_bytes: int) -> int:
     """Least bytes that one decode step of the whole model moves: every weight once (of an untied input embedding only
     the rows looked up), the caches as each layer kind reads and writes them."""
     return sum(part.nbytes for part in _parts(shape, placement, batch, context, dtype_bytes, None))
 
 
 def decode_floor(
-    shape: ModelShape, placement: Placement, batch: int, context: int, dtype_bytes: int, ceilings: Ceilings
+    shape: ModelSpec, placement: Placement, batch: int, context: int, dtype_bytes: int, ceilings: Ceilings
 ) -> list[Part]:
     """The parts of one decode step of `batch` sequences at `context` keys; the floor is the sum of their `ms`."""
     return _parts(shape, placement, batch, context, dtype_bytes, ceilings)
 
 
 def _parts(
-    shape: ModelShape, placement: Placement, batch: int, context: int, width: int, ceilings: Ceilings | None
+    shape: ModelSpec, placement: Placement, batch: int, context: int, width: int, ceilings: Ceilings | None
 ) -> list[Part]:
     weights = shape.parameters(placement)
     looked_up = 0 if shape.tie_embeddings else (shape.vocab_size - batch) * shape.hidden_size
@@ -103,7 +103,7 @@ def _parts(
     kept = {"keys and values": [0, 0], "recurrent states": [0, 0]}
     for name, count in Counter(placement).items():
         config = shape.mixer(name)
-        moved = config.state_traffic_bytes(batch, context, width)
+        moved = config.traffic_bytes(batch, context, width)
         part = kept["recurrent states" if moved > config.cache_bytes(batch, context, width) else "keys and values"]
         part[0] += count * moved
         part[1] += count * batch * max(0, config.flops(1, context - 1) - 2 * config.parameters())

@@ -13,7 +13,7 @@ from test_cost import rows_of
 from nasbench.cost import CostModel, add_calibration
 from nasbench.cost import end_to_end as end_to_end_module
 from nasbench.cost.end_to_end import EndToEnd, find_largest
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.spaces.placement import count_kind
 from nasbench.store import Database
 
@@ -73,7 +73,7 @@ def test_the_largest_batch_is_found(true):
 
 
 def test_prompts_and_steps_of_a_tiny_model_are_measured():
-    tiny = ModelShape("tiny", "llama", 2, 32, 64, 2, 1, 16, 64, 256, 1e4, 1e-5, defaults=(("W", "16"),))
+    tiny = ModelSpec("tiny", "llama", 2, 32, 64, 2, 1, 16, 64, 256, 1e4, 1e-5, defaults=(("W", "16"),))
     whole = EndToEnd(tiny, "cpu", torch.float32)
     prompt = whole.prompt(("A", "J"), 48, 2, chunk=32)
     assert (prompt.mode, prompt.chunk, prompt.context, prompt.batch, prompt.repeats) == ("prefill", 32, 48, 2, 3)

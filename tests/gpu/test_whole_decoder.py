@@ -8,13 +8,13 @@ from nasbench_kernels.gated_delta import chunked_gated_delta, naive_gated_delta
 from tolerances import BF16, CACHE_FP32, CHUNKED_FP32, relative_rmse
 
 from nasbench.checkpoints.load import random_decoder
-from nasbench.model import BLOCKS
-from nasbench.model.shapes import ModelShape
+from nasbench.model import MIXERS
+from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import parse_placement
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = ModelShape(
+SHAPE = ModelSpec(
     "tiny", "qwen2", 4, 256, 512, 8, 2, 64, 1024, 4096, 10_000.0, 1e-6, qkv_bias=True, qk_norm=True,
     defaults=(("W", "48"),),
 )  # fmt: skip
@@ -39,7 +39,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(SHAPE.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", sorted(BLOCKS))
+@pytest.mark.parametrize("kind", sorted(MIXERS))
 @torch.inference_mode()
 def test_forward_chunks_and_steps_equal_the_cpu(kind):
     cpu, gpu = both(f"4{kind}")
@@ -52,7 +52,7 @@ def test_forward_chunks_and_steps_equal_the_cpu(kind):
     assert relative_rmse(torch.cat(parts, 1).cpu(), wanted) < CACHE_FP32
 
 
-@pytest.mark.parametrize("kind", sorted(BLOCKS))
+@pytest.mark.parametrize("kind", sorted(MIXERS))
 @torch.inference_mode()
 def test_bf16_stays_near_fp32(kind):
     cpu, gpu = both(f"4{kind}")
@@ -70,9 +70,7 @@ def test_a_captured_step_is_the_eager_step():
     gpu(text[:, :60], eager)
     gpu(text[:, :60], captured)
     token, position = text[:, 60].clone(), torch.full((3,), 60, device="cuda")
-    kept = [
-        {name: tensor.clone() for name, tensor in {**cache.state, **cache.history}.items()} for cache in captured.mixers
-    ]
+    kept = [{name: tensor.clone() for name, tensor in cache.tensors.items()} for cache in captured.kept]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -82,8 +80,8 @@ def test_a_captured_step_is_the_eager_step():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = gpu.step_at(token, position, captured)
-    for cache, old in zip(captured.mixers, kept, strict=True):
-        for name, tensor in {**cache.state, **cache.history}.items():
+    for cache, old in zip(captured.kept, kept, strict=True):
+        for name, tensor in cache.tensors.items():
             tensor.copy_(old[name])
     for t in range(60, 90):
         token.copy_(text[:, t])

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from nasbench.runtime.fused_step import FusedStep
 from nasbench_kernels.decode.product_launch import batch_launch, swiglu_launch
 
 import benchmarks.launches as bench
@@ -29,11 +30,10 @@ from benchmarks.launch_cases import (
 from nasbench.checkpoints.load import random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.model import fused
-from nasbench.model.shapes import ModelShape
-from nasbench.runtime.fused_step import FusedStep
+from nasbench.model.shapes import ModelSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TINY = ModelShape(
+TINY = ModelSpec(
     "tiny", "qwen2", 5, 32, 48, 4, 2, 8, 96, 4096, 10_000.0, 1e-6, qkv_bias=True, published_placement="A W 2J G",
     defaults=(("W", "16"), ("J", "2x16x24"), ("G", "2x16x24")),
 )  # fmt: skip

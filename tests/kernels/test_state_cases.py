@@ -16,10 +16,10 @@ import benchmarks.launches as bench
 from benchmarks.kernel_cases import CLOSE
 from benchmarks.state_cases import StateCase, label, launches, states
 from nasbench.checkpoints.resolve import resolve_shape
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TINY = ModelShape(
+TINY = ModelSpec(
     "tiny", "qwen2", 4, 32, 48, 4, 2, 8, 96, 4096, 10_000.0, 1e-6, published_placement="A 2J G",
     defaults=(("J", "1x16x72"), ("G", "1x16x72")),
 )  # fmt: skip

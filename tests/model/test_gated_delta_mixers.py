@@ -8,7 +8,7 @@ from nasbench_kernels.gated_delta import naive_gated_delta
 from tolerances import CACHE_FP32, relative_rmse
 from torch.nn import functional as F
 
-from nasbench.model import LayerShape, mixer_config
+from nasbench.model import LayerShape, mixer_spec
 from nasbench.model.mixers.gated_delta.mixer import (
     LONGEST_HALF_LIFE,
     SHORTEST_HALF_LIFE,
@@ -66,7 +66,7 @@ def test_decay_parameters_stay_fp32(name):
 def test_jet_block_is_the_formula_of_the_design(args, shape):
     mixer = build(f"J@{args}" if args else "J", shape)
     heads, key_dim, taps = mixer.heads, mixer.key_dim, 4
-    x = inputs(mixer.config, 2, 30)
+    x = inputs(mixer.spec, 2, 30)
 
     def head_vectors(weight):
         y = F.silu(x @ weight.T).unflatten(-1, (heads, key_dim))
@@ -86,8 +86,8 @@ def test_jet_block_is_the_formula_of_the_design(args, shape):
 @torch.no_grad()
 def test_the_generator_starts_as_the_static_kernel():
     attention = build("A")
-    config = mixer_config("J", PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    config = mixer_spec("J", PLAIN)
+    mixer = config.block_class().init_from_attention(config, attention)
     x = inputs(config, 1, 5)
     generator = mixer.dynamic_conv1d.kernel_generator
     kernels = generator(generator.w1(x))
@@ -98,8 +98,8 @@ def test_the_generator_starts_as_the_static_kernel():
 @torch.no_grad()
 def test_projections_start_as_the_attentions(name):
     attention = build("A")
-    config = mixer_config(name, PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    config = mixer_spec(name, PLAIN)
+    mixer = config.block_class().init_from_attention(config, attention)
     sharp = START_SHARPNESS if name == "J" else 1.0  # a power of two: exact
     assert torch.equal(mixer.q_proj.weight, sharp * attention.q_proj.weight)
     for ours, theirs, scale in (
@@ -114,20 +114,20 @@ def test_projections_start_as_the_attentions(name):
 @torch.no_grad()
 def test_heads_of_another_size_copy_their_leading_channels():
     attention = build("A")
-    config = mixer_config("J@4x12x5", PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    config = mixer_spec("J@4x12x5", PLAIN)
+    mixer = config.block_class().init_from_attention(config, attention)
     ours = mixer.q_proj.weight.unflatten(0, (4, 12))
     assert torch.equal(ours[:, :8], START_SHARPNESS * attention.q_proj.weight.unflatten(0, (6, 8))[:4])
     assert 0 < ours[:, 8:].abs().mean() < 1
-    wide = mixer_config("J@6x8x12", PLAIN)
-    output = wide.mixer_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
+    wide = mixer_spec("J@6x8x12", PLAIN)
+    output = wide.block_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
     assert output[..., 8:].abs().max() == 0
     assert output[..., :8].abs().min() > 0
 
 
 @pytest.mark.parametrize("name", ["G", "J@1x8x8"])
 def test_half_lives_are_spread(name):
-    mixer = mixer_config(name, PLAIN).build()
+    mixer = mixer_spec(name, PLAIN).build()
     decay = mixer.A_log.exp() * F.softplus(mixer.dt_bias)
     half_lives = torch.log(torch.tensor(2.0)) / decay
     assert (half_lives >= 0.99 * SHORTEST_HALF_LIFE).all()

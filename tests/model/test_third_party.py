@@ -9,7 +9,7 @@ from mixer_cases import PLAIN, build, in_chunks, inputs, new_cache, stepwise, wh
 from tolerances import CACHE_FP32, relative_rmse
 
 from nasbench.core.errors import UserError
-from nasbench.model import BLOCKS, mixer_config
+from nasbench.model import MIXERS, mixer_spec
 
 MODULE = '''
 from dataclasses import dataclass
@@ -18,12 +18,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nasbench.model.spec import MixerConfig, parse_ints
-from nasbench.model.block import MixerCache, TokenMixer
+from nasbench.model.spec import MixerSpec, parse_ints
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.packed import PackedProjections
 
 
 @dataclass(frozen=True)
-class MeanConfig(MixerConfig):
+class MeanConfig(MixerSpec):
     """Z: the mean of every value so far, through a bottleneck."""
 
     width: int = 8
@@ -48,40 +49,40 @@ class MeanConfig(MixerConfig):
         return 2 * tokens * self.parameters()
 
     @classmethod
-    def mixer_class(cls):
+    def block_class(cls):
         return Mean
 
 
-class Mean(TokenMixer):
-    config_class = MeanConfig
+class Mean(Block):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.v_proj = nn.Linear(spec.shape.hidden_size, spec.width, bias=False)
+        self.o_proj = nn.Linear(spec.width, spec.shape.hidden_size, bias=False)
+        self.packed = PackedProjections((self.v_proj,))
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.v_proj = nn.Linear(config.shape.hidden_size, config.width, bias=False)
-        self.o_proj = nn.Linear(config.width, config.shape.hidden_size, bias=False)
+    @property
+    def out(self):
+        return self.o_proj
 
     def new_cache(self, batch, context, *, device, dtype):
-        shape = (batch, self.config.width + 1)
-        return MixerCache(context, {"sum": torch.zeros(shape, device=device, dtype=torch.float32)})
+        shape = (batch, self.spec.width + 1)
+        return BlockCache(context, {"sum": torch.zeros(shape, device=device, dtype=torch.float32)})
 
-    def forward(self, x, chunk, cache=None):
-        v = self.v_proj(x).float()
+    def core(self, row, meta, cache=None):
+        v = row.float()
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
         total = v.cumsum(1)
         if cache is not None:
             total = total + cache.state["sum"][:, None]
             cache.state["sum"].copy_(total[:, -1])
-        return self.o_proj((total[..., :-1] / total[..., -1:]).to(x.dtype))
-
-    def step(self, x, step, cache):
-        return self.forward(x, None, cache)
+        return (total[..., :-1] / total[..., -1:]).to(row.dtype)
 
     @classmethod
-    def init_from_attention(cls, config, attention):
+    def init_from_attention(cls, spec, attention):
         weight = attention.v_proj.weight
-        mixer = cls(config).to(weight.device, weight.dtype)
+        mixer = cls(spec).to(weight.device, weight.dtype)
         with torch.no_grad():
-            mixer.v_proj.weight.copy_(weight[: config.width])
+            mixer.v_proj.weight.copy_(weight[: spec.width])
         return mixer
 '''
 
@@ -95,28 +96,28 @@ def fifth_kind(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: running-mean-blocks\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[nasbench.blocks]\nZ = running_mean_blocks:MeanConfig\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(BLOCKS, "_items", dict(BLOCKS._items))
-    monkeypatch.setattr(BLOCKS, "_discovered", False)
+    monkeypatch.setattr(MIXERS, "_items", dict(MIXERS._items))
+    monkeypatch.setattr(MIXERS, "_discovered", False)
     importlib.invalidate_caches()
     yield info
     sys.modules.pop("running_mean_blocks", None)
 
 
 def test_an_installed_kind_is_one_of_the_kinds(fifth_kind):
-    assert "Z" in list(BLOCKS)
-    assert mixer_config("Z", PLAIN).args == "8"
-    assert mixer_config("Z4", PLAIN).parameters() == 2 * PLAIN.hidden_size * 4
+    assert "Z" in list(MIXERS)
+    assert mixer_spec("Z", PLAIN).args == "8"
+    assert mixer_spec("Z4", PLAIN).parameters() == 2 * PLAIN.hidden_size * 4
 
 
 @torch.no_grad()
 def test_an_installed_kind_keeps_the_contract(fifth_kind):
     mixer = build("Z")
-    x = inputs(mixer.config, 2, 11)
+    x = inputs(mixer.spec, 2, 11)
     cache = new_cache(mixer, 2, 11)
-    assert cache.nbytes == mixer.config.cache_bytes(2, 11)
+    assert cache.nbytes == mixer.spec.cache_bytes(2, 11)
     got = torch.cat((in_chunks(mixer, x, [4, 3], cache), stepwise(mixer, x, 7, cache)), dim=1)
     assert relative_rmse(got, whole(mixer, x)) < CACHE_FP32
-    started = mixer.config.mixer_class().init_from_attention(mixer.config, build("A"))
+    started = mixer.spec.block_class().init_from_attention(mixer.spec, build("A"))
     assert torch.isfinite(whole(started, x)).all()
 
 
@@ -124,11 +125,11 @@ def test_a_broken_installed_kind_is_named(fifth_kind):
     (fifth_kind / "entry_points.txt").write_text("[nasbench.blocks]\nZ = running_mean_blocks:Nothing\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match=r"'Z'.*running_mean_blocks:Nothing"):
-        list(BLOCKS)
+        list(MIXERS)
 
 
 def test_a_letter_cannot_be_taken_twice(fifth_kind):
     (fifth_kind / "entry_points.txt").write_text("[nasbench.blocks]\nA = running_mean_blocks:MeanConfig\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match="'A' is already registered"):
-        list(BLOCKS)
+        list(MIXERS)

@@ -13,14 +13,14 @@ import pytest
 
 from nasbench import store
 from nasbench.core import registry
-from nasbench.model import BLOCKS
-from nasbench.model.shapes import ModelShape
+from nasbench.model import MIXERS
+from nasbench.model.shapes import ModelSpec
 from nasbench.profiling import worker as worker_module
 from nasbench.profiling.sweep import prepare, sweep
 from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupted
 from nasbench.store import read_db
 
-TINY = ModelShape("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
+TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
 ASKED = {"contexts": [64, 256], "batches": [1], "modes": ("decode",), "seconds_per_row": 0.002, "patience_s": 3.0}
 
 
@@ -34,8 +34,8 @@ def dangerous(monkeypatch, tmp_path):
     (metadata / "entry_points.txt").write_text("[nasbench.blocks]\nZ = dangerous:DangerousConfig\n")
     (package / "dangerous.py").write_text(Path(__file__).with_name("dangerous.py").read_text())
     monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setattr(BLOCKS, "_discovered", False)
-    monkeypatch.setattr(BLOCKS, "_items", dict(BLOCKS._items))
+    monkeypatch.setattr(MIXERS, "_discovered", False)
+    monkeypatch.setattr(MIXERS, "_items", dict(MIXERS._items))
     found = [EntryPoint("Z", "dangerous:DangerousConfig", "nasbench.model")]
     monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "nasbench.model" else [])
     yield

@@ -142,11 +142,11 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_kinds_keep_their_colour():
-    from nasbench.model import BLOCKS
+    from nasbench.model import MIXERS
 
     colours = [style.colour(kind) for kind in "AWJGDMLRTK"]
     assert len(set(colours)) == len(colours)
-    assert all(style.colour(kind) != style.colour("X") for kind in BLOCKS)
+    assert all(style.colour(kind) != style.colour("X") for kind in MIXERS)
     assert style.colour("W1152") == style.colour("W")
 
 

@@ -7,14 +7,14 @@ import torch
 
 from nasbench.checkpoints.load import random_decoder
 from nasbench.core.errors import UserError
-from nasbench.model.shapes import ModelShape
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime import generate as generate_module
 from nasbench.runtime import graph as graph_module
 from nasbench.runtime.generate import cache_rows, generate, prefill, prefill_each, stream
 from nasbench.runtime.graph import WARM_UP, Stepper, Writer
 from nasbench.runtime.sampling import Sampling, choose
 
-SHAPE = ModelShape("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
+SHAPE = ModelSpec("test", "llama", 4, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
 PLACEMENT = ("A", "W", "J", "G")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -160,10 +160,10 @@ def test_rows_of_a_cache_are_written_and_no_others(decoder):
     assert (rows.batch, rows.length, cache.length) == (2, 9, 0)
     alone = prefill(decoder, tokens[:1], single, 4)
     torch.testing.assert_close(logits[:1], alone, rtol=1e-3, atol=1e-4)
-    for mixer, other in zip(cache.mixers, single.mixers, strict=True):
-        for name, tensor in {**mixer.state, **mixer.history}.items():
+    for mixer, other in zip(cache.kept, single.kept, strict=True):
+        for name, tensor in mixer.tensors.items():
             assert not tensor[[0, 3]].any()
-            torch.testing.assert_close(tensor[1], {**other.state, **other.history}[name][0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(tensor[1], other.tensors[name][0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_writer_and_a_stepper_say_the_same(decoder):

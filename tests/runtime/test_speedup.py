@@ -11,13 +11,13 @@ import benchmarks.speedup as bench
 from nasbench.checkpoints.load import random_decoder
 from nasbench.core.errors import MachineError, UserError
 from nasbench.devices import detect
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.runtime import throughput
 from nasbench.runtime.roofline import Ceilings
 from nasbench.runtime.throughput import measure_prefill
 from nasbench.search.table import read_rows, write_rows
 
-TINY = ModelShape("test", "llama", 3, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
+TINY = ModelSpec("test", "llama", 3, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
 
 
 def point(model, context, batch, mode, tok_s, floor_fraction=0.5, device="nvidia-h200", day=1):

@@ -6,13 +6,13 @@ import torch
 from nasbench.checkpoints.load import random_decoder
 from nasbench.core.errors import MachineError, UserError
 from nasbench.model import decoder as decoder_module
-from nasbench.model.shapes import MODELS, ModelShape
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.runtime import memory, throughput
 from nasbench.runtime import roofline as floor
 from nasbench.runtime.roofline import Ceilings, decode_bytes, decode_floor
 from nasbench.runtime.throughput import measure
 
-SHAPE = ModelShape("test", "llama", 3, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
+SHAPE = ModelSpec("test", "llama", 3, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, defaults=(("W", "5"),))
 PLACEMENT = ("A", "W", "J")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -49,7 +49,7 @@ def test_steps_read_exactly_the_context_and_different_tokens(monkeypatch):
     def spy(self, tokens, step, cache):
         spans.append((step.span, step.uniform))
         fed.append(tokens.tolist())
-        assert all(bool(state.any()) for mixer in cache.mixers for state in mixer.state.values()), "an empty cache"
+        assert all(bool(state.any()) for mixer in cache.kept for state in mixer.state.values()), "an empty cache"
         return original(self, tokens, step, cache)
 
     monkeypatch.setattr(decoder_module.Decoder, "_step", spy)
@@ -60,7 +60,7 @@ def test_steps_read_exactly_the_context_and_different_tokens(monkeypatch):
 
 def test_decode_bytes_by_hand():
     """One untied model of one full-attention layer, counted from its own tensors."""
-    shape = ModelShape("one", "llama", 1, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, tie_embeddings=False)
+    shape = ModelSpec("one", "llama", 1, 32, 48, 4, 2, 8, 97, 64, 1e4, 1e-5, tie_embeddings=False)
     decoder = random_decoder(shape, ("A",))
     weights = sum(p.numel() for name, p in decoder.named_parameters() if "embed_tokens" not in name)
     keys_and_values = 2 * 3 * 2 * 20 * 8

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import LayerShape, MixerConfig
+from nasbench.model.spec import LayerShape, MixerSpec
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
 
 
 def attention_parameters(shape: LayerShape) -> int:
@@ -31,7 +31,7 @@ def attention_flops(shape: LayerShape, tokens: int, scored: int) -> int:
 
 
 @dataclass(frozen=True)
-class FullAttentionConfig(MixerConfig):
+class FullAttentionSpec(MixerSpec):
     """Full attention has no hyper-parameters of its own: its shape is the layer's."""
 
     kind: ClassVar[str] = "A"
@@ -57,7 +57,7 @@ class FullAttentionConfig(MixerConfig):
         return attention_flops(self.shape, tokens, tokens * context + tokens * (tokens + 1) // 2)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.attention.mixer import FullAttention
 
         return FullAttention

@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.model.mixers.attention.spec import attention_flops, attention_parameters, key_value_bytes
-from nasbench.model.spec import LayerShape, MixerConfig, parse_ints
+from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
 
 DEFAULT_WINDOW = 1152
 """The window of the released Jet-Nemotron-2B."""
 
 
 @dataclass(frozen=True)
-class SlidingWindowConfig(MixerConfig):
+class SlidingWindowSpec(MixerSpec):
     """Attention over the last `window` keys, kept in a ring buffer."""
 
     window: int = DEFAULT_WINDOW
 
     kind: ClassVar[str] = "W"
     title: ClassVar[str] = "sliding window"
+    starts_trained: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
@@ -44,7 +45,7 @@ class SlidingWindowConfig(MixerConfig):
         return attention_flops(self.shape, tokens, scored)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.sliding_window.mixer import SlidingWindow
 
         return SlidingWindow

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the fused decode step is the plain decoder's, at any batch, from any cache, captured or not."""
+"""On a CUDA GPU: the decode streams equal the plain decoder's, at any batch, from any cache, captured or not."""
 
 import copy
 
@@ -7,8 +7,7 @@ import torch
 from tolerances import BF16, CACHE_FP32, relative_rmse
 
 from nasbench.checkpoints.load import random_decoder
-from nasbench.model.shapes import ModelShape
-from nasbench.runtime.fused_step import FusedStep
+from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import Stepper
 from nasbench.spaces.placement import parse_placement
@@ -16,10 +15,10 @@ from nasbench.spaces.placement import parse_placement
 pytestmark = pytest.mark.gpu
 
 SHAPES = [
-    ModelShape(
+    ModelSpec(
         "bias", "qwen2", 4, 256, 528, 8, 2, 64, 1024, 4096, 10_000.0, 1e-6, qkv_bias=True, defaults=(("W", "48"),)
     ),
-    ModelShape(
+    ModelSpec(
         "norms", "qwen3", 4, 192, 400, 6, 3, 96, 513, 4096, 1e6, 1e-6, qk_norm=True, tie_embeddings=False,
         defaults=(("W", "48"), ("J", "3x24x40")),
     ),
@@ -46,8 +45,10 @@ def test_steps_after_an_odd_prefill_equal_the_cpu(shape, placement, batch):
     wanted = cpu(text)
     cache = gpu.new_cache(batch, 160)
     prefill(gpu, text[:, :77].cuda(), cache, 33)
-    step = FusedStep(gpu, cache)
-    ours = [step(text[:, t].cuda(), torch.full((batch,), t, device="cuda")).clone() for t in range(77, 133)]
+    gpu.prepare(160)
+    ours = [
+        gpu.step_at(text[:, t].cuda(), torch.full((batch,), t, device="cuda"), cache).clone() for t in range(77, 133)
+    ]
     assert relative_rmse(torch.stack(ours, 1).cpu(), wanted[:, 77:]) < CACHE_FP32
 
 
