@@ -26,6 +26,9 @@ from nasbench_kernels import decode, distill, prefill
 from nasbench_kernels.decode import product_launch as choices
 from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
+from nasbench_kernels.mamba2.decode import StepLaunch as Mamba2Launch
+from nasbench_kernels.mamba2.decode import fused_mamba2_step
+from nasbench_kernels.mamba2.prefill import triton_mamba2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -170,7 +173,30 @@ def distillation(tokens: int, inner: int, heads: int, kv_heads: int, dim: int, v
     (q.sum() + k.sum() + g.sum() + beta.sum() + further.sum() + out.sum()).backward()
 
 
+def mamba2_step(
+    batch: int, heads: int, dim: int, size: int, state: torch.dtype, launch: Mamba2Launch | None = None
+) -> None:
+    inner, gates = heads * dim, [nothing(heads, dtype=FP32) for _ in range(3)]
+    channels = inner + 2 * size
+    fused_mamba2_step(
+        nothing(batch, inner + channels + heads), nothing(channels, 4), nothing(channels), nothing(batch, 3, channels),
+        nothing(batch, heads, dim, size, dtype=state), *gates, nothing(inner), eps=1e-5, launch=launch,
+    )  # fmt: skip
+
+
+def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype) -> None:
+    columns = nothing(2, 2048, heads * dim + 2 * size, dtype=dtype)
+    x, b, c = columns.split((heads * dim, size, size), -1)
+    gates = nothing(2, 2048, heads, dtype=FP32)
+    b, c = b[:, :, None], c[:, :, None]
+    triton_mamba2(x.unflatten(-1, (heads, dim)), gates, gates, b, c, nothing(heads, dtype=FP32))
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "mamba2 step 2.7B": lambda: mamba2_step(64, 80, 64, 128, FP32),
+    "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
+    "mamba2 step 2.7B, heads in turn": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64, 4, 4, 2)),
+    "mamba2 prompt 2.7B": lambda: mamba2_prompt(80, 64, 128, BF16),
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
@@ -201,6 +227,11 @@ MORE: dict[str, Callable[[], None]] = {
     "products, 4B": lambda: products(2048, 11008, 151936),
 }
 MORE |= {
+    "mamba2 step smollm2": lambda: mamba2_step(128, 9, 64, 64, FP32),
+    "mamba2 step of wide heads": lambda: mamba2_step(64, 12, 256, 256, BF16),
+    "mamba2 prompt smollm2": lambda: mamba2_prompt(9, 64, 64, torch.float16),
+    "mamba2 prompt fp32": lambda: mamba2_prompt(9, 64, 128, FP32),
+    "mamba2 prompt of wide heads": lambda: mamba2_prompt(4, 256, 256, BF16),
     "distillation 2B": lambda: distillation(2048, 8960, 12, 2, 128, 151936),
     "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),
     "gated delta rule of wide keys": lambda: rule(4, 256, 288, False),
@@ -271,7 +302,7 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("decode.attention", "decode.recurrent", "decode.product"):
+    for name in ("decode.attention", "decode.recurrent", "decode.product", "mamba2.decode"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
     sys.modules["nasbench_kernels.decode.overlap"].capability = lambda device: arch // 10
 
@@ -289,7 +320,7 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
                 row["wgmma"] = "wgmma" in compiled.asm["ptx"]
-                row["step"] = kernel.fn.__module__.startswith("nasbench_kernels.decode")
+                row["step"] = "PDL" in kernel.arg_names or kernel.fn.__module__.startswith("nasbench_kernels.decode")
                 row["waits"] = options.get("launch_pdl", False) and "griddepcontrol.wait" in compiled.asm["ptx"]
                 row["overlap"] = "griddepcontrol" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)
