@@ -10,8 +10,10 @@ import hashlib
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.gguf_header import GgufHeader, read_header, read_tensor
 from nasbench.checkpoints.hf_folder import hf_config
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors, write_json
@@ -20,7 +22,6 @@ from nasbench.model.shapes import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader
 
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -47,14 +48,21 @@ def file_sha256(path: Path) -> str:
 
 def converted_folder(sha256: str) -> Path:
     """Where the model folder made from the GGUF of this digest is kept. The suffix changes with the conversion."""
-    return cache_dir() / "converted" / f"{sha256[:32]}-v1"
+    return cache_dir() / "converted" / f"{sha256[:32]}-v2"
+
+
+def parts_sha256(path: Path) -> str:
+    """Digest of a GGUF model: of the file, or of the digests of all its parts. Raises UserError."""
+    parts = read_header(path).parts
+    digests = [file_sha256(part) for part in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def convert(path: Path, sha256: str | None = None) -> Path:
     """The model folder of a GGUF file, made now if the cache does not hold it.
 
     Args:
-        sha256: the file's digest if it is known already.
+        sha256: the model's digest if it is known already.
 
     Raises:
         UserError: the file is not a GGUF of the llama architecture, or corrupt.
@@ -62,7 +70,7 @@ def convert(path: Path, sha256: str | None = None) -> Path:
     """
     from filelock import FileLock
 
-    folder = converted_folder(sha256 or file_sha256(path))
+    folder = converted_folder(sha256 or parts_sha256(path))
     if folder.is_dir():
         return folder
     with machine_errors(f"writing {folder.parent}"):
@@ -72,118 +80,114 @@ def convert(path: Path, sha256: str | None = None) -> Path:
                 return folder
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
-                _write_folder(path, temporary)
+                _write_folder(read_header(path), temporary)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write_folder(path: Path, folder: Path) -> None:
+def _write_folder(header: GgufHeader, folder: Path) -> None:
     import safetensors.numpy
 
-    from nasbench.checkpoints.tokenizer import byte_level_bpe
+    from nasbench.checkpoints.tokenizer import gguf_tokenizer
 
-    reader = _open(path)
-    shape = _shape(reader, path)
-    tensors = _tensors(reader, shape, path)
+    shape, fields = _shape(header)
+    tokenizer = gguf_tokenizer(fields)
+    fields.finish(_INERT)
+    tensors = _tensors(header, shape)
     try:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     except safetensors.SafetensorError as error:
         raise OSError(str(error)) from error
-    kind = _field(reader, "tokenizer.ggml.model", path)
-    if kind != "gpt2":
-        raise UserError(f"{path}: tokenizer kind {kind!r} is not supported: only gpt2 (byte-level BPE)")
-    bos_id = _field(reader, "tokenizer.ggml.bos_token_id", path, None)
-    backend = byte_level_bpe(
-        _field(reader, "tokenizer.ggml.tokens", path),
-        _field(reader, "tokenizer.ggml.token_type", path),
-        _field(reader, "tokenizer.ggml.merges", path),
-        _field(reader, "tokenizer.ggml.pre", path),
-        # A model that was trained without a begin-of-text token must not be given one, and its file may name one still.
-        bos_id if _field(reader, "tokenizer.ggml.add_bos_token", path, False) else None,
-    )
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
+    tokenizer.save(folder / "tokenizer.json")
     config = hf_config(shape, shape.placement) | {
-        "bos_token_id": bos_id,
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id", path, None),
-        "nasbench_source": f"{path.name}, dequantised to fp32",
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "nasbench_source": f"{header.path.name}, dequantised to fp32",
     }
     write_json(folder / "config.json", config)
 
 
-def _open(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error or type(error).__name__}") from None
-
-
-_REQUIRED = object()
-
-
-def _field(reader: GGUFReader, key: str, path: Path, default: Any = _REQUIRED) -> Any:
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default is _REQUIRED:
-        raise UserError(f"{path} lacks the field {key}")
-    return default
+_INERT = ("llama.rope.scaling.finetuned", "llama.rope.scaling.original_context_length")
 
 
 def gguf_shape(path: Path) -> ModelSpec:
     """The shape that a GGUF file describes, named after the file. Raises UserError."""
-    return _shape(_open(path), path)
+    return _shape(read_header(path))[0]
 
 
-def _shape(reader: GGUFReader, path: Path) -> ModelSpec:
-    architecture = _field(reader, "general.architecture", path)
+def _shape(header: GgufHeader) -> tuple[ModelSpec, Fields]:
+    """The shape, and the keys with those read that the shape needs."""
+    descriptive = ("general.", "split.", "quantize.")
+    keys = {key: value for key, value in header.keys.items() if not key.startswith(descriptive)}
+    fields = Fields(keys, str(header.path))
+    architecture = Fields(header.keys, str(header.path)).text("general.architecture")
     if architecture != "llama":
-        raise UserError(f"{path}: architecture {architecture!r} is not supported: only llama")
-    for key in ("llama.expert_count", "llama.rope.scaling.type"):
-        if _field(reader, key, path, None) not in (None, 0, "none"):
-            raise UserError(f"{path}: {key} = {_field(reader, key, path)!r} is not supported")
-    names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names:
-        raise UserError(f"{path}: scaled rotary embeddings (rope_freqs) are not supported in GGUF: use the HF folder")
-    heads = int(_field(reader, "llama.attention.head_count", path))
-    hidden = int(_field(reader, "llama.embedding_length", path))
-    head_dim = int(_field(reader, "llama.attention.key_length", path, hidden // heads))
-    if int(_field(reader, "llama.rope.dimension_count", path, head_dim)) != head_dim:
-        raise UserError(f"{path}: llama.rope.dimension_count differs from the head size {head_dim}: not supported")
-    return ModelSpec(
-        name=path.stem,
+        raise UserError(f"{header.path}: architecture {architecture!r} is not supported: only llama")
+    for key in ("expert_count", "attention.sliding_window", "rope.scaling.attn_factor", "logit_scale"):
+        fields.neutral(f"llama.{key}", 0)
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        fields.neutral(f"llama.{key}", 1.0, 0.0)
+    fields.neutral("llama.rope.scaling.type", "none")
+    if "rope_freqs.weight" in header.tensors:
+        raise UserError(
+            f"{header.path}: scaled rotary embeddings (rope_freqs) are not supported in GGUF: use the HF folder"
+        )
+    heads = fields.integer("llama.attention.head_count", most=1 << 16)
+    hidden = fields.integer("llama.embedding_length", most=1 << 20)
+    head_dim = fields.integer("llama.attention.key_length", None, most=1 << 16)
+    if head_dim is None:
+        head_dim = hidden // heads
+        if hidden % heads:
+            raise UserError(f"{header.path}: embedding_length {hidden} is no multiple of head_count {heads}")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        fields.neutral(f"llama.{key}", head_dim)
+    scale = fields.number("llama.attention.scale", None)
+    if scale is not None and abs(scale * head_dim**0.5 - 1) > 1e-5:
+        raise fields.wrong("llama.attention.scale", f"1 / sqrt({head_dim}), the only one supported")
+    tokens = fields.items("tokenizer.ggml.tokens", str) or []
+    fields.neutral("llama.vocab_size", len(tokens))
+    shape = ModelSpec(
+        name=header.path.stem,
         family="llama",
-        num_layers=int(_field(reader, "llama.block_count", path)),
+        num_layers=fields.integer("llama.block_count", most=4096),
         hidden_size=hidden,
-        intermediate_size=int(_field(reader, "llama.feed_forward_length", path)),
+        intermediate_size=fields.integer("llama.feed_forward_length", most=1 << 24),
         num_heads=heads,
-        num_kv_heads=int(_field(reader, "llama.attention.head_count_kv", path, heads)),
+        num_kv_heads=fields.integer("llama.attention.head_count_kv", heads),
         head_dim=head_dim,
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
-        max_context=int(_field(reader, "llama.context_length", path)),
-        rope_theta=float(_field(reader, "llama.rope.freq_base", path, 10_000.0)),
+        vocab_size=len(tokens),
+        max_context=fields.integer("llama.context_length"),
+        rope_theta=fields.number("llama.rope.freq_base", 10_000.0),
         # Stored as fp32: 9.99999974e-06 is the 1e-5 of the original configuration.
-        rms_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon', path):.6g}"),
-        tie_embeddings="output.weight" not in names,
+        rms_eps=float(f"{fields.number('llama.attention.layer_norm_rms_epsilon'):.6g}"),
+        tie_embeddings="output.weight" not in header.tensors,
     )
+    if heads % shape.num_kv_heads or head_dim % 2 or not tokens:
+        raise UserError(
+            f"{header.path}: {heads} heads, {shape.num_kv_heads} key/value heads of {head_dim} and "
+            f"{len(tokens)} tokens do not fit"
+        )
+    return shape, fields
 
 
-def _tensors(reader: GGUFReader, shape: ModelSpec, path: Path) -> dict[str, np.ndarray]:
+def _tensors(header: GgufHeader, shape: ModelSpec) -> dict[str, np.ndarray]:
     """Every tensor in fp32 under its checkpoint name."""
     import numpy as np
-    from gguf.quants import dequantize
 
-    result = {}
-    for tensor in reader.tensors:
+    from nasbench.checkpoints.load import check_tensors
+
+    names = {}
+    for tensor in header.tensors.values():
         name = _checkpoint_name(tensor.name)
         if name is None:
-            raise UserError(f"{path} has a tensor {tensor.name} that the llama architecture does not have")
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+            raise UserError(f"{tensor.path} has a tensor {tensor.name} that the llama architecture does not have")
+        names[name] = tensor
+    check_tensors({name: tensor.shape for name, tensor in names.items()}, shape, str(header.path))
+    result = {}
+    for name, tensor in names.items():
+        values = read_tensor(tensor)
         if "attn_q." in tensor.name or "attn_k." in tensor.name:
             values = _half_split_rows(values, shape.num_heads if "attn_q." in tensor.name else shape.num_kv_heads)
         result[name] = np.ascontiguousarray(values)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nasbench.checkpoints.fields import Fields, token_ids
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import read_json
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
@@ -31,14 +33,14 @@ FAMILIES = {
 _JET_KINDS = {"attn": "A", "swa": "W", "jet": "J"}
 # What the decoder would silently compute otherwise, so that a configuration may not ask for it: field -> legal values.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": (None, "silu"),
-    "mlp_bias": (None, False),
-    "use_sliding_window": (None, False),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "pretraining_tp": (None, 0, 1),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "pretraining_tp": (1, 0),
+    "partial_rotary_factor": (1.0, 1),
+    "quantization_config": (),
 }
 
 
@@ -52,7 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def folder_shape(folder: Path) -> ModelSpec:
     """The shape of a model folder, named after it. Raises UserError naming the file and the field."""
-    return shape_from_config(read_config(folder), folder.resolve().name, str(folder / "config.json"))
+    shape = shape_from_config(read_config(folder), folder.resolve().name, str(folder / "config.json"))
+    return replace(shape, tie_embeddings=shape.tie_embeddings and not _has_other_head(folder))
 
 
 def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSpec:
@@ -63,34 +66,42 @@ def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSpe
         where: what error messages call the configuration, usually its path.
     """
     model_type = config.get("model_type")
-    family = config.get("base_model_type") if model_type == "nasbench" else model_type
+    fields = Fields(config, where)
+    model_type = fields.text("model_type")
+    family = fields.text("base_model_type") if model_type == "nasbench" else model_type
     if family not in FAMILIES:
         raise UserError(f"{where}: {unknown('model_type', family, FAMILIES)}")
     for field, legal in _FIXED.items():
-        if config.get(field) not in legal:
-            raise UserError(f"{where}: {field} = {config[field]!r} is not supported: only {legal[-1]!r} or absent")
-    _check_attention(config, family, where)
-    heads = _integer(config, "num_attention_heads", where)
-    hidden = _integer(config, "hidden_size", where)
-    theta, scaling = _rope(config, where)
+        fields.neutral(field, *legal)
+    _check_attention(fields, family)
+    heads = fields.integer("num_attention_heads", most=1 << 16)
+    hidden = fields.integer("hidden_size", most=1 << 20)
+    theta, scaling = _rope(fields)
+    head_dim = fields.integer("head_dim", 128 if family == "qwen3" else None, most=1 << 16)
+    if head_dim is None:
+        head_dim = hidden // heads
+        if hidden % heads:
+            raise UserError(
+                f"{where}: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}: set head_dim"
+            )
     shape = ModelSpec(
         name=name,
         family=family,
-        num_layers=_integer(config, "num_hidden_layers", where),
+        num_layers=fields.integer("num_hidden_layers", most=4096),
         hidden_size=hidden,
-        intermediate_size=_integer(config, "intermediate_size", where),
+        intermediate_size=fields.integer("intermediate_size", most=1 << 24),
         num_heads=heads,
-        num_kv_heads=_integer(config, "num_key_value_heads", where, heads),
-        head_dim=_integer(config, "head_dim", where, 128 if family == "qwen3" else hidden // heads),
-        vocab_size=_integer(config, "vocab_size", where),
-        max_context=_integer(config, "max_position_embeddings", where),
+        num_kv_heads=fields.integer("num_key_value_heads", heads),
+        head_dim=head_dim,
+        vocab_size=fields.integer("vocab_size", most=1 << 26),
+        max_context=fields.integer("max_position_embeddings"),
         rope_theta=theta,
-        rms_eps=_number(config, "rms_norm_eps", where, 1e-6),
+        rms_eps=fields.number("rms_norm_eps", 1e-6),
         qkv_bias=family in ("qwen2", "jet_nemotron"),
         qk_norm=family == "qwen3",
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings"),
         rope_scaling=scaling,
-        **_layers(config, family, where),
+        **_layers(fields, family),
     )
     if heads % shape.num_kv_heads or shape.head_dim % 2:
         raise UserError(
@@ -103,83 +114,65 @@ def shape_from_config(config: dict[str, Any], name: str, where: str) -> ModelSpe
     return shape
 
 
-def _integer(config: dict[str, Any], field: str, where: str, default: int | None = None) -> int:
-    value = config.get(field)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {field} = {value!r} is not a positive whole number")
-    return value
-
-
-def _number(config: dict[str, Any], field: str, where: str, default: float) -> float:
-    value = config.get(field, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise UserError(f"{where}: {field} = {value!r} is not a positive number")
-    return float(value)
-
-
-def _check_attention(config: dict[str, Any], family: str, where: str) -> None:
+def _check_attention(fields: Fields, family: str) -> None:
     """Refuses attention details that change the result: biases where the family has none, windows in plain models."""
-    if family != "qwen2" and config.get("attention_bias"):
-        raise UserError(f"{where}: attention_bias = true is not supported for {family}: its o_proj would have a bias")
-    if family == "qwen2" and config.get("attention_bias") is False:
-        raise UserError(f"{where}: attention_bias = false is not supported for qwen2: its q, k and v have biases")
-    types = config.get("layer_types")
-    if family != "jet_nemotron" and types is not None and set(types) - {"full_attention"}:
-        raise UserError(f"{where}: layer_types holds {sorted(set(types) - {'full_attention'})}: only full_attention")
+    if family == "qwen2":
+        fields.neutral("attention_bias", True)
+    else:
+        fields.neutral("attention_bias", False)
+    if family != "jet_nemotron":
+        types = fields.items("layer_types", str) or []
+        if set(types) - {"full_attention"}:
+            found = sorted(set(types) - {"full_attention"})
+            raise UserError(f"{fields.where}: layer_types holds {found}: only full_attention")
 
 
-def _rope(config: dict[str, Any], where: str) -> tuple[float, tuple[str | float, ...]]:
-    """(theta, scaling) from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (before)."""
-    field = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(field) or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{where}: {field} = {rope!r} is not an object")
-    theta = _number(
-        {"rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0))}, "rope_theta", where, 0.0
-    )
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _rope(fields: Fields) -> tuple[float, tuple[str | float, ...]]:
+    """(theta, scaling) from `rope_scaling`, else `rope_parameters`: of two, transformers takes the scaling."""
+    field = "rope_scaling" if fields.raw("rope_scaling") else "rope_parameters"
+    rope = fields.object(field)
+    theta = rope.number("rope_theta", None) or fields.number("rope_theta", 10_000.0)
+    kind = rope.text("rope_type", rope.text("type", "default"), ("default", "llama3"))
     if kind == "default":
         return theta, ()
-    if kind != "llama3":
-        raise UserError(f"{where}: {field}.rope_type = {kind!r} is not supported: choose from default, llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return theta, ("llama3", *(_number(rope, name, f"{where}: {field}", 0.0) for name in names))
+    original = fields.number("original_max_position_embeddings", None)
+    if original is None:
+        original = rope.number("original_max_position_embeddings", fields.number("max_position_embeddings"))
+    return theta, (kind, *(rope.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")), original)
 
 
-def _layers(config: dict[str, Any], family: str, where: str) -> dict[str, Any]:
+def _layers(fields: Fields, family: str) -> dict[str, Any]:
     """`published_placement` and `defaults` of the shape, for families that have layers of several kinds."""
-    if config.get("model_type") == "nasbench":
-        placement = config.get("placement")
-        if not isinstance(placement, str):
-            raise UserError(f"{where}: placement = {placement!r} is not a placement string")
-        return {"published_placement": placement}
+    if fields.raw("model_type") == "nasbench":
+        return {"published_placement": fields.text("placement")}
     if family != "jet_nemotron":
         return {}
-    types = config.get("layer_types")
-    if not isinstance(types, list) or len(types) != config.get("num_hidden_layers"):
-        raise UserError(f"{where}: layer_types must list one of {', '.join(_JET_KINDS)} per layer")
+    types = fields.items("layer_types", str, fields.integer("num_hidden_layers", most=4096))
+    if types is None:
+        raise UserError(f"{fields.where}: layer_types must list one of {', '.join(_JET_KINDS)} per layer")
     if set(types) - set(_JET_KINDS):
-        raise UserError(f"{where}: {unknown('layer type', sorted(set(types) - set(_JET_KINDS))[0], _JET_KINDS)}")
-    efficient = config.get("efficient_attention_config") or {}
+        wrong = sorted(set(types) - set(_JET_KINDS))[0]
+        raise UserError(f"{fields.where}: {unknown('layer type', wrong, _JET_KINDS)}")
+    efficient = fields.object("efficient_attention_config")
     args = {"A": ""}
     if "swa" in types:
-        args["W"] = str(_integer(efficient.get("swa") or {}, "window_size", f"{where}: swa"))
+        args["W"] = str(efficient.object("swa").integer("window_size"))
     if "jet" in types:
-        args["J"] = _jet_args(efficient.get("jet") or {}, f"{where}: jet")
+        args["J"] = _jet_args(efficient.object("jet"))
     names = [_JET_KINDS[kind] + ("@" if kind == "jet" else "") + args[_JET_KINDS[kind]] for kind in types]
     defaults = tuple((letter, value) for letter, value in args.items() if value)
     return {"published_placement": format_placement(tuple(names)), "defaults": defaults}
 
 
-def _jet_args(jet: dict[str, Any], where: str) -> str:
+def _jet_args(jet: Fields) -> str:
     """`headsxkey_dimxvalue_dim`; refuses what the J kind has no argument for."""
-    for field, legal in (("conv_size", 4), ("dconv_generator_reduction", 8), ("norm_eps", 1e-5)):
-        if jet.get(field, legal) != legal:
-            raise UserError(f"{where}: {field} = {jet[field]!r} is not supported: only {legal!r}")
-    key_dim = _integer(jet, "head_dim", where)
-    value_dim = int(key_dim * _number(jet, "expand_v", where, 2.0))
-    return f"{_integer(jet, 'num_heads', where)}x{key_dim}x{value_dim}"
+    jet.neutral("conv_size", 4)
+    jet.neutral("dconv_generator_reduction", 8)
+    if jet.number("norm_eps", 1e-5, text=True) != 1e-5:  # the published files write "1e-5"
+        raise jet.wrong("norm_eps", "1e-05, the only one supported")
+    key_dim = jet.integer("head_dim", most=1 << 16)
+    value_dim = int(key_dim * jet.number("expand_v", 2.0))
+    return f"{jet.integer('num_heads', most=1 << 16)}x{key_dim}x{value_dim}"
 
 
 def hf_config(shape: ModelSpec, placement: Placement) -> dict[str, Any]:
@@ -283,17 +276,36 @@ def _common(shape: ModelSpec) -> dict[str, Any]:
     }
 
 
+def end_tokens(folder: Path) -> tuple[int, ...]:
+    """Ids that end a text, of config.json and then of generation_config.json. Raises UserError naming the field."""
+    found = token_ids(Fields(read_config(folder), str(folder / "config.json")), "eos_token_id")
+    path = folder / "generation_config.json"
+    if path.is_file():
+        generation = read_json(path)
+        if not isinstance(generation, dict):
+            raise UserError(f"{path} is not a JSON object")
+        found += token_ids(Fields(generation, str(path)), "eos_token_id")
+    return tuple(dict.fromkeys(found))
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises UserError: none there, only pickles, a shard missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    """The safetensors files of a model folder: the whole file, which transformers prefers too, else an index's shards.
+
+    Raises:
+        UserError: none there, only pickles, a shard missing.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files = [whole]
+    if index.is_file() and not whole.is_file():
+        content = read_json(index)
+        names = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{index} has no weight_map of tensor names to files")
         # Only plain names: an index must not reach outside of its folder.
-        files = [folder / Path(name).name for name in sorted(set(names.values()))]
-    else:
-        files = [folder / "model.safetensors"]
+        outside = sorted(name for name in set(names.values()) if Path(name).name != name)
+        if outside:
+            raise UserError(f"{index} names {outside[0]!r}, which is no file of its folder")
+        files = [folder / name for name in sorted(set(names.values()))]
     missing = [path.name for path in files if not path.is_file()]
     if not missing:
         return files
@@ -309,9 +321,69 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor on the CPU) of a safetensors file, one at a time. Raises UserError naming a corrupt file."""
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 -- not a dictionary
                 yield name, file.get_tensor(name)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def _has_other_head(folder: Path) -> bool:
+    """Whether the weights hold an output matrix that differs from the embedding: transformers then unties the two."""
+    places = {}
+    for path in _existing_files(folder):
+        for name, entry in _safetensors_header(path).items():
+            if name in ("lm_head.weight", "model.embed_tokens.weight"):
+                places[name] = (path, entry)
+    if len(places) < 2:
+        return False
+    (head_path, head), (path, embedding) = places["lm_head.weight"], places["model.embed_tokens.weight"]
+    if (head["dtype"], head["shape"]) != (embedding["dtype"], embedding["shape"]):
+        return True
+    return _bytes_differ(head_path, head["start"], path, embedding["start"], head["size"])
+
+
+def _existing_files(folder: Path) -> list[Path]:
+    """The weight files if they are all there; a folder may hold its configuration alone."""
+    try:
+        return weight_files(folder)
+    except UserError:
+        return []
+
+
+def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """By tensor: dtype, shape, and the bytes it takes in the file. Empty for a damaged file: reading it will tell."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(path.stat().st_size, 100_000_000):
+                return {}
+            entries = json.loads(file.read(length))
+        result = {}
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                result[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "start": 8 + length + first}
+                result[name]["size"] = last - first
+        return result
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+def _bytes_differ(path: Path, start: int, other: Path, other_start: int, size: int) -> bool:
+    with path.open("rb") as one, other.open("rb") as two:
+        one.seek(start)
+        two.seek(other_start)
+        while size > 0:
+            step = min(size, 1 << 22)
+            first = one.read(step)
+            if first != two.read(step):
+                return True
+            if not first:
+                return False
+            size -= step
+    return False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nasbench.checkpoints import hf_folder
 from nasbench.checkpoints.resolve import classify, model_folder, resolve_shape
@@ -43,7 +43,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
         MachineError: it cannot be fetched, or does not fit in memory.
     """
     folder, shape, source = model_folder(classify(name))
-    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.read_config(folder))
+    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
     decoder = load_decoder(folder, shape, dtype=dtype, device=device)
     return LoadedModel(decoder, tokenizer, shape, source)
 
@@ -64,18 +64,56 @@ def load_decoder(
                     _refuse_extra(name, path, shape)
                     continue
                 slot = expected[name]
-                if tensor.shape != slot.shape:
-                    raise UserError(
-                        f"{path}: {name} has shape {list(tensor.shape)}, the configuration says {list(slot.shape)}"
-                    )
+                _check_shape(name, tuple(tensor.shape), slot, str(path))
                 found.add(name)
-                decoder.load_state_dict({name: tensor.to(device, slot.dtype)}, strict=False, assign=True)
+                value = tensor.to(device, slot.dtype)
+                _check_values(name, tensor.dtype, value, path)
+                decoder.load_state_dict({name: value}, strict=False, assign=True)
+    _check_missing(expected, found, str(folder))
+    _materialise_buffers(decoder, device)
+    return decoder.eval()
+
+
+def check_tensors(shapes: dict[str, tuple[int, ...]], shape: ModelSpec, where: str) -> None:
+    """Raises UserError unless the tensors of these shapes are exactly those of the model."""
+    with _built_on("meta", torch.float32):
+        expected = Decoder(shape, shape.placement).state_dict()
+    for name, sizes in shapes.items():
+        if name not in expected:
+            raise UserError(
+                f"{where} has a tensor {name} that a {shape.family} model of this configuration does not have"
+            )
+        _check_shape(name, sizes, expected[name], where)
+    _check_missing(expected, shapes, where)
+
+
+def _check_shape(name: str, sizes: tuple[int, ...], slot: Tensor, where: str) -> None:
+    if sizes != tuple(slot.shape):
+        raise UserError(f"{where}: {name} has shape {list(sizes)}, the configuration says {list(slot.shape)}")
+
+
+def _check_missing(expected: Iterable[str], found: Container[str], where: str) -> None:
     missing = [name for name in expected if name not in found]
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks {missing[0]}{more}")
-    _materialise_buffers(decoder, device)
-    return decoder.eval()
+        raise UserError(f"{where} lacks {missing[0]}{more}")
+
+
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> None:
+    """Refuses quantised weights and values that are not finite: one makes every output NaN, later and elsewhere."""
+    if dtype not in _WEIGHTS:
+        raise UserError(
+            f"{path}: {name} is {str(dtype).removeprefix('torch.')}: quantised checkpoints are not supported"
+        )
+    if value.numel():
+        low, high = value.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(
+                f"{path}: {name} holds values that are not finite in {str(value.dtype).removeprefix('torch.')}"
+            )
 
 
 def _refuse_extra(name: str, path: Path, shape: ModelSpec) -> None:
