@@ -20,34 +20,32 @@ class Fields:
         where: what error messages call the object, usually its path.
     """
 
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self._data = data
-        self._read: set[str] = set()
+    def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", read: set[str] | None = None) -> None:
+        self.data = data
         self.where = where
+        self._prefix = prefix
+        self._read: set[str] = set() if read is None else read
 
-    def has(self, name: str) -> bool:
-        """Whether the field is there and not null."""
-        return self._data.get(name) is not None
+    def under(self, prefix: str) -> Fields:
+        """The same fields, for names that lack the prefix."""
+        return Fields(self.data, self.where, prefix, self._read)
 
     def raw(self, name: str) -> Any:
         """The value as it stands, or None; counts as read."""
-        self._read.add(name)
-        return self._data.get(name)
+        self._read.add(self._prefix + name)
+        return self.data.get(self._prefix + name)
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.raw(name)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise UserError(f"{self.where} lacks the field {name}")
+            raise UserError(f"{self.where} lacks the field {self._prefix}{name}")
         return default
 
     def wrong(self, name: str, expected: str) -> UserError:
         """The error for a field whose value is not what is `expected`."""
-        shown = repr(self._data.get(name))
-        return UserError(
-            f"{self.where}: {name} = {shown if len(shown) <= 60 else shown[:57] + '...'} is not {expected}"
-        )
+        return UserError(f"{self.where}: {self._prefix}{name} = {_short(self.raw(name))} is not {expected}")
 
     def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = MOST) -> Any:
         """A whole number from `least` to `most`, or the default."""
@@ -91,7 +89,7 @@ class Fields:
         if not isinstance(value, str):
             raise self.wrong(name, "a text")
         if choices and value not in choices:
-            raise UserError(f"{self.where}: {unknown(name, value, choices)}")
+            raise UserError(f"{self.where}: {unknown(self._prefix + name, value, choices)}")
         return value
 
     def items(self, name: str, kind: type, length: int | None = None) -> list[Any] | None:
@@ -117,16 +115,14 @@ class Fields:
         value = self.raw(name)
         if value is not None and not any(type(value) is type(one) and value == one for one in legal):
             only = f"only {legal[0]!r} or absent" if legal else "leave it out"
-            raise UserError(f"{self.where}: {name} = {_short(value)} is not supported: {only}")
+            raise UserError(f"{self.where}: {self._prefix}{name} = {_short(value)} is not supported: {only}")
 
     def finish(self, inert: Iterable[str]) -> None:
-        """Refuses by name every field that nobody read, unless it is one of the `inert` ones."""
+        """Refuses by name every field that nobody read, unless it is one of the `inert` ones, null or false."""
         known = {*inert, *self._read}
-        for name, value in self._data.items():
-            if name not in known and value is not None and not name.startswith("_"):
-                raise UserError(
-                    f"{self.where}: the field {name} = {_short(value)} is not understood: remove it if it is inert"
-                )
+        for name, value in self.data.items():
+            if name not in known and value is not None and value is not False:
+                raise UserError(f"{self.where}: the field {name} = {_short(value)} is not supported: leave it out")
 
 
 def _short(value: Any) -> str:

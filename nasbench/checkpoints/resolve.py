@@ -56,7 +56,7 @@ def resolve_shape(name: str) -> ModelSpec:
     if model.kind in ("default", "shape"):
         return MODELS[model.value]
     if model.kind == "gguf":
-        return gguf_file.gguf_shape(Path(model.value))
+        return gguf_file.gguf_spec(Path(model.value))
     return model_folder(model, weights=False)[1]
 
 
@@ -72,13 +72,13 @@ def model_folder(model: ModelName, weights: bool = True) -> tuple[Path, ModelSpe
     if model.kind == "gguf":
         path = Path(model.value)
         folder = gguf_file.convert(path)
-        return folder, replace(hf_folder.folder_shape(folder), name=path.stem), f"{path.name}, dequantised"
+        return folder, replace(hf_folder.folder_spec(folder), name=path.stem), f"{path.name}, dequantised"
     if model.kind == "folder":
         folder = Path(model.value)
-        return folder, hf_folder.folder_shape(folder), str(folder)
+        return folder, hf_folder.folder_spec(folder), str(folder)
     if model.kind == "hub":
         folder = _hub_snapshot(model.value, weights)
-        shape = replace(hf_folder.folder_shape(folder), name=model.value.split("/")[-1])
+        shape = replace(hf_folder.folder_spec(folder), name=model.value.split("/")[-1])
         return folder, shape, f"hub {model.value}"
     raise UserError(
         f"model {model.value!r} is a shape without weights: use default, a local folder, a .gguf file or a hub name"

@@ -99,33 +99,37 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
 
 def gguf_tokenizer(fields: Fields) -> Tokenizer:
     """The tokenizer that a GGUF header describes. Raises UserError naming the file and the key."""
-    fields.text("tokenizer.ggml.model", choices=("gpt2",))
-    pre = fields.text("tokenizer.ggml.pre", choices=_PRE_TOKENIZERS)
-    tokens = fields.items("tokenizer.ggml.tokens", str) or []
-    kinds = fields.items("tokenizer.ggml.token_type", int) or [_NORMAL] * len(tokens)
-    merges = fields.items("tokenizer.ggml.merges", str) or []
-    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
-        raise UserError(
-            f"{fields.where}: {len(set(tokens))} different tokens of {len(tokens)}, {len(kinds)} token types"
-        )
-    special = {
-        name: fields.integer(f"tokenizer.ggml.{name}_token_id", None, least=0) for name in ("bos", *_ENDS, *_OTHER)
-    }
-    beyond = [name for name, number in special.items() if number is not None and number >= len(tokens)]
+    keys = fields.under("tokenizer.ggml.")
+    kind = keys.text("model", choices=("gpt2", "llama"))
+    tokens = keys.items("tokens", str) or []
+    kinds = keys.items("token_type", int) or [_NORMAL] * len(tokens)
+    merges, scores = keys.items("merges", str) or [], keys.items("scores", float) or [0.0] * len(tokens)
+    different = len(set(tokens))
+    if different != len(tokens) or {len(kinds), len(scores)} != {len(tokens)}:
+        raise UserError(f"{fields.where}: {different} different tokens of {len(tokens)}, with {len(kinds)} types")
+    ids = {name: keys.integer(f"{name}_token_id", None, least=0) for name in ("bos", *_ENDS, *_OTHER)}
+    beyond = [name for name, number in ids.items() if number is not None and number >= len(tokens)]
     if beyond:
-        raise fields.wrong(f"tokenizer.ggml.{beyond[0]}_token_id", f"one of {len(tokens)} tokens")
-    for name in ("add_eos_token", "add_sep_token", "add_space_prefix", "remove_extra_whitespaces"):
-        fields.neutral(f"tokenizer.ggml.{name}", False)
+        raise keys.wrong(f"{beyond[0]}_token_id", f"one of {len(tokens)} tokens")
+    for name in ("add_eos_token", "add_sep_token", "remove_extra_whitespaces"):
+        keys.neutral(name, False)
     fields.text("tokenizer.chat_template", None)
-    begins = fields.flag("tokenizer.ggml.add_bos_token", _PRE_TOKENIZERS[pre].add_bos)
+    if kind == "llama":
+        keys.raw("pre")
+        add_bos, space = True, keys.flag("add_space_prefix", True)
+        make = lambda bos_id: sentencepiece_bpe(tokens, kinds, scores, space, bos_id)  # noqa: E731
+    else:
+        pre = keys.text("pre", choices=_PRE_TOKENIZERS)
+        keys.neutral("add_space_prefix", False)
+        add_bos = _PRE_TOKENIZERS[pre].add_bos
+        make = lambda bos_id: byte_level_bpe(tokens, kinds, merges, pre, bos_id)  # noqa: E731
     # A model that was trained without a begin-of-text token must not be given one, and its file may name one still.
-    bos_id = special["bos"] if begins else None
-    ends = tuple(dict.fromkeys(number for name in _ENDS if (number := special[name]) is not None))
+    bos_id = ids["bos"] if keys.flag("add_bos_token", add_bos) else None
     try:
-        backend = byte_level_bpe(tokens, kinds, merges, pre, bos_id)
+        backend = make(bos_id)
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{fields.where}: the vocabulary and its merges do not fit: {error}") from None
-    return Tokenizer(backend, bos_id, ends)
+    return Tokenizer(backend, bos_id, tuple(dict.fromkeys(ids[name] for name in _ENDS if ids[name] is not None)))
 
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -177,7 +181,7 @@ def byte_level_bpe(
             the wrong one gives a tokenizer that looks right and is wrong around digits and newlines.
         bos_id: begins every text, if given.
     """
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     rules = _PRE_TOKENIZERS[pre_tokenizer]
@@ -189,6 +193,45 @@ def byte_level_bpe(
     backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.whole_words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
+    return _with_special_tokens(backend, tokens, kinds, bos_id)
+
+
+def sentencepiece_bpe(
+    tokens: list[str], kinds: list[int], scores: list[float], space_prefix: bool, bos_id: int | None = None
+) -> tokenizers.Tokenizer:
+    """A SentencePiece BPE as GGUF files of the `llama` tokenizer kind store it: a pair that makes a token of a higher
+    score is merged first; what no token covers becomes bytes.
+
+    Args:
+        space_prefix: whether a space is put before the text.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    ids = {token: i for i, token in enumerate(tokens)}
+    pairs = []
+    for token, score in zip(tokens, scores, strict=True):
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in ids and right in ids:
+                pairs.append((-score, ids[left], ids[right], left, right))
+    pairs.sort()
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    merges = [(left, right) for *_, left, right in pairs]
+    model = models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend = Backend(model)
+    spaces = normalizers.Replace(" ", "▁")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_prefix else spaces
+    strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    return _with_special_tokens(backend, tokens, kinds, bos_id)
+
+
+def _with_special_tokens(
+    backend: tokenizers.Tokenizer, tokens: list[str], kinds: list[int], bos_id: int | None
+) -> tokenizers.Tokenizer:
+    from tokenizers import AddedToken, processors
+
     of_kind = {kind: [token for token, k in zip(tokens, kinds, strict=True) if k == kind] for kind in set(kinds)}
     backend.add_tokens([AddedToken(token, normalized=False) for token in of_kind.get(_USER_DEFINED, [])])
     special = [*of_kind.get(_UNKNOWN, []), *of_kind.get(_CONTROL, [])]
