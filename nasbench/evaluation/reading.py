@@ -6,9 +6,12 @@ on the device once, for all decoders that read them, and what is read of a batch
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,15 +19,46 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nasbench.data.packing import Batch
 from nasbench.model.decoder import Decoder
+from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import CHUNK
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-"""Tokens of one forward, padding included: enough to keep the device busy."""
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of one forward, padding included: enough to keep the device busy. Scoring many placements at once keeps the
+residual stream behind every layer: layers x these x hidden size."""
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Forms of attention whose kernels take any shape. cuDNN's, which torch prefers on an H100, is planned by the host for
 each new pair of batch and length, for tens to hundreds of milliseconds (github.com/modelscope/FunASR/issues/3704): here
 no two batches are alike, and each pass over lines makes other ones."""
+
+
+class Reading(ABC):
+    """Texts laid out on a device once, and what is read off a decoder's hidden states over them."""
+
+    batches: Sequence[Batch]
+    ragged: ClassVar[bool] = False
+    """Whether the batches' shapes all differ."""
+
+    @abstractmethod
+    def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of final hidden states [B, T, C] over batch `index`; `decoder` lends its head."""
+
+    @abstractmethod
+    def samples(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        """Samples [n] by the title of what was measured, from what `read` gave for every batch in order."""
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """The attention kernels that suit the batches."""
+        return sdpa_kernel(ANY_SHAPE) if self.ragged else nullcontext()
+
+
+@torch.inference_mode()
+def read_alone(decoder: Decoder, reading: Reading) -> dict[str, Tensor]:
+    """What one decoder gives."""
+    with reading.kernels():
+        parts = [reading.read(decoder, i, hidden_of(decoder, batch)) for i, batch in enumerate(reading.batches)]
+    return reading.samples(parts)
 
 
 @dataclass(frozen=True)
@@ -68,67 +102,63 @@ def end_places(lengths: np.ndarray, counts: np.ndarray, device: torch.device) ->
     return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
 
 
-@dataclass(frozen=True)
-class EndBatch:
-    """Padded texts on a device.
-
-    Attributes:
-        tokens: [B, T] int64.
-        row, place: of the tokens of all ends, [M] int64 each.
-    """
-
-    tokens: Tensor
-    row: Tensor
-    place: Tensor
-
-
-class Ends:
+class Ends(Reading):
     """Texts whose ends are read, laid out once for all decoders that read them.
 
     Args:
         longest: tokens that the decoders can read; a longer text loses its beginning.
         tokens: most of a batch, padding included; None: BATCH_TOKENS.
+        title: of the samples.
 
     Attributes:
         batches: all texts, the shortest first.
+        places: row and place of the tokens of all ends of each batch, [M] int64 each.
         counts: tokens of each text's end that are predicted, [texts] int64, in the order of the texts.
     """
 
-    def __init__(self, texts: Sequence[Text], longest: int, device: torch.device, tokens: int | None = None) -> None:
+    ragged = True
+
+    def __init__(
+        self, texts: Sequence[Text], longest: int, device: torch.device, tokens: int | None = None, title: str = ""
+    ) -> None:
+        self.title = title
         rows = [text.ids[-longest:] for text in texts]
         lengths = lengths_of(rows)
         self.counts = np.minimum([text.count for text in texts], lengths - 1)
         order = lengths.argsort(kind="stable")
-        self.batches = []
+        self.batches, self.places = [], []
         for part in batches_of(lengths[order], tokens or BATCH_TOKENS[device.type]):
             chosen = order[part]
-            row, place = end_places(lengths[chosen], self.counts[chosen], device)
-            self.batches.append(EndBatch(padded([rows[i] for i in chosen], device), row, place))
+            self.batches.append(Batch(padded([rows[i] for i in chosen], device)))
+            self.places.append(end_places(lengths[chosen], self.counts[chosen], device))
         self._text = np.repeat(np.arange(len(texts)), self.counts)
         # From the order of the batches to that of the texts, token by token.
         self._back = np.repeat(order, self.counts[order]).argsort(kind="stable")
 
-    def in_order(self, values: Sequence[Tensor]) -> np.ndarray:
-        """What was read of each batch [M], brought to the host as one: [sum of counts], text by text."""
-        return torch.cat(list(values)).cpu().numpy()[self._back]
+    def before(self, index: int, hidden: Tensor) -> Tensor:
+        """Hidden states [M, C] from which the ends' tokens of a batch are predicted."""
+        row, place = self.places[index]
+        return hidden[row, place - 1]
+
+    def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        """For each token of the ends: log p in nats [M] fp32, and whether it is the most likely one [M] bool."""
+        return _score(decoder, self.before(index, hidden), self.batches[index].tokens[self.places[index]])
+
+    def columns(self, parts: Sequence[tuple[Tensor, ...]]) -> list[np.ndarray]:
+        """What `read` gave, brought to the host: of each column [sum of counts], text by text."""
+        return [torch.cat(column).cpu().numpy()[self._back] for column in zip(*parts, strict=True)]
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum over each text's end of values as `in_order` gives them: [texts] float64, 0 where nothing is read."""
+        """Sum over each text's end of values as `columns` gives them: [texts] float64, 0 where nothing is read."""
         return np.bincount(self._text, values, len(self.counts))
 
+    def samples(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        log_p, right = self.columns(parts)
+        return self.judge(log_p, right)
 
-@torch.inference_mode()
-def read_ends(decoder: Decoder, ends: Ends) -> tuple[np.ndarray, np.ndarray]:
-    """For each token of the ends, text by text: log p in nats [sum of counts] fp32, and whether it is the most likely
-    one [sum of counts] bool."""
-    parts = []
-    for batch in ends.batches:
-        with sdpa_kernel(ANY_SHAPE):
-            hidden = decoder.hidden(batch.tokens)
-        targets = batch.tokens[batch.row, batch.place]
-        parts.append(_score(decoder, hidden[batch.row, batch.place - 1], targets))
-    log_p, right = map(ends.in_order, zip(*parts, strict=True))
-    return log_p, right
+    def judge(self, log_p: np.ndarray, right: np.ndarray) -> dict[str, Tensor]:
+        """Samples by title, from log p and correctness of every token of the ends, text by text."""
+        return {"log_p": torch.from_numpy(log_p), "right": torch.from_numpy(right)}
 
 
 def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.data.packing import Corpus
 from nasbench.evaluation import reading, retrieval
-from nasbench.evaluation.multiple_choice import lay_out, tokenised
-from nasbench.evaluation.reading import Ends, Prompts, Text, batches_of, end_places, greedy, padded, read_ends
+from nasbench.evaluation.reading import Ends, Prompts, Text, batches_of, end_places, greedy, padded, read_alone
+from nasbench.evaluation.suite import Choices, tokenised
 from nasbench.evaluation.tasks import Context, parse_task
 from nasbench.spaces.placement import parse_placement
 
@@ -39,6 +39,14 @@ def lively(shape, seed=3):
 def some(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def samples(task, decoder, context):
+    return task.measures(decoder, context)[task.title].tolist()
+
+
+def read_ends(decoder, ends):
+    return [values.numpy() for values in read_alone(decoder, ends).values()]
 
 
 @torch.inference_mode()
@@ -150,7 +158,7 @@ def test_no_attention_is_planned_for_each_shape(context, monkeypatch):
     decoder, seen = lively(context.teacher.shape), []
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     forward = decoder.hidden
-    monkeypatch.setattr(decoder, "hidden", lambda tokens: (seen.append(enabled()), forward(tokens))[1])
+    monkeypatch.setattr(decoder, "hidden", lambda tokens, **kw: (seen.append(enabled()), forward(tokens, **kw))[1])
     before = enabled()
     read_ends(decoder, Ends([Text(ids, 2) for ids in some([9, 4])], 64, CPU, 1))
     greedy(decoder, some([5]), 3, torch.tensor([0]))
@@ -168,13 +176,14 @@ def test_tokens_are_those_of_each_text_alone(context):
     assert tokenised(context.tokenizer, pairs) == expected
 
 
-def test_the_first_of_equally_likely_alternatives_is_chosen(context, monkeypatch):
-    questions = [([("q", " a"), ("q", " bb")], 0), ([("q", " a"), ("q", " a"), ("q", " c")], 1)]
-    choices = lay_out(context.teacher, context.tokenizer, questions, lambda text: len(text.encode()) - 1)
-    monkeypatch.setattr("nasbench.evaluation.multiple_choice.log_likelihoods", lambda *_: [-4, -6, -1, -1, -2])
-    by_byte, plain = choices.correct(context.teacher)
-    assert by_byte.tolist() == [0, 0]
-    assert plain.tolist() == [1, 0]
+def test_the_first_of_equally_likely_alternatives_is_chosen(monkeypatch):
+    choices = Choices(
+        [([1], [2])] * 5, np.array([2, 3]), np.array([1, 2, 1, 1, 1]), np.array([0, 1]), ("bytes", "plain"), 64, CPU
+    )
+    monkeypatch.setattr(choices, "sums", lambda _: np.array([-4, -6, -1, -1, -2]))
+    found = choices.judge(np.empty(0), np.empty(0))
+    assert found["bytes"].tolist() == [0, 0]
+    assert found["plain"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 500])
@@ -198,13 +207,13 @@ def test_a_second_decoder_is_asked_without_tokenising_again(context, tmp_path, m
     tasks += [f"suite:{tmp_path}/c.jsonl", f"suite:{tmp_path}/w.jsonl"]
     parsed = [parse_task(text) for text in tasks]
     other = lively(context.teacher.shape)
-    expected = [task.values(other, replace(context, memo={})).tolist() for task in parsed]
+    expected = [samples(task, other, replace(context, memo={})) for task in parsed]
     for task in parsed:
-        task.values(context.teacher, context)
+        samples(task, context.teacher, context)
     for name in ("encode", "encode_batch"):
         monkeypatch.setattr(type(context.tokenizer), name, lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(reading, "padded", lambda *_: pytest.fail("padded again"))
     for task, values in zip(parsed[:5], expected, strict=False):
-        assert task.values(other, context).tolist() == values
+        assert samples(task, other, context) == values
     monkeypatch.undo()
-    assert parsed[5].values(other, context).tolist() == expected[5]
+    assert samples(parsed[5], other, context) == expected[5]

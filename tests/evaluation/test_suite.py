@@ -73,7 +73,7 @@ def test_a_written_line_holds_the_answer(context, tmp_path):
     assert "\n" not in text
     items = [{"query": "the state", "answers": answers} for answers in (["nowhere", text[:4].upper()], ["nowhere"])]
     path = write(tmp_path / "written.jsonl", items)
-    assert parse_task(f"suite:{path}").values(context.teacher, context).tolist() == [1, 0]
+    assert parse_task(f"suite:{path}").score(context.teacher, context).samples.tolist() == [1, 0]
     assert chance(read_items(path)) == 0
 
 
