@@ -205,7 +205,6 @@ class Search:
     def _trial(self, placement: Placement, strategy: str, seconds: float) -> TrialRow:
         objective, target = self.objective, self.objective.target
         return TrialRow(
-            trial=0,
             strategy=strategy,
             k=count_full(placement),
             placement=format_placement(placement),

@@ -5,22 +5,24 @@ A trial refers to its scores: losses stand in the run's score store and are join
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors
-from nasbench.core.tables import read_table, read_text, write_table
+from nasbench.core.tables import read_table, write_table
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.search.pareto import front as pareto_front
 from nasbench.search.pareto import hypervolume
 from nasbench.spaces.placement import Placement, parse_placement
 
+log = logging.getLogger("nasbench")
 SENSES = (False, True)
 """Of (score, tokens/s): the first is minimised, the second maximised."""
 UNIFORM = "uniform"
@@ -50,25 +52,22 @@ class Target:
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One placement that a strategy tried, for one target: a row of trials.csv.
+    """One placement that a strategy tried, for one target: a row of trials.csv. Older files lack what has a default.
 
     Attributes:
-        trial: running number in the file.
         k: layers with full attention.
-        objective, score: what the search minimised, and its value.
         source: of the speeds: measured or estimated rows.
-        seconds: that the scores took; 0 where they were known.
         supernet: version of the weights.
+        trial: running number in the file.
+        seconds: that the scores took; 0 where they were known.
+        objective, score: what the search minimised, and its value.
         settings, eval_dtype: the text that loss and KL were measured on, and in which dtype: with `supernet` and
-            `placement` the keys of the run's score store.
+            `placement` their keys in the score store.
     """
 
-    trial: int
     strategy: str
     k: int
     placement: str
-    objective: str
-    score: float
     decode_tok_s: float
     prefill_tok_s: float
     cache_bytes: int
@@ -78,11 +77,14 @@ class TrialRow:
     batch: int
     dtype: str
     source: str
-    seconds: float
-    created_utc: str
     supernet: str
-    settings: str
-    eval_dtype: str
+    trial: int = 0
+    seconds: float = 0.0
+    created_utc: str = ""
+    objective: str = "kl"
+    score: float = math.nan
+    settings: str = OLD_SETTINGS
+    eval_dtype: str = ""
 
     @property
     def target(self) -> Target:
@@ -109,7 +111,7 @@ class TrialRow:
 
 @dataclass(frozen=True)
 class Trial(TrialRow):
-    """A trial with what the score store has of it.
+    """A trial with what the score store has of it. Files of older versions kept that themselves.
 
     Attributes:
         loss: mean loss of a token on the search split, nats; `loss_stderr` its standard error.
@@ -122,95 +124,29 @@ class Trial(TrialRow):
 
     @property
     def front_score(self) -> float:
-        return front_score(self)
+        """What the front sets against the speed: the loss where the objective is over text, else the score."""
+        return self.loss if self.objective in ("loss", "kl") else self.score
 
 
 @dataclass(frozen=True)
-class _OldTrialRow:
-    """A row of a trials.csv that kept the losses."""
-
-    trial: int
-    strategy: str
-    k: int
-    placement: str
-    loss: float
-    loss_stderr: float
-    kl: float
-    decode_tok_s: float
-    prefill_tok_s: float
-    cache_bytes: int
-    step_ms: float
-    device: str
-    context: int
-    batch: int
-    dtype: str
-    source: str
-    seconds: float
-    created_utc: str
-    supernet: str
-
-    def trial_of(self) -> Trial:
-        score = self.loss if math.isnan(self.kl) else self.kl
-        return Trial(
-            **vars(self), objective="loss" if math.isnan(self.kl) else "kl", score=score, settings=OLD_SETTINGS,
-            eval_dtype="",
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FrontRow:
+class FrontRow(Trial):
     """One point of a target's Pareto front of accuracy against decode tokens/s: a row of front.csv.
 
     Attributes:
         rank: 1 is the most accurate point.
-        hypervolume: of the whole front, bounded by `reference_loss` and `reference_tok_s`; nats x tokens/s where the
-            objective is loss or kl.
         loss_test, loss_test_stderr: on the split that no search looks at; NaN where not evaluated.
         retrieval: accuracy on the generated key-value task; NaN where not evaluated.
+        hypervolume: of the whole front, bounded by `reference_loss` and `reference_tok_s`; nats x tokens/s where the
+            objective is loss or kl.
     """
 
-    rank: int
-    strategy: str
-    k: int
-    placement: str
-    loss: float
-    loss_stderr: float
-    kl: float
-    loss_test: float
-    loss_test_stderr: float
-    retrieval: float
-    decode_tok_s: float
-    prefill_tok_s: float
-    step_ms: float
-    cache_bytes: int
-    device: str
-    context: int
-    batch: int
-    dtype: str
-    source: str
-    supernet: str
-    hypervolume: float
-    reference_loss: float
-    reference_tok_s: float
-    objective: str = "kl"
-    score: float = math.nan
-
-    @property
-    def front_score(self) -> float:
-        return front_score(self)
-
-    @property
-    def target(self) -> Target:
-        return Target(self.device, self.context, self.batch, self.dtype)
-
-    @property
-    def layers(self) -> Placement:
-        return parse_placement(self.placement)
-
-
-def front_score(row: Trial | FrontRow) -> float:
-    """What the front sets against the speed: the loss where the objective is over text, else the score."""
-    return row.loss if row.objective in ("loss", "kl") else row.score
+    rank: int = 0
+    loss_test: float = math.nan
+    loss_test_stderr: float = math.nan
+    retrieval: float = math.nan
+    hypervolume: float = math.nan
+    reference_loss: float = math.nan
+    reference_tok_s: float = 0.0
 
 
 @contextmanager
@@ -225,7 +161,7 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check(row: TrialRow | _OldTrialRow) -> str:
+def _check(row: TrialRow) -> str:
     try:
         parse_placement(row.placement)
     except UserError as error:
@@ -233,14 +169,19 @@ def _check(row: TrialRow | _OldTrialRow) -> str:
     return ""
 
 
-def _read_rows(path: Path) -> Sequence[TrialRow]:
-    """Rows of either version; those of the old one are `Trial`s with their losses."""
-    if not path.exists():
-        return []
-    header = read_text(path).partition("\n")[0].split(",")
-    if "loss" in header and "score" not in header:
-        return [row.trial_of() for row in read_table(path, _OldTrialRow, exact=False, check=_check)]
-    return read_table(path, TrialRow, exact=False, check=_check)
+def _read_rows(path: Path) -> list[Trial]:
+    """The file's rows; those of older versions have their losses."""
+    found = []
+    for line, row in enumerate(read_table(path, Trial, exact=False, check=_check), 2):
+        if row.settings != OLD_SETTINGS:
+            found.append(row)
+        elif math.isfinite(row.loss):
+            # Searches minimised the KL, or the loss where that was not known.
+            kl = math.isfinite(row.kl)
+            found.append(replace(row, objective="kl" if kl else "loss", score=row.kl if kl else row.loss))
+        else:
+            log.warning("%s line %d: left out: the loss of %s is %s", path, line, row.placement, row.loss)
+    return found
 
 
 def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
@@ -251,24 +192,21 @@ def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
         store: where the losses are, that of the run by default.
     """
     rows = _read_rows(path)
-    store = store or ScoreStore(path.parent / "scores") if rows else store
-    return [row if isinstance(row, Trial) else _with_losses(row, store) for row in rows]
-
-
-def _with_losses(row: TrialRow, store: ScoreStore | None) -> Trial:
-    assert store is not None
-    loss, kl = store.get(row.score_key("loss")), store.get(row.score_key("kl"))
-    found = {"loss": loss.value, "loss_stderr": loss.stderr} if loss else {}
-    return Trial(**vars(row), **found, **({"kl": kl.value} if kl else {}))
+    store = store or ScoreStore(path.parent / "scores")
+    found = []
+    for row in rows:
+        loss, kl = store.get(row.score_key("loss")), store.get(row.score_key("kl"))
+        known = {"loss": loss.value, "loss_stderr": loss.stderr} if loss else {}
+        found.append(replace(row, **known, **({"kl": kl.value} if kl else {})))
+    return found
 
 
 def add_trials(path: Path, fresh: Iterable[TrialRow]) -> None:
     """Adds trials that the file does not hold, numbered. Writers in other processes wait."""
     with _locked(path):
-        rows = list(_read_rows(path))
-        old = [row for row in rows if isinstance(row, Trial)]
-        if old:
-            _move_losses(path, old)
+        rows: list[TrialRow] = list(_read_rows(path))
+        old = [row for row in rows if isinstance(row, Trial) and math.isfinite(row.loss)]
+        _move_losses(path, old)
         known = {row.key for row in rows}
         size = len(rows)
         for row in fresh:
@@ -332,14 +270,13 @@ def front_rows(trials: Sequence[Trial], reference: float, scores: TestScores | N
     points = [(trial.front_score, trial.decode_tok_s) for trial in candidates]
     chosen = [trial for trial, best in zip(candidates, pareto_front(points, SENSES), strict=True) if best]
     volume = hypervolume(points, (reference, 0.0), SENSES)
-    names = {field.name for field in fields(FrontRow)} & {field.name for field in fields(Trial)}
     rows = []
     for rank, trial in enumerate(chosen, 1):
         test, stderr, retrieval = scores(trial.layers) if scores else (math.nan, math.nan, math.nan)
         rows.append(
             FrontRow(
-                rank=rank, loss_test=test, loss_test_stderr=stderr, retrieval=retrieval, hypervolume=volume,
-                reference_loss=reference, reference_tok_s=0.0, **{name: getattr(trial, name) for name in names},
+                **vars(trial), rank=rank, loss_test=test, loss_test_stderr=stderr, retrieval=retrieval,
+                hypervolume=volume, reference_loss=reference,
             )
         )  # fmt: skip
     return rows

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nasbench.core.errors import UserError
-from nasbench.core.tables import read_table, write_table
 from nasbench.cost import CostModel
 from nasbench.runs import Run
 from nasbench.search.session import compare
+from nasbench.search.table import read_rows, write_rows
 from nasbench.search.trials import Target, latest, read_front, read_trials
 from nasbench.spaces.placement import Placement, format_placement
 
@@ -104,7 +104,7 @@ def validate(
     dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[target.dtype]
     rounds = ROUNDS[torch.device(torch_device).type]
     path = run.validation
-    known = {row.placement for row in read_table(path, ValidationRow) if row.target == target}
+    known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
@@ -151,14 +151,14 @@ def validate(
         done += 1
         progress(done, total)
     names = {format_placement(placement) for placement in placements}
-    return [row for row in read_table(path, ValidationRow) if row.target == target and row.placement in names]
+    return [row for row in read_rows(path, ValidationRow) if row.target == target and row.placement in names]
 
 
 def _add(path: Path, row: ValidationRow) -> None:
     others = [
-        old for old in read_table(path, ValidationRow) if (old.placement, old.target) != (row.placement, row.target)
+        old for old in read_rows(path, ValidationRow) if (old.placement, old.target) != (row.placement, row.target)
     ]
-    write_table(path, [*others, row])
+    write_rows(path, ValidationRow, [*others, row])
 
 
 def mean_error(rows: Sequence[ValidationRow]) -> float:

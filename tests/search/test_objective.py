@@ -159,5 +159,7 @@ def test_retrieval_moves_what_a_search_finds(evaluator):
     shared = set(found["kl"]) & set(found["kl+20*retrieval-kl@160:6"])
     assert len(shared) > 4
     # What the first search found best is among the starts of the second.
-    best = min((t for t in read_trials(evaluator.run.trials) if t.objective == "kl" and t.k == 2), key=lambda t: t.score)
+    best = min(
+        (t for t in read_trials(evaluator.run.trials) if t.objective == "kl" and t.k == 2), key=lambda t: t.score
+    )
     assert full_layers(best.layers) in {full_layers(parse_placement(p)) for p in found["kl+20*retrieval-kl@160:6"]}

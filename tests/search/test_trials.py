@@ -101,6 +101,13 @@ def test_losses_of_an_old_file_move_into_the_score_store(tmp_path):
     assert {key.settings for key in ScoreStore(tmp_path / "scores").find()} == {"trials.csv"}
 
 
+def test_a_loss_that_is_not_finite_is_left_out_by_name(tmp_path, caplog):
+    path = tmp_path / "trials.csv"
+    path.write_text(OLD.replace("A 3J,3.5,0.1,", "A 3J,nan,nan,nan"))
+    assert [trial.placement for trial in read_trials(path)] == ["4A"]
+    assert "trials.csv line 3: left out: the loss of A 3J is nan" in caplog.text
+
+
 def test_scores_of_different_objectives_do_not_compare(run):
     first = read_trials(run.path)[-1]
     other = replace(first, objective="retrieval@512", score=-1.0, strategy="greedy-swap", k=9)
@@ -152,7 +159,7 @@ def test_a_point_found_by_a_search_and_uniform_is_the_searchs():
     target = {"device": "d", "context": 1, "batch": 1, "dtype": "bf16"}
     speed = {"decode_tok_s": 10.0, "prefill_tok_s": 1.0, "cache_bytes": 1, "step_ms": 1.0, "source": "measured"}
     about = {"seconds": 0.0, "created_utc": "now", "supernet": "v", "settings": "s", "eval_dtype": "fp32"}
-    base = Trial(1, "uniform", 1, "A J", "kl", 0.1, **speed, **target, **about, loss=3.0)
+    base = Trial("uniform", 1, "A J", **speed, **target, **about, loss=3.0)
     (row,) = front_rows([base, replace(base, trial=2, strategy="beam")], 8.0)
     assert row.strategy == "beam"
     assert front_rows([], 8.0) == []
