@@ -173,7 +173,7 @@ def _read_rows(path: Path) -> list[Trial]:
     """The file's rows; those of older versions have their losses."""
     found = []
     for line, row in enumerate(read_table(path, Trial, exact=False, check=_check), 2):
-        if row.settings != OLD_SETTINGS:
+        if not math.isnan(row.score):
             found.append(row)
         elif math.isfinite(row.loss):
             # Searches minimised the KL, or the loss where that was not known.
