@@ -26,6 +26,9 @@ from nasbench_kernels import decode, distill, prefill
 from nasbench_kernels.decode import product_launch as choices
 from nasbench_kernels.decode.recurrent import StepLaunch
 from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
+from nasbench_kernels.mamba2.decode import StepLaunch as Mamba2Launch
+from nasbench_kernels.mamba2.decode import fused_mamba2_step
+from nasbench_kernels.mamba2.prefill import triton_mamba2
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -116,19 +119,6 @@ def turned_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> 
         module.launch_batch_product(x, weight, bias, False, replace(launch(), hints=each == 2))
 
 
-def offered_products(batch: int, hidden: int, inner: int, rows: int) -> None:
-    """What benchmarks/launches.py tries for the products that are not divided."""
-    from benchmarks.launch_cases import whole_tiles
-
-    module, x = sys.modules["nasbench_kernels.decode.product"], nothing(batch, hidden)
-    sms, shared = module.card(x.device)
-    for launch in whole_tiles(choices.swiglu_launch(batch, inner, 2, sms, shared), batch, inner, 2, sms, shared, True):
-        module.launch_swiglu_product(x, nothing(2 * inner, hidden), launch)
-    base = choices.batch_launch(batch, rows, hidden, 2, sms, shared, False)
-    for launch in whole_tiles(base, batch, rows, 2, sms, shared, False):
-        module.launch_batch_product(x, nothing(rows, hidden), None, False, launch)
-
-
 def products(hidden: int, inner: int, vocabulary: int) -> None:
     x, norm = nothing(1, hidden), {"before": "norm", "norm_weight": nothing(hidden), "eps": 1e-6}
     decode.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
@@ -183,7 +173,31 @@ def distillation(tokens: int, inner: int, heads: int, kv_heads: int, dim: int, v
     (q.sum() + k.sum() + g.sum() + beta.sum() + further.sum() + out.sum()).backward()
 
 
+def mamba2_step(
+    batch: int, heads: int, dim: int, size: int, state: torch.dtype, launch: Mamba2Launch | None = None
+) -> None:
+    inner, gates = heads * dim, [nothing(heads, dtype=FP32) for _ in range(3)]
+    channels = inner + 2 * size
+    fused_mamba2_step(
+        nothing(batch, inner + channels + heads), nothing(channels, 4), nothing(channels), nothing(batch, 3, channels),
+        nothing(batch, heads, dim, size, dtype=state), *gates, nothing(inner), eps=1e-5, launch=launch,
+    )  # fmt: skip
+
+
+def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype, train: bool = False) -> None:
+    x, b, c = (nothing(2, 2048, *rest, dtype=dtype) for rest in ((heads, dim), (1, size), (1, size)))
+    gates = nothing(2, 2048, heads, dtype=FP32).requires_grad_(train)
+    out, state = triton_mamba2(x, gates, gates, b, c, nothing(heads, dtype=FP32))
+    if train:
+        (out.sum() + state.sum()).backward()
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "mamba2 step 2.7B": lambda: mamba2_step(64, 80, 64, 128, FP32),
+    "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
+    "mamba2 step 2.7B, heads in turn": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64, 4, 4, 2)),
+    "mamba2 prompt 2.7B": lambda: mamba2_prompt(80, 64, 128, BF16),
+    "mamba2 prompt 2.7B, training": lambda: mamba2_prompt(80, 64, 128, BF16, True),
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
@@ -212,11 +226,13 @@ MORE: dict[str, Callable[[], None]] = {
     "products of 64 sequences, 4B": lambda: batched_products(64, 2048, 11008, BF16),
     "products of 16 sequences": lambda: batched_products(16, 576, 1536, BF16),
     "products, 4B": lambda: products(2048, 11008, 151936),
-    "offered to 128 sequences, 2B": lambda: offered_products(128, 1536, 8960, 8856),
-    "offered to 64 sequences, 4B": lambda: offered_products(64, 2048, 11008, 151936),
-    "offered to 16 sequences, 2B": lambda: offered_products(16, 1536, 8960, 8856),
 }
 MORE |= {
+    "mamba2 step smollm2": lambda: mamba2_step(128, 9, 64, 64, FP32),
+    "mamba2 step of wide heads": lambda: mamba2_step(64, 12, 256, 256, BF16),
+    "mamba2 prompt smollm2": lambda: mamba2_prompt(9, 64, 64, torch.float16),
+    "mamba2 prompt smollm2, training": lambda: mamba2_prompt(9, 64, 64, BF16, True),
+    "mamba2 prompt of wide heads": lambda: mamba2_prompt(4, 256, 256, BF16),
     "distillation 2B": lambda: distillation(2048, 8960, 12, 2, 128, 151936),
     "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),
     "gated delta rule of wide keys": lambda: rule(4, 256, 288, False),
@@ -287,7 +303,7 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("decode.attention", "decode.recurrent", "decode.product"):
+    for name in ("decode.attention", "decode.recurrent", "decode.product", "mamba2.decode"):
         sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
     sys.modules["nasbench_kernels.decode.overlap"].capability = lambda device: arch // 10
 
@@ -305,7 +321,7 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
                 row["wgmma"] = "wgmma" in compiled.asm["ptx"]
-                row["step"] = kernel.fn.__module__.startswith("nasbench_kernels.decode")
+                row["step"] = "PDL" in kernel.arg_names or kernel.fn.__module__.startswith("nasbench_kernels.decode")
                 row["waits"] = options.get("launch_pdl", False) and "griddepcontrol.wait" in compiled.asm["ptx"]
                 row["overlap"] = "griddepcontrol" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)

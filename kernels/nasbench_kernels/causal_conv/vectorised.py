@@ -7,7 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def causal_conv(x: Tensor, weight: Tensor, history: Tensor | None = None, reach: Tensor | None = None) -> Tensor:
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    history: Tensor | None = None,
+    reach: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """As `naive_causal_conv`; a history is also replaced in place by the last W-1 inputs."""
     taps, tokens = weight.shape[1], x.shape[1]
     inputs = F.pad(x, (0, 0, taps - 1, 0)) if history is None else torch.cat((history.to(x.dtype), x), dim=1)
@@ -17,14 +23,15 @@ def causal_conv(x: Tensor, weight: Tensor, history: Tensor | None = None, reach:
     shifted = [inputs[:, j : j + tokens] for j in range(taps)]
     if reach is not None:
         shifted = [part * reach[..., j, None] for j, part in enumerate(shifted)]
-    mixed = shifted[0] * weight[:, 0]
+    mixed = shifted[0] * weight[:, 0] if bias is None else torch.addcmul(bias, shifted[0], weight[:, 0])
     for j in range(1, taps):
         mixed = torch.addcmul(mixed, shifted[j], weight[:, j])
     return F.silu(mixed)
 
 
-def causal_conv_step(x: Tensor, weight: Tensor, history: Tensor) -> Tensor:
-    """One token: x [B, 1, C], weight [C, W], history [B, W-1, C], shifted in place -> [B, 1, C]."""
+def causal_conv_step(x: Tensor, weight: Tensor, history: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One token: x [B, 1, C], weight [C, W], bias [C], history [B, W-1, C], shifted in place -> [B, 1, C]."""
     inputs = torch.cat((history.to(x.dtype), x), dim=1)
     history.copy_(inputs[:, 1:])
-    return F.silu((inputs * weight.mT).sum(1, keepdim=True))
+    mixed = (inputs * weight.mT).sum(1, keepdim=True)
+    return F.silu(mixed if bias is None else mixed + bias)

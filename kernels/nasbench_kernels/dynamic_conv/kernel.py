@@ -71,8 +71,8 @@ def _four_taps(kernels, t, T, C, BT: tl.constexpr, BC: tl.constexpr):
 
 @triton.jit
 def conv_forward_kernel(
-    x, stride, kernels, history, age, y, T, C,
-    W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
+    x, stride, kernels, bias, history, age, y, T, C,
+    W: tl.constexpr, STATIC: tl.constexpr, BIAS: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     i_b = tl.program_id(2).to(tl.int64)
@@ -96,14 +96,16 @@ def conv_forward_kernel(
         for j in tl.static_range(W):
             window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
             total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    if BIAS:
+        total += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     result = total * tl.sigmoid(total)
     tl.store(y + i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :], result, mask=inside)
 
 
 @triton.jit
 def conv_backward_taps_kernel(
-    x, stride, kernels, history, age, dy, d, dkernels, T, C,
-    W: tl.constexpr, STATIC: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
+    x, stride, kernels, bias, history, age, dy, d, dkernels, T, C,
+    W: tl.constexpr, STATIC: tl.constexpr, BIAS: tl.constexpr, HISTORY: tl.constexpr, AGE: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """d = dy * SiLU'(pre-activation) [B, T, C] fp32, and from it the kernels' gradients: per token in their own place,
@@ -123,6 +125,8 @@ def conv_backward_taps_kernel(
     for j in tl.static_range(W):
         window = _input(x, stride, history, age, t, c, j, T, C, in_c, W, HISTORY, AGE)
         total += window * _tap(kernels, t, c, j, C, inside, W, STATIC)
+    if BIAS:
+        total += tl.load(bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     at = i_b * T * C + t.to(tl.int64)[:, None] * C + c[None, :]
     gate = tl.sigmoid(total)
     slope = gate * (1.0 + total * (1.0 - gate))
@@ -254,37 +258,40 @@ def _rows(x: Tensor) -> Tensor:
 
 class _ShortConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, history: Tensor | None, age: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor | None, history: Tensor | None, age: Tensor | None
+    ) -> Tensor:
         x, kernels = _rows(x), kernels.contiguous()
         # The caller replaces its history in place, and the backward still needs the old one.
-        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needed = any(ctx.needs_input_grad)
         ctx.history = history.clone() if history is not None and needed else history
         ctx.age = None if age is None else age.contiguous()
-        ctx.save_for_backward(x, kernels)
+        ctx.save_for_backward(x, kernels, bias)
         y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
         conv_forward_kernel[_grid(x)](
-            x, x.stride(1), kernels, x if history is None else history, x if age is None else ctx.age, y,
-            x.shape[1], x.shape[2],
-            W=kernels.shape[-1], STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=age is not None,
-            BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+            x, x.stride(1), kernels, x if bias is None else bias, x if history is None else history,
+            x if age is None else ctx.age, y, x.shape[1], x.shape[2],
+            W=kernels.shape[-1], STATIC=kernels.dim() == 2, BIAS=bias is not None, HISTORY=history is not None,
+            AGE=age is not None, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernels = ctx.saved_tensors
+        x, kernels, bias = ctx.saved_tensors
         dy = gradients[0].contiguous()
         (batch, tokens, channels), taps, static = x.shape, kernels.shape[-1], kernels.dim() == 2
         history, age = x if ctx.history is None else ctx.history, x if ctx.age is None else ctx.age
         given = {"HISTORY": ctx.history is not None, "AGE": ctx.age is not None}
         dx: Tensor | None = None
-        if not static and taps == 4:
+        dbias: Tensor | None = None
+        if not static and taps == 4 and bias is None:
             dx, dkernels = torch.empty_like(dy), torch.empty_like(kernels)
             conv_backward_kernel[triton.cdiv(channels, STRIP_C), triton.cdiv(tokens, STRIP_T), batch](
                 x, x.stride(1), kernels, history, age, dy, dkernels, dx, tokens, channels,
                 **given, BT=STRIP_T, BC=STRIP_C, num_warps=STRIP_WARPS,
             )  # fmt: skip
-            return dx, dkernels, None, None
+            return dx, dkernels, None, None, None
         grid = _grid(x)
         d = torch.empty(x.shape, dtype=torch.float32, device=x.device)
         if static:
@@ -292,8 +299,8 @@ class _ShortConvolution(torch.autograd.Function):
         else:
             dkernels = torch.empty_like(kernels)
         conv_backward_taps_kernel[grid](
-            x, x.stride(1), kernels, history, age, dy, d, dkernels, tokens, channels,
-            W=taps, STATIC=static, **given, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
+            x, x.stride(1), kernels, x if bias is None else bias, history, age, dy, d, dkernels, tokens, channels,
+            W=taps, STATIC=static, BIAS=bias is not None, **given, BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
         )  # fmt: skip
         if ctx.needs_input_grad[0]:
             dx = torch.empty_like(dy)
@@ -301,7 +308,9 @@ class _ShortConvolution(torch.autograd.Function):
                 d, kernels, age, dx, tokens, channels,
                 W=taps, STATIC=static, AGE=given["AGE"], BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
             )  # fmt: skip
-        return dx, dkernels.sum(0).to(kernels.dtype) if static else dkernels, None, None
+        if bias is not None and ctx.needs_input_grad[2]:
+            dbias = d.sum((0, 1)).to(bias.dtype)
+        return dx, dkernels.sum(0).to(kernels.dtype) if static else dkernels, dbias, None, None
 
 
 def ages(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -321,8 +330,14 @@ def _advance(history: Tensor, x: Tensor) -> None:
     history.copy_(fresh[:, fresh.shape[1] - kept :])
 
 
-def triton_short_conv(x: Tensor, kernels: Tensor, history: Tensor | None = None, age: Tensor | None = None) -> Tensor:
-    """`naive_dynamic_conv` or `naive_causal_conv`, by the shape of the kernels; differentiable in x and kernels.
+def triton_short_conv(
+    x: Tensor,
+    kernels: Tensor,
+    history: Tensor | None = None,
+    age: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`naive_dynamic_conv` or `naive_causal_conv`, by the shape of the kernels; differentiable in x, kernels and bias.
 
     Args:
         x: [B, T, C].
@@ -330,25 +345,27 @@ def triton_short_conv(x: Tensor, kernels: Tensor, history: Tensor | None = None,
         history: the W-1 inputs before x, [B, W-1, C], replaced in place by the last W-1 inputs; a constant to autograd.
         age: tokens before each token in its own document, [B, T] integers (`ages` makes them of cu_seqlens): nothing
             older is read. None: every row is one document.
+        bias: [C], added before SiLU.
 
     Returns:
         SiLU of the convolution, [B, T, C] in x's dtype.
     """
-    y = _ShortConvolution.apply(x, kernels, history, age)
+    y = _ShortConvolution.apply(x, kernels, bias, history, age)
     if history is not None:
         with torch.no_grad():
             _advance(history, x)
     return y
 
 
-def conv_part(row: Tensor, at: int, kernels: Tensor, history: Tensor | None) -> Tensor:
+def conv_part(row: Tensor, at: int, kernels: Tensor, history: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """`triton_short_conv` of columns at..at+C of rows [B, T, P], read where they lie; no gradient -> [B, T, C]."""
     channels, taps = kernels.shape[-2:]
     x = row[..., at : at + channels]
     y = torch.empty(x.shape, device=row.device, dtype=row.dtype)
     conv_forward_kernel[_grid(x)](
-        x, row.stride(1), kernels, x if history is None else history, x, y, row.shape[1], channels,
-        W=taps, STATIC=kernels.dim() == 2, HISTORY=history is not None, AGE=False,
+        x, row.stride(1), kernels, x if bias is None else bias, x if history is None else history, x, y,
+        row.shape[1], channels,
+        W=taps, STATIC=kernels.dim() == 2, BIAS=bias is not None, HISTORY=history is not None, AGE=False,
         BT=BLOCK_T, BC=BLOCK_C, num_warps=WARPS,
     )  # fmt: skip
     if history is not None:

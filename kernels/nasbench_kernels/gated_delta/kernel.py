@@ -38,7 +38,7 @@ for some tile sizes here: results of arbitrary memory, or an illegal access.
 
 
 @contextmanager
-def _without_wgmma() -> Iterator[None]:
+def without_wgmma() -> Iterator[None]:
     before = os.environ.get(WGMMA_OFF)
     os.environ[WGMMA_OFF] = "1"
     try:
@@ -90,7 +90,7 @@ def _sizes(like: Tensor, value_dim: int, tiles: _Tiles) -> dict[str, Any]:
 
 class _ChunkedGatedDelta(torch.autograd.Function):
     @staticmethod
-    @_without_wgmma()
+    @without_wgmma()
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class _ChunkedGatedDelta(torch.autograd.Function):
         return out, state_out
 
     @staticmethod
-    @_without_wgmma()
+    @without_wgmma()
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, beta, totals, inverses, reads, scores, states, updates = ctx.saved_tensors
         dout, dstate_out = (x.contiguous() for x in gradients)

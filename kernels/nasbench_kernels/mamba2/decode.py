@@ -1,0 +1,199 @@
+"""One decode step of Mamba2: convolution, activations, step size, state, skip, and then the gated output norm.
+
+The state is nearly all of the traffic: it is read and written once, in place. A program owns a block of rows of a
+head's [P, N] state, or several whole heads of one group, whose B and C it convolves once. The norm needs all heads of
+a group. A second kernel does it and moves the inputs of B and C on, which all heads read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nasbench_kernels.decode.card import card
+from nasbench_kernels.decode.overlap import dependent, follow
+from nasbench_kernels.mamba2.norm import gated_norm_of_groups
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _kernel_of(weight, channel, inside, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    both = inside[None, :] & (tap < TAPS)
+    return tl.load(weight + channel[None, :] * TAPS + tap, mask=both, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _inputs_of(columns, past, channel, inside, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The last W inputs of channels, [BLOCK_T, channels] fp32."""
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    newest = tl.load(columns + channel, mask=inside, other=0.0).to(tl.float32)
+    before = inside[None, :] & (tap < TAPS - 1)
+    earlier = tl.load(past + tap * CHANNELS + channel[None, :], mask=before, other=0.0).to(tl.float32)
+    return tl.where(tap == TAPS - 1, newest[None, :], earlier)
+
+
+@triton.jit
+def mamba2_step_kernel(
+    row, conv_weight, conv_bias, conv_state, state, a_log, dt_bias, skip, y, row_stride, dt_min, dt_max,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    STAGES: tl.constexpr, READ: tl.constexpr, WRITE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    INNER: tl.constexpr = HEADS * DIM
+    CHANNELS: tl.constexpr = INNER + 2 * GROUPS * STATE
+    PROGRAMS: tl.constexpr = HEADS // TILES * PARTS
+    sequence = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    place = tl.program_id(0) % PROGRAMS
+    part = place % PARTS
+    first = place // PARTS * TILES  # head
+    group = first // (HEADS // GROUPS)
+    base = row + sequence * row_stride
+    columns = base + INNER
+    past = conv_state + sequence * (TAPS - 1) * CHANNELS
+    memory = state + sequence * INNER * STATE
+    results = y + sequence * INNER
+    lanes = tl.arange(0, BLOCK_N)
+    in_state = lanes < STATE
+    tile_rows = part * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_tile = (tile_rows < DIM)[:, None] & in_state[None, :]
+    # Channels of x of all tiles; several tiles are whole heads, DIM = BLOCK_P.
+    mine = part * BLOCK_P + tl.arange(0, BLOCK_P * TILES)
+    in_mine = mine < DIM * TILES
+    channel = first * DIM + mine
+    b_at = INNER + group * STATE + lanes
+    c_at = b_at + GROUPS * STATE
+
+    # What no launch just ahead writes: the state was written by this layer's last step, launches ago.
+    if TILES == 1:
+        at = memory + (first * DIM + tile_rows)[:, None] * STATE + lanes[None, :]
+        held = tl.load(at, mask=in_tile, other=0.0, eviction_policy=READ)
+    x_kernel = _kernel_of(conv_weight, channel, in_mine, TAPS, BLOCK_T)
+    b_kernel = _kernel_of(conv_weight, b_at, in_state, TAPS, BLOCK_T)
+    c_kernel = _kernel_of(conv_weight, c_at, in_state, TAPS, BLOCK_T)
+    x_bias = tl.load(conv_bias + channel, mask=in_mine, other=0.0).to(tl.float32)
+    b_bias = tl.load(conv_bias + b_at, mask=in_state, other=0.0).to(tl.float32)
+    c_bias = tl.load(conv_bias + c_at, mask=in_state, other=0.0).to(tl.float32)
+    follow(PDL)
+    inputs = _inputs_of(columns, past, channel, in_mine, CHANNELS, TAPS, BLOCK_T)
+    b_inputs = _inputs_of(columns, past, b_at, in_state, CHANNELS, TAPS, BLOCK_T)
+    c_inputs = _inputs_of(columns, past, c_at, in_state, CHANNELS, TAPS, BLOCK_T)
+    x = _silu(tl.sum(inputs * x_kernel, 0) + x_bias)
+    b = tl.where(in_state, _silu(tl.sum(b_inputs * b_kernel, 0) + b_bias), 0.0)
+    c = tl.where(in_state, _silu(tl.sum(c_inputs * c_kernel, 0) + c_bias), 0.0)
+    # Several threads may hold one element: all must have read before any writes.
+    tl.debug_barrier()
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    moved = in_mine[None, :] & (tap > 0) & (tap < TAPS)
+    tl.store(past + (tap - 1) * CHANNELS + channel[None, :], inputs.to(conv_state.dtype.element_ty), mask=moved)
+    if TILES > 1:
+        tl.store(results + channel, x, mask=in_mine)
+        tl.debug_barrier()
+
+    kind = state.dtype.element_ty
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        head = first + tile
+        rows = head * DIM + tile_rows
+        at = memory + rows[:, None] * STATE + lanes[None, :]
+        if TILES == 1:
+            old = held.to(tl.float32)
+            value = x
+        else:
+            old = tl.load(at, mask=in_tile, other=0.0, eviction_policy=READ).to(tl.float32)
+            value = tl.load(results + rows, mask=tile_rows < DIM, other=0.0)
+        raw = tl.load(base + INNER + CHANNELS + head).to(tl.float32) + tl.load(dt_bias + head)
+        softplus = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+        step = tl.minimum(tl.maximum(softplus, dt_min), dt_max)
+        decay = tl.exp(-tl.exp(tl.load(a_log + head)) * step)
+        new = old * decay + (value * step)[:, None] * b[None, :]
+        tl.store(at, new.to(kind), mask=in_tile, cache_modifier=WRITE)
+        mixed = tl.sum(new * c[None, :], 1) + value * tl.load(skip + head)
+        tl.store(results + rows, mixed, mask=tile_rows < DIM)
+
+
+@dataclass(frozen=True)
+class StepLaunch:
+    """How the state of a sequence is divided: programs of `tiles` tiles of `block_p` rows of a head.
+
+    Attributes:
+        block_p: a power of two. One tile of fewer rows than a head's is held in registers, as is one whole head.
+        tiles: whole heads of a group that a program takes one after the other; `block_p` is then a head's dimension.
+        stages: of the loop over several tiles, s - 1 of which are on their way.
+        registers: most of a thread; 0 leaves it to the compiler.
+        evict_reads, stream_writes: as of `nasbench_kernels.decode.recurrent.StepLaunch`.
+    """
+
+    block_p: int
+    tiles: int = 1
+    warps: int = 4
+    stages: int = 1
+    registers: int = 0
+    evict_reads: bool = False
+    stream_writes: bool = False
+
+
+def step_launch(batch: int, heads: int, dim: int, size: int, sms: int) -> StepLaunch:
+    """Tiles of 32 KB in fp32 where there are many heads; smaller ones where there are few."""
+    rows, elements = triton.next_power_of_2(dim), triton.next_power_of_2(size)
+    most = 8192 if batch * heads >= 8 * sms else 2048
+    block = max(1, min(rows, most // elements))
+    return StepLaunch(block, warps=4 if block * elements >= 4096 else 2)
+
+
+def fused_mamba2_step(
+    row: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    conv_state: Tensor,
+    state: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    skip: Tensor,
+    norm_weight: Tensor,
+    *,
+    eps: float,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    launch: StepLaunch | None = None,
+) -> Tensor:
+    """A whole Mamba2 step between the input and the output projection, in two launches.
+
+    Args:
+        row: stacked projections [B, 2 I + 2 G N + H], contiguous rows: z, x, B, C, dt, with I = H P.
+        conv_weight, conv_bias: [I + 2 G N, W] and [I + 2 G N].
+        conv_state: the last W-1 inputs of x, B and C, [B, W-1, I + 2 G N], shifted in place.
+        state: [B, H, P, N] fp32 or bf16, written in place. Not by the launch just before this one, which need not be
+            done when the state is first read.
+        a_log, dt_bias, skip: [H] fp32.
+        norm_weight: [I].
+        dt_limit: what step sizes are clamped to after softplus.
+
+    Returns:
+        [B, I] in row's dtype.
+    """
+    batch, heads, dim, size = state.shape
+    taps, channels = conv_weight.shape[1], conv_weight.shape[0]
+    groups = (channels - heads * dim) // (2 * size)
+    sms, _ = card(row.device)
+    launch = launch or step_launch(batch, heads, dim, size, sms)
+    if launch.tiles > 1 and (launch.block_p != dim or heads // groups % launch.tiles):
+        raise ValueError(f"{launch} does not divide {groups} groups of {heads // groups} heads of {dim}")
+    parts = triton.cdiv(dim, launch.block_p)
+    y = torch.empty(batch, heads * dim, device=row.device, dtype=torch.float32)
+    most_registers = {"maxnreg": launch.registers} if launch.registers else {}
+    mamba2_step_kernel[(batch * heads // launch.tiles * parts,)](
+        row, conv_weight, conv_bias, conv_state, state, a_log, dt_bias, skip, y, row.stride(0), *dt_limit,
+        HEADS=heads, GROUPS=groups, DIM=dim, STATE=size, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
+        BLOCK_P=launch.block_p, BLOCK_N=triton.next_power_of_2(size), TILES=launch.tiles, PARTS=parts,
+        STAGES=launch.stages, READ="evict_first" if launch.evict_reads else "",
+        WRITE=".cs" if launch.stream_writes else "", num_warps=launch.warps, **most_registers,
+        **dependent(row.device),
+    )  # fmt: skip
+    return gated_norm_of_groups(y, row, norm_weight, groups, eps, torch.empty_like(y, dtype=row.dtype), conv_state)
