@@ -20,14 +20,12 @@ from nasbench.core.sizes import parse_size, parse_sizes
 if TYPE_CHECKING:
     from nasbench.cost.holdout import Holdout
     from nasbench.model.shapes import ModelSpec
-    from nasbench.profiling.sweep import SweepResult, Todo
+    from nasbench.profiling.sweep import SweepPlan, SweepResult
 
 
 def command(
     model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
-    blocks: Annotated[
-        str, typer.Option(help="Mixers, with arguments where wanted, as 'A W2048'; default: all.")
-    ] = "",
+    blocks: Annotated[str, typer.Option(help="Mixers, with arguments where wanted, as 'A W2048'; default: all.")] = "",
     contexts: Annotated[
         str, typer.Option(help="Contexts, e.g. 4k,64k; default: powers of two from 1k (CPU) or 4k.")
     ] = "",
@@ -102,7 +100,7 @@ def command(
         force=force,
         seconds_per_row=budget or None,
         isolate=not in_process,
-        patience_s=timeout or None,
+        timeout_s=timeout or None,
         limit_s=limit or None,
     )
     if dry_run:
@@ -189,7 +187,7 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
 
 
 def _whole_models(
-    todo: Todo, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
+    todo: SweepPlan, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
 ) -> dict[str, Any]:
     """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them."""
     from nasbench.cli.common import log
@@ -230,7 +228,7 @@ def default_contexts(max_context: int, on_gpu: bool) -> list[int]:
     return contexts or [max_context]
 
 
-def _print_plan(todo: Todo, as_json: bool) -> None:
+def _print_plan(todo: SweepPlan, as_json: bool) -> None:
     from nasbench.cli.common import print_json
 
     points = [str(point) for point in todo.points]
@@ -246,7 +244,7 @@ def _print_plan(todo: Todo, as_json: bool) -> None:
     )
 
 
-def _run(todo: Todo) -> SweepResult:
+def _run(todo: SweepPlan) -> SweepResult:
     """Runs the sweep under a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import (

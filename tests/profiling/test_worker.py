@@ -21,7 +21,7 @@ from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupte
 from nasbench.store import read_db
 
 TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
-ASKED = {"contexts": [64, 256], "batches": [1], "modes": ("decode",), "seconds_per_row": 0.002, "patience_s": 3.0}
+ASKED = {"contexts": [64, 256], "batches": [1], "modes": ("decode",), "seconds_per_row": 0.002, "timeout_s": 3.0}
 
 
 @pytest.fixture
