@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.cli.common import chunk_help
 from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
@@ -36,7 +37,7 @@ def command(
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: fp32 on a CPU, bf16 on a GPU.")] = "",
-    chunk: Annotated[str, typer.Option(help="Tokens of a prefill chunk; default: 512 on a CPU, 8k on a GPU.")] = "",
+    chunk: Annotated[str, typer.Option(help=chunk_help())] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,
