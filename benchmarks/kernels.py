@@ -1,238 +1,329 @@
-"""Speed of single kernels on this GPU, beside what its memory does in the same run and beside other implementations.
+"""Speed of single kernels on this GPU, beside its memory's speed in the same run and beside other libraries.
 
     python benchmarks/kernels.py [--out FILE.json] [--seconds 40] [--only PART]
 
-Parts: the recurrent step of the 2B shape; attention of one new token over a static cache, beside SDPA by cuDNN; the
-chunked gated delta rule, forward and with its backward, beside fla-core where that is installed. Times are medians of
-CUDA-graph replays over sets of buffers that together exceed the L2 cache.
+Parts: the recurrent decode step of the 2B shape; decode attention over a static cache, beside SDPA by cuDNN; the
+chunked gated delta rule, forward and backward, beside fla-core where it is installed. Times are medians of CUDA-graph
+replays over sets of buffers that exceed the L2 cache together.
 
-Before a speed stands a check against the naive form on random inputs, for the first two on the very inputs that are
-timed: while it is red, no speed is shown and the exit code is 1. Other implementations are checked, too; theirs that
-fail are refused or left out with a word, which costs us nothing. fla tunes itself when it is first called: it comes
-last, and is left out where --seconds are over by then.
+Every kernel is first compared with its naive form. One that differs has no speed; if it is ours, the exit code is 1.
+fla tunes itself at its first call, so it runs last, and not at all once --seconds are over.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernel_cases import (
-    CLOSE,
-    PROMPTS,
-    Attention,
-    Call,
-    RecurrentStep,
-    Rule,
-    Work,
-    each_us,
-    gpu_missing,
-    pass_tb_s,
-)
+from benchmarks.common import need_gpu, parser_of, provenance, relative_rmse, run, sets_of, worst, write_json
 from nasbench.core.sizes import format_size
 from nasbench.runtime.memory import free_bytes
-from nasbench.runtime.roofline import BUFFER_BYTES
+from nasbench.runtime.roofline import measure_ceilings
 
-RECURRENT, ATTENTION, RULE = "recurrent step", "decode attention", "gated delta rule"
+Call = Callable[[], object]
+TimeUs = Callable[[Sequence[Call]], float]
+RECURRENT, ATTENTION, RULE = PARTS = ("recurrent step", "decode attention", "gated delta rule")
 BATCHES = (1, 64, 128, 256, 512, 1024)
 CACHES = ((128, 65536, 12, 2), (1024, 4096, 12, 2), (1, 65536, 12, 2), (18, 65536, 16, 8))
 """Sequences, slots, query heads and key/value heads of 128 channels."""
+PROMPTS, CHECKED_PROMPTS = (8, 4096), (2, 208)
+"""Sequences and tokens of the timed rule, and of its check, whose last chunk is not full."""
+LEAST_CALLS = 16
+"""Of short kernels in a graph, so that what lies between two replays counts little."""
+CLOSE = {"output": 1e-2, "state": 1e-4, "conv state": 1e-6, "final state": 2e-2, "gradient": 3e-2}
+"""Relative RMSE allowed, in bf16 except for the recurrent step's fp32 state."""
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table; NaN is a number that there is not.
+@dataclass
+class Work:
+    """A call for each set of buffers, the check (relative RMSE by name), and the bytes that a call must move; of the
+    recurrent step those of the state."""
+
+    calls: list[Call]
+    errors: Callable[[], dict[str, float]]
+    nbytes: int
+
+
+@dataclass
+class Case:
+    """A line of the table; NaN is a number that there is not.
 
     Attributes:
         us: median microseconds of a call.
-        nbytes: least bytes that a call moves: of the recurrent step, its states' alone.
-        beside: what else it moves.
-        same_tb_s, large_tb_s: what a plain pass over buffers of this size, and over the largest, reached in this run:
-            in place for the recurrent step, reading for attention.
-        status: ok, refused (with the reason), or left out (with the reason).
-        errors: relative RMSE by what was compared.
+        pass_tb_s: of a plain pass over large buffers, in place for the recurrent step and reading for attention;
+            the kernel reaches `fraction` of it.
+        status: ok, refused or left out, with the reason.
     """
 
     part: str
-    case: str
-    implementation: str
-    ours: bool
-    us: float
-    nbytes: int
-    beside: int
-    tb_s: float
-    same_tb_s: float
-    large_tb_s: float
-    fraction: float
-    status: str
-    errors: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Case:
-    part: str
     name: str
     implementation: str
-    build: Callable[[], Work]
-    ours: bool = True
+    build: Callable[[], Work] = field(repr=False)
+    us: float = math.nan
+    nbytes: int = 0
+    tb_s: float = math.nan
+    pass_tb_s: float = math.nan
+    fraction: float = math.nan
+    status: str = ""
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> bool:
+        return self.implementation == "ours"
+
+
+def recurrent(
+    batch: int, device: str = "cuda", heads: int = 12, key_dim: int = 96, value_dim: int = 256,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Work:  # fmt: skip
+    """JetBlock's decode step between the projections; its traffic is nearly all state."""
+    from nasbench_kernels.decode import RowLayout, StepWorkspace, recurrent_step
+    from nasbench_kernels.decode.naive import naive_recurrent_step
+
+    keys, values = heads * key_dim, heads * value_dim
+    sizes = (keys, keys, values, values, values // 8, heads, heads)  # q, k, v, gate, generator, decay, beta
+    layout = RowLayout(*(sum(sizes[:i]) for i in (0, 1, 2, 3, 5, 6)))
+    draw = partial(torch.randn, device=device)
+    weights = draw(heads), draw(heads), draw(value_dim, dtype=dtype)
+    workspace, nbytes = StepWorkspace(), 2 * batch * keys * value_dim * 4
+    sets = [
+        (
+            draw(batch, sum(sizes), dtype=dtype),
+            draw(batch, values, 4, dtype=dtype),
+            draw(batch, 3, values, dtype=dtype),
+            draw(batch, heads, key_dim, value_dim),
+        )
+        for _ in range(sets_of(nbytes / 2))
+    ]
+
+    def step(row: Tensor, taps: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
+        return recurrent_step(row, layout, state, *weights, workspace, taps, conv_state)
+
+    def errors() -> dict[str, float]:
+        """Of two steps: the second one reads what the first one wrote."""
+        row, taps, conv_state, state = sets[0]
+        found: dict[str, list[float]] = {"output": [], "state": [], "conv state": []}
+        exact: tuple[Any, Any, Any] = (None, state.clone(), conv_state.clone())
+        for _ in range(2):
+            output = step(row, taps, conv_state, state)
+            exact = naive_recurrent_step(row, layout, exact[1], *weights, taps, exact[2])
+            for name, pair in zip(found, zip((output, state, conv_state), exact, strict=True), strict=True):
+                found[name].append(relative_rmse(*pair))
+        return {name: worst(several) for name, several in found.items()}
+
+    return Work([partial(step, *tensors) for tensors in sets], errors, nbytes)
+
+
+def attention(
+    batch: int, slots: int, heads: int, kv_heads: int, mixed: bool = False, form: str = "ours", device: str = "cuda",
+    dim: int = 128, dtype: torch.dtype = torch.bfloat16,
+) -> Work:  # fmt: skip
+    """One query per sequence over full caches, or with `mixed` over half full to full ones.
+
+    Args:
+        form: "ours", or how SDPA is called: "enable_gqa", or "rows", a group's query heads as rows of one product.
+    """
+    from nasbench_kernels.decode import decode_attention
+    from nasbench_kernels.decode.naive import naive_decode_attention
+
+    lengths = torch.linspace(slots / 2, slots, batch).long() if mixed else torch.full((batch,), slots)
+    everywhere, one = lengths.to(device) - 1, 2 * kv_heads * dim * dtype.itemsize
+    draw = partial(torch.randn, device=device, dtype=dtype)
+    sets = [
+        (draw(batch, heads, dim), draw(batch, kv_heads, slots, dim), draw(batch, kv_heads, slots, dim))
+        for _ in range(sets_of(batch * slots * one))
+    ]
+
+    def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor = everywhere) -> Tensor:
+        if form == "ours":
+            return decode_attention(q, keys, values, positions, slots)
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            if form == "rows":
+                rows = q.unflatten(1, (kv_heads, -1))
+                return F.scaled_dot_product_attention(rows, keys, values).flatten(1, 2)
+            return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+
+    def errors() -> dict[str, float]:
+        """Of some sequences, each by itself; ours also with very short ones."""
+        positions = everywhere.clone()
+        if form == "ours":
+            for row, length in enumerate((1, 65, 64)[: batch - 1]):
+                positions[row] = min(length, slots) - 1
+        output = attend(*sets[0], positions)
+        some = sorted({*range(min(4, batch)), batch // 2, batch - 1})
+        exact = (naive_decode_attention(*(x[b : b + 1] for x in (*sets[0], positions))) for b in some)
+        return {"output": worst([relative_rmse(output[b], wanted[0]) for b, wanted in zip(some, exact, strict=True)])}
+
+    return Work([partial(attend, *tensors) for tensors in sets], errors, int(lengths.sum()) * one)
+
+
+def rule(
+    library: str, backward: bool, device: str = "cuda", heads: int = 12, key_dim: int = 96, value_dim: int = 256,
+    dtype: torch.dtype = torch.bfloat16, timed: tuple[int, int] = PROMPTS, checked: tuple[int, int] = CHECKED_PROMPTS,
+) -> Work:  # fmt: skip
+    """The chunked gated delta rule over prompts from an empty state; with `backward` all gradients, too."""
+    from nasbench_kernels.gated_delta import naive_gated_delta
+
+    if library == "ours":
+        from nasbench_kernels.prefill import triton_gated_delta as fast
+    else:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        fast = partial(chunk_gated_delta_rule, output_final_state=True)
+
+    def draw(batch: int, tokens: int) -> list[Tensor]:
+        """q, k, v, g, beta and a gradient of the output."""
+        normal = partial(torch.randn, batch, tokens, heads, device=device)
+        q, k = (F.normalize(normal(key_dim), dim=-1).to(dtype) for _ in range(2))
+        g, beta = -0.1 * torch.rand_like(normal()), torch.rand_like(normal())
+        leaves = [x.requires_grad_(backward) for x in (q, k, normal(value_dim).to(dtype), g, beta)]
+        return [*leaves, normal(value_dim).to(dtype)]
+
+    def outcome(form: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+        """Output, final state, and the gradients where there are any."""
+        *leaves, dout = tensors
+        output, state = form(*leaves)
+        return [output, state, *(torch.autograd.grad(output, leaves, dout.to(output.dtype)) if backward else ())]
+
+    def errors() -> dict[str, float]:
+        tensors = draw(*checked)
+        exact = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        names = ["output", "final state", *(f"gradient ({name})" for name in ("q", "k", "v", "g", "beta"))]
+        pairs = zip(outcome(fast, *tensors), outcome(naive_gated_delta, *exact), strict=True)
+        return {name: relative_rmse(*pair) for name, pair in zip(names, pairs, strict=False)}
+
+    rows = timed[0] * timed[1] * heads
+    given, made = rows * ((2 * key_dim + value_dim) * dtype.itemsize + 8), rows * value_dim * dtype.itemsize
+    # The backward reads the inputs and the output's gradient, and writes the inputs' gradients.
+    nbytes = given + made + (2 * given + made if backward else 0)
+    return Work([partial(outcome, fast, *draw(*timed))], errors, nbytes)
 
 
 def cases() -> Iterator[Case]:
     for batch in BATCHES:
-        yield Case(RECURRENT, f"batch {batch}", "ours", partial(RecurrentStep, batch))
+        yield Case(RECURRENT, f"batch {batch}", "ours", partial(recurrent, batch))
     for batch, slots, heads, kv_heads in CACHES:
-        name = f"{heads}/{kv_heads} heads, {batch} x {format_size(slots)}"
-        yield Case(ATTENTION, name, "ours", partial(Attention, batch, slots, heads, kv_heads))
+        name, sizes = f"{heads}/{kv_heads} heads, {batch} x {format_size(slots)}", (batch, slots, heads, kv_heads)
+        yield Case(ATTENTION, name, "ours", partial(attention, *sizes))
         for form in ("enable_gqa", "rows"):
-            build = partial(Attention, batch, slots, heads, kv_heads, False, form)
-            yield Case(ATTENTION, name, f"SDPA cuDNN, {form}", build, False)
+            yield Case(ATTENTION, name, f"SDPA cuDNN, {form}", partial(attention, *sizes, form=form))
         if batch > 1:
-            build = partial(Attention, batch, slots, heads, kv_heads, True)
-            yield Case(ATTENTION, f"{name}, half to full", "ours", build)
+            yield Case(ATTENTION, f"{name}, half to full", "ours", partial(attention, *sizes, mixed=True))
     for library in ("ours", "fla"):
         for backward in (False, True):
             name = f"{PROMPTS[0]} x {format_size(PROMPTS[1])}, forward{' and backward' if backward else ''}"
-            yield Case(RULE, name, library, partial(Rule, library, backward), library == "ours")
+            yield Case(RULE, name, library, partial(rule, library, backward))
 
 
-def red(errors: dict[str, float]) -> dict[str, float]:
-    """Those that are not close; a NaN is not."""
+def wrong(errors: dict[str, float]) -> dict[str, float]:
+    """The errors that are too large; a NaN is."""
     return {name: error for name, error in errors.items() if not error < CLOSE[name.partition(" (")[0]]}
 
 
-class Judge:
-    """Checks cases, times those that are green, and knows what plain passes over memory take.
-
-    Args:
-        time_us: microseconds of all calls together.
-        device: "cuda".
-    """
-
-    def __init__(self, time_us: Callable[[Sequence[Call]], float], device: str = "cuda") -> None:
-        self.time_us, self.device = time_us, device
-        largest = min(BUFFER_BYTES[device], free_bytes(device) // 8)
-        self.large = {RECURRENT: self.pass_tb_s(largest, True), ATTENTION: self.pass_tb_s(largest, False)}
-
-    def pass_tb_s(self, nbytes: int, in_place: bool) -> float:
-        return pass_tb_s(self.time_us, nbytes, self.device, in_place)
-
-    def __call__(self, case: Case) -> Figure:
-        errors: dict[str, float] = {}
-        us, nbytes, beside, same = math.nan, 0, 0, math.nan
-        try:
-            work = case.build()
-            errors, nbytes, beside = work.errors(), work.nbytes, work.beside
-            if wrong := red(errors):
-                told = ", ".join(f"{name} is {error:.1e} away" for name, error in wrong.items())
-                status = f"refused: {told} from the naive form"
-            else:
-                us, status = each_us(self.time_us, work.calls()), "ok"
-                del work
-                same = self.pass_tb_s(nbytes // 2, True) if case.part == RECURRENT else math.nan
-        except torch.OutOfMemoryError:
-            status = "left out: does not fit in the memory"
-        except Exception as error:  # a kernel that does not compile is as red as one that is wrong
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            status = f"{'refused' if case.ours else 'left out'}: {first}"
-        tb_s, large = nbytes / us / 1e6, self.large.get(case.part, math.nan)
-        return Figure(
-            case.part, case.name, case.implementation, case.ours, us, nbytes, beside, tb_s, same, large,
-            tb_s / (large if math.isnan(same) else same), status, errors,
-        )  # fmt: skip
+def each_us(time_us: TimeUs, calls: Sequence[Call]) -> float:
+    """Microseconds of a call, from `time_us` of all of them together, or of several rounds of them."""
+    rounds = -(-LEAST_CALLS // len(calls)) if len(calls) > 1 else 1
+    return time_us([*calls] * rounds) / (len(calls) * rounds)
 
 
-def line(figure: Figure) -> str:
-    head = f"{figure.part:17s} {figure.case:34s} {figure.implementation:22s}"
-    if figure.status != "ok":
-        return f"{head} {figure.status}"
-    text = f"{head} {figure.us:10.1f} us {figure.tb_s:7.3f} TB/s"
-    if not math.isnan(figure.same_tb_s):
-        text += f"  {figure.fraction:.2f} of {figure.same_tb_s:.2f} in place at this size,"
-        text += f" {figure.tb_s / figure.large_tb_s:.2f} of {figure.large_tb_s:.2f}"
-        if figure.beside:
-            text += f"; with all that it moves {figure.fraction * (1 + figure.beside / figure.nbytes):.2f}"
-    elif not math.isnan(figure.large_tb_s):
-        text += f"  {figure.fraction:.2f} of {figure.large_tb_s:.2f} read"
-    return text
+def measure(case: Case, time_us: TimeUs, rates: dict[str, float]) -> None:
+    """Checks a case and times it if it is right."""
+    try:
+        work = case.build()
+        case.errors, case.nbytes = work.errors(), work.nbytes
+        if bad := wrong(case.errors):
+            found = ", ".join(f"{name} is {error:.1e} away" for name, error in bad.items())
+            case.status = f"refused: {found} from the naive form"
+            return
+        case.us, case.status = each_us(time_us, work.calls), "ok"
+        del work
+    except torch.OutOfMemoryError:
+        case.status = "left out: does not fit in the memory"
+        return
+    except Exception as error:  # a kernel that does not compile is as bad as one that is wrong
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        case.status = f"{'refused' if case.ours else 'left out'}: {first}"
+        return
+    case.tb_s, case.pass_tb_s = case.nbytes / case.us / 1e6, rates.get(case.part, math.nan)
+    case.fraction = case.tb_s / case.pass_tb_s
 
 
-def beside(figures: Sequence[Figure]) -> list[str]:
-    """How many times faster ours is than the fastest other implementation of each case."""
+def line(case: Case) -> str:
+    head = f"{case.part:17s} {case.name:34s} {case.implementation:22s}"
+    if case.status != "ok":
+        return f"{head} {case.status}"
+    text = f"{head} {case.us:10.1f} us {case.tb_s:7.3f} TB/s"
+    return text if math.isnan(case.pass_tb_s) else f"{text}  {case.fraction:.2f} of {case.pass_tb_s:.2f}"
+
+
+def speedups(done: Sequence[Case]) -> list[str]:
+    """How many times as fast ours is as the fastest other implementation of each case."""
     lines = []
-    for ours in figures:
-        others = [f for f in figures if (f.part, f.case) == (ours.part, ours.case) and not f.ours and f.status == "ok"]
+    for ours in done:
+        others = [c for c in done if (c.part, c.name) == (ours.part, ours.name) and not c.ours and c.status == "ok"]
         if ours.ours and ours.status == "ok" and others:
-            best = min(others, key=lambda figure: figure.us)
-            lines.append(f"{ours.part}, {ours.case}: {best.us / ours.us:.2f} times as fast as {best.implementation}")
+            best = min(others, key=lambda case: case.us)
+            lines.append(f"{ours.part}, {ours.name}: {best.us / ours.us:.2f} times as fast as {best.implementation}")
     return lines
 
 
-def exit_code(figures: Sequence[Figure]) -> int:
-    return int(any(figure.ours and figure.status.startswith("refused") for figure in figures))
+def exit_code(done: Sequence[Case]) -> int:
+    return int(any(case.ours and case.status.startswith("refused") for case in done))
 
 
-def _known(value: object) -> object:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write every line as JSON")
-    parser.add_argument("--only", choices=(RECURRENT, ATTENTION, RULE), help="one part")
-    parser.add_argument("--seconds", type=float, default=40, help="other libraries are left out after this")
-    options = parser.parse_args(arguments)
-    if gpu_missing():
-        return 1
-    # In the script's own folder this file is what others take for the package named `kernels`.
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+def work(options: argparse.Namespace) -> int:
+    need_gpu()
     import triton
 
-    from nasbench.devices import detect
     from nasbench.profiling.timing import Budget, time_cuda
 
-    began = time.monotonic()
+    began, budget = time.monotonic(), Budget(seconds=0.15, least=15, most=40)
     torch.manual_seed(0)
-    budget = Budget(seconds=0.15, least=15, most=40)
-    judge = Judge(lambda calls: time_cuda(calls, budget, graph=True).p50_us)
-    info = detect("cuda")
-    about = {
-        "device": info.slug, "torch": torch.__version__, "triton": triton.__version__, "driver": info.driver,
-        "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "in_place_tb_s": judge.large[RECURRENT], "read_tb_s": judge.large[ATTENTION],
-    }  # fmt: skip
-    print(
-        f"{info.title}, torch {torch.__version__}, triton {triton.__version__}: in place "
-        f"{judge.large[RECURRENT]:.2f} TB/s, read {judge.large[ATTENTION]:.2f}"
-    )
-    figures: list[Figure] = []
+
+    def time_us(calls: Sequence[Call]) -> float:
+        return time_cuda(calls, budget, graph=True).p50_us
+
+    ceilings = measure_ceilings("cuda", free_bytes("cuda"), torch.bfloat16)
+    rates = {RECURRENT: ceilings.in_place_gb_s / 1e3, ATTENTION: ceilings.read_gb_s / 1e3}
+    about = {**provenance(), "triton": triton.__version__, **asdict(ceilings)}
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    done: list[Case] = []
     for case in cases():
         if options.only and case.part != options.only:
             continue
         if case.implementation == "fla" and time.monotonic() - began > options.seconds:
-            print(f"{case.part:17s} {case.name:34s} {case.implementation:22s} left out: {options.seconds:g} s are over")
-            continue
-        figures.append(judge(case))
+            case.status = f"left out: {options.seconds:g} s are over"
+        else:
+            measure(case, time_us, rates)
+        done.append(case)
         torch.cuda.empty_cache()
-        print(line(figures[-1]), flush=True)
-    print(*beside(figures), f"{time.monotonic() - began:.0f} s", sep="\n")
-    if options.out:
-        rows = [{name: _known(value) for name, value in asdict(figure).items()} for figure in figures]
-        options.out.write_text(json.dumps({**about, "figures": rows}, indent=1) + "\n", encoding="utf-8")
-    return exit_code(figures)
+        print(line(case), flush=True)
+    print(*speedups(done), f"{time.monotonic() - began:.0f} s", sep="\n")
+    rows = [{name: value for name, value in asdict(case).items() if name != "build"} for case in done]
+    write_json(options.out, {**about, "figures": rows})
+    return exit_code(done)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--seconds", type=float, default=40, help="other libraries are left out after this")
+    return run(parser, work, arguments)
 
 
 if __name__ == "__main__":

@@ -119,19 +119,6 @@ def turned_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> 
         module.launch_batch_product(x, weight, bias, False, replace(launch(), hints=each == 2))
 
 
-def offered_products(batch: int, hidden: int, inner: int, rows: int) -> None:
-    """What benchmarks/launches.py tries for the products that are not divided."""
-    from benchmarks.launch_cases import whole_tiles
-
-    module, x = sys.modules["nasbench_kernels.decode.product"], nothing(batch, hidden)
-    sms, shared = module.card(x.device)
-    for launch in whole_tiles(choices.swiglu_launch(batch, inner, 2, sms, shared), batch, inner, 2, sms, shared, True):
-        module.launch_swiglu_product(x, nothing(2 * inner, hidden), launch)
-    base = choices.batch_launch(batch, rows, hidden, 2, sms, shared, False)
-    for launch in whole_tiles(base, batch, rows, 2, sms, shared, False):
-        module.launch_batch_product(x, nothing(rows, hidden), None, False, launch)
-
-
 def products(hidden: int, inner: int, vocabulary: int) -> None:
     x, norm = nothing(1, hidden), {"before": "norm", "norm_weight": nothing(hidden), "eps": 1e-6}
     decode.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
@@ -239,9 +226,6 @@ MORE: dict[str, Callable[[], None]] = {
     "products of 64 sequences, 4B": lambda: batched_products(64, 2048, 11008, BF16),
     "products of 16 sequences": lambda: batched_products(16, 576, 1536, BF16),
     "products, 4B": lambda: products(2048, 11008, 151936),
-    "offered to 128 sequences, 2B": lambda: offered_products(128, 1536, 8960, 8856),
-    "offered to 64 sequences, 4B": lambda: offered_products(64, 2048, 11008, 151936),
-    "offered to 16 sequences, 2B": lambda: offered_products(16, 1536, 8960, 8856),
 }
 MORE |= {
     "mamba2 step smollm2": lambda: mamba2_step(128, 9, 64, 64, FP32),

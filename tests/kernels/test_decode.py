@@ -27,6 +27,7 @@ from nasbench_kernels.decode import (
     swiglu,
     swiglu_product,
 )
+from nasbench_kernels.decode.naive import naive_decode_attention, naive_recurrent_step
 from nasbench_kernels.decode.overlap import dependent, without_overlap
 from nasbench_kernels.decode.product import (
     launch_batch_product,
@@ -37,8 +38,6 @@ from nasbench_kernels.decode.product import (
 )
 from nasbench_kernels.decode.product_launch import ProductLaunch, batch_launch, turned_launch
 from nasbench_kernels.decode.recurrent import StepLaunch
-from nasbench_kernels.dynamic_conv import dynamic_conv_step
-from nasbench_kernels.gated_delta import gated_delta_step
 from tolerances import relative_rmse
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -51,26 +50,6 @@ PRODUCTS = DTYPES if GPU else [torch.float32, torch.float16]
 def draw(*size: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + sum(size))
     return torch.randn(*size, generator=generator).to(DEVICE, dtype)
-
-
-def naive_step(row, layout, state, a_log, dt_bias, weight, kernels, history):
-    """JetBlock's step in fp32 from the plain forms."""
-    _, heads, key_dim, value_dim = state.shape
-    row = row.float()
-
-    def part(at: int, size: int) -> torch.Tensor:
-        return row[:, at : at + heads * size].unflatten(1, (heads, size))
-
-    q, k, v = part(layout.q, key_dim), part(layout.k, key_dim), part(layout.v, value_dim)
-    if kernels is not None:
-        q, k = F.silu(q), F.silu(k)
-        flat = v.flatten(1)[:, None]
-        v = dynamic_conv_step(flat, kernels.float()[:, None], history)[:, 0].unflatten(1, (heads, value_dim))
-    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
-    g = -a_log.exp() * F.softplus(part(layout.decay, 1)[..., 0] + dt_bias)
-    mixed = gated_delta_step(q, k, v, g, part(layout.beta, 1)[..., 0].sigmoid(), state)
-    normed = mixed * (mixed.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.float()
-    return (normed * F.silu(part(layout.gate, value_dim))).flatten(1)
 
 
 def check_step(sizes, dynamic, dtype, state_dtype=torch.float32, launch=None):
@@ -93,7 +72,9 @@ def check_step(sizes, dynamic, dtype, state_dtype=torch.float32, launch=None):
         ours = recurrent_step(
             row, layout, ours_state, a_log, dt_bias, weight, workspace, kernels, ours_history, launch=launch
         )
-        theirs = naive_step(row, layout, state, a_log, dt_bias, weight, kernels, theirs_history)
+        theirs, state, theirs_history = naive_recurrent_step(
+            row, layout, state, a_log, dt_bias, weight, kernels, theirs_history
+        )
         assert relative_rmse(ours.float(), theirs) < close
         assert relative_rmse(ours_state.float(), state) < state_close
     if ours_history is not None:
@@ -156,10 +137,7 @@ def test_decode_attention(heads, kv_heads, dim, lengths, dtype):
     positions = torch.tensor(lengths, device=DEVICE) - 1
     for span in (max(lengths), slots):
         ours = decode_attention(q, keys, values, positions, span)
-        for b, length in enumerate(lengths):
-            wide = [x[b, :, :length].float().repeat_interleave(heads // kv_heads, 0) for x in (keys, values)]
-            scores = torch.einsum("hd,hnd->hn", q[b].float(), wide[0]) * dim**-0.5
-            theirs = torch.einsum("hn,hnd->hd", scores.softmax(-1), wide[1])
+        for b, theirs in enumerate(naive_decode_attention(q, keys, values, positions)):
             assert relative_rmse(ours[b].float(), theirs) < CLOSE[dtype], (b, span)
 
 

@@ -1,5 +1,7 @@
 """Fast forms of the gated delta rule against the token-by-token truth: outputs, states and every gradient."""
 
+import math
+
 import pytest
 import torch
 from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step, naive_gated_delta
@@ -91,3 +93,19 @@ def test_steps_write_the_state_in_place(scale):
     assert state.data_ptr() == pointer
     assert relative_rmse(torch.stack(outputs, 1), expected) < CHUNKED_FP32
     assert relative_rmse(state, expected_state) < CHUNKED_FP32
+
+
+@pytest.mark.parametrize(("half_life", "output", "state"), [(8, 0.005, 0.004), (512, 0.018, 0.012)])
+def test_rounding_of_a_bf16_state_stays_bounded(half_life, output, state):
+    """Against a state in fp32, everything else being fp32: README.md has the table of longer runs."""
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.zeros(1, 4, 32, 64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    decay, errors, sizes = torch.full((1, 4), -math.log(2) / half_life), [], []
+    for _ in range(256):
+        q, k, v = (torch.randn(1, 4, size, generator=generator) for size in (32, 32, 64))
+        q, k, beta = F.normalize(q, dim=-1), F.normalize(k, dim=-1), torch.rand(1, 4, generator=generator)
+        wide, narrow = (gated_delta_step(q, k, v, decay, beta, one) for one in states)
+        errors.append((narrow - wide).square().sum())
+        sizes.append(wide.square().sum())
+    assert (sum(errors[-25:]) / sum(sizes[-25:])) ** 0.5 < output
+    assert relative_rmse(states[1].float(), states[0]) < state

@@ -1,0 +1,85 @@
+"""What the benchmarks share: the need for a GPU, exit codes, provenance, JSON files, errors against a reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nasbench.core.errors import MachineError, NasbenchError
+
+# In a script's own folder, kernels.py is what other libraries take for the package of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+BEYOND_CACHE = 200e6
+"""Bytes that the buffer sets of a measurement exceed together: four times the L2 cache of an H100."""
+
+
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write every result as JSON")
+    return parser
+
+
+def run(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], int], arguments: Sequence[str] | None
+) -> int:
+    """The exit code of `work`, or of the error that ended it: 2 for bad input, 1 for what the machine lacks."""
+    options = parser.parse_args(arguments)
+    try:
+        return work(options)
+    except NasbenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def need_gpu() -> None:
+    """Raises MachineError where there is none."""
+    if not torch.cuda.is_available():
+        raise MachineError("no CUDA GPU here: this benchmark measures one")
+
+
+def provenance() -> dict[str, Any]:
+    """Device, versions and time of a measurement on the GPU."""
+    from nasbench.devices import detect
+
+    info = detect("cuda")
+    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"device": info.slug, "torch": torch.__version__, "driver": info.driver, "measured_utc": stamp}
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """Writes the file, if one is asked for; JSON has no NaN, so it becomes null."""
+
+    def known(item: object) -> object:
+        if isinstance(item, dict):
+            return {key: known(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [known(part) for part in item]
+        return None if isinstance(item, float) and math.isnan(item) else item
+
+    if path:
+        path.write_text(json.dumps(known(value), indent=1) + "\n", encoding="utf-8")
+
+
+def relative_rmse(value: Tensor, reference: Tensor) -> float:
+    value, reference = value.detach().double(), reference.detach().double()
+    return float((value - reference).norm() / reference.norm().clamp_min(1e-300))
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest, or NaN if there is one: max() may drop it."""
+    return float(torch.tensor(errors).max())
+
+
+def sets_of(nbytes: float) -> int:
+    """Sets of buffers of this size that exceed the cache together."""
+    return max(1, math.ceil(BEYOND_CACHE / nbytes))
