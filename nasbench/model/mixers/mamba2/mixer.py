@@ -30,6 +30,9 @@ WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
 
+RecurrenceInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Mamba2(Block):
     """z, x, B, C, dt from one projection; a state per head that x is written to along B and read from along C."""
 
@@ -66,6 +69,11 @@ class Mamba2(Block):
         return BlockCache(context, {"state": torch.zeros(size, device=device, dtype=kind)}, {"xbc": conv_state})
 
     @property
+    def conv_bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+    @property
     def taps(self) -> Tensor:
         """The convolution's weight, [I + 2 G N, W]."""
         return self.conv1d.weight[:, 0]
@@ -75,7 +83,7 @@ class Mamba2(Block):
         spec = self.spec
         return row[..., : spec.projected].split((spec.inner, spec.channels, spec.num_heads), dim=-1)
 
-    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> tuple[Tensor, ...]:
+    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> RecurrenceInputs:
         """After the convolution: x [B, T, H, P], step size and log decay [B, T, H] fp32, B and C [B, T, G, N]."""
         spec = self.spec
         shared = spec.groups * spec.state_size
@@ -96,12 +104,12 @@ class Mamba2(Block):
         z, columns, dt = self.parts(row)
         if isinstance(meta, StepMeta):
             assert cache is not None
-            mixed = causal_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv1d.bias)
-            inputs = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
-            return self.gated(mamba2_step(*inputs, self.D, cache.state["state"])[:, None], z)
+            mixed = causal_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv_bias)
+            x, step, decay, b, c = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
+            return self.gated(mamba2_step(x, step, decay, b, c, self.D, cache.state["state"])[:, None], z)
         conv_state, state = (cache.conv_state["xbc"], cache.state["state"]) if cache else (None, None)
         reach = None if meta.documents is None else meta.documents.reach(self.spec.conv_size)
-        mixed = causal_conv(columns, self.taps, conv_state, reach, self.conv1d.bias)
+        mixed = causal_conv(columns, self.taps, conv_state, reach, self.conv_bias)
         y, new_state = chunked_mamba2(*self.recurrence_inputs(mixed, dt, meta), self.D, state)
         if state is not None:
             state.copy_(new_state)
@@ -123,7 +131,7 @@ class Mamba2(Block):
         from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
 
         ages = None if meta.documents is None else meta.documents.ages
-        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv1d.bias)
+        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv_bias)
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
         if self.spec.state_size > WIDEST_STATE:
@@ -147,7 +155,7 @@ class Mamba2(Block):
 
         assert cache is not None
         return fused_mamba2_step(
-            row, self.taps, self.conv1d.bias, cache.conv_state["xbc"], cache.state["state"],
+            row, self.taps, self.conv_bias, cache.conv_state["xbc"], cache.state["state"],
             self.A_log, self.dt_bias, self.D, self.norm.weight, eps=NORM_EPS,
         )  # fmt: skip
 
@@ -173,7 +181,7 @@ class Mamba2(Block):
             copy_heads(c.view(spec.groups, spec.state_size, -1), q[::each])
             output = mixer.out_proj.weight.zero_().view(-1, spec.num_heads, spec.head_dim).permute(1, 2, 0)
             copy_heads(output, attention.o_proj.weight.view(-1, attention.num_heads, dim).permute(1, 2, 0))
-            mixer.conv1d.bias.zero_()
+            mixer.conv_bias.zero_()
             last = mixer.conv1d.weight.zero_()[..., -1]
             last[: spec.inner] = START_VALUE_SCALE
             last[spec.inner :] = START_SHARPNESS
