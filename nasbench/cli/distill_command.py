@@ -48,6 +48,7 @@ def command(
     from nasbench.parallel.context import workers_of
     from nasbench.parallel.fsdp import check
     from nasbench.runs import Run, RunSpec
+    from nasbench.spaces.space import original_of
     from nasbench.supernet.settings import DistillConfig
     from nasbench.supernet.train import distill
 
@@ -60,7 +61,15 @@ def command(
     changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
     settings = with_given(settings.updated(changes), shard=shard, tensorboard=tensorboard)
     shape = resolve_shape(model)
-    spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
+    spec = RunSpec(
+        model,
+        parse_names(names, shape),
+        shape.num_layers,
+        data,
+        parse_size(sequence),
+        seed,
+        original_of(shape.placement),
+    )
     if spec.sequence > shape.max_context:
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)

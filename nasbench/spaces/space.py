@@ -28,6 +28,11 @@ def count_full(placement: Placement) -> int:
     return len(full_layers(placement))
 
 
+def original_of(placement: Placement) -> str:
+    """A model's own placement as a run keeps it: "" where every layer is full attention."""
+    return "" if all(name == FULL for name in placement) else format_placement(placement)
+
+
 @dataclass(frozen=True)
 class Space:
     """What a search may choose.
@@ -85,6 +90,15 @@ class Space:
         if not 0 <= count <= most:
             raise UserError(f"{count} full-attention layers asked of {most}: choose 0 to {most}")
         return count
+
+    def is_original(self, layer: int, name: str) -> bool:
+        """Whether a layer keeps what the model has there."""
+        return name == self.choices[layer][0]
+
+    def first_changed(self, placement: Placement) -> int:
+        """The first layer that differs from the model's own; the number of layers where none does."""
+        changed = (i for i, name in enumerate(placement) if not self.is_original(i, name))
+        return next(changed, self.num_layers)
 
     def alternatives(self, layer: int) -> tuple[str, ...]:
         """The names of a layer that are not its original."""
