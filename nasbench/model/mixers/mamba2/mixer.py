@@ -11,7 +11,7 @@ from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.model.block import Block, BlockCache
+from nasbench.model.block import Block, BlockCache, with_weights
 from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
@@ -26,6 +26,11 @@ SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE, STEP_SIZE = 1.0, 256.0, 0.1
 START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
 and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
+START_GATE, START_NORM = 2.0, 0.1
+"""Where z starts on the layer's inputs, and the norm's weight. A random z gives every channel a random sign. With a norm
+of 1, features are larger than the attention's: its output projection on them is worse than zeros. On SmolLM2-135M with
+output projections solved (mean of 3 layers), the relative error was 1.20 with neither, 0.77 with the norm alone and
+0.74 with both; G's was 0.76."""
 WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
@@ -159,6 +164,12 @@ class Mamba2(Block):
             self.A_log, self.dt_bias, self.D, self.norm.weight, eps=NORM_EPS,
         )  # fmt: skip
 
+    def calibration(self, constant: Tensor) -> dict[str, Tensor]:
+        """The rows of z, such that it is about START_GATE on the layer's inputs."""
+        weight = with_weights(self, lambda mixer: mixer.in_proj.weight.detach().clone())
+        weight[: self.spec.inner] = START_GATE * constant
+        return {"in_proj.weight": weight}
+
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """x, B and C from the attention's values, keys and queries: linear attention reads h_t c_t where
@@ -186,4 +197,5 @@ class Mamba2(Block):
             last[: spec.inner] = START_VALUE_SCALE
             last[spec.inner :] = START_SHARPNESS
             mixer.D.zero_()
+            mixer.norm.weight.fill_(START_NORM)
         return mixer
