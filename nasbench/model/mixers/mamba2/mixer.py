@@ -27,10 +27,10 @@ START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
 and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
 START_GATE, START_NORM = 2.0, 0.1
-"""Where z starts on the layer's inputs, and the norm's weight. A random z gives every channel a random sign. With a norm
-of 1, features are larger than the attention's: its output projection on them is worse than zeros. On SmolLM2-135M with
-output projections solved (mean of 3 layers), the relative error was 1.20 with neither, 0.77 with the norm alone and
-0.74 with both; G's was 0.76."""
+"""Where z starts on the layer's inputs, and the norm's weight. A random z gives every channel a random sign. With a
+norm of 1, features are larger than the attention's: its output projection on them is worse than zeros. On
+SmolLM2-135M with output projections solved (mean of 3 layers), the relative error was 1.20 with neither, 0.77 with the
+norm alone and 0.74 with both; G's was 0.76."""
 WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
