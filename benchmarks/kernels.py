@@ -92,8 +92,8 @@ def recurrent(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Work:  # fmt: skip
     """JetBlock's decode step between the projections; its traffic is nearly all state."""
-    from nasbench_kernels.decode import RowLayout, StepWorkspace, recurrent_step
-    from nasbench_kernels.decode.naive import naive_recurrent_step
+    from nasbench_kernels.gated_delta.decode import StepWorkspace, recurrent_step
+    from nasbench_kernels.gated_delta.naive import RowLayout, naive_recurrent_step
 
     keys, values = heads * key_dim, heads * value_dim
     sizes = (keys, keys, values, values, values // 8, heads, heads)  # q, k, v, gate, generator, decay, beta
@@ -138,8 +138,8 @@ def attention(
     Args:
         form: "ours", or how SDPA is called: "enable_gqa", or "rows", a group's query heads as rows of one product.
     """
-    from nasbench_kernels.decode import decode_attention
-    from nasbench_kernels.decode.naive import naive_decode_attention
+    from nasbench_kernels.attention.decode import decode_attention
+    from nasbench_kernels.attention.naive import naive_decode_attention
 
     lengths = torch.linspace(slots / 2, slots, batch).long() if mixed else torch.full((batch,), slots)
     everywhere, one = lengths.to(device) - 1, 2 * kv_heads * dim * dtype.itemsize
@@ -180,7 +180,7 @@ def rule(
     from nasbench_kernels.gated_delta import naive_gated_delta
 
     if library == "ours":
-        from nasbench_kernels.prefill import triton_gated_delta as fast
+        from nasbench_kernels.gated_delta.prefill import triton_gated_delta as fast
     else:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 

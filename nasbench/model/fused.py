@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from nasbench_kernels.decode import StepWorkspace
+    from nasbench_kernels.ops import StepWorkspace
 
     from nasbench.model.block import MixerCache, Step
 
@@ -37,24 +37,8 @@ def differentiable(x: Tensor) -> bool:
 
 @cache
 def ops() -> Any:
-    """The module `nasbench_kernels.decode`, imported when it is first needed: triton takes a second."""
-    import nasbench_kernels.decode as module
-
-    return module
-
-
-@cache
-def prompt_ops() -> Any:
-    """The module `nasbench_kernels.prefill`, imported when it is first needed."""
-    import nasbench_kernels.prefill as module
-
-    return module
-
-
-@cache
-def distill_ops() -> Any:
-    """The module `nasbench_kernels.distill`, whose kernels have a backward, imported when it is first needed."""
-    import nasbench_kernels.distill as module
+    """The module `nasbench_kernels.ops`, imported when it is first needed: triton takes a second."""
+    import nasbench_kernels.ops as module
 
     return module
 
@@ -69,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [B, C] -> [B, N]: a matrix-vector kernel for one row, for more whichever of our kernel and cuBLAS is faster."""
     if x.shape[0] == 1:
         return ops().gemv(x, weight, bias)
-    return ops().batch_product(x, weight, bias) if ops().streams(x, weight) else F.linear(x, weight, bias)
+    return ops().gemm(x, weight, bias) if ops().prefer_skinny_gemm(x, weight) else F.linear(x, weight, bias)
 
 
 def mix(mixer: Any, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
@@ -80,23 +64,23 @@ def mix(mixer: Any, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
     """
     weight, bias = mixer.stacked.matrices()
     columns = getattr(mixer, "silu_columns", None)
-    if columns is not None and x.shape[0] > 1 and ops().streams(x, weight):
-        row, active = ops().product_and_silu(x, weight, bias, *columns)
+    if columns is not None and x.shape[0] > 1 and ops().prefer_skinny_gemm(x, weight):
+        row, active = ops().gemm_and_silu(x, weight, bias, *columns)
         return mixer.fused_mix(row, step, cache, active)
     return mixer.fused_mix(linear(x, weight, bias), step, cache)
 
 
 def left_over(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C], B above 1 -> what `add_norm` adds to the residual: [B, N], or parts of it in fp32, [S, B, N]."""
-    if ops().streams(x, weight, divided=True):
-        return ops().batch_product(x, weight, divided=True)
+    if ops().prefer_skinny_gemm(x, weight, split_k=True):
+        return ops().gemm(x, weight, split_k=True)
     return F.linear(x, weight)
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C], weight [2 F, C], gate over up -> SiLU(gate) * up, [B, F]: one kernel for up to 128 sequences."""
-    if ops().fits(x):
-        return ops().swiglu_product(x, weight)
+    if ops().skinny_gemm_supported(x):
+        return ops().swiglu_gemm(x, weight)
     return ops().swiglu(F.linear(x, weight))
 
 

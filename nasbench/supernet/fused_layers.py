@@ -2,7 +2,7 @@
 
     projections   one product for all that read the same input, so that its gradient is one product, too, not a sum
     attention     rotary embedding in one launch; flash attention, which knows windows and grouped heads
-    JetBlock      what stands around the convolution and the rule in one launch each (nasbench_kernels.distill)
+    JetBlock      what stands around the convolution and the rule in one launch each (nasbench_kernels.gated_delta)
     MLP           SwiGLU in one launch, forward and backward
 
 What has no path here, and everything on a CPU, is the layer as its kind defines it.
@@ -69,14 +69,14 @@ def fused_mlp(mlp: GatedMLP, x: Tensor) -> Tensor:
     """`mlp(x)`, x [B, T, C]."""
     if not fused.differentiable(x):
         return mlp(x)
-    return mlp.down_proj(fused.distill_ops().swiglu(_project(mlp.stacked, x)))
+    return mlp.down_proj(fused.ops().swiglu(_project(mlp.stacked, x)))
 
 
 def fused_jet_block(mixer: JetBlock, x: Tensor, chunk: Chunk) -> Tensor:
     """`mixer(x, chunk)` with gradients."""
     heads, values = mixer.heads, mixer.config.values
     row = _project(mixer.stacked, x)
-    q, k, decay, beta, v, gate, middle = fused.distill_ops().rule_inputs(
+    q, k, decay, beta, v, gate, middle = fused.ops().training_inputs(
         row, mixer.A_log, mixer.dt_bias, heads, mixer.key_dim, (values, values, mixer.config.generator_size)
     )
     ages = None
@@ -84,9 +84,9 @@ def fused_jet_block(mixer: JetBlock, x: Tensor, chunk: Chunk) -> Tensor:
         ages = chunk.documents.ages
         decay = decay.masked_fill(chunk.documents.first[..., None], RESET_LOG_DECAY)
     kernels = mixer.dynamic_conv1d.kernel_generator(middle)
-    v = fused.prompt_ops().triton_short_conv(v, kernels, None, ages).unflatten(-1, (heads, -1))
-    mixed, _ = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, None)
-    return mixer.o_proj(fused.distill_ops().gated_norm(mixed, gate, mixer.o_norm.weight))
+    v = fused.ops().triton_short_conv(v, kernels, None, ages).unflatten(-1, (heads, -1))
+    mixed, _ = fused.ops().triton_gated_delta(q, k, v, decay, beta, None)
+    return mixer.o_proj(fused.ops().gated_norm(mixed, gate, mixer.o_norm.weight))
 
 
 def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
@@ -102,7 +102,7 @@ def takes_flash(mixer: FullAttention, x: Tensor, chunk: Chunk) -> bool:
 
 def _attention(mixer: FullAttention, x: Tensor, chunk: Chunk) -> Tensor:
     row = _project(mixer.stacked, x)
-    q, k, v = fused.distill_ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
+    q, k, v = fused.ops().rotary(row, chunk.cos, chunk.sin, mixer.num_heads, mixer.num_kv_heads)
     window = mixer.config.window if isinstance(mixer, SlidingWindow) else None
     return mixer.o_proj(flash_attention(q, k, v, window).flatten(2))
 

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from nasbench_kernels import decode
+from nasbench_kernels.attention import decode as attention
+from nasbench_kernels.gated_delta import decode as recurrent
 from nasbench_kernels.gated_delta import naive_gated_delta
 
 import benchmarks.kernels as bench
@@ -62,14 +63,15 @@ def test_sound_kernels_pass():
 
 
 def test_wrong_kernels_do_not(monkeypatch):
-    right = decode.recurrent_step
-    monkeypatch.setattr(decode, "recurrent_step", lambda row, *rest: right(row * 1.1, *rest))
+    right = recurrent.recurrent_step
+    monkeypatch.setattr(recurrent, "recurrent_step", lambda row, *rest: right(row * 1.1, *rest))
     assert set(bench.wrong(bench.recurrent(2, **TINY_STEP).errors())) == {"output", "state", "conv state"}
-    attend = decode.decode_attention
-    monkeypatch.setattr(decode, "decode_attention", lambda q, k, v, at, span: attend(q, k, v, at.clamp_min(1), span))
+    attend = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda q, k, v, at, span: attend(q, k, v, at.clamp_min(1), span))
     assert bench.wrong(bench.attention(5, 70, 4, 2, **TINY_CACHE).errors())  # one sequence of one key sees two
     monkeypatch.setattr(
-        "nasbench_kernels.prefill.triton_gated_delta", lambda *x: [y * math.nan for y in naive_gated_delta(*x)]
+        "nasbench_kernels.gated_delta.prefill.triton_gated_delta",
+        lambda *x: [y * math.nan for y in naive_gated_delta(*x)],
     )
     assert set(bench.wrong(bench.rule("ours", False, **TINY_RULE).errors())) == {"output", "final state"}
 

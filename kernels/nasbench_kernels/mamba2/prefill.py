@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nasbench_kernels.gated_delta.kernel import without_wgmma
-from nasbench_kernels.gated_delta.tile import decays, matrix
+from nasbench_kernels.common.tile import decays, matrix
+from nasbench_kernels.gated_delta.prefill import without_wgmma
 
 CHUNK = 64
 BLOCK_P = 32

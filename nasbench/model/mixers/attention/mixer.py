@@ -70,7 +70,7 @@ class FullAttention(TokenMixer):
         if not (fused.usable(x) and isinstance(self.q_norm, nn.Identity)):
             return self.project(x, chunk.cos, chunk.sin)
         row = F.linear(x, *self.stacked.matrices())
-        turned = fused.distill_ops().rotary(row, chunk.cos, chunk.sin, self.num_heads, self.num_kv_heads)
+        turned = fused.ops().rotary(row, chunk.cos, chunk.sin, self.num_heads, self.num_kv_heads)
         q, k, v = (part.transpose(1, 2) for part in turned)
         return q, k, v
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from nasbench_kernels.causal_conv import causal_conv, causal_conv_step
+from nasbench_kernels.conv import short_conv, short_conv_step
 from torch import Tensor, nn
 
 from nasbench.model import fused
@@ -58,13 +58,13 @@ class GatedDeltaNet(GatedDeltaMixer):
         projected = torch.cat((q, k, v), dim=-1)
         weight = torch.cat((self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight))[:, 0]
         if single and history is not None:
-            mixed = causal_conv_step(projected, weight, history["qkv"])
+            mixed = short_conv_step(projected, weight, history["qkv"])
         elif fused.differentiable(projected):
             ages = None if documents is None else documents.ages
-            mixed = fused.prompt_ops().triton_short_conv(projected, weight, history["qkv"] if history else None, ages)
+            mixed = fused.ops().triton_short_conv(projected, weight, history["qkv"] if history else None, ages)
         else:
             reach = documents.reach(self.config.conv_size) if documents is not None else None
-            mixed = causal_conv(projected, weight, history["qkv"] if history else None, reach)
+            mixed = short_conv(projected, weight, history["qkv"] if history else None, reach)
         both, values = mixed.split((2 * self.config.keys, self.config.values), dim=-1)
         return both, values
 
@@ -82,7 +82,8 @@ class GatedDeltaNet(GatedDeltaMixer):
         return None, None
 
     def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        mixed = fused.prompt_ops().conv_part(row, 0, self.taps(), history["qkv"] if history else None)
+        taps = self.taps()
+        mixed = fused.ops().triton_short_conv(row[..., : len(taps)], taps, history["qkv"] if history else None)
         return mixed, mixed[..., 2 * self.config.keys :].contiguous()
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from nasbench_kernels.dynamic_conv import dynamic_conv, dynamic_conv_step
+from nasbench_kernels.conv import short_conv, short_conv_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -79,13 +79,13 @@ class JetBlock(GatedDeltaMixer):
         if not single and fused.differentiable(v):
             ages = None if documents is None else documents.ages
             past = history["values"] if history else None
-            return F.silu(torch.cat((q, k), dim=-1)), fused.prompt_ops().triton_short_conv(v, kernels, past, ages)
+            return F.silu(torch.cat((q, k), dim=-1)), fused.ops().triton_short_conv(v, kernels, past, ages)
         if documents is not None:
             kernels.mul_(documents.reach(self.config.conv_size)[:, :, None].to(kernels.dtype))
         if single and history is not None:
-            values = dynamic_conv_step(v, kernels, history["values"])
+            values = short_conv_step(v, kernels, history["values"])
         else:
-            values = dynamic_conv(v, kernels, history["values"] if history else None)
+            values = short_conv(v, kernels, history["values"] if history else None)
         return F.silu(torch.cat((q, k), dim=-1)), values
 
     @property
@@ -107,7 +107,8 @@ class JetBlock(GatedDeltaMixer):
         generator, (at, size) = self.dynamic_conv1d.kernel_generator, self.silu_columns
         kernels = generator(row[..., at : at + size])
         past = history["values"] if history else None
-        return None, fused.prompt_ops().conv_part(row, self.row_layout.v, kernels, past)
+        values = row[..., self.row_layout.v : self.row_layout.v + self.config.values]
+        return None, fused.ops().triton_short_conv(values, kernels, past)
 
     @classmethod
     def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:

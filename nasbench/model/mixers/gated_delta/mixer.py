@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
-from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step
+from nasbench_kernels.gated_delta import RowLayout, chunked_gated_delta, gated_delta_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -139,7 +139,7 @@ class GatedDeltaMixer(TokenMixer):
         q, k, v, decay, beta, gate = self.inputs(x, history, False, chunk.documents)
         if fused.differentiable(x) and self.key_dim <= WIDEST_TRAINED_KEY:
             q, k = q.to(v.dtype), k.to(v.dtype)
-            mixed, new_state = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, state)
+            mixed, new_state = fused.ops().triton_gated_delta(q, k, v, decay, beta, state)
         else:
             before = None if state is None else state.float()
             mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, before)
@@ -149,14 +149,16 @@ class GatedDeltaMixer(TokenMixer):
 
     def fused_forward(self, x: Tensor, history: dict[str, Tensor] | None, state: Tensor | None) -> Tensor:
         """`forward` without a gradient, by Triton kernels between the matrix products."""
-        ops, layout = fused.prompt_ops(), self.row_layout
+        ops, layout = fused.ops(), self.row_layout
         row = F.linear(x, *self.stacked.matrices())
         mixed, v = self.fused_convolve_prompt(row, history)
-        q, k, decay, beta = ops.rule_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
+        q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
         output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
         if state is not None:
             state.copy_(new_state)
-        return self.o_proj(ops.gated_norm(output, row, layout.gate, self.o_norm.weight))
+        return self.o_proj(
+            ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
+        )
 
     @abstractmethod
     def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
@@ -175,11 +177,11 @@ class GatedDeltaMixer(TokenMixer):
         """
 
     @cached_property
-    def row_layout(self) -> Any:
+    def row_layout(self) -> RowLayout:
         """Where the parts of the stacked projections' rows begin."""
         keys, values = self.config.keys, self.config.values
         end = sum(self.stacked.sizes)
-        return fused.ops().RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
+        return RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
 
     def fused_mix(self, row: Tensor, step: Step, cache: MixerCache, active: Tensor | None = None) -> Tensor:
         """A decode step between the projections: stacked rows [B, P] -> [B, H * V], by one Triton kernel."""
