@@ -118,7 +118,6 @@ class Sizes(Protocol):
     def intermediate_size(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    @property
     def layer(self) -> Any: ...
 
 
@@ -140,7 +139,7 @@ def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
     """
     relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
     sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
-    variant = "" if block in _SHARED_SIZES else shape.layer.variant
+    variant = "" if block in _SHARED_SIZES else shape.layer().variant
     return {"block": block, "args": args, **sizes, "variant": variant}
 
 

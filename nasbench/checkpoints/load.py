@@ -90,7 +90,7 @@ def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:
         mixer = layer.self_attn
         if any(buffer.is_meta for buffer in mixer.buffers()):
             with torch.device(device):
-                fresh = dict(mixer.config.build().named_buffers())
+                fresh = dict(mixer.spec.build().named_buffers())
             for name, buffer in list(mixer.named_buffers()):
                 if buffer.is_meta:
                     owner, _, leaf = name.rpartition(".")

@@ -81,7 +81,7 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     from nasbench.evaluation.tasks import Context
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
-    from nasbench.supernet.forward import mixing
+    from nasbench.supernet.forward import kinds_without_varlen
 
     teacher = None
     if is_final(Path(target)):
@@ -96,7 +96,7 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     if sequence > loaded.shape.max_context:
         raise UserError(f"sequence {sequence} is beyond the context of {loaded.shape.name}, {loaded.shape.max_context}")
     corpus = Corpus.load(data, loaded.tokenizer, sequence)
-    if mixing(loaded.decoder.mixers):
+    if kinds_without_varlen(loaded.decoder.mixers):
         corpus = corpus.without_documents()
     context = Context(loaded.tokenizer, corpus, teacher, split)
     return format_placement(own), {task.label: task.score(loaded.decoder, context) for task in tasks}

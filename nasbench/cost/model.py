@@ -226,7 +226,7 @@ class CostModel:
             batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None,
             source="none",
             cache_bytes=self.shape.cache_bytes(placement, batch, context, self.dtype_bytes),
-            history_bytes=self.shape.history_bytes(placement, batch, self.dtype_bytes),
+            history_bytes=self.shape.conv_state_bytes(placement, batch, self.dtype_bytes),
         )  # fmt: skip
 
     def decode_many(self, placements: Sequence[Placement], context: int, batch: int, extrapolate: bool = False) -> Any:

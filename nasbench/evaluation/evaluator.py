@@ -18,9 +18,8 @@ from nasbench.evaluation.tasks import Context, Task, held_out_key, parse_task, s
 from nasbench.model.decoder import Decoder
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
-from nasbench.supernet.forward import chunk_of, hidden_of, mixing
-from nasbench.supernet.fused_layers import run_layer
-from nasbench.supernet.losses import Distribution, output_weight, teacher_distribution, token_losses
+from nasbench.supernet.forward import hidden_of, kinds_without_varlen, meta_of
+from nasbench.supernet.losses import Distribution, teacher_distribution, token_losses
 from nasbench.supernet.supernet import Supernet
 
 SEARCH_TOKENS = 2048
@@ -55,7 +54,7 @@ class Evaluator:
         memo: dict[object, Any] | None = None,
     ) -> None:
         self.run, self.supernet = run, supernet
-        self.corpus = corpus.without_documents() if mixing(supernet.mixers()) else corpus
+        self.corpus = corpus.without_documents() if kinds_without_varlen(supernet.mixers()) else corpus
         self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
         self.cache = EvalsFile(run.evals)
         self._teachers: dict[tuple[str, int], Tensor | Distribution] = {}
@@ -154,7 +153,7 @@ class Evaluator:
         for index, batch in enumerate(batches if wanted else ()):
             reference = self._teacher(split, index, batch)
             for placement, hidden in self._shared_prefixes(wanted, batch):
-                nll, kl = token_losses(hidden, batch.tokens, output_weight(self.supernet.teacher), reference)
+                nll, kl = token_losses(hidden, batch.tokens, self.supernet.teacher.head_weight, reference)
                 assert kl is not None
                 values[placement].append((batch.per_row(nll), batch.per_row(kl)))
                 done += 1
@@ -188,7 +187,7 @@ class Evaluator:
         from which its logits are made again chunk by chunk."""
         key = (split, index)
         if key not in self._teachers:
-            hidden, weight = hidden_of(self.supernet.teacher, batch), output_weight(self.supernet.teacher)
+            hidden, weight = hidden_of(self.supernet.teacher, batch), self.supernet.teacher.head_weight
             kept = sum(said.p.nbytes for said in self._teachers.values() if isinstance(said, Distribution))
             fits = kept + batch.tokens.numel() * len(weight) * 4 <= KEPT_BYTES
             self._teachers[key] = teacher_distribution(hidden, weight) if fits else hidden
@@ -197,7 +196,7 @@ class Evaluator:
     def _shared_prefixes(self, placements: Sequence[Placement], batch: Batch) -> Iterator[tuple[Placement, Tensor]]:
         """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""
         teacher = self.supernet.teacher
-        chunk = chunk_of(teacher, batch)
+        meta = meta_of(teacher, batch)
         states = [teacher.embed(batch.tokens)]
         last: Placement = ()
         for placement in placements:
@@ -206,7 +205,7 @@ class Evaluator:
             )
             del states[shared + 1 :]
             for i in range(shared, len(placement)):
-                states.append(run_layer(self.supernet.layer(i, placement[i]), states[-1], chunk))
+                states.append(self.supernet.layer(i, placement[i])(states[-1], meta))
             last = placement
             yield placement, teacher.model.norm(states[-1])
 

@@ -24,7 +24,7 @@ from nasbench.evaluation.reading import BATCH_TOKENS
 from nasbench.evaluation.score import Score
 from nasbench.model.decoder import Decoder
 from nasbench.supernet.forward import hidden_of
-from nasbench.supernet.losses import output_weight, token_losses
+from nasbench.supernet.losses import token_losses
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class _HeldOut(Task):
         values = []
         for batch in sequences.split(max(1, BATCH_TOKENS[decoder.device.type] // context.corpus.sequence)):
             reference = hidden_of(context.teacher, batch) if self.name == "kl" and context.teacher else None
-            nll, kl = token_losses(hidden_of(decoder, batch), batch.tokens, output_weight(decoder), reference)
+            nll, kl = token_losses(hidden_of(decoder, batch), batch.tokens, decoder.head_weight, reference)
             values.append(batch.per_row(nll if kl is None else kl))
         return torch.cat(values).cpu()
 

@@ -1,12 +1,18 @@
-"""Layer kinds. Importing this package registers the built-in ones and imports no torch."""
+"""What a model is: blocks before and with weights, the residual stream, our decoder.
 
-import nasbench.model.kernel_path  # noqa: F401  (the mixers import nasbench_kernels)
+Importing this package registers the built-in blocks and imports no torch.
+"""
+
+import nasbench.model.kernel_path  # noqa: F401  (the blocks import nasbench_kernels)
+from nasbench.model.ffn.spec import GatedFFNSpec, MixtureSpec, NoFFNSpec
 from nasbench.model.mixers.attention.spec import FullAttentionSpec
 from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec, JetBlockSpec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
-from nasbench.model.spec import MIXERS, LayerShape, MixerSpec, mixer_spec
+from nasbench.model.spec import FFNS, MIXERS, LayerShape, MixerSpec, mixer_spec
 
-for _config in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec):
-    MIXERS.register(_config.kind, _config)
+for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec):
+    MIXERS.register(_mixer.kind, _mixer)
+for _ffn in (GatedFFNSpec, MixtureSpec, NoFFNSpec):
+    FFNS.register(_ffn.kind, _ffn)
 
-__all__ = ["MIXERS", "LayerShape", "MixerSpec", "mixer_spec"]
+__all__ = ["FFNS", "MIXERS", "LayerShape", "MixerSpec", "mixer_spec"]

@@ -1,72 +1,73 @@
-"""The contract of a layer kind with weights: forward over a chunk, one decode step, a static cache.
+"""A block with weights: one body between its input projections and its output projection.
 
-Shapes: B sequences, T tokens, C hidden size, H heads, D head dimension.
+    row = stream.read(norm, packed, epilogue)     # the stream's own way of computing norm(x) @ weights
+    y   = core(row, meta, cache)                  # the block's arithmetic
+    stream.write(y, out, post_norm)               # x += y @ out
+
+`core` is plain PyTorch and the truth. `train_core`, `prefill_core` and `decode_core` may be faster forms of it for the
+phases that have kernels; by default they are it. A block that does not fit this pattern overrides `run`.
+
+Shapes: B sequences, T tokens, C hidden size, P outputs of all input projections, Y inputs of the output projection.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nasbench.model.documents import Documents
-from nasbench.model.spec import MixerSpec
+from nasbench.model.meta import Meta, SequenceMeta, StepMeta
+from nasbench.model.packed import PackedProjections
+from nasbench.model.spec import BlockSpec
 
 if TYPE_CHECKING:
     from nasbench.model.mixers.attention.mixer import FullAttention
+    from nasbench.model.stream import Stream
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+UNIT = "weights_unit"
+"""The attribute of a module whose weights are gathered around each use (nasbench.parallel.fsdp); no submodule."""
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Where the T tokens of a forward stand. All sequences of the batch stand at the same place.
+class Gate:
+    """The row is two equal halves: `read` returns activation(first) * second."""
 
-    Attributes:
-        start: tokens that the cache already holds; 0 without a cache.
-        cos, sin: rotary tables of the chunk's positions, [T, D] fp32 (halves repeated, as rotate-half wants them).
-        documents: where documents begin in packed rows, for training and scoring without a cache; None where each row
-            is one text. Positions count on through a row: only their differences matter to rotary embeddings.
-    """
-
-    start: int
-    cos: Tensor
-    sin: Tensor
-    documents: Documents | None = None
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
-class Step:
-    """Where the one new token of every sequence of a decode step stands. Reading it costs no host synchronisation.
+class SiluColumns:
+    """The block also needs SiLU of these columns of the row: `decode_core` gets it where the product can write it."""
+
+    begin: int
+    size: int
+
+
+Epilogue = Gate | SiluColumns
+
+
+class BlockCache:
+    """Static, pre-allocated tensors that one block keeps between calls. They are only ever written in place.
 
     Attributes:
-        positions: [B] int64 on the device, 0-based position of the new token of each sequence.
-        span: host-side bound: no sequence looks at more than `span` keys, the new one included.
-        uniform: every position is span - 1, so that no mask over the keys is needed.
-        cos, sin: rotary tables at `positions`, [B, 1, D] fp32.
-    """
-
-    positions: Tensor
-    span: int
-    uniform: bool
-    cos: Tensor
-    sin: Tensor
-
-
-class MixerCache:
-    """Static, pre-allocated tensors that one mixer keeps between calls. They are only ever written in place.
-
-    Attributes:
-        state: named tensors that `MixerSpec.cache_bytes` counts (keys, values, recurrent state).
-        history: named tensors that `MixerSpec.history_bytes` counts (inputs of short convolutions).
+        state: named tensors that `BlockSpec.cache_bytes` counts (keys, values, recurrent state).
+        conv_state: named tensors that `BlockSpec.conv_state_bytes` counts (inputs of short convolutions).
         context: most tokens that this cache was allocated for.
     """
 
-    def __init__(self, context: int, state: dict[str, Tensor], history: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, context: int, state: dict[str, Tensor], conv_state: dict[str, Tensor] | None = None) -> None:
         self.context = context
         self.state = state
-        self.history = history or {}
+        self.conv_state = conv_state or {}
 
     @property
     def nbytes(self) -> int:
@@ -74,53 +75,167 @@ class MixerCache:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.state.values())
 
     @property
-    def history_nbytes(self) -> int:
-        """Allocated bytes of `history`."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.history.values())
+    def conv_state_nbytes(self) -> int:
+        """Allocated bytes of `conv_state`."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.conv_state.values())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.state, **self.conv_state}
 
     def reset(self) -> None:
         """Forgets everything: as freshly allocated."""
-        for tensor in (*self.state.values(), *self.history.values()):
+        for tensor in self.tensors.values():
             tensor.zero_()
 
     def fill_random(self, generator: torch.Generator | None = None) -> None:
         """Random non-zero contents of ordinary size, as after many tokens: what a profiler must decode from."""
-        for tensor in (*self.state.values(), *self.history.values()):
+        for tensor in self.tensors.values():
             tensor.normal_(generator=generator)
 
 
-class TokenMixer(nn.Module, ABC):
-    """What stands in a layer's place of attention. Parameter names are those of the published checkpoints.
+class Block(nn.Module, ABC):
+    """A token mixer or an FFN. Parameter names are those of the published checkpoints.
 
-    Equivalences that the contract tests hold every kind to: `forward` over a whole sequence, `forward` in chunks of
-    any sizes with a cache, and `step` token by token give the same outputs; outputs never depend on later tokens.
+    Equivalences that the contract tests hold every kind to: the whole sequence at once, chunks of any sizes with a
+    cache, and one token at a time give the same outputs; outputs never depend on later tokens; every stream and every
+    core give what the reference stream and `core` give.
+
+    Attributes:
+        packed: the input projections.
+        epilogue: what the stream computes of their row beside the product, None for nothing.
     """
 
-    config_class: ClassVar[type[MixerSpec]]
-    keeps_documents_apart: ClassVar[bool] = False
-    """Whether `forward` heeds `Chunk.documents`. Kinds that do not can be trained with `documents = false` only."""
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
+    """Parameters kept in fp32 whatever the model's dtype."""
+    supports_packed_documents: ClassVar[bool] = False
+    """Whether `core` heeds `meta.documents`. Other kinds can be trained with `documents = false` only."""
+    packed: PackedProjections
+    epilogue: Epilogue | None = None
 
-    def __init__(self, config: MixerSpec) -> None:
+    def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
-        self.config = config
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def out(self) -> nn.Linear | None:
+        """The output projection; None for a block that writes to the stream in its own way."""
+
+    def new_cache(
+        self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> BlockCache | None:
+        """An empty cache for `batch` sequences of at most `context` tokens; its bytes equal the specification's
+        `cache_bytes` and `conv_state_bytes`. `dtype` is that of keys, values and conv states. None: keeps nothing."""
+        return None
 
     @abstractmethod
-    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
-        """An empty cache for `batch` sequences of at most `context` tokens; its bytes equal the configuration's
-        `cache_bytes` and `history_bytes`. `dtype` is that of keys, values and histories."""
+    def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        """row [B, T, P] -> [B, T, Y] in plain PyTorch; T is 1 with a StepMeta.
 
-    @abstractmethod
-    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. With a cache, continues after its `chunk.start` tokens and writes it in place.
-        T >= 1 is any size. Differentiable without a cache."""
+        With a cache, continues after what it holds and writes it in place. Differentiable without a cache. With a
+        StepMeta shapes are constant and nothing waits for the device, so that a CUDA graph can capture it.
+        """
 
-    @abstractmethod
-    def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        """x [B, 1, C] -> [B, 1, C], writing the cache in place. Constant shapes and no host synchronisation, so that
-        it can be captured in a CUDA graph."""
+    def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
+        """`core` of a sequence without a cache, differentiable, on a GPU. Rows may be wider than P."""
+        return self.core(row, meta)
+
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        """`core` of a sequence without gradients on a GPU."""
+        return self.core(row, meta, cache)
+
+    def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        """`core` of a decode step on a GPU: row [B, P] -> [B, Y].
+
+        Args:
+            active: SiLU of the columns that `epilogue` names, [B, size]; None where the block must compute it.
+        """
+        return self.core(row[:, None], meta, cache)[:, 0]
+
+    def run(
+        self,
+        stream: Stream,
+        norm: nn.Module | None,
+        meta: Meta,
+        cache: BlockCache | None = None,
+        post_norm: nn.Module | None = None,
+    ) -> None:
+        """Adds the block's output to the stream.
+
+        Args:
+            norm: before the block; None where the stream's content is normalised already.
+            post_norm: of the block's output before it is added.
+        """
+        row = stream.read(norm, self.packed, self.epilogue)
+        y = stream.core(self, row, meta, cache)
+        assert self.out is not None
+        stream.write(y, self.out, post_norm)
+
+    def forward(self, x: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        """Normalised input x [B, T, C] -> the block's output [B, T, C], in the way of the stream that fits the device
+        and the phase."""
+        return with_weights(self, output_of, x, meta, cache)
 
     @classmethod
-    @abstractmethod
-    def init_from_attention(cls, config: MixerSpec, attention: FullAttention) -> Self:
-        """A mixer of `config` on the attention's device and dtype that starts from its weights where shapes allow.
+    def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
+        """A mixer of `spec` on the attention's device and dtype that starts from its weights where shapes allow.
         Weights are copies: training the mixer leaves the attention as it is."""
+        raise TypeError(f"{cls.__name__} is no token mixer")
+
+    def calibration(self, constant: Tensor) -> dict[str, Tensor]:
+        """New values of parameters, by name, once the layer's inputs are known.
+
+        Args:
+            constant: [C] fp64, a direction whose product with the layer's normalised inputs is about 1.
+        """
+        return {}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any module, except that a change to a half-precision dtype leaves `fp32_parameters` fp32."""
+        kept = {name: getattr(self, name).detach() for name in self.fp32_parameters}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < value.dtype.itemsize:
+                parameter.data = value.to(parameter.device)
+        return self
+
+
+def with_weights(module: nn.Module, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`work(module, *arguments)`, with the module's weights whole in it and in its backward pass."""
+    unit = module.__dict__.get(UNIT)
+    return work(module, *arguments) if unit is None else unit(work, *arguments)
+
+
+def output_of(block: Block, x: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+    """What a block adds to the residual stream, for normalised input x [B, T, C]."""
+    from nasbench.model.stream import stream_for
+
+    stream = stream_for(x, meta, residual=False)
+    block.run(stream, None, meta, cache)
+    return stream.content()
+
+
+def features_of(block: Block, x: Tensor, meta: Meta) -> Tensor:
+    """What a block's output projection reads, [B, T, Y], for normalised input x [B, T, C]."""
+    from nasbench.model.stream import stream_for
+
+    stream = stream_for(x, meta, residual=False)
+    return stream.core(block, stream.read(None, block.packed, block.epilogue), meta, None)
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A block in its place: the norm before it, and the one after it where the family has one."""
+
+    norm: nn.Module
+    block: Block
+    post_norm: nn.Module | None = None
+
+    def __call__(self, stream: Stream, meta: Meta, cache: BlockCache | None = None) -> None:
+        if UNIT in self.block.__dict__:
+            # The unit's hooks want the tensors as arguments and results of one call.
+            stream.add(self.block(stream.normed(self.norm), meta, cache), self.post_norm)
+        else:
+            self.block.run(stream, self.norm, meta, cache, self.post_norm)

@@ -8,22 +8,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ALIGNED = 8
+"""Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""
 
-class StackedProjections:
-    """Computes `[linear(x) for linear in linears]`, in one product when nothing needs a gradient.
 
-    The first such call moves the weights into one matrix and makes every parameter a view of its rows: state
-    dictionaries, optimisers and in-place updates see what they saw before. When a parameter has been replaced since
-    (moved to a device, cast, loaded by assignment), they are stacked again. A decode step is a row of small
+class PackedProjections:
+    """Several projections of one input side by side: x [..., C] -> a row [..., P] that holds all of their outputs.
+
+    The first product without gradients moves the weights into one matrix and makes every parameter a view of its rows:
+    state dictionaries, optimisers and in-place updates see what they saw before. When a parameter has been replaced
+    since (moved to a device, cast, loaded by assignment), they are packed again. A decode step is a row of small
     products, and each costs more to start (a kernel launch, a oneDNN primitive) than to compute.
 
     A plain object, not a module: it owns no parameters. The projections all have a bias, or none has.
 
     Attributes:
-        apart: the parameters must stay where they are, as FSDP2's do: the products are single ones always.
+        sizes: outputs of each projection.
+        unpacked: the parameters must stay where they are, as FSDP2's do.
     """
 
-    apart = False
+    unpacked = False
 
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = tuple(linears)
@@ -31,41 +35,68 @@ class StackedProjections:
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        if self.apart or torch.is_grad_enabled():
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs one by one: one product where nothing needs a gradient, else one each."""
+        if self.unpacked or torch.is_grad_enabled():
             return [linear(x) for linear in self.linears]
-        return F.linear(x, *self.matrices()).split(self.sizes, dim=-1)
+        return self.split(F.linear(x, *self.weight_and_bias()))
 
-    def stay_apart(self) -> None:
+    def __call__(self, x: Tensor) -> Tensor:
+        """The row, by as many products as `parts` takes."""
+        parts = self.parts(x) if self.unpacked or torch.is_grad_enabled() else None
+        if parts is None:
+            return F.linear(x, *self.weight_and_bias())
+        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
+
+    def split(self, row: Tensor) -> Sequence[Tensor]:
+        """A row [..., at least P] as the outputs of each projection."""
+        return row[..., : sum(self.sizes)].split(self.sizes, dim=-1)
+
+    def aligned(self, x: Tensor) -> Tensor:
+        """The row by one product with one gradient, zeros up to a multiple of ALIGNED behind it where it learns."""
+        if self.unpacked:
+            # A product of a matrix made here would keep it until the backward pass.
+            return self(x)
+        learns = any(linear.weight.requires_grad for linear in self.linears)
+        if not (learns and torch.is_grad_enabled()):
+            return F.linear(x, *self.weight_and_bias())
+        weights, missing = [linear.weight for linear in self.linears], -sum(self.sizes) % ALIGNED
+        if missing:
+            weights.append(weights[0].new_zeros(missing, x.shape[-1]))
+        if self.linears[0].bias is None:
+            return F.linear(x, torch.cat(weights))
+        biases = [linear.bias for linear in self.linears] + ([weights[0].new_zeros(missing)] if missing else [])
+        return F.linear(x, torch.cat(weights), torch.cat(biases))
+
+    def unpack(self) -> None:
         """Gives every parameter that lies in one matrix with others its own memory again, and leaves it there."""
-        self.apart = True
+        self.unpacked = True
         self.weight = self.bias = None
         for linear in self.linears:
             for parameter in linear.parameters():
                 parameter.data = parameter.data.clone()
 
-    def matrices(self) -> tuple[Tensor, Tensor | None]:
-        """The one weight [sum of outputs, C] and bias. The parameters are views of them from now on, unless they stay
-        apart."""
-        if self.apart:
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The one weight [P, C] and bias [P]. The parameters are views of them from now on, unless unpacked."""
+        if self.unpacked:
             weights: list[Tensor] = [linear.weight for linear in self.linears]
             biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
             return torch.cat(weights), torch.cat(biases) if biases else None
-        self.weight = stacked_parameters(self.weight, [linear.weight for linear in self.linears])
+        self.weight = packed_parameters(self.weight, [linear.weight for linear in self.linears])
         if self.linears[0].bias is not None:
-            self.bias = stacked_parameters(self.bias, [linear.bias for linear in self.linears])
+            self.bias = packed_parameters(self.bias, [linear.bias for linear in self.linears])
         return self.weight, self.bias
 
 
-def stacked_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
     """Parameters side by side along their first dimension: `known` if every one still is a view of its part, else they
-    are stacked anew."""
+    are packed anew."""
     if known is None or known.dtype != parameters[0].dtype:
-        return _stack(parameters)
+        return _pack(parameters)
     pointer = known.data_ptr()
     for parameter in parameters:
         if parameter.data_ptr() != pointer:
-            return _stack(parameters)
+            return _pack(parameters)
         pointer += parameter.nbytes
     return known
 
@@ -73,12 +104,12 @@ def stacked_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Te
 # Never in inference mode: parameters must not become inference tensors, which could not be trained again.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _stack(parameters: Sequence[Tensor]) -> Tensor:
+def _pack(parameters: Sequence[Tensor]) -> Tensor:
     """Concatenates parameters along the first dimension and makes each a view of its part."""
-    stacked = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, stacked.split([p.shape[0] for p in parameters]), strict=True):
+    packed = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
-    if stacked.is_cuda:
+    if packed.is_cuda:
         # Once: kernels of a decode step ask for weights before the launches ahead of them are done.
-        torch.cuda.current_stream(stacked.device).synchronize()
-    return stacked
+        torch.cuda.current_stream(packed.device).synchronize()
+    return packed

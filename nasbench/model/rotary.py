@@ -7,28 +7,31 @@ import math
 import torch
 from torch import Tensor
 
-from nasbench.model.spec import LayerShape
+from nasbench.model.spec import Rotary
 
 
-def inverse_frequencies(shape: LayerShape, device: torch.device | str | None = None) -> Tensor:
-    """Radians per position of each channel pair, [head_dim / 2] fp32, with Llama 3.1's scaling if the shape has it.
+def inverse_frequencies(rotary: Rotary, device: torch.device | str | None = None) -> Tensor:
+    """Radians per position of each channel pair, [D / 2] fp32, scaled as the embedding says.
 
-    That scaling divides frequencies whose wavelength exceeds `original / low` by `factor`, keeps those below
-    `original / high`, and blends linearly between.
+    Llama 3.1's scaling divides frequencies whose wavelength exceeds `original / low` by `factor`, keeps those below
+    `original / high`, and blends linearly between. Linear scaling divides all by `factor`.
     """
-    exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float32, device=device) / shape.head_dim
-    frequencies = 1.0 / shape.rope_theta**exponent
-    if not shape.rope_scaling:
+    exponent = torch.arange(0, rotary.dim, 2, dtype=torch.float32, device=device) / rotary.dim
+    frequencies = 1.0 / rotary.theta**exponent
+    if not rotary.scaling:
         return frequencies
-    factor, low, high, original = (float(value) for value in shape.rope_scaling[1:])
+    kind, *numbers = rotary.scaling
+    if kind == "linear":
+        return frequencies / float(numbers[0])
+    factor, low, high, original = (float(value) for value in numbers)
     turns = original * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     return frequencies * (kept + (1 - kept) / factor)
 
 
-def rotary_tables(shape: LayerShape, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of integer positions of any shape [...]: two fp32 tensors [..., head_dim], halves repeated."""
-    angles = positions.to(torch.float32)[..., None] * inverse_frequencies(shape, positions.device)
+def rotary_tables(rotary: Rotary, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of integer positions of any shape [...]: two fp32 tensors [..., D], halves repeated."""
+    angles = positions.to(torch.float32)[..., None] * inverse_frequencies(rotary, positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -1,12 +1,12 @@
-"""Model shapes without weights. Imports no torch: enough for costs and, with random weights, for speed."""
+"""What a model is before it has weights: sizes, and a mixer and an FFN per layer. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from nasbench.core.registry import Registry
-from nasbench.model import LayerShape, MixerSpec, mixer_spec
-from nasbench.spaces.placement import Placement, parse_placement
+from nasbench.model.spec import FFNSpec, LayerShape, MixerSpec, ffn_spec, mixer_spec
+from nasbench.spaces.placement import Placement, kind_of, parse_placement
 
 
 @dataclass(frozen=True)
@@ -14,9 +14,14 @@ class ModelSpec:
     """Everything about a decoder-only model but its weights.
 
     Attributes:
-        family: "llama", "qwen2", "qwen3" or "jet_nemotron": the names and details of its checkpoint.
-        placement: the layer kinds that the published model has.
+        family: "llama", "qwen2", ...: the names and details of its checkpoint.
+        published_placement: the layer kinds that the published model has, "" for full attention everywhere.
         defaults: (letter, arguments) of kinds named without arguments, for this model.
+        activation: of the FFN's gate: "silu" or "gelu_tanh".
+        ffn: the text of each layer's FFN; () for a gated one of `intermediate_size` in every layer.
+        post_norms: a norm follows every mixer and FFN, too, before the residual addition (Gemma).
+        embedding_scale: what embeddings are multiplied by.
+        window_rope_theta: rotary base of the layers that are windows in the published placement, None for the same.
     """
 
     name: str
@@ -37,10 +42,18 @@ class ModelSpec:
     rope_scaling: tuple[str | float, ...] = ()
     published_placement: str = ""
     defaults: tuple[tuple[str, str], ...] = ()
+    activation: str = "silu"
+    ffn: tuple[str, ...] = ()
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    window_rope_theta: float | None = None
 
-    @property
-    def layer(self) -> LayerShape:
-        """The attention shape that every layer's mixer is derived from."""
+    def layer(self, index: int = 0) -> LayerShape:
+        """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary base of
+        windows may differ."""
+        theta, scaling = self.rope_theta, self.rope_scaling
+        if self.window_rope_theta is not None and kind_of(self.placement[index]) == "W":
+            theta, scaling = self.window_rope_theta, ()
         return LayerShape(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,
@@ -49,23 +62,40 @@ class ModelSpec:
             max_context=self.max_context,
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
-            rope_theta=self.rope_theta,
+            rope_theta=theta,
             rms_eps=self.rms_eps,
-            rope_scaling=self.rope_scaling,
+            rope_scaling=scaling,
         )
 
     @property
     def placement(self) -> Placement:
         return parse_placement(self.published_placement or f"{self.num_layers}A", self.num_layers)
 
-    def mixer(self, name: str) -> MixerSpec:
-        """The configuration of a layer name in this model. Raises UserError."""
-        return mixer_spec(name, self.layer, self.defaults)
+    def mixer(self, name: str, index: int = 0) -> MixerSpec:
+        """The specification of a layer name in layer `index` of this model. Raises UserError."""
+        return mixer_spec(name, self.layer(index), self.defaults)
 
     def mixers(self, placement: Placement) -> list[MixerSpec]:
-        """One configuration per layer; equal names share one object."""
-        known = {name: self.mixer(name) for name in dict.fromkeys(placement)}
-        return [known[name] for name in placement]
+        """One specification per layer; equal ones share one object."""
+        known: dict[tuple[str, LayerShape], MixerSpec] = {}
+        shapes = [self.layer(i) for i in range(len(placement))] if self.window_rope_theta else [self.layer()]
+        found = []
+        for index, name in enumerate(placement):
+            shape = shapes[index % len(shapes)]
+            if (name, shape) not in known:
+                known[name, shape] = mixer_spec(name, shape, self.defaults)
+            found.append(known[name, shape])
+        return found
+
+    def ffn_spec(self, index: int = 0) -> FFNSpec:
+        """The specification of a layer's FFN. Raises UserError."""
+        text = self.ffn[index] if self.ffn else "gated"
+        return ffn_spec(text, self.hidden_size, self.intermediate_size, self.activation)
+
+    def ffns(self) -> list[FFNSpec]:
+        """One specification per layer; equal ones share one object."""
+        known = {text: self.ffn_spec(self.ffn.index(text)) for text in dict.fromkeys(self.ffn)}
+        return [known[text] for text in self.ffn] if self.ffn else [self.ffn_spec()] * self.num_layers
 
     def parse(self, placement: str) -> Placement:
         """Reads a placement of this model: layer count, letters and arguments checked. Raises UserError."""
@@ -75,21 +105,23 @@ class ModelSpec:
 
     def cache_bytes(self, placement: Placement, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Keys, values and recurrent states of all layers, as arXiv 2508.15884 counts the cache."""
-        return sum(config.cache_bytes(batch, context, dtype_bytes) for config in self.mixers(placement))
+        return sum(block.cache_bytes(batch, context, dtype_bytes) for block in (*self.mixers(placement), *self.ffns()))
 
-    def history_bytes(self, placement: Placement, batch: int, dtype_bytes: int = 2) -> int:
+    def conv_state_bytes(self, placement: Placement, batch: int, dtype_bytes: int = 2) -> int:
         """Inputs of short convolutions of all layers, which the paper's cache size leaves out."""
-        return sum(config.history_bytes(batch, dtype_bytes) for config in self.mixers(placement))
+        return sum(block.conv_state_bytes(batch, dtype_bytes) for block in (*self.mixers(placement), *self.ffns()))
 
-    def mlp_parameters(self) -> int:
-        return 3 * self.hidden_size * self.intermediate_size
+    @property
+    def norms_per_layer(self) -> int:
+        return 4 if self.post_norms else 2
 
     def parameters(self, placement: Placement | None = None) -> int:
         """Number of parameters with this placement (default: the published one); tied embeddings count once."""
-        mixers = sum(config.parameters() for config in self.mixers(placement or self.placement))
-        rest = self.num_layers * (self.mlp_parameters() + 2 * self.hidden_size) + self.hidden_size
+        mixers = sum(spec.parameters() for spec in self.mixers(placement or self.placement))
+        ffns = sum(spec.parameters() for spec in self.ffns())
+        norms = (self.num_layers * self.norms_per_layer + 1) * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return mixers + rest + embeddings
+        return mixers + ffns + norms + embeddings
 
 
 DEFAULT_MODEL = "smollm2-135m"

@@ -1,9 +1,9 @@
-"""What a layer kind is before it has weights: a frozen configuration and the costs that follow from it.
+"""What a block is before it has weights: an inert, hashable specification and the costs that follow from it.
 
-Imports no torch, so that the cost model and the command line can ask a kind what it costs without loading it.
-A kind is two files: `<kind>.py` with its `MixerSpec` (this contract) and `<kind>_mixer.py` with its
-`TokenMixer` (nasbench.model.block). Third parties register the configuration class under the entry-point group
-`nasbench.blocks`, its letter as the name.
+A model is a list of blocks, each of which stands between a norm and the residual stream: token mixers and FFNs take
+turns. This module imports no torch, so that the cost model and the command line can ask what a block costs without
+loading it. A block is a specification here and a module with weights (nasbench.model.block). Third parties register a
+specification class under the entry-point group `nasbench.blocks` (a mixer, its letter as the name) or `nasbench.ffns`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,25 @@ from nasbench.core.registry import Registry
 from nasbench.spaces.placement import args_of, kind_of
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary embedding (arXiv 2104.09864): what its tables depend on beside the positions.
+
+    `scaling` is () for none, ("linear", factor) or ("llama3", factor, low_freq_factor, high_freq_factor,
+    original_max_context).
+    """
+
+    dim: int
+    theta: float
+    scaling: tuple[str | float, ...] = ()
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The full attention that a layer was pre-trained with; every alternative is derived from it.
-
-    `rope_scaling` is () for none or ("llama3", factor, low_freq_factor, high_freq_factor, original_max_context).
-    """
+    """The attention that a layer was pre-trained with; every alternative is derived from it."""
 
     hidden_size: int
     num_heads: int
@@ -39,29 +49,25 @@ class LayerShape:
     rope_scaling: tuple[str | float, ...] = ()
 
     @property
+    def rotary(self) -> Rotary:
+        return Rotary(self.head_dim, self.rope_theta, self.rope_scaling)
+
+    @property
     def variant(self) -> str:
         """Details of the attention that cost time: "bias", "qknorm", "bias+qknorm" or ""."""
         return "+".join(name for name, on in (("bias", self.qkv_bias), ("qknorm", self.qk_norm)) if on)
 
 
-@dataclass(frozen=True)
-class MixerSpec(ABC):
-    """One layer kind with its hyper-parameters, for a given layer shape. Everything here is a pure function.
+class BlockSpec(ABC):
+    """One block with its hyper-parameters. Everything here is a pure function.
 
-    Byte counts take `dtype_bytes`, the size of weights, activations and keys/values; recurrent states are fp32.
+    Byte counts take `dtype_bytes`, the size of weights, activations, keys and values; recurrent states are fp32.
     """
 
-    shape: LayerShape
-
     kind: ClassVar[str]
-    """The letter in placements."""
+    """A mixer's letter in placements; an FFN's word."""
     title: ClassVar[str]
     """The name in reports, e.g. "sliding window"."""
-
-    @classmethod
-    @abstractmethod
-    def parse(cls, shape: LayerShape, args: str) -> Self:
-        """From the text behind the letter, `""` for the kind's default for this shape. Raises UserError."""
 
     @property
     @abstractmethod
@@ -69,48 +75,92 @@ class MixerSpec(ABC):
         """Canonical arguments, complete: `1152`, `12x96x256`, or "" for a kind without any."""
 
     @abstractmethod
-    def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
-        """Bytes of keys, values and recurrent state that decoding `batch` sequences of `context` tokens holds.
-
-        This is the "cache size" of arXiv 2508.15884 table 1. The last inputs of short convolutions are counted
-        apart, in `history_bytes`.
-        """
-
-    def history_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
-        """Bytes of the last few inputs that short convolutions keep for decoding."""
-        return 0
-
-    @abstractmethod
     def parameters(self) -> int:
-        """Number of parameters of the mixer."""
+        """Number of parameters of the block, its norms left out."""
 
     @abstractmethod
     def flops(self, tokens: int, context: int) -> int:
         """Floating-point operations of a chunk of `tokens` new tokens of one sequence after `context` earlier ones."""
 
-    def state_traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
+    @abstractmethod
+    def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
+        """Bytes of keys, values and recurrent state that decoding `batch` sequences of `context` tokens holds.
+
+        This is the "cache size" of arXiv 2508.15884 table 1. `conv_state_bytes` counts the last inputs of short
+        convolutions.
+        """
+
+    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
+        """Bytes of the last few inputs that short convolutions keep for decoding."""
+        return 0
+
+    def weight_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
+        """Bytes of the weights that `tokens` tokens together read, each once."""
+        return self.parameters() * dtype_bytes
+
+    def product_parameters(self) -> int:
+        """Parameters that each token is multiplied with: all, unless a router chooses some."""
+        return self.parameters()
+
+    def traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Bytes of cache that one decode step reads and writes. Default: the whole cache is read once."""
         return self.cache_bytes(batch, context, dtype_bytes)
 
     def decode_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Least bytes that one decode step moves: the weights once, the cache as it is read and written."""
-        return self.parameters() * dtype_bytes + self.state_traffic_bytes(batch, context, dtype_bytes)
+        return self.weight_bytes(batch, dtype_bytes) + self.traffic_bytes(batch, context, dtype_bytes)
 
     @classmethod
     @abstractmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         """The torch module of this kind, imported only here."""
 
-    def build(self) -> TokenMixer:
-        """A freshly initialised mixer of this configuration."""
-        return self.mixer_class()(self)
+    def build(self) -> Block:
+        """A freshly initialised block of this specification."""
+        return self.block_class()(self)
+
+
+@dataclass(frozen=True)
+class MixerSpec(BlockSpec):
+    """A token mixer: what stands in the place of a layer's attention."""
+
+    shape: LayerShape
+
+    recurrent: ClassVar[bool] = False
+    """Whether decoding rewrites the whole cache at every step."""
+    starts_trained: ClassVar[bool] = False
+    """Whether the attention's own weights serve unchanged, so that a supernet need not train them."""
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, shape: LayerShape, args: str) -> Self:
+        """From the text behind the letter, `""` for the kind's default for this shape. Raises UserError."""
+
+
+@dataclass(frozen=True)
+class FFNSpec(BlockSpec):
+    """A feed-forward block, which looks at one token at a time."""
+
+    hidden_size: int
+
+    @classmethod
+    @abstractmethod
+    def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
+        """From the text behind `kind@`, "" for the model's own sizes. Raises UserError."""
+
+    def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
+        return 0
+
+    def flops(self, tokens: int, context: int) -> int:
+        return 2 * tokens * self.product_parameters()
 
 
 MIXERS: Registry[type[MixerSpec]] = Registry("layer kind", group="nasbench.blocks")
+FFNS: Registry[type[FFNSpec]] = Registry("FFN kind", group="nasbench.ffns")
 
 
 def mixer_spec(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], ...] = ()) -> MixerSpec:
-    """The configuration of a placement's layer name (`A`, `W1152`, `J@12x96x256`).
+    """The specification of a placement's layer name (`A`, `W1152`, `J@12x96x256`).
 
     Args:
         defaults: (letter, arguments) that a model gives to names without arguments.
@@ -120,6 +170,12 @@ def mixer_spec(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], ..
     """
     kind = MIXERS[kind_of(name)]
     return kind.parse(shape, args_of(name) or dict(defaults).get(kind_of(name), ""))
+
+
+def ffn_spec(text: str, hidden_size: int, intermediate_size: int, activation: str) -> FFNSpec:
+    """The specification of an FFN by its text: `gated`, `moe@128x8x768+2`, `none`. Raises UserError."""
+    kind, _, args = text.partition("@")
+    return FFNS[kind].parse(hidden_size, intermediate_size, activation, args)
 
 
 def parse_ints(kind: str, args: str, names: tuple[str, ...]) -> tuple[int, ...]:

@@ -4,9 +4,9 @@ What is used together is one unit of `fully_shard`: the embedding, the head, eve
 attention among them. Each process keeps 1/N of a unit's weights, rows of every matrix; a unit is whole in forward and
 backward only. Norms and what has too few rows to share out (a gate's bias per head) stay whole everywhere.
 
-The layers of training are functions (nasbench.supernet.fused_layers), and a layer is made of a unit or the other as
-the sub-network has it. So a unit wraps its module without becoming it, and `run` calls a function with the module
-through the wrapper, whose hooks gather the weights and let go of them, in the backward pass too. Every process calls
+A sub-network chooses one unit or another for each layer. So a unit wraps its module without becoming it, and
+`nasbench.model.block.with_weights` calls a function with the module through the wrapper, whose hooks gather the weights
+and let go of them, in the backward pass too. Every process calls
 the same units in the same order: sub-networks are functions of seed and step.
 
 What is trained is kept in fp32, its own master: FSDP2 rounds each share to the model's dtype before it gathers, and
@@ -26,15 +26,12 @@ import torch
 from torch import Tensor, distributed, nn
 
 from nasbench.core.errors import UserError
-from nasbench.model.packed import StackedProjections
+from nasbench.model.block import UNIT, Block
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
     from nasbench.parallel.context import Workers
-
-_UNIT = "unit_of_shards"
-"""The attribute of a module that holds its unit; not one of its submodules, which would be a cycle."""
 
 
 class Unit(nn.Module):
@@ -57,12 +54,6 @@ class _Root(nn.Module):
 
     def forward(self, _: Tensor) -> None:
         """Nothing: the first call ends FSDP2's construction."""
-
-
-def run(module: nn.Module, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """`work(module, *arguments)`, with the module's weights whole in it and in its backward pass."""
-    unit = module.__dict__.get(_UNIT)
-    return work(module, *arguments) if unit is None else unit(work, *arguments)
 
 
 def check(shard: bool, workers: Workers) -> None:
@@ -94,8 +85,8 @@ def shard(net: Any, workers: Workers) -> None:
         trained = any(parameter.requires_grad for parameter in module.parameters())
         whole = {p for p in module.parameters() if p.dtype != dtype or not _even(p, workers.size)}
         for part in module.modules():
-            if isinstance(stacked := getattr(part, "stacked", None), StackedProjections):
-                stacked.stay_apart()
+            if isinstance(part, Block):
+                part.packed.unpack()
         if trained:
             for parameter in module.parameters():
                 if parameter not in whole:
@@ -105,7 +96,7 @@ def shard(net: Any, workers: Workers) -> None:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=rounding, ignored_params=whole)
         if device.type == "cpu":
             cast(Any, unit).set_force_sum_reduction_for_comms(True)  # gloo takes no mean
-        object.__setattr__(module, _UNIT, unit)
+        object.__setattr__(module, UNIT, unit)
         units.append(unit)
     root = _Root(units)
     fully_shard(root, mesh=mesh, reshard_after_forward=True)

@@ -18,7 +18,7 @@ def amounts(shape: ModelSpec, point: Point, width: int) -> Amounts:
     tokens = point.batch * (point.chunk or 1)
     x_bytes = tokens * shape.hidden_size * width
     if point.block == "mlp":
-        parameters = shape.mlp_parameters()
+        parameters = shape.ffn_spec().parameters()
         return parameters * width + 2 * x_bytes, 2 * tokens * parameters
     if point.block == "norm":
         return 4 * x_bytes, 6 * tokens * shape.hidden_size

@@ -27,10 +27,9 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.devices import DEVICES, DeviceInfo, DeviceSpec
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
-from nasbench.profiling.fused_calls import NO_CALL
 from nasbench.profiling.measure import DTYPE_NAMES, point_cells
 from nasbench.profiling.plan import Point
-from nasbench.profiling.workload import Bench
+from nasbench.profiling.workload import NO_CALL, Bench
 from nasbench.store import CEILING, Row
 
 PERCENTILE_SD = 0.8416
@@ -213,7 +212,7 @@ class Estimator:
         caches: dict[str, Any] = {}
         if config is not None:
             caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
-            caches["history_bytes"] = config.history_bytes(point.batch, width)
+            caches["history_bytes"] = config.conv_state_bytes(point.batch, width)
         error = rule.error_of(regime)
         reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(

@@ -60,7 +60,7 @@ def largest_batch(shape: ModelSpec, names: Sequence[str], context: int, memory_b
     """The largest power of two up to 1024 at which a useful hybrid of these kinds fits in memory: weights, one layer of
     the kind with the largest cache, and all others of the kind with the smallest. At least 1."""
     configs = [shape.mixer(name) for name in names]
-    each = [config.cache_bytes(1, context, dtype_bytes) + config.history_bytes(1, dtype_bytes) for config in configs]
+    each = [config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes) for config in configs]
     weights = (shape.parameters() + 2 * shape.vocab_size) * dtype_bytes
     room = USABLE_MEMORY * memory_bytes - weights
     per_sequence = max(each) + (shape.num_layers - 1) * min(each)
@@ -75,7 +75,7 @@ def batch_limit(
     kind of `names` with the smallest cache, and nearly all of the memory is theirs. At least 1."""
     each = {other: shape.mixer(other) for other in {name, *names}}
     bytes_of = {
-        other: config.cache_bytes(1, context, dtype_bytes) + config.history_bytes(1, dtype_bytes)
+        other: config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes)
         for other, config in each.items()
     }
     room = FULL_MEMORY * memory_bytes - shape.parameters() * dtype_bytes

@@ -1,6 +1,8 @@
 """The work that a row times: several instances of a block, called one after another on random data.
 
-On a GPU each block runs as the engine runs it between its kernels (nasbench.profiling.fused_calls).
+A block runs by the stream that the engine would run it by, between the norm before it and the residual addition after
+it: those two are the `norm` row. In a step for one sequence on a GPU they are parts of the products next to them, so
+the norm has no time of its own and the blocks' rows hold it.
 
 In a model every layer has weights and a cache of its own, so each finds the last-level cache full of its predecessors'.
 One instance called again and again would find its own there. A workload therefore goes round instances that together
@@ -23,13 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from nasbench.model import fused
-from nasbench.model.block import Chunk, MixerCache, Step
-from nasbench.model.decoder import Decoder, GatedMLP
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.decoder import Decoder
+from nasbench.model.meta import Meta
 from nasbench.model.shapes import ModelSpec
-from nasbench.profiling import fused_calls
+from nasbench.model.stream import stream_for
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
 
+NO_CALL = "for one sequence a part of the products after it"
+"""Why the norm has no time of its own."""
 FEWEST, MOST = 4, 64
 """Instances that a workload goes round, unless memory allows fewer."""
 SMALL = {"cpu": 16, "cuda": 64}
@@ -141,84 +146,78 @@ def _layerless(shape: ModelSpec) -> Decoder:
 
 
 def _places(bench: Bench) -> Decoder:
-    """A decoder of one word, for its rotary tables alone."""
+    """A decoder of one word, which knows where tokens stand."""
     return _instances(bench, "places", partial(_layerless, replace(bench.shape, vocab_size=1)), 1)[0]
 
 
-def _fused(x: Tensor, point: Point) -> bool:
-    """Whether the engine would run this point, a decode step, by its fused step."""
-    return point.mode == "decode" and fused.usable(x)
+def _fuses_norm(x: Tensor, meta: Meta) -> bool:
+    return stream_for(x, meta).fuses_norm
 
 
-def _norm_of(bench: Bench) -> nn.RMSNorm:
-    """A norm that stands before a block: its weight is too small to matter to the caches."""
-    size, eps = bench.shape.hidden_size, bench.shape.rms_eps
-    return _instances(bench, "norm before", partial(nn.RMSNorm, size, eps), 1)[0]
+def _meta(bench: Bench, point: Point) -> Meta:
+    """Where the point's tokens stand, what its layers look up made already."""
+    decoder = _places(bench)
+    meta: Meta
+    if point.mode == "prefill":
+        meta = decoder.sequence_meta(point.context - point.chunk, point.chunk)
+    else:
+        decoder.prepare(point.context)
+        positions = torch.full((point.batch,), point.context - 1, device=bench.device)
+        # The engine's graphs read positions from the device.
+        meta = decoder.step_meta(positions, point.context, equal_lengths=bench.device == "cpu")
+    meta.rotary(bench.shape.layer())
+    return meta
 
 
-def _positions(bench: Bench, point: Point) -> Tensor:
-    return torch.full((point.batch,), point.context - 1, device=bench.device)
+def _call(block: Block, norm: nn.Module | None, x: Tensor, meta: Meta, cache: BlockCache | None) -> Tensor:
+    """A block as the engine runs it. Plain PyTorch adds its output to x in an operation of its own, which belongs to
+    the `norm` row."""
+    stream = stream_for(x, meta, residual=fused.autograd_kernels(x))
+    block.run(stream, norm, meta, cache)
+    return stream.x
 
 
-def _step(bench: Bench, decoder: Decoder, point: Point) -> Step:
-    chunk = decoder.chunk(point.context - 1, 1)
-    positions = _positions(bench, point)
-    rows = (point.batch, 1, chunk.cos.shape[-1])
-    return Step(positions, point.context, True, chunk.cos.expand(rows), chunk.sin.expand(rows))
+def _calls(
+    bench: Bench, blocks: list[Any], x: Tensor, meta: Meta, caches: Sequence[BlockCache | None]
+) -> list[Callable[[], object]]:
+    norm = None
+    if _fuses_norm(x, meta):
+        # Its weight is too small to matter to the caches.
+        size, eps = bench.shape.hidden_size, bench.shape.rms_eps
+        (norm,) = _instances(bench, "norm before", partial(nn.RMSNorm, size, eps), 1)
+    return [partial(_call, block, norm, x.clone(), meta, cache) for block, cache in zip(blocks, caches, strict=True)]
 
 
-def _caches(bench: Bench, mixers: list[Any], point: Point) -> list[MixerCache]:
-    """A cache per mixer, full to the context. One is filled with random numbers, the others copy it: faster."""
+def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache]:
+    """A cache per block, full to the context. One is filled with random numbers, the others copy it: faster."""
     size = {"device": bench.device, "dtype": bench.dtype}
-    caches = [mixer.new_cache(point.batch, point.context, **size) for mixer in mixers]
+    caches = [block.new_cache(point.batch, point.context, **size) for block in blocks]
     caches[0].fill_random()
     for cache in caches[1:]:
-        for ours, first in ((cache.state, caches[0].state), (cache.history, caches[0].history)):
-            for name, tensor in ours.items():
-                tensor.copy_(first[name])
+        for name, tensor in cache.tensors.items():
+            tensor.copy_(caches[0].tensors[name])
     return caches
 
 
 def _mixer(bench: Bench, point: Point) -> Workload:
-    config = bench.shape.mixer(point.block)
+    spec = bench.shape.mixer(point.block)
     width = bench.dtype.itemsize
-    formula = config.cache_bytes(point.batch, point.context, width)
-    count = _count(bench, point, config.parameters() * width + formula)
-    mixers = _instances(bench, point.block, config.build, count)
+    formula = spec.cache_bytes(point.batch, point.context, width)
+    count = _count(bench, point, spec.parameters() * width + formula)
+    mixers = _instances(bench, point.block, spec.build, count)
     caches = _caches(bench, mixers, point)
-    decoder = _places(bench)
     x = _activations(bench, point, bench.shape.hidden_size)
-    where: Step | Chunk
-    calls: list[Callable[[], object]]
-    if _fused(x, point):
-        where, norm = fused_calls.step_tables(decoder, _positions(bench, point), point.context), _norm_of(bench)
-        calls = [
-            partial(fused_calls.mixer_call, mixer, norm, x[:, 0].clone(), where, cache)
-            for mixer, cache in zip(mixers, caches, strict=True)
-        ]
-    elif point.mode == "decode":
-        where = _step(bench, decoder, point)
-        calls = [partial(mixer.step, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
-    else:
-        where = decoder.chunk(point.context - point.chunk, point.chunk)
-        calls = [partial(mixer, x, where, cache) for mixer, cache in zip(mixers, caches, strict=True)]
-    return Workload(calls, *_amounts(bench, point), caches[0].nbytes, formula, caches[0].history_nbytes)
+    calls = _calls(bench, mixers, x, _meta(bench, point), caches)
+    return Workload(calls, *_amounts(bench, point), caches[0].nbytes, formula, caches[0].conv_state_nbytes)
 
 
-def _mlp(bench: Bench, point: Point) -> Workload:
-    nbytes = bench.shape.mlp_parameters() * bench.dtype.itemsize
-    count = _count(bench, point, nbytes)
+def _ffn(bench: Bench, point: Point) -> Workload:
+    spec = bench.shape.ffn_spec()
+    count = _count(bench, point, spec.parameters() * bench.dtype.itemsize)
     x = _activations(bench, point, bench.shape.hidden_size)
-    mlps = _instances(bench, "mlp", partial(GatedMLP, bench.shape), count)
-    calls: list[Callable[[], object]]
-    if _fused(x, point):
-        norm = _norm_of(bench)
-        calls = [partial(fused_calls.mlp_call, mlp, norm, x[:, 0].clone()) for mlp in mlps]
-    elif fused.usable(x):
-        calls = [partial(fused_calls.mlp_chunk_call, mlp, x) for mlp in mlps]
-    else:
-        calls = [partial(mlp, x) for mlp in mlps]
-    return Workload(calls, *_amounts(bench, point))
+    ffns = _instances(bench, "mlp", spec.build, count)
+    meta = _meta(bench, replace(point, context=max(1, point.chunk)))
+    return Workload(_calls(bench, ffns, x, meta, [None] * count), *_amounts(bench, point))
 
 
 def _small(bench: Bench) -> int:
@@ -229,58 +228,49 @@ def _norm(bench: Bench, point: Point) -> Workload:
     """Residual addition and RMSNorm, twice in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
-    if _fused(x, point) and point.batch == 1:
-        return Workload([], *_amounts(bench, point), reason=fused_calls.NO_CALL)
+    meta = _meta(bench, replace(point, context=max(1, point.chunk)))
+    if _fuses_norm(x, meta):
+        return Workload([], *_amounts(bench, point), reason=NO_CALL)
     norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), _small(bench))
 
     def call(norm: nn.Module) -> Tensor:
-        return norm(x + y)
+        stream = stream_for(x, meta)
+        stream.add(y)
+        return stream.normed(norm)
 
-    calls: list[Callable[[], object]]
-    if fused.usable(x):
-        calls = [partial(fused_calls.norm_call, norm, x, y) for norm in norms]
-    else:
-        calls = [partial(call, norm) for norm in norms]
-    return Workload(calls, *_amounts(bench, point), evict=_evict(bench))
+    return Workload([partial(call, norm) for norm in norms], *_amounts(bench, point), evict=_evict(bench))
 
 
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
     (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
     tokens = torch.randint(bench.shape.vocab_size, (_small(bench), point.batch, point.chunk or 1), device=bench.device)
-    where = replace(point, context=1)
-    calls: list[Callable[[], object]]
-    if _fused(decoder.head_weight, point):
-        positions = _positions(bench, where)
-        calls = [partial(fused_calls.embedding_call, decoder, ids[:, 0], positions, 256) for ids in tokens]
-        return Workload(calls, *_amounts(bench, point))
+    decoder.prepare(1)
+    positions = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
 
     def call(ids: Tensor) -> Tensor:
         if point.mode == "decode":
-            _step(bench, decoder, where)
+            decoder.step_meta(positions, 1, equal_lengths=bench.device == "cpu").rotary(bench.shape.layer())
         return decoder.embed(ids)
 
-    calls = [partial(call, ids) for ids in tokens]
-    return Workload(calls, *_amounts(bench, point), evict=_evict(bench))
+    return Workload([partial(call, ids) for ids in tokens], *_amounts(bench, point), evict=_evict(bench))
 
 
 def _head(bench: Bench, point: Point) -> Workload:
-    """Logits of one token per sequence and the greedy choice."""
+    """Logits of one token per sequence and the greedy choice; for one sequence the last norm is a part of it."""
     nbytes = bench.shape.vocab_size * bench.shape.hidden_size * bench.dtype.itemsize
     count = 1 if nbytes >= 3 * bench.llc_bytes else _count(bench, point, nbytes)
     x = _activations(bench, replace(point, chunk=0), bench.shape.hidden_size)
+    meta = _meta(bench, replace(point, context=1))
+    fuses = _fuses_norm(x, meta)
+    tokens = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
 
     def call(decoder: Decoder) -> Tensor:
-        return decoder.logits(x)[:, 0].argmax(-1)
+        norm = decoder.model.norm if fuses else None
+        return tokens.copy_(fused.most_likely(stream_for(x, meta).logits(norm, decoder.head_weight)[:, 0]))
 
     decoders = _instances(bench, "decoder", partial(_layerless, bench.shape), count)
-    calls: list[Callable[[], object]]
-    if _fused(x, point):
-        tokens = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
-        calls = [partial(fused_calls.head_call, decoder, x[:, 0], tokens) for decoder in decoders]
-    else:
-        calls = [partial(call, decoder) for decoder in decoders]
-    return Workload(calls, *_amounts(bench, point))
+    return Workload([partial(call, decoder) for decoder in decoders], *_amounts(bench, point))
 
 
-_SHARED = {"mlp": _mlp, "norm": _norm, "embedding": _embedding, "head": _head}
+_SHARED = {"mlp": _ffn, "norm": _norm, "embedding": _embedding, "head": _head}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nasbench.core.errors import UserError
-from nasbench.model.block import MixerCache
+from nasbench.model.block import BlockCache
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.runtime.graph import Writer
 from nasbench.runtime.sampling import Sampling
@@ -38,14 +38,16 @@ def prefill(decoder: Decoder, tokens: Tensor, cache: DecoderCache, chunk: int | 
 def cache_rows(cache: DecoderCache, begin: int, end: int) -> DecoderCache:
     """The cache of sequences begin to end - 1, empty as yet: views, so what is written there is written here."""
 
-    def rows(mixer: MixerCache) -> MixerCache:
-        view = copy.copy(mixer)  # whatever else a kind keeps stays
-        view.state, view.history = (
-            {name: tensor[begin:end] for name, tensor in tensors.items()} for tensors in (mixer.state, mixer.history)
-        )
+    def rows(block: BlockCache | None) -> BlockCache | None:
+        view = copy.copy(block)  # whatever else a kind keeps stays
+        if view is not None:
+            view.state, view.conv_state = (
+                {name: tensor[begin:end] for name, tensor in tensors.items()}
+                for tensors in (view.state, view.conv_state)
+            )
         return view
 
-    return DecoderCache([rows(mixer) for mixer in cache.mixers], end - begin, cache.context)
+    return DecoderCache([rows(block) for block in cache.blocks], end - begin, cache.context)
 
 
 def prefill_each(decoder: Decoder, prompts: Sequence[Tensor], cache: DecoderCache, chunk: int | None = None) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nasbench.core.errors import MachineError
 from nasbench.model.decoder import Decoder, DecoderCache
-from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.sampling import Sampling
 
 WARM_UP = 3
@@ -53,11 +52,9 @@ def capture(work: Callable[[], None], generator: torch.Generator | None = None) 
 
 
 def capturable_step(decoder: Decoder, cache: DecoderCache) -> Callable[[Tensor, Tensor], Tensor]:
-    """tokens, positions [B] -> logits [B, V], each sequence at its own position, for a graph: by fused kernels where
-    they run. Called, like what it returns, in inference mode."""
-    decoder.chunk(0, cache.context)  # makes the rotary tables: a graph must not
-    if FusedStep.usable(decoder):
-        return FusedStep(decoder, cache)
+    """tokens, positions [B] -> logits [B, V], each sequence at its own position, for a graph. Called, like
+    what it returns, in inference mode."""
+    decoder.prepare(cache.context)
     return lambda tokens, positions: decoder.step_at(tokens, positions, cache)
 
 

@@ -52,7 +52,7 @@ def weight_bytes(shape: ModelSpec, placement: Placement, dtype_bytes: int) -> in
 
 def sequence_bytes(shape: ModelSpec, placement: Placement, context: int, dtype_bytes: int) -> int:
     """Bytes that each sequence of a decode batch adds: its caches, its logits in two dtypes, its widest activations."""
-    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.history_bytes(placement, 1, dtype_bytes)
+    cache = shape.cache_bytes(placement, 1, context, dtype_bytes) + shape.conv_state_bytes(placement, 1, dtype_bytes)
     return cache + shape.vocab_size * (4 + dtype_bytes) + 4 * (shape.intermediate_size + shape.hidden_size) * 4
 
 

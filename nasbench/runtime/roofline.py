@@ -103,7 +103,7 @@ def _parts(
     kept = {"keys and values": [0, 0], "recurrent states": [0, 0]}
     for name, count in Counter(placement).items():
         config = shape.mixer(name)
-        moved = config.state_traffic_bytes(batch, context, width)
+        moved = config.traffic_bytes(batch, context, width)
         part = kept["recurrent states" if moved > config.cache_bytes(batch, context, width) else "keys and values"]
         part[0] += count * moved
         part[1] += count * batch * max(0, config.flops(1, context - 1) - 2 * config.parameters())

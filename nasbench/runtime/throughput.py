@@ -25,7 +25,6 @@ from nasbench.model import fused
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime.clock import stopwatch, synchronise
-from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.generate import default_chunk, prefill
 from nasbench.runtime.graph import capture
 from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
@@ -243,15 +242,15 @@ def _timed_decode(
     device = decoder.device
     cache = decoder.new_cache(batch, context)
     cache.fill_random(context - 1, torch.Generator(device).manual_seed(0))
-    decoder.chunk(0, context)  # makes the rotary tables: a graph must not
+    decoder.prepare(context)
     tokens = torch.randint(0, decoder.shape.vocab_size, (batch,), device=device)
 
     positions = torch.full_like(tokens, context - 1)
-    step_at = FusedStep(decoder, cache, context) if FusedStep.usable(decoder) else None
 
     def step() -> None:
         cache.length = context - 1
-        logits = decoder.step(tokens, cache) if step_at is None else step_at(tokens, positions)
+        # A graph reads positions from the device, as generation does.
+        logits = decoder.step_at(tokens, positions, cache) if device.type == "cuda" else decoder.step(tokens, cache)
         tokens.copy_(fused.most_likely(logits))
 
     step()

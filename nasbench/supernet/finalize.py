@@ -20,7 +20,6 @@ from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
 from nasbench.core.files import atomic_path, read_json, write_json
 from nasbench.data.packing import Batch, Corpus
-from nasbench.model.decoder import DecoderLayer
 from nasbench.parallel import fsdp as sharding
 from nasbench.parallel.context import ALONE, Workers
 from nasbench.runs import Run
@@ -202,8 +201,7 @@ def own_layers(net: Supernet, placement: Placement) -> None:
     for i, name in enumerate(placement[first:], first):
         layer = net.teacher.layers[i]
         mixer = copy.deepcopy(layer.self_attn) if kind_of(name) == "A" else net.mixer(i, name)
-        norm, mlp_norm = copy.deepcopy(layer.input_layernorm), copy.deepcopy(layer.post_attention_layernorm)
-        own = DecoderLayer(norm, mixer, mlp_norm, copy.deepcopy(layer.mlp))
+        own = copy.deepcopy(layer.with_mixer(mixer), {id(mixer): mixer})
         net.own[i, name] = own.train(net.teacher.training)
 
 
@@ -331,7 +329,7 @@ def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     mixers = []
     for i, name in enumerate(placement):
         layer, own = loaded.decoder.layers[i], _part(weights, f"layers.{i}.{name}.")
-        mixer = layer.self_attn if kind_of(name) == "A" else loaded.shape.mixer(name).build()
+        mixer = layer.self_attn if kind_of(name) == "A" else loaded.shape.mixer(name, i).build()
         mixer = mixer.to(device=device, dtype=dtype)
         try:
             if own or kind_of(name) != "A":

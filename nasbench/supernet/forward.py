@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import Tensor
 
 from nasbench.data.packing import Batch
-from nasbench.model.block import Chunk, TokenMixer
+from nasbench.model.block import Block
 from nasbench.model.decoder import Decoder
 from nasbench.model.documents import Documents
-from nasbench.supernet.fused_layers import embed, run_layer
+from nasbench.model.meta import SequenceMeta
 
 
-def chunk_of(decoder: Decoder, batch: Batch) -> Chunk:
+def _documents(batch: Batch) -> Documents | None:
+    return None if batch.ages is None else Documents(batch.ages)
+
+
+def meta_of(decoder: Decoder, batch: Batch) -> SequenceMeta:
     """Where the tokens of packed rows stand. Raises UserError beyond the model's context."""
-    chunk = decoder.chunk(0, batch.tokens.shape[1])
-    return chunk if batch.ages is None else replace(chunk, documents=Documents(batch.ages))
+    return decoder.sequence_meta(0, batch.tokens.shape[1], _documents(batch))
 
 
 def hidden_of(decoder: Decoder, batch: Batch) -> Tensor:
     """Final normalised hidden states [B, T, C]."""
-    chunk, x = chunk_of(decoder, batch), embed(decoder, batch.tokens)
-    for layer in decoder.layers:
-        x = run_layer(layer, x, chunk)
-    return decoder.model.norm(x)
+    return decoder.hidden(batch.tokens, documents=_documents(batch))
 
 
-def mixing(mixers: Iterable[TokenMixer]) -> list[str]:
-    """The letters of the kinds that do not keep documents apart."""
-    return sorted({str(mixer.config.kind) for mixer in mixers if not mixer.keeps_documents_apart})
+def kinds_without_varlen(blocks: Iterable[Block]) -> list[str]:
+    """The kinds that do not support packed documents."""
+    return sorted({str(block.spec.kind) for block in blocks if not block.supports_packed_documents})

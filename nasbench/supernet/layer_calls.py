@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nasbench.data.packing import Batch
-from nasbench.model.block import Chunk
+from nasbench.model.meta import SequenceMeta
 from nasbench.spaces.placement import kind_of
-from nasbench.supernet.forward import chunk_of
-from nasbench.supernet.fused_layers import run_layer
+from nasbench.supernet.forward import meta_of
 from nasbench.supernet.supernet import Supernet
 
 TEACHER = ""
@@ -35,12 +34,12 @@ class LayerCalls:
     def __init__(self, net: Supernet, recompute: bool = False) -> None:
         self.net, self.recompute = net, recompute
 
-    def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
+    def __call__(self, layer: int, name: str, x: Tensor, meta: SequenceMeta) -> Tensor:
         """Residual stream x [B, T, C] through a sub-network's layer with the mixer `name`; TEACHER: the teacher's."""
         module = self.net.teacher.layers[layer] if name == TEACHER else self.net.layer(layer, name)
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(run_layer, module, x, chunk, use_reentrant=False, preserve_rng_state=False)
-        return run_layer(module, x, chunk)
+            return recomputed(module, x, meta, use_reentrant=False, preserve_rng_state=False)
+        return module(x, meta)
 
     def keep(self, x: Tensor) -> Tensor:
         """A result that must outlive further calls of the layer that gave it."""
@@ -60,7 +59,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
         # Only the shape of the tokens counts here.
-        return run_layer(self.layer, x, chunk_of(self.teacher[0], Batch(x[..., 0], ages)))
+        return self.layer(x, meta_of(self.teacher[0], Batch(x[..., 0], ages)))
 
 
 class GraphedLayerCalls(LayerCalls):
@@ -88,8 +87,8 @@ class GraphedLayerCalls(LayerCalls):
         calls = torch.cuda.make_graphed_callables(modules, tuple(arguments), allow_unused_input=True)
         self.calls = dict(zip(wanted, cast("tuple[Callable[..., Tensor], ...]", calls), strict=True))
 
-    def __call__(self, layer: int, name: str, x: Tensor, chunk: Chunk) -> Tensor:
-        documents = chunk.documents
+    def __call__(self, layer: int, name: str, x: Tensor, meta: SequenceMeta) -> Tensor:
+        documents = meta.documents
         return self.calls[self._key(layer, name)](x, *([] if documents is None else [documents.ages]))
 
     def _key(self, layer: int, name: str) -> tuple[int, str]:

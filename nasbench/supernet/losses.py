@@ -13,16 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasbench.model import fused
-from nasbench.model.decoder import Decoder
 
 CHUNK = {"cpu": 128, "cuda": 1024}
 """Tokens whose logits are scored at once. 128 are 25 MB in fp32 for a vocabulary of 49152, which a last-level cache
 still holds: on two CPU cores 1024 tokens took 0.55 s with it, 0.75 s with 512, 0.28 s against a kept distribution."""
-
-
-def output_weight(decoder: Decoder) -> Tensor:
-    """The matrix of the head, [V, C]: the embedding's where they are tied."""
-    return decoder.model.embed_tokens.weight if decoder.lm_head is None else decoder.lm_head.weight
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -33,7 +27,7 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, chunk: int) -> Tensor:
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device, dtype=torch.float32)
-        if fused.differentiable(student):
+        if fused.autograd_kernels(student):
             from nasbench_kernels.loss.divergence import divergence_rows
 
             for start in range(0, len(student), chunk):
@@ -126,7 +120,7 @@ def token_losses(
     nll, kl = [], []
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
-        if reference is not None and fused.differentiable(flat):
+        if reference is not None and fused.autograd_kernels(flat):
             from nasbench_kernels.loss.divergence import divergence_rows
 
             logits = F.linear(flat[part], weight)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.model import MIXERS
+
+
+def kinds_that_start_trained() -> tuple[str, ...]:
+    """The letters of the kinds for which the attention's own weights serve unchanged."""
+    return tuple(letter for letter in MIXERS if MIXERS[letter].starts_trained)
+
 
 FULL_SCHEDULES = ("uniform", "falling")
 
@@ -17,19 +24,19 @@ class DistillConfig:
     """How the supernet is trained. Budgets are in tokens, so that the result does not depend on the machine's speed.
 
     Attributes:
-        ridge_tokens: tokens from which every readout (`o_proj`) is solved in closed form, before and after alignment.
-        ridge: strength of the pull to the present readout, relative to the mean energy of the features.
+        ridge_tokens: tokens from which every output projection is solved in closed form, before and after alignment.
+        ridge: strength of the pull to the present projection, relative to the mean energy of the features.
         align_tokens: tokens of block-wise alignment to the attention's outputs.
         supernet_tokens: tokens of random sub-networks trained by distillation.
         align_batch_tokens, supernet_batch_tokens: tokens of a step (rounded to whole sequences, at least one).
         align_lr, supernet_lr: peak learning rates of AdamW; cosine to a tenth after a linear warm-up.
         warmup: share of a stage's steps that warm up.
         clip: largest gradient norm of one mixer; each is clipped alone.
-        frozen: letters of the kinds that are not trained. The window's weights are the attention's.
-        solved: letters of kinds whose readout is solved in closed form though they are frozen. A window that is shorter
-            than the row misses the attention's first tokens, into which much of its weight sinks: all of SmolLM2-135M
-            in W64 at rows of 256 has a KL of 0.38 to the model so, 0.91 without; 0.35 and 0.89 with 4 layers of
-            attention.
+        frozen: letters of the kinds that are not trained; by default those whose weights are the attention's.
+        solved: letters of kinds whose output projection is solved in closed form though they are frozen. A window that
+            is shorter than the row misses the attention's first tokens, into which much of its weight sinks: all of
+            SmolLM2-135M in W64 at rows of 256 has a KL of 0.38 to the model so, 0.91 without; 0.35 and 0.89 with 4
+            layers of attention.
         transfer: mixers start from the attention's weights where shapes allow; false: random, to see what it is worth.
         least_full, most_full: shares of the layers between which the sampled number of full-attention layers varies.
         full_schedule: `uniform`, or `falling`: the upper of the two falls to the lower in the course of the stage.
@@ -66,8 +73,8 @@ class DistillConfig:
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
-    frozen: tuple[str, ...] = ("W",)
-    solved: tuple[str, ...] = ("W",)
+    frozen: tuple[str, ...] = field(default_factory=kinds_that_start_trained)
+    solved: tuple[str, ...] = field(default_factory=kinds_that_start_trained)
     transfer: bool = True
     least_full: float = 0.0
     most_full: float = 0.6
@@ -88,25 +95,25 @@ class DistillConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("frozen", "solved"):
-                object.__setattr__(self, field.name, tuple(value))
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name in ("frozen", "solved"):
+                object.__setattr__(self, each.name, tuple(value))
                 continue
-            if field.name == "full_schedule":
+            if each.name == "full_schedule":
                 if value not in FULL_SCHEDULES:
-                    raise unknown(field.name, value, FULL_SCHEDULES)
+                    raise unknown(each.name, value, FULL_SCHEDULES)
                 continue
-            if field.type == "bool":
+            if each.type == "bool":
                 if not isinstance(value, bool):
-                    raise UserError(f"bad {field.name} {value!r}: write true or false")
+                    raise UserError(f"bad {each.name} {value!r}: write true or false")
                 continue
-            whole = field.type == "int"
+            whole = each.type == "int"
             if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise UserError(f"bad {field.name} {value!r}: write a {'whole ' if whole else ''}number")
-            least = 1 if field.name.endswith(("batch_tokens", "chunk", "log_every")) else 0
+                raise UserError(f"bad {each.name} {value!r}: write a {'whole ' if whole else ''}number")
+            least = 1 if each.name.endswith(("batch_tokens", "chunk", "log_every")) else 0
             if not value >= least:
-                raise UserError(f"bad {field.name} {value!r}: at least {least}")
+                raise UserError(f"bad {each.name} {value!r}: at least {least}")
         if self.repeat_share > 1:
             raise UserError(f"bad repeat_share {self.repeat_share}: a share of the rows, 0 to 1")
         if not 0 <= self.least_full <= self.most_full <= 1:
@@ -128,7 +135,7 @@ class DistillConfig:
 
     def updated(self, changes: dict[str, Any]) -> DistillConfig:
         """With some attributes changed. Raises UserError for one that does not exist."""
-        legal = [field.name for field in fields(self)]
+        legal = [each.name for each in fields(self)]
         for key in changes:
             if key not in legal:
                 raise unknown("setting", key, legal)

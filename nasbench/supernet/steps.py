@@ -12,11 +12,10 @@ from nasbench.parallel.context import ALONE, Workers
 from nasbench.parallel.fsdp import full
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
-from nasbench.supernet.forward import chunk_of
-from nasbench.supernet.fused_layers import embed, finish_layer, mix, run_layer
+from nasbench.supernet.forward import meta_of
 from nasbench.supernet.layer_calls import TEACHER, LayerCalls
 from nasbench.supernet.loop import LossSums
-from nasbench.supernet.losses import distillation_kl, energy, output_weight, relative_error
+from nasbench.supernet.losses import distillation_kl, energy, relative_error
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 
@@ -56,19 +55,19 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = A
     """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
     teacher = net.teacher
     with torch.no_grad():
-        x, chunk = embed(teacher, batch.tokens), chunk_of(teacher, batch)
+        x, meta = teacher.embed(batch.tokens), meta_of(teacher, batch)
     trained = net.trained()
     for i, layer in enumerate(teacher.layers):
         with torch.no_grad():
-            inputs = layer.attention_input(x)
-            target = mix(layer.self_attn, inputs, chunk)
+            inputs = layer.input_layernorm(x)
+            target = layer.self_attn(inputs, meta)
             whole = energy(target)
-            x = finish_layer(layer, x, target)
+            x = layer.finish(x, target, meta)
         losses = []
         for name in net.space.fillers(i):
             mixer = trained.get(f"layers.{i}.{name}")
             if mixer is not None:
-                loss = relative_error(mix(mixer, inputs, chunk), target, whole)
+                loss = relative_error(mixer(inputs, meta), target, whole)
                 sums.add(f"layers.{i}.{name}", loss.detach(), whole)
                 if net.sharded:
                     losses.append(loss)
@@ -99,23 +98,23 @@ def distill_step(
     teacher, layers = net.teacher, net.teacher.layers
     calls = calls or LayerCalls(net, config.recompute)
     firsts = [next((i for i, name in enumerate(p) if kind_of(name) != "A"), len(p)) for p in placements]
-    chunk = chunk_of(teacher, batch)
+    meta = meta_of(teacher, batch)
     with torch.no_grad():
-        shared = {0: embed(teacher, batch.tokens)}
+        shared = {0: teacher.embed(batch.tokens)}
         x = shared[0]
         for i in range(len(layers)):
-            x = calls(i, TEACHER, x, chunk)
+            x = calls(i, TEACHER, x, meta)
             if i + 1 in firsts:
                 shared[i + 1] = calls.keep(x)
         target = teacher.model.norm(x)
-        head = full(output_weight(teacher))
+        head = full(teacher.head_weight)
         whole = energy(target)
         workers.sum_([whole])
         whole /= workers.size
     for placement, first in zip(placements, firsts, strict=True):
         student = shared[first]
         for i in range(first, len(layers)):
-            student = calls(i, placement[i], student, chunk)
+            student = calls(i, placement[i], student, meta)
         student = teacher.model.norm(student)
         kl = distillation_kl(student, target, head, config.kl_chunk)
         loss = kl
@@ -132,9 +131,9 @@ def distill_step(
 @torch.no_grad()
 def first_not_finite(net: Supernet, placement: Placement, batch: Batch, workers: Workers = ALONE) -> str | None:
     """The first layer of a sub-network whose output on a batch is not finite in any process, None where none is."""
-    x, chunk = embed(net.teacher, batch.tokens), chunk_of(net.teacher, batch)
+    x, meta = net.teacher.embed(batch.tokens), meta_of(net.teacher, batch)
     for i, name in enumerate(placement):
-        x = run_layer(net.layer(i, name), x, chunk)
+        x = net.layer(i, name)(x, meta)
         if workers.any(not bool(x.isfinite().all()), x.device):
             return f"layers.{i}.{name}"
     return None

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
-from nasbench.model.block import TokenMixer
+from nasbench.model.block import Block
 from nasbench.model.decoder import Decoder, DecoderLayer
 from nasbench.model.mixers.attention.mixer import FullAttention
+from nasbench.model.spec import MixerSpec
 from nasbench.parallel.fsdp import assign
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
+from nasbench.supernet.ridge import out_name
 
 
 class Supernet:
@@ -40,7 +42,7 @@ class Supernet:
         loaded: LoadedModel,
         space: Space,
         frozen: tuple[str, ...],
-        mixers: dict[tuple[int, str], TokenMixer],
+        mixers: dict[tuple[int, str], Block],
         solved: tuple[str, ...] = (),
     ) -> None:
         self.teacher: Decoder = loaded.decoder
@@ -76,17 +78,17 @@ class Supernet:
         teacher = loaded.decoder
         check_teacher(teacher, space)
         teacher.requires_grad_(False)
-        mixers: dict[tuple[int, str], TokenMixer] = {}
+        mixers: dict[tuple[int, str], Block] = {}
         with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for i, layer in enumerate(teacher.layers):
                 for name in space.fillers(i):
                     trained = kind_of(name) not in frozen
-                    mixer = _alternative(teacher, layer.self_attn, name, transfer or not trained)
+                    mixer = _alternative(layer.self_attn, teacher.shape.mixer(name, i), transfer or not trained)
                     mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
         return cls(loaded, space, frozen, mixers, solved)
 
-    def mixer(self, layer: int, name: str) -> TokenMixer:
+    def mixer(self, layer: int, name: str) -> Block:
         """The mixer that stands for `name` in a layer; the teacher's own for full attention."""
         return self.teacher.layers[layer].self_attn if kind_of(name) == "A" else self._mixers[layer, name]
 
@@ -104,11 +106,11 @@ class Supernet:
                 decoder.model.layers[i] = self.own[i, name]
         return decoder
 
-    def mixers(self) -> Iterator[TokenMixer]:
+    def mixers(self) -> Iterator[Block]:
         """Every alternative of every layer."""
         return iter(self._mixers.values())
 
-    def trained(self) -> dict[str, TokenMixer]:
+    def trained(self) -> dict[str, Block]:
         """The mixers that training changes, by the name under which their weights are saved, e.g. `layers.3.J`."""
         return {
             f"layers.{layer}.{name}": mixer
@@ -116,7 +118,7 @@ class Supernet:
             if kind_of(name) not in self.frozen
         }
 
-    def solvable(self) -> dict[str, TokenMixer]:
+    def solvable(self) -> dict[str, Block]:
         """The mixers whose readout is solved in closed form: the trained ones, and the kinds in `solved`."""
         return {
             f"layers.{layer}.{name}": mixer
@@ -131,7 +133,7 @@ class Supernet:
             f"{group}.{name}": parameter
             for group, mixer in self.solvable().items()
             for name, parameter in mixer.named_parameters()
-            if group in trained or name == "o_proj.weight"
+            if group in trained or name == out_name(mixer)
         }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -184,9 +186,8 @@ def check_teacher(teacher: Decoder, space: Space) -> None:
         raise UserError(f"{teacher.shape.name} has {len(teacher.layers)} layers, the space {space.num_layers}")
 
 
-def _alternative(teacher: Decoder, attention: nn.Module, name: str, transfer: bool) -> TokenMixer:
+def _alternative(attention: nn.Module, spec: MixerSpec, transfer: bool) -> Block:
     assert isinstance(attention, FullAttention)
-    config = teacher.shape.mixer(name)
     if transfer:
-        return config.mixer_class().init_from_attention(config, attention)
-    return config.build().to(device=teacher.device, dtype=teacher.dtype)
+        return spec.block_class().init_from_attention(spec, attention)
+    return spec.build().to(device=attention.q_proj.weight.device, dtype=attention.q_proj.weight.dtype)

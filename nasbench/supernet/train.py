@@ -25,13 +25,13 @@ from torch import Tensor
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch, Corpus
-from nasbench.model.block import TokenMixer
+from nasbench.model.block import Block
 from nasbench.parallel import fsdp as sharding
 from nasbench.parallel.context import ALONE, Workers
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
 from nasbench.supernet import checkpoint, sharded_checkpoint
-from nasbench.supernet.forward import mixing
+from nasbench.supernet.forward import kinds_without_varlen
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
     GraphedStep,
@@ -45,7 +45,7 @@ from nasbench.supernet.loop import (
     stop_on_signal,
 )
 from nasbench.supernet.optimizer import MasterAdamW
-from nasbench.supernet.ridge import calibrate_writing, solve_readouts
+from nasbench.supernet.ridge import calibrate, out_name, solve_readouts
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import align_step, distill_step, first_not_finite, sample_placement
 from nasbench.supernet.supernet import Supernet
@@ -71,7 +71,7 @@ def training_corpus(
         raise UserError(
             f"repeat_share {config.repeat_share} is for rows that are read as one text: set documents = false"
         )
-    if letters := mixing(net.mixers()):
+    if letters := kinds_without_varlen(net.mixers()):
         raise UserError(f"layer kind {', '.join(letters)} does not keep documents apart: set documents = false")
     return corpus
 
@@ -177,7 +177,8 @@ class Distiller:
         return self.step_rows(stage) * self.corpus.sequence
 
     def _take_readouts(self) -> None:
-        self.weights |= {name: tensor for name, tensor in self._masters().items() if ".o_proj." in name}
+        outs = {f"{group}.{out_name(mixer)}" for group, mixer in self.net.solvable().items()}
+        self.weights |= {name: tensor for name, tensor in self._masters().items() if name in outs}
 
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         old, new = saved.state.get("settings", {}), self.state["settings"]
@@ -236,12 +237,12 @@ class Distiller:
 
         # Where nothing trains a kind, solving it again on other text would change nothing but its noise.
         solved = self.net.solvable() if stage == "ridge" else self.net.trained()
-        mixers: list[dict[str, TokenMixer]] = [
+        mixers: list[dict[str, Block]] = [
             {name: solved[key] for name in self.net.space.fillers(i) if (key := f"layers.{i}.{name}") in solved}
             for i in range(self.net.space.num_layers)
         ]
         if stage == "ridge":
-            calibrate_writing(self.net.teacher, mixers, self._batch(stage, 0, rows).to(self.device))
+            calibrate(self.net.teacher, mixers, self._batch(stage, 0, rows).to(self.device))
         texts = (self._batch(stage, index, rows).to(self.device) for index in range(batches))
         solve_readouts(self.net.teacher, mixers, texts, self.config.ridge, progress)
 

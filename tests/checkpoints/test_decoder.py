@@ -80,8 +80,8 @@ def test_step_at_takes_every_sequence_at_its_own_position():
             decoder(ids[row : row + 1, :length], cache)
             caches.append(cache)
         joined = decoder.new_cache(2, 20)
-        for together, *alone in zip(joined.mixers, *(cache.mixers for cache in caches), strict=True):
-            for part in ("state", "history"):
+        for together, *alone in zip(joined.kept, *(cache.kept for cache in caches), strict=True):
+            for part in ("state", "conv_state"):
                 for name, tensor in getattr(together, part).items():
                     tensor.copy_(torch.cat([getattr(one, part)[name] for one in alone]))
         new = ids[:, 19]
@@ -95,7 +95,7 @@ def test_cache_bytes_are_the_formula():
     decoder = random_decoder(SHAPE, HYBRID, dtype=torch.bfloat16)
     cache = decoder.new_cache(3, 50)
     assert cache.nbytes == SHAPE.cache_bytes(HYBRID, 3, 50)
-    assert cache.history_nbytes == SHAPE.history_bytes(HYBRID, 3)
+    assert cache.conv_state_nbytes == SHAPE.conv_state_bytes(HYBRID, 3)
 
 
 def test_parameters_are_the_formula():

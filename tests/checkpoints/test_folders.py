@@ -12,7 +12,6 @@ from tolerances import LOGITS_FP32, relative_rmse
 from nasbench.checkpoints.hf_folder import hf_config, jet_nemotron_config, shape_from_config
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
-from nasbench.checkpoints.retrofit import retrofit
 from nasbench.core.errors import MachineError, UserError
 from nasbench.model.shapes import MODELS, ModelSpec
 
@@ -204,19 +203,3 @@ def test_resolving_needs_no_torch(tiny):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "smollm2-135m", "False"]
-
-
-def test_retrofit_shares_what_stays_and_starts_from_the_attention(tiny):
-    decoder = load_model(str(tiny("qwen2-untied")[0])).decoder
-    hybrid = retrofit(decoder, ("A", "W300", "G"))
-    ids = torch.randint(0, 211, (1, 50), generator=torch.Generator().manual_seed(0))
-    assert hybrid.layers[0].self_attn is decoder.layers[0].self_attn
-    assert hybrid.layers[1].self_attn is not decoder.layers[1].self_attn
-    assert hybrid.lm_head is decoder.lm_head
-    with torch.inference_mode():
-        windowed = retrofit(decoder, ("A", "W300", "A"))(ids)
-        assert relative_rmse(windowed, decoder(ids)) <= LOGITS_FP32, "a window wider than the text is full attention"
-    with pytest.raises(UserError, match="layer 2 is G"):
-        retrofit(hybrid, ("A", "W300", "J"))
-    with pytest.raises(UserError, match="2 layers"):
-        retrofit(decoder, ("A", "W"))

@@ -63,7 +63,7 @@ def test_decode_is_the_sum_of_its_blocks(costs, context, batch):
     assert cost.step_ms == pytest.approx(expected / 1e3, rel=1e-9)
     assert cost.decode_tok_s == pytest.approx(batch * 1e6 / expected, rel=1e-9)
     assert cost.cache_bytes == SHAPE.cache_bytes(placement, batch, context, 4)
-    assert cost.history_bytes == SHAPE.history_bytes(placement, batch, 4)
+    assert cost.history_bytes == SHAPE.conv_state_bytes(placement, batch, 4)
     assert (cost.source, cost.device, cost.placement) == ("measured", "dev", "14J A 4J A 2W 8G")
 
 

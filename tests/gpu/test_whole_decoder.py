@@ -70,9 +70,7 @@ def test_a_captured_step_is_the_eager_step():
     gpu(text[:, :60], eager)
     gpu(text[:, :60], captured)
     token, position = text[:, 60].clone(), torch.full((3,), 60, device="cuda")
-    kept = [
-        {name: tensor.clone() for name, tensor in {**cache.state, **cache.history}.items()} for cache in captured.mixers
-    ]
+    kept = [{name: tensor.clone() for name, tensor in cache.tensors.items()} for cache in captured.kept]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -82,8 +80,8 @@ def test_a_captured_step_is_the_eager_step():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         logits = gpu.step_at(token, position, captured)
-    for cache, old in zip(captured.mixers, kept, strict=True):
-        for name, tensor in {**cache.state, **cache.history}.items():
+    for cache, old in zip(captured.kept, kept, strict=True):
+        for name, tensor in cache.tensors.items():
             tensor.copy_(old[name])
     for t in range(60, 90):
         token.copy_(text[:, t])

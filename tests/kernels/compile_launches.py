@@ -182,12 +182,12 @@ def mamba2_step(
     )  # fmt: skip
 
 
-def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype) -> None:
-    columns = nothing(2, 2048, heads * dim + 2 * size, dtype=dtype)
-    x, b, c = columns.split((heads * dim, size, size), -1)
-    gates = nothing(2, 2048, heads, dtype=FP32)
-    b, c = b[:, :, None], c[:, :, None]
-    triton_mamba2(x.unflatten(-1, (heads, dim)), gates, gates, b, c, nothing(heads, dtype=FP32))
+def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype, train: bool = False) -> None:
+    x, b, c = (nothing(2, 2048, *rest, dtype=dtype) for rest in ((heads, dim), (1, size), (1, size)))
+    gates = nothing(2, 2048, heads, dtype=FP32).requires_grad_(train)
+    out, state = triton_mamba2(x, gates, gates, b, c, nothing(heads, dtype=FP32))
+    if train:
+        (out.sum() + state.sum()).backward()
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -195,6 +195,7 @@ CASES: dict[str, Callable[[], None]] = {
     "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
     "mamba2 step 2.7B, heads in turn": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64, 4, 4, 2)),
     "mamba2 prompt 2.7B": lambda: mamba2_prompt(80, 64, 128, BF16),
+    "mamba2 prompt 2.7B, training": lambda: mamba2_prompt(80, 64, 128, BF16, True),
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
@@ -227,7 +228,7 @@ MORE |= {
     "mamba2 step smollm2": lambda: mamba2_step(128, 9, 64, 64, FP32),
     "mamba2 step of wide heads": lambda: mamba2_step(64, 12, 256, 256, BF16),
     "mamba2 prompt smollm2": lambda: mamba2_prompt(9, 64, 64, torch.float16),
-    "mamba2 prompt fp32": lambda: mamba2_prompt(9, 64, 128, FP32),
+    "mamba2 prompt smollm2, training": lambda: mamba2_prompt(9, 64, 64, BF16, True),
     "mamba2 prompt of wide heads": lambda: mamba2_prompt(4, 256, 256, BF16),
     "distillation 2B": lambda: distillation(2048, 8960, 12, 2, 128, 151936),
     "gated delta rule smollm2, training": lambda: rule(9, 64, 64, True),

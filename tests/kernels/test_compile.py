@@ -20,7 +20,7 @@ SMALL_STACK = 16
 """Bytes of stack that are no spill: ptxas now and then keeps a scalar or two there."""
 LARGER_STACK = {
     "collect_outputs_kernel": 432, "collect_updates_kernel": 392, "prepare_kernel": 248, "scan_kernel": 216,
-    "unscan_kernel": 80,
+    "unscan_kernel": 80, "mamba2_scan_kernel": 112, "mamba2_collect_kernel": 304,
 }  # fmt: skip
 """Of kernels that hold a chunk's tiles in four warps. Two such blocks to a multiprocessor took half to three quarters
 of the time of one with eight warps and half the spills on an H100; what spills is what to mend about them next."""

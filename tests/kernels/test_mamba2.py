@@ -120,6 +120,23 @@ def test_prompt_kernel(tokens, sizes, given, monkeypatch):
     assert relative_rmse(fast_state, state) < CHUNKED_FP32
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 75])
+@pytest.mark.parametrize("sizes", [{}, {"heads": 3, "groups": 1, "dim": 40, "size": 17}])
+@pytest.mark.parametrize("given", [5, 7])
+def test_gradients_of_the_prompt_kernels(tokens, sizes, given, monkeypatch):
+    results = []
+    for form in (naive_mamba2, triton_mamba2):
+        leaves = [tensor.requires_grad_() for tensor in make(tokens, **sizes)][:given]
+        weight = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(7)).to(DEVICE)
+        if form is triton_mamba2:
+            poisoned(monkeypatch)
+        y, state = form(*leaves)
+        ((y * weight).sum() + state.square().sum()).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for name, gradient, fast in zip(NAMES, *results, strict=False):
+        assert relative_rmse(fast, gradient) < GRADIENT_FP32 or not gradient.any(), name
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gated_norm(groups, monkeypatch):
     y, row, weight = (

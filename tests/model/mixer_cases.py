@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from nasbench.model import MIXERS, LayerShape, MixerSpec, mixer_spec
-from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
-from nasbench.model.rotary import rotary_tables
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.documents import Documents
+from nasbench.model.meta import RotaryTables, SequenceMeta, StepMeta
 
 PLAIN = LayerShape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, max_context=64)
 SHAPES = {
@@ -22,7 +23,7 @@ def names() -> list[str]:
     return [*MIXERS, *FURTHER_NAMES]
 
 
-def build(name: str, shape: LayerShape = PLAIN, seed: int = 0) -> TokenMixer:
+def build(name: str, shape: LayerShape = PLAIN, seed: int = 0) -> Block:
     """A mixer in which nothing is zero or one by construction, so that every path matters."""
     torch.manual_seed(seed)
     mixer = mixer_spec(name, shape).build()
@@ -36,34 +37,37 @@ def inputs(config: MixerSpec, batch: int, tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(batch, tokens, config.shape.hidden_size, generator=torch.Generator().manual_seed(seed))
 
 
-def chunk(shape: LayerShape, start: int, tokens: int) -> Chunk:
-    return Chunk(start, *rotary_tables(shape, torch.arange(start, start + tokens)))
+TABLES = RotaryTables(256)
 
 
-def step(shape: LayerShape, positions: Tensor, span: int, uniform: bool) -> Step:
-    return Step(positions, span, uniform, *rotary_tables(shape, positions[:, None]))
+def chunk(start: int, tokens: int, device: str = "cpu", documents: Documents | None = None) -> SequenceMeta:
+    return SequenceMeta(TABLES, torch.device(device), start, tokens, documents)
 
 
-def whole(mixer: TokenMixer, x: Tensor) -> Tensor:
-    return mixer(x, chunk(mixer.config.shape, 0, x.shape[1]))
+def step(positions: Tensor, max_seqlen: int, equal_lengths: bool) -> StepMeta:
+    return StepMeta(TABLES, positions, max_seqlen, equal_lengths)
 
 
-def new_cache(mixer: TokenMixer, batch: int, context: int, dtype: torch.dtype = torch.float32) -> MixerCache:
+def whole(mixer: Block, x: Tensor) -> Tensor:
+    return mixer(x, chunk(0, x.shape[1]))
+
+
+def new_cache(mixer: Block, batch: int, context: int, dtype: torch.dtype = torch.float32) -> BlockCache:
     return mixer.new_cache(batch, context, device="cpu", dtype=dtype)
 
 
-def in_chunks(mixer: TokenMixer, x: Tensor, sizes: list[int], cache: MixerCache) -> Tensor:
+def in_chunks(mixer: Block, x: Tensor, sizes: list[int], cache: BlockCache) -> Tensor:
     outputs, start = [], 0
     for size in sizes:
-        outputs.append(mixer(x[:, start : start + size], chunk(mixer.config.shape, start, size), cache))
+        outputs.append(mixer(x[:, start : start + size], chunk(start, size), cache))
         start += size
     return torch.cat(outputs, dim=1)
 
 
-def stepwise(mixer: TokenMixer, x: Tensor, start: int, cache: MixerCache, uniform: bool = True) -> Tensor:
+def stepwise(mixer: Block, x: Tensor, start: int, cache: BlockCache, uniform: bool = True) -> Tensor:
     outputs = []
     for t in range(start, x.shape[1]):
         positions = torch.full((x.shape[0],), t)
         span = t + 1 if uniform else cache.context
-        outputs.append(mixer.step(x[:, t : t + 1], step(mixer.config.shape, positions, span, uniform), cache))
+        outputs.append(mixer(x[:, t : t + 1], step(positions, span, uniform), cache))
     return torch.cat(outputs, dim=1)

@@ -59,7 +59,7 @@ def test_decode_attention_reads_only_unmasked_keys(keys, dtype, tolerance):
 @torch.no_grad()
 def test_a_window_of_the_whole_sequence_is_full_attention():
     full, wide, narrow = build("A"), build("W40"), build("W39")
-    x = inputs(full.config, 2, 40)
+    x = inputs(full.spec, 2, 40)
     assert relative_rmse(whole(wide, x), whole(full, x)) < CACHE_FP32
     difference = (whole(narrow, x) - whole(full, x)).abs().amax((0, 2))
     assert difference[:39].max() < 1e-5 < difference[39]
@@ -68,7 +68,7 @@ def test_a_window_of_the_whole_sequence_is_full_attention():
 @torch.no_grad()
 def test_the_ring_holds_each_key_at_its_position_modulo_the_window():
     ring, full = build("W7"), build("A")
-    x = inputs(ring.config, 1, 20)
+    x = inputs(ring.spec, 1, 20)
     caches = new_cache(ring, 1, 20), new_cache(full, 1, 20)
     for mixer, cache in zip((ring, full), caches, strict=True):
         in_chunks(mixer, x, [3, 9, 8], cache)
@@ -100,13 +100,13 @@ def test_llama3_scaling_slows_only_long_wavelengths():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_mixer_is_the_written_out_formula(shape):
     mixer = build("A", SHAPES[shape]).double()
-    config = mixer.config.shape
-    x = inputs(mixer.config, 2, 11).double()
+    config = mixer.spec.shape
+    x = inputs(mixer.spec, 2, 11).double()
     q, k, v = (
         norm(project(x).unflatten(-1, (-1, config.head_dim))).transpose(1, 2)
         for project, norm in ((mixer.q_proj, mixer.q_norm), (mixer.k_proj, mixer.k_norm), (mixer.v_proj, lambda y: y))
     )
-    cos, sin = rotary_tables(config, torch.arange(11))
+    cos, sin = rotary_tables(config.rotary, torch.arange(11))
     mixed = plain_attention(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, 99)
     expected = mixer.o_proj(mixed.transpose(1, 2).flatten(2))
     assert relative_rmse(whole(mixer, x), expected) < 1e-6

@@ -33,14 +33,14 @@ def test_parameters_and_cache_bytes_are_the_configurations(name, shape):
     for batch, context, dtype in ((1, 5, torch.float32), (3, 50, torch.bfloat16)):
         cache = new_cache(mixer, batch, context, dtype)
         assert cache.nbytes == config.cache_bytes(batch, context, dtype.itemsize)
-        assert cache.history_nbytes == config.history_bytes(batch, dtype.itemsize)
+        assert cache.conv_state_nbytes == config.conv_state_bytes(batch, dtype.itemsize)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES)
 @torch.no_grad()
 def test_outputs_never_depend_on_later_tokens(name, shape):
     mixer = build(name, SHAPES[shape])
-    x = inputs(mixer.config, 2, 21)
+    x = inputs(mixer.spec, 2, 21)
     changed = x.clone()
     changed[:, 13:] += 1.0
     before, after = whole(mixer, x), whole(mixer, changed)
@@ -52,7 +52,7 @@ def test_outputs_never_depend_on_later_tokens(name, shape):
 @torch.no_grad()
 def test_whole_chunks_and_steps_agree(name, shape):
     mixer = build(name, SHAPES[shape])
-    x = inputs(mixer.config, 2, 23)
+    x = inputs(mixer.spec, 2, 23)
     expected = whole(mixer, x)
     for sizes in ([23], [5, 1, 10], [1], [9, 9]):
         cache = new_cache(mixer, 2, 23)
@@ -68,7 +68,7 @@ def test_whole_chunks_and_steps_agree(name, shape):
 def test_any_chunk_sizes_agree(sizes, steps, name):
     mixer = build(name)
     tokens = sum(sizes) + steps
-    x, cache = inputs(mixer.config, 1, tokens), new_cache(mixer, 1, tokens)
+    x, cache = inputs(mixer.spec, 1, tokens), new_cache(mixer, 1, tokens)
     got = in_chunks(mixer, x, sizes, cache)
     if steps:
         got = torch.cat((got, stepwise(mixer, x, sum(sizes), cache)), dim=1)
@@ -80,21 +80,21 @@ def test_any_chunk_sizes_agree(sizes, steps, name):
 def test_each_sequence_decodes_at_its_own_position(name):
     """Two sequences of 9 and 4 tokens in one batch, whose cache says nothing of the shorter one's end."""
     mixer = build(name)
-    x = inputs(mixer.config, 2, 16)
+    x = inputs(mixer.spec, 2, 16)
     lengths = (9, 4)
     caches = [new_cache(mixer, 1, 16) for _ in lengths]
     for row, length in enumerate(lengths):
         in_chunks(mixer, x[row : row + 1], [length], caches[row])
     both = new_cache(mixer, 2, 16)
-    for name_, tensor in (*both.state.items(), *both.history.items()):
-        parts = [(cache.state | cache.history)[name_] for cache in caches]
+    for name_, tensor in (*both.state.items(), *both.conv_state.items()):
+        parts = [(cache.state | cache.conv_state)[name_] for cache in caches]
         tensor.copy_(torch.cat(parts))
     for t in range(7):
         positions = torch.tensor([length + t for length in lengths])
         tokens = torch.stack([x[row, position] for row, position in enumerate(positions)])[:, None]
-        got = mixer.step(tokens, step(PLAIN, positions, 16, uniform=False), both)
+        got = mixer(tokens, step(positions, 16, equal_lengths=False), both)
         expected = [
-            mixer.step(tokens[row : row + 1], step(PLAIN, positions[row : row + 1], length + t + 1, True), caches[row])
+            mixer(tokens[row : row + 1], step(positions[row : row + 1], length + t + 1, True), caches[row])
             for row, length in enumerate(lengths)
         ]
         assert relative_rmse(got, torch.cat(expected)) < CACHE_FP32
@@ -104,9 +104,9 @@ def test_each_sequence_decodes_at_its_own_position(name):
 @torch.no_grad()
 def test_a_reset_cache_is_a_new_one(name):
     mixer = build(name)
-    x, cache = inputs(mixer.config, 2, 9), new_cache(mixer, 2, 12)
+    x, cache = inputs(mixer.spec, 2, 9), new_cache(mixer, 2, 12)
     cache.fill_random()
-    assert all(tensor.abs().sum() > 0 for tensor in (*cache.state.values(), *cache.history.values()))
+    assert all(tensor.abs().sum() > 0 for tensor in (*cache.state.values(), *cache.conv_state.values()))
     assert torch.isfinite(stepwise(mixer, x, 8, cache)).all()
     cache.reset()
     assert relative_rmse(in_chunks(mixer, x, [9], cache), whole(mixer, x)) < CACHE_FP32
@@ -115,7 +115,7 @@ def test_a_reset_cache_is_a_new_one(name):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_gradients_reach_every_parameter_and_the_input(name, shape):
     mixer = build(name, SHAPES[shape])
-    x = inputs(mixer.config, 2, 12).requires_grad_()
+    x = inputs(mixer.spec, 2, 12).requires_grad_()
     whole(mixer, x).square().sum().backward()
     for label, tensor in (("input", x), *mixer.named_parameters()):
         assert tensor.grad is not None, label
@@ -133,7 +133,7 @@ def test_fresh_mixers_train(name):
     seen = set()
     for _ in range(2):
         mixer.zero_grad()
-        whole(mixer, inputs(mixer.config, 2, 12)).square().sum().backward()
+        whole(mixer, inputs(mixer.spec, 2, 12)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in mixer.parameters())
         seen |= {label for label, parameter in mixer.named_parameters() if parameter.grad.abs().sum() > 0}
         with torch.no_grad():
@@ -148,8 +148,8 @@ def test_fresh_mixers_train(name):
 def test_starting_from_attention_copies(name, shape):
     attention = build("A", SHAPES[shape], seed=3)
     config = mixer_spec(name, SHAPES[shape])
-    mixer = config.mixer_class().init_from_attention(config, attention)
-    assert isinstance(mixer, config.mixer_class())
+    mixer = config.block_class().init_from_attention(config, attention)
+    assert isinstance(mixer, config.block_class())
     x = inputs(config, 2, 12)
     assert torch.isfinite(whole(mixer, x)).all()
     before = {label: tensor.clone() for label, tensor in attention.state_dict().items()}
@@ -163,7 +163,7 @@ def test_starting_from_attention_copies(name, shape):
 def test_attention_kinds_start_equal_to_their_source(name):
     attention = build("A", SHAPES["one-kv"], seed=3)
     config = mixer_spec(name, SHAPES["one-kv"])
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    mixer = config.block_class().init_from_attention(config, attention)
     assert isinstance(mixer, FullAttention)
     x = inputs(config, 2, 20)
     assert relative_rmse(whole(mixer, x), whole(attention, x)) < CACHE_FP32
@@ -173,7 +173,7 @@ def test_attention_kinds_start_equal_to_their_source(name):
 @torch.no_grad()
 def test_weights_survive_a_file(name, tmp_path):
     mixer, other = build(name), build(name, seed=5)
-    x = inputs(mixer.config, 1, 9)
+    x = inputs(mixer.spec, 1, 9)
     expected = whole(mixer, x)  # also moves the projections into one matrix, which the file must not notice
     save_file(mixer.state_dict(), tmp_path / "mixer.safetensors")
     assert relative_rmse(whole(other, x), expected) > 1e-3
@@ -185,7 +185,7 @@ def test_weights_survive_a_file(name, tmp_path):
 @torch.no_grad()
 def test_half_precision_stays_close(name):
     mixer = build(name)
-    x = inputs(mixer.config, 2, 20)
+    x = inputs(mixer.spec, 2, 20)
     expected = whole(mixer, x)
     mixer.to(torch.bfloat16)
     cache = new_cache(mixer, 2, 20, torch.bfloat16)
@@ -205,4 +205,4 @@ def test_costs_are_positive_and_grow(name):
 
 
 def test_chunk_helper_stands_where_it_says():
-    assert torch.equal(chunk(PLAIN, 3, 2).cos, chunk(PLAIN, 0, 5).cos[3:])
+    assert torch.equal(chunk(3, 2).rotary(PLAIN)[0], chunk(0, 5).rotary(PLAIN)[0][3:])

@@ -1,10 +1,8 @@
 """Packed documents know nothing of each other: every kind gives for each what it gives for the document alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from mixer_cases import PLAIN, SHAPES, build, chunk, inputs, names, whole
+from mixer_cases import SHAPES, build, chunk, inputs, names, whole
 from nasbench_kernels.conv import naive_short_conv, short_conv
 from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
@@ -46,10 +44,10 @@ def gradients(mixer, x):
 def test_packed_documents_are_the_documents_alone(name, shape, block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
     mixer = build(name, SHAPES[shape])
-    assert mixer.keeps_documents_apart
-    x = inputs(mixer.config, 2, TOKENS).requires_grad_()
+    assert mixer.supports_packed_documents
+    x = inputs(mixer.spec, 2, TOKENS).requires_grad_()
     weights = torch.randn(2, TOKENS, x.shape[-1], generator=torch.Generator().manual_seed(7))
-    where = replace(chunk(SHAPES[shape], 0, TOKENS), documents=packed())
+    where = chunk(0, TOKENS, documents=packed())
     got = mixer(x, where)
     (got * weights).sum().backward()
     together = {label: tensor.clone() for label, tensor in gradients(mixer, x).items()}
@@ -69,8 +67,8 @@ def test_packed_documents_are_the_documents_alone(name, shape, block, monkeypatc
 @torch.no_grad()
 def test_one_document_is_a_row_without_boundaries(name):
     mixer = build(name)
-    x = inputs(mixer.config, 2, TOKENS)
-    where = replace(chunk(PLAIN, 0, TOKENS), documents=packed(((TOKENS,), (TOKENS,))))
+    x = inputs(mixer.spec, 2, TOKENS)
+    where = chunk(0, TOKENS, documents=packed(((TOKENS,), (TOKENS,))))
     assert relative_rmse(mixer(x, where), whole(mixer, x)) < CHUNKED_FP32
 
 
@@ -78,10 +76,10 @@ def test_one_document_is_a_row_without_boundaries(name):
 @torch.no_grad()
 def test_no_document_reads_another(name):
     mixer = build(name)
-    x = inputs(mixer.config, 2, TOKENS)
+    x = inputs(mixer.spec, 2, TOKENS)
     changed = x.clone()
     changed[0, :52] += 3.0
-    where = replace(chunk(PLAIN, 0, TOKENS), documents=packed())
+    where = chunk(0, TOKENS, documents=packed())
     before, after = mixer(x, where), mixer(changed, where)
     assert relative_rmse(after[0, 52:], before[0, 52:]) < 1e-5
     assert relative_rmse(after[0, :52], before[0, :52]) > 1e-3
@@ -99,16 +97,12 @@ def test_packed_documents_are_the_documents_alone_on_a_gpu(name):
     """In bf16, by the kernels that a GPU picks for attention with a mask; 1100 tokens are two blocks of queries."""
     lengths = ((1, 300, 799), (1100,), (700, 400))
     mixer = build(name).to("cuda", torch.bfloat16)
-    x = inputs(mixer.config, 3, 1100).to("cuda", torch.bfloat16)
-
-    def place(tokens):
-        where = chunk(PLAIN, 0, tokens)
-        return replace(where, cos=where.cos.cuda(), sin=where.sin.cuda())
+    x = inputs(mixer.spec, 3, 1100).to("cuda", torch.bfloat16)
 
     documents = Documents(packed(lengths).ages.cuda())
-    got = mixer(x, replace(place(1100), documents=documents))
+    got = mixer(x, chunk(0, 1100, "cuda", documents))
     got.square().sum().backward()
     assert all(bool(parameter.grad.isfinite().all()) for parameter in mixer.parameters())
     for row, part in pieces(lengths):
-        alone = mixer(x[row : row + 1, part], place(part.stop - part.start))
+        alone = mixer(x[row : row + 1, part], chunk(0, part.stop - part.start, "cuda"))
         assert relative_rmse(got[row, part], alone[0]) < BF16, (row, part)

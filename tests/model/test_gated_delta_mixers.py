@@ -66,7 +66,7 @@ def test_decay_parameters_stay_fp32(name):
 def test_jet_block_is_the_formula_of_the_design(args, shape):
     mixer = build(f"J@{args}" if args else "J", shape)
     heads, key_dim, taps = mixer.heads, mixer.key_dim, 4
-    x = inputs(mixer.config, 2, 30)
+    x = inputs(mixer.spec, 2, 30)
 
     def head_vectors(weight):
         y = F.silu(x @ weight.T).unflatten(-1, (heads, key_dim))
@@ -87,7 +87,7 @@ def test_jet_block_is_the_formula_of_the_design(args, shape):
 def test_the_generator_starts_as_the_static_kernel():
     attention = build("A")
     config = mixer_spec("J", PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    mixer = config.block_class().init_from_attention(config, attention)
     x = inputs(config, 1, 5)
     generator = mixer.dynamic_conv1d.kernel_generator
     kernels = generator(generator.w1(x))
@@ -99,7 +99,7 @@ def test_the_generator_starts_as_the_static_kernel():
 def test_projections_start_as_the_attentions(name):
     attention = build("A")
     config = mixer_spec(name, PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    mixer = config.block_class().init_from_attention(config, attention)
     sharp = START_SHARPNESS if name == "J" else 1.0  # a power of two: exact
     assert torch.equal(mixer.q_proj.weight, sharp * attention.q_proj.weight)
     for ours, theirs, scale in (
@@ -115,12 +115,12 @@ def test_projections_start_as_the_attentions(name):
 def test_heads_of_another_size_copy_their_leading_channels():
     attention = build("A")
     config = mixer_spec("J@4x12x5", PLAIN)
-    mixer = config.mixer_class().init_from_attention(config, attention)
+    mixer = config.block_class().init_from_attention(config, attention)
     ours = mixer.q_proj.weight.unflatten(0, (4, 12))
     assert torch.equal(ours[:, :8], START_SHARPNESS * attention.q_proj.weight.unflatten(0, (6, 8))[:4])
     assert 0 < ours[:, 8:].abs().mean() < 1
     wide = mixer_spec("J@6x8x12", PLAIN)
-    output = wide.mixer_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
+    output = wide.block_class().init_from_attention(wide, attention).o_proj.weight.unflatten(1, (6, 12))
     assert output[..., 8:].abs().max() == 0
     assert output[..., :8].abs().min() > 0
 

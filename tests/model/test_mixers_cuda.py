@@ -2,19 +2,13 @@
 
 import pytest
 import torch
-from mixer_cases import build, names
+from mixer_cases import build, chunk, names, step
 from tolerances import BF16, relative_rmse
 
 from nasbench.model import LayerShape
-from nasbench.model.block import Chunk, Step
-from nasbench.model.rotary import rotary_tables
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPE = LayerShape(hidden_size=256, num_heads=6, num_kv_heads=2, head_dim=64, max_context=256, qkv_bias=True)
-
-
-def tables(positions):
-    return rotary_tables(SHAPE, positions)
 
 
 @pytest.mark.parametrize("name", names())
@@ -24,31 +18,30 @@ def test_a_captured_step_replays_as_it_runs(name, uniform):
     mixer = build(name, SHAPE).to("cuda", torch.bfloat16)
     x = torch.randn(3, 1, SHAPE.hidden_size, device="cuda", dtype=torch.bfloat16)
     positions = torch.full((3,), 63, device="cuda") if uniform else torch.tensor([63, 5, 40], device="cuda")
-    step = Step(positions, 64, uniform, *tables(positions[:, None]))
     caches = [mixer.new_cache(3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     caches[0].fill_random()
-    start = {key: tensor.clone() for key, tensor in (caches[0].state | caches[0].history).items()}
+    start = {key: tensor.clone() for key, tensor in caches[0].tensors.items()}
 
     def restore(cache):
-        for key, tensor in (cache.state | cache.history).items():
+        for key, tensor in cache.tensors.items():
             tensor.copy_(start[key])
 
     restore(caches[1])
-    expected = mixer.step(x, step, caches[1])
+    expected = mixer(x, step(positions, 64, uniform), caches[1])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
-            mixer.step(x, step, caches[0])
+            mixer(x, step(positions, 64, uniform), caches[0])
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = mixer.step(x, step, caches[0])
+        got = mixer(x, step(positions, 64, uniform), caches[0])
     restore(caches[0])
     graph.replay()
     assert relative_rmse(got, expected) < 1e-3
-    for key, tensor in (caches[0].state | caches[0].history).items():
-        assert relative_rmse(tensor, (caches[1].state | caches[1].history)[key]) < 1e-3, key
+    for key, tensor in caches[0].tensors.items():
+        assert relative_rmse(tensor, caches[1].tensors[key]) < 1e-3, key
 
 
 @pytest.mark.parametrize("name", names())
@@ -56,11 +49,11 @@ def test_a_captured_step_replays_as_it_runs(name, uniform):
 def test_chunks_agree_with_the_cpu(name):
     mixer = build(name, SHAPE)
     x = torch.randn(2, 100, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
-    expected = mixer(x, Chunk(0, *tables(torch.arange(100))))
+    expected = mixer(x, chunk(0, 100))
     mixer.to("cuda", torch.bfloat16)
     cache = mixer.new_cache(2, 100, device="cuda", dtype=torch.bfloat16)
     outputs = []
     for start, end in ((0, 33), (33, 34), (34, 100)):
-        chunk = Chunk(start, *tables(torch.arange(start, end, device="cuda")))
-        outputs.append(mixer(x[:, start:end].to("cuda", torch.bfloat16), chunk, cache))
+        where = chunk(start, end - start, "cuda")
+        outputs.append(mixer(x[:, start:end].to("cuda", torch.bfloat16), where, cache))
     assert relative_rmse(torch.cat(outputs, 1).cpu(), expected) < BF16

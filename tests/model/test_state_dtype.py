@@ -14,7 +14,7 @@ def test_arguments(kind):
     narrow, wide = (mixer_spec(f"{kind}@2x4x24{bits}", PLAIN) for bits in ("x16", "x32"))
     assert (narrow.args, wide.args) == ("2x4x24x16", "2x4x24")
     assert 2 * narrow.cache_bytes(3, 100) == wide.cache_bytes(3, 100)
-    assert 2 * narrow.state_traffic_bytes(3, 100) - wide.state_traffic_bytes(3, 100) == 2 * wide.history_bytes(3)
+    assert 2 * narrow.traffic_bytes(3, 100) - wide.traffic_bytes(3, 100) == 2 * wide.conv_state_bytes(3)
     with pytest.raises(UserError, match=r"2x4x24x8.*32 bits.*16"):
         mixer_spec(f"{kind}@2x4x24x8", PLAIN)
 
@@ -26,6 +26,6 @@ def test_chunks_and_steps_stay_close_to_an_fp32_state(kind):
     for bits in (16, 32):
         mixer = build(f"{kind}@3x16x16x{bits}")
         cache = new_cache(mixer, 2, 60)
-        assert cache.state["state"].nbytes == mixer.config.cache_bytes(2, 60)
-        outputs.append(in_chunks(mixer, inputs(mixer.config, 2, 60), [33, *[1] * 27], cache))
+        assert cache.state["state"].nbytes == mixer.spec.cache_bytes(2, 60)
+        outputs.append(in_chunks(mixer, inputs(mixer.spec, 2, 60), [33, *[1] * 27], cache))
     assert 0.0 < relative_rmse(*outputs) < BF16

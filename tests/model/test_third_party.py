@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from nasbench.model.spec import MixerSpec, parse_ints
-from nasbench.model.block import MixerCache, TokenMixer
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.packed import PackedProjections
 
 
 @dataclass(frozen=True)
@@ -48,40 +49,40 @@ class MeanConfig(MixerSpec):
         return 2 * tokens * self.parameters()
 
     @classmethod
-    def mixer_class(cls):
+    def block_class(cls):
         return Mean
 
 
-class Mean(TokenMixer):
-    config_class = MeanConfig
+class Mean(Block):
+    def __init__(self, spec):
+        super().__init__(spec)
+        self.v_proj = nn.Linear(spec.shape.hidden_size, spec.width, bias=False)
+        self.o_proj = nn.Linear(spec.width, spec.shape.hidden_size, bias=False)
+        self.packed = PackedProjections((self.v_proj,))
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.v_proj = nn.Linear(config.shape.hidden_size, config.width, bias=False)
-        self.o_proj = nn.Linear(config.width, config.shape.hidden_size, bias=False)
+    @property
+    def out(self):
+        return self.o_proj
 
     def new_cache(self, batch, context, *, device, dtype):
-        shape = (batch, self.config.width + 1)
-        return MixerCache(context, {"sum": torch.zeros(shape, device=device, dtype=torch.float32)})
+        shape = (batch, self.spec.width + 1)
+        return BlockCache(context, {"sum": torch.zeros(shape, device=device, dtype=torch.float32)})
 
-    def forward(self, x, chunk, cache=None):
-        v = self.v_proj(x).float()
+    def core(self, row, meta, cache=None):
+        v = row.float()
         v = torch.cat((v, torch.ones_like(v[..., :1])), -1)
         total = v.cumsum(1)
         if cache is not None:
             total = total + cache.state["sum"][:, None]
             cache.state["sum"].copy_(total[:, -1])
-        return self.o_proj((total[..., :-1] / total[..., -1:]).to(x.dtype))
-
-    def step(self, x, step, cache):
-        return self.forward(x, None, cache)
+        return (total[..., :-1] / total[..., -1:]).to(row.dtype)
 
     @classmethod
-    def init_from_attention(cls, config, attention):
+    def init_from_attention(cls, spec, attention):
         weight = attention.v_proj.weight
-        mixer = cls(config).to(weight.device, weight.dtype)
+        mixer = cls(spec).to(weight.device, weight.dtype)
         with torch.no_grad():
-            mixer.v_proj.weight.copy_(weight[: config.width])
+            mixer.v_proj.weight.copy_(weight[: spec.width])
         return mixer
 '''
 
@@ -111,12 +112,12 @@ def test_an_installed_kind_is_one_of_the_kinds(fifth_kind):
 @torch.no_grad()
 def test_an_installed_kind_keeps_the_contract(fifth_kind):
     mixer = build("Z")
-    x = inputs(mixer.config, 2, 11)
+    x = inputs(mixer.spec, 2, 11)
     cache = new_cache(mixer, 2, 11)
-    assert cache.nbytes == mixer.config.cache_bytes(2, 11)
+    assert cache.nbytes == mixer.spec.cache_bytes(2, 11)
     got = torch.cat((in_chunks(mixer, x, [4, 3], cache), stepwise(mixer, x, 7, cache)), dim=1)
     assert relative_rmse(got, whole(mixer, x)) < CACHE_FP32
-    started = mixer.config.mixer_class().init_from_attention(mixer.config, build("A"))
+    started = mixer.spec.block_class().init_from_attention(mixer.spec, build("A"))
     assert torch.isfinite(whole(started, x)).all()
 
 

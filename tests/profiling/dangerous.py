@@ -12,7 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from nasbench.model.block import MixerCache, TokenMixer
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.meta import StepMeta
 from nasbench.model.spec import MixerSpec, parse_ints
 
 HARMLESS, KILLED, LEFT, HUNG, CRASHED, GREEDY = range(1, 7)
@@ -44,30 +45,32 @@ class DangerousConfig(MixerSpec):
         return tokens
 
     @classmethod
-    def mixer_class(cls):
+    def block_class(cls):
         return Dangerous
 
 
-class Dangerous(TokenMixer):
-    config_class = DangerousConfig
-
-    def __init__(self, config):
-        super().__init__(config)
+class Dangerous(Block):
+    def __init__(self, spec):
+        super().__init__(spec)
         self.scale = torch.nn.Parameter(torch.ones(1))
 
-    def new_cache(self, batch, context, *, device, dtype):
-        return MixerCache(context, {"state": torch.zeros(batch, device=device)})
+    @property
+    def out(self):
+        return None
 
-    def forward(self, x, chunk, cache=None):
-        return x * self.scale
+    def core(self, row, meta, cache=None):
+        return row * self.scale
 
-    def step(self, x, step, cache):
-        if step.span == 64:
+    def run(self, stream, norm, meta, cache=None, post_norm=None):
+        if isinstance(meta, StepMeta) and meta.max_seqlen == 64:
             self.end()
-        return x * self.scale
+        stream.add(self.core(stream.normed(norm), meta), post_norm)
+
+    def new_cache(self, batch, context, *, device, dtype):
+        return BlockCache(context, {"state": torch.zeros(batch, device=device)})
 
     def end(self):
-        match self.config.ending:
+        match self.spec.ending:
             case 2:
                 os.kill(os.getpid(), signal.SIGKILL)
             case 3:
@@ -80,5 +83,5 @@ class Dangerous(TokenMixer):
                 torch.empty(1 << 55)
 
     @classmethod
-    def init_from_attention(cls, config, attention):
-        return cls(config)
+    def init_from_attention(cls, spec, attention):
+        return cls(spec)

@@ -77,7 +77,7 @@ def test_the_allocators_cache_is_the_formulas(rows):
         if row.block in "AWJG":
             config = TINY.mixer(row.block)
             assert row.cache_bytes == row.cache_formula_bytes == config.cache_bytes(row.batch, row.context, 4)
-            assert row.history_bytes == config.history_bytes(row.batch, 4)
+            assert row.history_bytes == config.conv_state_bytes(row.batch, 4)
             assert row.gb_s is not None
             assert row.bandwidth_fraction is not None
             assert row.args == config.args
@@ -193,10 +193,10 @@ def test_instances_are_cold_and_share_no_memory():
     bench = replace(todo.bench, llc_bytes=1 << 16)
     work = build(bench, Point("A", "decode", 1, 256))
     assert len(work.calls) >= 4
-    weights = {call.func.__self__.q_proj.weight.data_ptr() for call in work.calls}  # type: ignore[attr-defined]
-    caches = {call.args[2].state["keys"].data_ptr() for call in work.calls}  # type: ignore[attr-defined]
+    weights = {call.args[0].q_proj.weight.data_ptr() for call in work.calls}  # type: ignore[attr-defined]
+    caches = {call.args[4].state["keys"].data_ptr() for call in work.calls}  # type: ignore[attr-defined]
     assert len(weights) == len(caches) == len(work.calls)
-    assert all(call.args[2].state["keys"].abs().min() > 0 for call in work.calls)  # type: ignore[attr-defined]
+    assert all(call.args[4].state["keys"].abs().min() > 0 for call in work.calls)  # type: ignore[attr-defined]
     one = TINY.mixer("A").parameters() * 4 + TINY.mixer("A").cache_bytes(1, 256, 4)
     assert len(work.calls) * one >= 2 * bench.llc_bytes
 

@@ -160,10 +160,10 @@ def test_rows_of_a_cache_are_written_and_no_others(decoder):
     assert (rows.batch, rows.length, cache.length) == (2, 9, 0)
     alone = prefill(decoder, tokens[:1], single, 4)
     torch.testing.assert_close(logits[:1], alone, rtol=1e-3, atol=1e-4)
-    for mixer, other in zip(cache.mixers, single.mixers, strict=True):
-        for name, tensor in {**mixer.state, **mixer.history}.items():
+    for mixer, other in zip(cache.kept, single.kept, strict=True):
+        for name, tensor in mixer.tensors.items():
             assert not tensor[[0, 3]].any()
-            torch.testing.assert_close(tensor[1], {**other.state, **other.history}[name][0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(tensor[1], other.tensors[name][0], rtol=1e-3, atol=1e-4)
 
 
 def test_a_writer_and_a_stepper_say_the_same(decoder):

@@ -49,7 +49,7 @@ def test_steps_read_exactly_the_context_and_different_tokens(monkeypatch):
     def spy(self, tokens, step, cache):
         spans.append((step.span, step.uniform))
         fed.append(tokens.tolist())
-        assert all(bool(state.any()) for mixer in cache.mixers for state in mixer.state.values()), "an empty cache"
+        assert all(bool(state.any()) for mixer in cache.kept for state in mixer.state.values()), "an empty cache"
         return original(self, tokens, step, cache)
 
     monkeypatch.setattr(decoder_module.Decoder, "_step", spy)

@@ -1,5 +1,6 @@
 """Chunked losses against the plain formulas; the optimiser against torch's."""
 
+import pytest
 import torch
 from tolerances import GRADIENT_FP32, relative_rmse
 from torch.nn import functional as F
@@ -91,3 +92,19 @@ def test_groups_may_have_learning_rates_of_their_own():
     # Adam's first step is the learning rate.
     assert torch.allclose(ours["a"], torch.full((3,), 0.95))
     assert torch.allclose(ours["b"], torch.full((3,), 0.99))
+
+
+@pytest.mark.gpu
+def test_losses_on_a_gpu_equal_those_on_a_cpu():
+    torch.manual_seed(0)
+    student, teacher = (2 * torch.randn(2, 33, 16) for _ in range(2))
+    weight, tokens = torch.randn(9001, 16), torch.randint(9001, (2, 33))
+    results = []
+    for device in ("cpu", "cuda"):
+        hidden = student.detach().clone().to(device).requires_grad_()
+        loss = distillation_kl(hidden, teacher.to(device), weight.to(device), chunk=10)
+        (3 * loss).backward()
+        nll, kl = token_losses(hidden.detach(), tokens.to(device), weight.to(device), teacher.to(device), chunk=10)
+        results.append([x.detach().cpu() for x in (loss, hidden.grad, nll, kl)])
+    for name, slow, fast in zip(("kl", "gradient", "nll", "row kl"), *results, strict=True):
+        assert relative_rmse(fast, slow) < GRADIENT_FP32, name

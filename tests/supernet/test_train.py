@@ -16,13 +16,14 @@ from tolerances import relative_rmse
 from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import MachineError, UserError
 from nasbench.data.packing import Batch, Corpus
+from nasbench.model.block import features_of
 from nasbench.spaces.placement import kind_of
 from nasbench.supernet import checkpoint
 from nasbench.supernet import train as training
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
-from nasbench.supernet.ridge import features, solve_readouts
+from nasbench.supernet.ridge import solve_readouts
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import align_step, distill_step, sample_placement
 from nasbench.supernet.supernet import Supernet
@@ -72,10 +73,10 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     net = Supernet.build(load_model(str(tiny_model)), run.spec.space)
     tokens = Corpus.load(run.spec.data, net.tokenizer, 32).train[:32]
     layer, mixer = net.teacher.layers[0], net.mixer(0, "J")
-    x, chunk = net.teacher.embed(tokens), net.teacher.chunk(0, 32)
-    inputs = layer.attention_input(x)
+    x, chunk = net.teacher.embed(tokens), net.teacher.sequence_meta(0, 32)
+    inputs = layer.input_layernorm(x)
     target = layer.self_attn(inputs, chunk)
-    seen = features(mixer, inputs, chunk)
+    seen = features_of(mixer, inputs, chunk).flatten(0, -2)
     before = float(relative_error(mixer(inputs, chunk), target).detach())
     solve_readouts(net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], Batch(tokens).split(8), ridge=1e-9)
     solution = torch.linalg.lstsq(seen.double(), target.flatten(0, 1).double()).solution
@@ -385,8 +386,8 @@ def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
         assert not torch.equal(window.o_proj.weight, attention.o_proj.weight)
         assert torch.equal(window.q_proj.weight, attention.q_proj.weight)
     plain = Supernet.build(load_model(str(tiny_model)), run.spec.space)
-    x, chunk = plain.teacher.embed(tokens), plain.teacher.chunk(0, 32)
-    inputs = plain.teacher.layers[0].attention_input(x)
+    x, chunk = plain.teacher.embed(tokens), plain.teacher.sequence_meta(0, 32)
+    inputs = plain.teacher.layers[0].input_layernorm(x)
     target = plain.teacher.layers[0].self_attn(inputs, chunk)
     errors = [float(relative_error(n.mixer(0, "W4")(inputs, chunk), target).detach()) for n in (plain, loaded)]
     assert errors[1] < errors[0]

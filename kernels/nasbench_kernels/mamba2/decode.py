@@ -128,7 +128,7 @@ class StepLaunch:
         tiles: whole heads of a group that a program takes one after the other; `block_p` is then a head's dimension.
         stages: of the loop over several tiles, s - 1 of which are on their way.
         registers: most of a thread; 0 leaves it to the compiler.
-        evict_reads, stream_writes: as of `nasbench_kernels.decode.recurrent.StepLaunch`.
+        evict_reads, stream_writes: the second-level cache need not keep lines that are read, or written.
     """
 
     block_p: int

@@ -1,66 +1,34 @@
-"""The recurrence of Mamba2 over a prompt in Triton: a program takes channels of a head from chunk to chunk.
+"""The recurrence of Mamba2 over a sequence in Triton, forward and backward. README.md derives the equations.
 
-The state stays in registers in fp32. Operands of matrix products are in the inputs' dtype and accumulate in fp32.
+    scores   every chunk and group at once: c_i . b_j, which the heads of a group share
+    scan     chunk by chunk, a program per tile of channels of a head: state in registers, outputs
+    unscan   chunk by chunk backwards: gradients of states
+    collect  every chunk and head at once: gradients of x, dt, decay, b, c and skip
+
+States stay in registers in fp32; operands of matrix products are in the inputs' dtype and accumulate in fp32.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from nasbench_kernels.common.tile import decays, matrix
 from nasbench_kernels.gated_delta.prefill import without_wgmma
+from nasbench_kernels.mamba2.prefill_kernels import (
+    mamba2_collect_kernel,
+    mamba2_scan_kernel,
+    mamba2_scores_kernel,
+    mamba2_unscan_kernel,
+)
 
-CHUNK = 64
-BLOCK_P = 32
-
-
-@triton.jit
-def mamba2_scan_kernel(
-    x, x_stride, dt, decay, b, b_stride, c, c_stride, skip, state_in, state_out, out, T,
-    HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, SKIP: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    sequence = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
-    group = head // (HEADS // GROUPS)
-    rows = tl.arange(0, CHUNK)
-    lanes = tl.arange(0, BLOCK_N)
-    channels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_lanes, in_channels = lanes < STATE, channels < DIM
-    kind = b.dtype.element_ty
-    tile = (sequence * HEADS + head) * DIM * STATE + channels[:, None] * STATE + lanes[None, :]
-    in_tile = in_channels[:, None] & in_lanes[None, :]
-    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if INITIAL:
-        state = tl.load(state_in + tile, mask=in_tile, other=0.0).to(tl.float32)
-    through = 0.0
-    if SKIP:
-        through = tl.load(skip + head)
-    for n in tl.range(0, tl.cdiv(T, CHUNK), num_stages=STAGES):
-        start = n * CHUNK
-        in_rows = start + rows < T
-        first = sequence * T + start
-        step = tl.load(dt + (first + rows) * HEADS + head, mask=in_rows, other=0.0)
-        rate = tl.load(decay + (first + rows) * HEADS + head, mask=in_rows, other=0.0)
-        total = tl.cumsum(rate, 0)
-        last = tl.sum(rate)
-        keys = matrix(b + first * b_stride + group * STATE, rows, lanes, b_stride, in_rows, in_lanes)
-        queries = matrix(c + first * c_stride + group * STATE, rows, lanes, c_stride, in_rows, in_lanes)
-        values = matrix(x + first * x_stride + head * DIM, rows, channels, x_stride, in_rows, in_channels)
-        values = values.to(tl.float32)
-        moved = values * step[:, None]
-        score = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * decays(total, rows, in_rows, False)
-        mixed = tl.dot(queries, tl.trans(state.to(kind)), input_precision=PRECISION) * tl.exp(total)[:, None]
-        mixed = tl.dot(score.to(kind), moved.to(kind), mixed, input_precision=PRECISION) + values * through
-        at = (first + rows)[:, None] * (HEADS * DIM) + head * DIM + channels[None, :]
-        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=in_rows[:, None] & in_channels[None, :])
-        kept = (moved * tl.exp(last - total)[:, None]).to(kind)
-        state = state * tl.exp(last) + tl.dot(tl.trans(kept), keys, input_precision=PRECISION)
-    tl.store(state_out + tile, state, mask=in_tile)
+CHUNK, BLOCK_P = 64, 32
+COLLECT_P = 16
+"""Channels at once in `collect`, which keeps three sums of a chunk in registers."""
+FP32_CHUNK, FP32_BLOCK_P = 32, 16
+"""Of fp32 inputs, whose products are three of tf32: larger tiles take thousands of bytes of stack."""
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -69,7 +37,81 @@ def _rows(x: Tensor) -> Tensor:
     return x if together else x.contiguous()
 
 
-@without_wgmma()
+def _constants(x: Tensor, b: Tensor) -> dict[str, Any]:
+    """What every kernel but the first takes."""
+    (heads, dim), (groups, size), exact = x.shape[2:], b.shape[2:], x.dtype == torch.float32
+    chunk, block = (FP32_CHUNK, FP32_BLOCK_P) if exact else (CHUNK, BLOCK_P)
+    return {
+        "HEADS": heads, "GROUPS": groups, "DIM": dim, "STATE": size, "CHUNK": chunk,
+        "BLOCK_P": max(16, min(block, triton.next_power_of_2(dim))), "BLOCK_N": max(16, triton.next_power_of_2(size)),
+        "PRECISION": "tf32x3" if exact else "tf32", "num_warps": 8 if exact or size > 64 else 4,
+    }  # fmt: skip
+
+
+class _ChunkedMamba2(torch.autograd.Function):
+    @staticmethod
+    @without_wgmma()
+    def forward(
+        ctx: Any, x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, skip: Tensor | None, state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtypes = dt.dtype, decay.dtype
+        x, b, c = (_rows(part) for part in (x, b, c))
+        dt, decay = (part.float().contiguous() for part in (dt, decay))
+        batch, tokens, heads, dim = x.shape
+        groups, size = b.shape[2:]
+        sizes, keep = _constants(x, b), any(ctx.needs_input_grad)
+        chunk, block = sizes["CHUNK"], sizes["BLOCK_P"]
+        count = triton.cdiv(tokens, chunk)
+        scores = torch.empty(batch, tokens, groups, chunk, device=x.device, dtype=x.dtype)
+        mamba2_scores_kernel[(count, batch * groups)](
+            b, b.stride(1), c, c.stride(1), scores, tokens,
+            **{key: sizes[key] for key in ("GROUPS", "STATE", "CHUNK", "BLOCK_N", "PRECISION")}, num_warps=4,
+        )  # fmt: skip
+        out = torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype)
+        state_out = torch.empty(batch, heads, dim, size, device=x.device, dtype=torch.float32)
+        states = torch.empty(batch, heads, count, dim, size, device=x.device, dtype=x.dtype) if keep else out
+        factor = dt if skip is None else skip.float()
+        mamba2_scan_kernel[(triton.cdiv(dim, block), batch * heads)](
+            x, x.stride(1), dt, decay, b, b.stride(1), c, c.stride(1), scores, factor,
+            state_out if state is None else state.contiguous(), state_out, states, out, tokens,
+            **sizes, INITIAL=state is not None, SKIP=skip is not None, KEEP=keep,
+            STAGES=1 if x.dtype == torch.float32 or size > 128 else 2,
+        )  # fmt: skip
+        if keep:
+            ctx.save_for_backward(x, dt, decay, b, c, factor, scores, states)
+            ctx.skip, ctx.state = None if skip is None else skip.dtype, None if state is None else state.dtype
+        return out, state_out
+
+    @staticmethod
+    @without_wgmma()
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, dt, decay, b, c, factor, scores, states = ctx.saved_tensors
+        dout, dstate_out = gradients[0].to(x.dtype).contiguous(), gradients[1].contiguous()
+        batch, tokens, heads, dim = x.shape
+        groups, size = b.shape[2:]
+        sizes = _constants(x, b)
+        dstate_in, dstates = torch.empty_like(dstate_out), torch.empty_like(states)
+        mamba2_unscan_kernel[(triton.cdiv(dim, sizes["BLOCK_P"]), batch * heads)](
+            decay, c, c.stride(1), dout, dstate_out, dstate_in, dstates, tokens, **sizes,
+            STAGES=1 if x.dtype == torch.float32 or size > 128 else 2,
+        )  # fmt: skip
+        dx, ddt, ddecay, dskip = torch.empty_like(dout), *(torch.empty_like(dt) for _ in range(3))
+        # Of each head; a group's are summed below.
+        db, dc = (torch.empty(batch, tokens, heads, size, device=x.device, dtype=b.dtype) for _ in range(2))
+        mamba2_collect_kernel[(triton.cdiv(tokens, sizes["CHUNK"]), batch * heads)](
+            x, x.stride(1), dt, decay, b, b.stride(1), c, c.stride(1), scores, factor, states, dstates, dout,
+            dx, ddt, ddecay, db, dc, dskip, tokens,
+            **sizes | {"num_warps": 8, "BLOCK_P": COLLECT_P}, SKIP=ctx.skip is not None,
+        )  # fmt: skip
+        if groups < heads:
+            db, dc = (part.unflatten(2, (groups, -1)).sum(3, dtype=torch.float32).to(b.dtype) for part in (db, dc))
+        return (
+            dx, ddt.to(ctx.dtypes[0]), ddecay.to(ctx.dtypes[1]), db, dc,
+            None if ctx.skip is None else dskip.sum((0, 1)).to(ctx.skip),
+            None if ctx.state is None else dstate_in.to(ctx.state),
+        )  # fmt: skip
+
+
 def triton_mamba2(
     x: Tensor,
     dt: Tensor,
@@ -79,24 +121,10 @@ def triton_mamba2(
     skip: Tensor | None = None,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `naive_mamba2`, without a gradient; x, b and c share a dtype and may be columns of one
-    matrix."""
+    """Arguments and results of `naive_mamba2`, differentiable in all of them.
+
+    x, b and c share a dtype and may be columns of one matrix. N is at most 256, with a gradient at most 128.
+    """
     if not x.dtype == b.dtype == c.dtype:
         raise TypeError(f"x, b and c must share a dtype, not {x.dtype}, {b.dtype} and {c.dtype}")
-    batch, tokens, heads, dim = x.shape
-    groups, size = b.shape[2:]
-    x, b, c = (_rows(part) for part in (x, b, c))
-    dt, decay = (part.float().contiguous() for part in (dt, decay))
-    out = torch.empty(batch, tokens, heads, dim, device=x.device, dtype=x.dtype)
-    state_out = torch.empty(batch, heads, dim, size, device=x.device, dtype=torch.float32)
-    wide = x.dtype == torch.float32 or size > 128
-    block = max(16, min(BLOCK_P, triton.next_power_of_2(dim)))
-    mamba2_scan_kernel[(triton.cdiv(dim, block), batch * heads)](
-        x, x.stride(1), dt, decay, b, b.stride(1), c, c.stride(1), dt if skip is None else skip.float(),
-        state_out if state is None else state.contiguous(), state_out, out, tokens,
-        HEADS=heads, GROUPS=groups, DIM=dim, STATE=size, CHUNK=CHUNK, BLOCK_P=block,
-        BLOCK_N=max(16, triton.next_power_of_2(size)), INITIAL=state is not None, SKIP=skip is not None,
-        STAGES=1 if wide else 2, PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32",
-        num_warps=8 if wide else 4,
-    )  # fmt: skip
-    return out, state_out
+    return _ChunkedMamba2.apply(x, dt, decay, b, c, skip, state)

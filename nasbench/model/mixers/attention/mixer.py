@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.model import fused
-from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
+from nasbench.model.block import Block, BlockCache
 from nasbench.model.documents import document_attention
-from nasbench.model.mixers.attention.spec import FullAttentionSpec
-from nasbench.model.packed import StackedProjections
+from nasbench.model.meta import Meta, SequenceMeta, StepMeta
+from nasbench.model.mixers.attention.flash import flash_attention, has_flash
+from nasbench.model.packed import PackedProjections
 from nasbench.model.rotary import apply_rotary
 from nasbench.model.spec import MixerSpec
 
 
-class FullAttention(TokenMixer):
+class FullAttention(Block):
     """Causal attention of H query heads over Hkv shared key/value heads, rotary positions, optional query/key norms."""
 
-    config_class: ClassVar[type[MixerSpec]] = FullAttentionSpec
-    keeps_documents_apart: ClassVar[bool] = True
+    spec: MixerSpec
+    supports_packed_documents: ClassVar[bool] = True
+    window: int | None = None
+    """Keys that a query sees at most, itself included; None for all."""
 
-    def __init__(self, config: MixerSpec) -> None:
-        super().__init__(config)
-        shape = config.shape
+    def __init__(self, spec: MixerSpec) -> None:
+        super().__init__(spec)
+        shape = spec.shape
         self.head_dim = shape.head_dim
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         self.group = shape.num_heads // shape.num_kv_heads
@@ -36,93 +39,108 @@ class FullAttention(TokenMixer):
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
-        self.stacked = StackedProjections((self.q_proj, self.k_proj, self.v_proj))
+        self.packed = PackedProjections((self.q_proj, self.k_proj, self.v_proj))
+
+    @property
+    def out(self) -> nn.Linear:
+        return self.o_proj
 
     def slots(self, context: int) -> int:
         """Keys that a cache for `context` tokens holds."""
         return context
 
-    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
+    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
         """Keys and values, [B, Hkv, slots, D] each."""
         size = (batch, self.num_kv_heads, self.slots(context), self.head_dim)
         state = {name: torch.zeros(size, device=device, dtype=dtype) for name in ("keys", "values")}
-        return MixerCache(context, state)
+        return BlockCache(context, state)
 
     def slot(self, positions: Tensor, slots: int) -> Tensor:
         """Which of a cache's slots holds the key of each position."""
         return positions
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, T, C] -> q [B, H, T, D], k and v [B, Hkv, T, D], q and k normed and rotated.
-
-        cos and sin broadcast to [B, T, D].
-        """
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.stacked(x))
+    def heads(self, row: Tensor, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
+        """row [B, T, P] -> q [B, H, T, D], k and v [B, Hkv, T, D], q and k normed and rotated."""
+        cos, sin = meta.rotary(self.spec.shape)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.packed.split(row))
         # Queries and keys are rotated together: half as many small operations in a decode step.
         rotated = apply_rotary(torch.cat((self.q_norm(q), self.k_norm(k)), dim=2), cos[..., None, :], sin[..., None, :])
         q, k = rotated.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
         return q, k, v.transpose(1, 2)
 
-    def project_chunk(self, x: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """`project` at a chunk's positions; rotated in one launch where kernels run and nothing stands between the
-        projections and the rotation: torch's own eight took 3.9 of the 8.6 s that an H200 asked SmolLM2-135M's
-        benchmarks for."""
-        if not (fused.usable(x) and isinstance(self.q_norm, nn.Identity)):
-            return self.project(x, chunk.cos, chunk.sin)
-        row = F.linear(x, *self.stacked.matrices())
-        turned = fused.ops().rotary(row, chunk.cos, chunk.sin, self.num_heads, self.num_kv_heads)
-        q, k, v = (part.transpose(1, 2) for part in turned)
-        return q, k, v
-
-    def merge(self, mixed: Tensor) -> Tensor:
-        """[B, H, T, D] -> [B, T, C]."""
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v = self.project_chunk(x, chunk)
-        if chunk.documents is not None:
-            return self.merge(document_attention(q, k, v, chunk.documents))
-        if cache is not None:
-            end = chunk.start + x.shape[1]
-            keys, values = cache.state["keys"], cache.state["values"]
-            keys[:, :, chunk.start : end] = k
-            values[:, :, chunk.start : end] = v
-            if chunk.start:
-                k, v = keys[:, :, :end], values[:, :, :end]
-        return self.merge(causal_attention(q, k, v))
-
-    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        """A decode step between the projections: stacked rows [B, (H + 2 Hkv) D] -> [B, H D], by Triton kernels."""
-        keys, values = cache.state["keys"], cache.state["values"]
-        norms = (self.q_norm.weight, self.k_norm.weight) if isinstance(self.q_norm, nn.RMSNorm) else (None, None)
-        q = fused.ops().rotary_write(
-            row, step.positions, step.cos[:, 0], step.sin[:, 0], keys, values, self.num_heads, *norms,
-            eps=self.config.shape.rms_eps,
-        )  # fmt: skip
-        return fused.ops().decode_attention(q, keys, values, step.positions, step.span).flatten(1)
-
-    def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        if fused.usable(x):
-            mixed = fused.mix(self, x[:, 0], step, cache)
-            return fused.linear(mixed, self.o_proj.weight)[:, None]
-        q, k, v = self.project(x, step.cos, step.sin)
+    def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        q, k, v = self.heads(row, meta)
+        if isinstance(meta, SequenceMeta):
+            return _merged(self.attend(q, k, v, meta, cache))
+        assert cache is not None
         keys, values = cache.state["keys"], cache.state["values"]
         slots = keys.shape[2]
-        slot = self.slot(step.positions, slots)
+        slot = self.slot(meta.positions, slots)
         for stored, new in ((keys, k), (values, v)):
-            write_slots(stored, new.to(stored.dtype), slot, step.uniform)
-        seen = min(step.span, slots)
+            write_slots(stored, new.to(stored.dtype), slot, meta.equal_lengths)
+        seen = min(meta.max_seqlen, slots)
         # Slot s holds a key of this sequence from its position s on, in a ring as in a plain cache.
-        mask = None if step.uniform else torch.arange(seen, device=x.device) <= step.positions[:, None]
-        return self.merge(decode_attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
+        mask = None if meta.equal_lengths else torch.arange(seen, device=row.device) <= meta.positions[:, None]
+        return _merged(decode_attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
+        """q [B, H, T, D], k and v [B, Hkv, T, D] of new tokens -> [B, H, T, D], the cache written in place."""
+        if meta.documents is not None:
+            return document_attention(q, k, v, meta.documents)
+        if cache is not None:
+            end = meta.start + q.shape[2]
+            keys, values = cache.state["keys"], cache.state["values"]
+            keys[:, :, meta.start : end] = k
+            values[:, :, meta.start : end] = v
+            if meta.start:
+                k, v = keys[:, :, :end], values[:, :, :end]
+        return causal_attention(q, k, v)
+
+    def _rotated_in_one_launch(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, Tensor, Tensor]:
+        """row [B, T, P] -> q [B, T, H, D], k and v [B, T, Hkv, D]. With torch's own eight launches rotation took 3.9 of
+        the 8.6 s that an H200 spent on SmolLM2-135M's benchmarks."""
+        cos, sin = meta.rotary(self.spec.shape)
+        return fused.ops().rotary(row, cos, sin, self.num_heads, self.num_kv_heads)
+
+    def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
+        if torch.is_grad_enabled() and (self.spec.shape.qk_norm or not self._takes_flash(row, meta)):
+            return self.core(row, meta)
+        return self.prefill_core(row, meta)
+
+    def _takes_flash(self, row: Tensor, meta: SequenceMeta) -> bool:
+        return meta.documents is None and has_flash(row, self.head_dim)
+
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        """Without a cache by flash attention, which knows windows and grouped heads, where it runs."""
+        if self.spec.shape.qk_norm:
+            return self.core(row, meta, cache)
+        if cache is None and self._takes_flash(row, meta):
+            return flash_attention(*self._rotated_in_one_launch(row, meta), self.window).flatten(2)
+        q, k, v = (part.transpose(1, 2) for part in self._rotated_in_one_launch(row, meta))
+        return _merged(self.attend(q, k, v, meta, cache))
+
+    def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        assert cache is not None
+        keys, values = cache.state["keys"], cache.state["values"]
+        norms = (self.q_norm.weight, self.k_norm.weight) if self.spec.shape.qk_norm else (None, None)
+        cos, sin = (table[:, 0] for table in meta.rotary(self.spec.shape))
+        q = fused.ops().rotary_write(
+            row, meta.positions, cos, sin, keys, values, self.num_heads, *norms, eps=self.spec.shape.rms_eps
+        )
+        return fused.ops().decode_attention(q, keys, values, meta.positions, meta.max_seqlen).flatten(1)
 
     @classmethod
-    def init_from_attention(cls, config: MixerSpec, attention: FullAttention) -> Self:
+    def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """A copy of every weight."""
         weight = attention.q_proj.weight
-        mixer = cls(config).to(device=weight.device, dtype=weight.dtype)
+        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
         mixer.load_state_dict(attention.state_dict())
         return mixer
+
+
+def _merged(mixed: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    return mixed.transpose(1, 2).flatten(2)
 
 
 def write_slots(stored: Tensor, new: Tensor, slot: Tensor, uniform: bool) -> None:

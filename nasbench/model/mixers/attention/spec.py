@@ -9,7 +9,7 @@ from nasbench.core.errors import UserError
 from nasbench.model.spec import LayerShape, MixerSpec
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
 
 
 def attention_parameters(shape: LayerShape) -> int:
@@ -57,7 +57,7 @@ class FullAttentionSpec(MixerSpec):
         return attention_flops(self.shape, tokens, tokens * context + tokens * (tokens + 1) // 2)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.attention.mixer import FullAttention
 
         return FullAttention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from nasbench_kernels.conv import short_conv, short_conv_step
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.model import fused
-from nasbench.model.block import MixerCache
-from nasbench.model.documents import Documents
+from nasbench.model.block import BlockCache, SiluColumns
+from nasbench.model.documents import RESET_LOG_DECAY, Documents
+from nasbench.model.meta import SequenceMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
-from nasbench.model.spec import MixerSpec
 
 
 class KernelGenerator(nn.Module):
@@ -49,17 +49,19 @@ class DynamicConvolution(nn.Module):
 class JetBlock(GatedDeltaMixer):
     """q, k = SiLU(x W), v = SiLU(dynamic convolution of x Wv); the parameter names are the published ones."""
 
-    config: JetBlockSpec
-    config_class: ClassVar[type[MixerSpec]] = JetBlockSpec
+    spec: JetBlockSpec
+    epilogue: SiluColumns
 
-    def __init__(self, config: JetBlockSpec) -> None:
-        super().__init__(config)
+    def __init__(self, spec: JetBlockSpec) -> None:
+        super().__init__(spec)
         self.dynamic_conv1d = DynamicConvolution(
-            config.shape.hidden_size, config.generator_size, config.values, config.conv_size
+            spec.shape.hidden_size, spec.generator_size, spec.values, spec.conv_size
         )
+        # What the convolution's weights are generated from stands behind q, k, v and the gate.
+        self.epilogue = SiluColumns(2 * (spec.keys + spec.values), spec.generator_size)
 
-    def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        size = (batch, self.config.conv_size - 1, self.config.values)
+    def new_conv_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        size = (batch, self.spec.conv_size - 1, self.spec.values)
         return {"values": torch.zeros(size, device=device, dtype=dtype)}
 
     def further_projections(self) -> Sequence[nn.Linear]:
@@ -71,54 +73,56 @@ class JetBlock(GatedDeltaMixer):
         k: Tensor,
         v: Tensor,
         further: Sequence[Tensor],
-        history: dict[str, Tensor] | None,
+        conv_state: dict[str, Tensor] | None,
         single: bool,
-        documents: Documents | None = None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
-        kernels = self.dynamic_conv1d.kernel_generator(further[0])
-        if not single and fused.differentiable(v):
-            ages = None if documents is None else documents.ages
-            past = history["values"] if history else None
-            return F.silu(torch.cat((q, k), dim=-1)), fused.ops().triton_short_conv(v, kernels, past, ages)
+        weight = self.dynamic_conv1d.kernel_generator(further[0])
         if documents is not None:
-            kernels.mul_(documents.reach(self.config.conv_size)[:, :, None].to(kernels.dtype))
-        if single and history is not None:
-            values = short_conv_step(v, kernels, history["values"])
+            weight.mul_(documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
+        if single and conv_state is not None:
+            values = short_conv_step(v, weight, conv_state["values"])
         else:
-            values = short_conv(v, kernels, history["values"] if history else None)
+            values = short_conv(v, weight, conv_state["values"] if conv_state else None)
         return F.silu(torch.cat((q, k), dim=-1)), values
 
-    @property
-    def silu_columns(self) -> tuple[int, int]:
-        """Begin and size of what the kernels are generated from, in the stacked rows."""
-        return 2 * (self.config.keys + self.config.values), self.config.generator_size
+    def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
+        values = self.spec.values
+        q, k, decay, beta, v, gate, middle = fused.ops().training_inputs(
+            row, self.A_log, self.dt_bias, self.heads, self.key_dim, (values, values, self.spec.generator_size)
+        )
+        ages = None
+        if meta.documents is not None:
+            ages = meta.documents.ages
+            decay = decay.masked_fill(meta.documents.first[..., None], RESET_LOG_DECAY)
+        v = fused.ops().triton_short_conv(v, self.dynamic_conv1d.kernel_generator(middle), None, ages)
+        return q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, gate
 
-    def fused_convolve(self, row: Tensor, cache: MixerCache, active: Tensor | None) -> tuple[Tensor, Tensor]:
-        generator = self.dynamic_conv1d.kernel_generator
-        at, size = self.silu_columns
+    def decode_convolve(self, row: Tensor, cache: BlockCache, active: Tensor | None) -> tuple[Tensor, Tensor]:
+        generator, at, size = self.dynamic_conv1d.kernel_generator, self.epilogue.begin, self.epilogue.size
         if row.shape[0] == 1:
             flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
         else:
             active = fused.ops().silu_part(row, at, size) if active is None else active
             flat = fused.linear(active, generator.w2.weight, generator.w2.bias)
-        return flat.view(row.shape[0], self.config.values, -1), cache.history["values"]
+        return flat.view(row.shape[0], self.spec.values, -1), cache.conv_state["values"]
 
-    def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[None, Tensor]:
-        generator, (at, size) = self.dynamic_conv1d.kernel_generator, self.silu_columns
-        kernels = generator(row[..., at : at + size])
-        past = history["values"] if history else None
-        values = row[..., self.row_layout.v : self.row_layout.v + self.config.values]
-        return None, fused.ops().triton_short_conv(values, kernels, past)
+    def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[None, Tensor]:
+        at, size = self.epilogue.begin, self.epilogue.size
+        weight = self.dynamic_conv1d.kernel_generator(row[..., at : at + size])
+        past = conv_state["values"] if conv_state else None
+        values = row[..., self.row_layout.v : self.row_layout.v + self.spec.values]
+        return None, fused.ops().triton_short_conv(values, weight, past)
 
     @classmethod
-    def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
+    def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """As every gated-delta mixer; the static kernel starts as a scaling, tap W-1 being the current token.
 
         Queries and keys have no convolution, so that their scale goes into the projections.
         """
-        mixer = super().init_from_attention(config, attention)
+        mixer = super().init_from_attention(spec, attention)
         with torch.no_grad():
-            mixer.dynamic_conv1d.kernel_generator.w2.bias.zero_().view(-1, config.conv_size)[:, -1] = START_VALUE_SCALE
+            mixer.dynamic_conv1d.kernel_generator.w2.bias.zero_().view(-1, spec.conv_size)[:, -1] = START_VALUE_SCALE
             mixer.q_proj.weight.mul_(START_SHARPNESS)
             mixer.k_proj.weight.mul_(START_SHARPNESS)
         return mixer

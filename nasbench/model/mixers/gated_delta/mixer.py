@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.model import fused
-from nasbench.model.block import Chunk, MixerCache, Step, TokenMixer
+from nasbench.model.block import Block, BlockCache
 from nasbench.model.documents import RESET_LOG_DECAY, Documents
+from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.spec import GatedDeltaSpec
-from nasbench.model.packed import StackedProjections
+from nasbench.model.packed import PackedProjections
 
 NORM_EPS = 1e-5
 """Of the output norm, in published checkpoints."""
 L2_EPS = 1e-6
-FP32_PARAMETERS = ("A_log", "dt_bias")
-"""Kept in fp32 whatever the model's dtype: bf16 would round the slowest decays to one another."""
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1.0, 256.0
 """Tokens after which a head's memory has halved, at the start of training; heads are spread in between."""
 WIDEST_KEY, WIDEST_TRAINED_KEY = 256, 128
@@ -33,31 +32,37 @@ START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the attention's queries and keys, and its values, are multiplied by before their SiLU.
 
 Both SiLUs are foreign to the attention. A norm follows each, so the scales are free: large queries and keys make SiLU a
-ReLU, which tells them apart better; small values keep it near a line, which keeps their sign. With the readout solved
-by ridge regression, the error against SmolLM2-135M's attention on held-out text (mean of 6 layers, 512 tokens) falls
-from 0.597 to 0.577 by both and by half-lives of 1 to 256 tokens instead of 4 to 512."""
+ReLU, which tells them apart better; small values keep it near a line, which keeps their sign. With the output
+projection solved by ridge regression, both, and half-lives of 1 to 256 tokens instead of 4 to 512, lower the error
+against SmolLM2-135M's attention from 0.597 to 0.577 (held-out text, mean of 6 layers, 512 tokens)."""
+START_BETA_LOGIT = -2.0
+"""Where the logit of beta starts. Softmax attention averages over many tokens; at the beta of 1/2 that a random
+projection gives, the delta rule soon overwrites what like keys wrote. On SmolLM2-135M with output projections solved,
+the error over layers was 0.417 with random logits, and 0.397, 0.387, 0.390, 0.406 at -1, -2, -3, -4."""
 
 
-class GatedDeltaMixer(TokenMixer):
-    """Linear attention whose memory is one matrix per head. Subclasses say how queries, keys and values are made."""
+class GatedDeltaMixer(Block):
+    """Linear attention whose state is one matrix per head. Subclasses say how queries, keys and values are made."""
 
-    config: GatedDeltaSpec
-    keeps_documents_apart: ClassVar[bool] = True
+    spec: GatedDeltaSpec
+    supports_packed_documents: ClassVar[bool] = True
+    # bf16 would round the slowest decays to one another.
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
-    def __init__(self, config: GatedDeltaSpec) -> None:
-        super().__init__(config)
-        hidden, heads = config.shape.hidden_size, config.num_heads
-        self.heads, self.key_dim, self.value_dim = heads, config.key_dim, config.value_dim
-        self.q_proj = nn.Linear(hidden, config.keys, bias=False)
-        self.k_proj = nn.Linear(hidden, config.keys, bias=False)
-        self.v_proj = nn.Linear(hidden, config.values, bias=False)
+    def __init__(self, spec: GatedDeltaSpec) -> None:
+        super().__init__(spec)
+        hidden, heads = spec.shape.hidden_size, spec.num_heads
+        self.heads, self.key_dim, self.value_dim = heads, spec.key_dim, spec.value_dim
+        self.q_proj = nn.Linear(hidden, spec.keys, bias=False)
+        self.k_proj = nn.Linear(hidden, spec.keys, bias=False)
+        self.v_proj = nn.Linear(hidden, spec.values, bias=False)
         self.b_proj = nn.Linear(hidden, heads, bias=False)
         self.a_proj = nn.Linear(hidden, heads, bias=False)
-        self.g_proj = nn.Linear(hidden, config.values, bias=False)
-        self.o_proj = nn.Linear(config.values, hidden, bias=False)
+        self.g_proj = nn.Linear(hidden, spec.values, bias=False)
+        self.o_proj = nn.Linear(spec.values, hidden, bias=False)
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.o_norm = nn.RMSNorm(config.value_dim, eps=NORM_EPS)
+        self.o_norm = nn.RMSNorm(spec.value_dim, eps=NORM_EPS)
         self.spread_decays()
 
     def spread_decays(self) -> None:
@@ -70,29 +75,30 @@ class GatedDeltaMixer(TokenMixer):
             self.A_log.copy_((math.log(2) / half_lives / step_size).log())
             self.dt_bias.fill_(math.log(math.expm1(step_size)))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves like any module, except that a change to a half-precision dtype leaves the decay parameters fp32."""
-        kept = {name: getattr(self, name).detach() for name in FP32_PARAMETERS}
-        super()._apply(fn, recurse)
-        for name, value in kept.items():
-            parameter = getattr(self, name)
-            if parameter.dtype.itemsize < value.dtype.itemsize:
-                parameter.data = value.to(parameter.device)
-        return self
-
-    @abstractmethod
-    def new_history(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Empty histories of the short convolutions, [B, W-1, channels]."""
+    @property
+    def out(self) -> nn.Linear:
+        return self.o_proj
 
     def further_projections(self) -> Sequence[nn.Linear]:
         """Projections of the layer's input that a subclass adds to those of every gated-delta mixer."""
         return ()
 
     @cached_property
-    def stacked(self) -> StackedProjections:
+    def packed(self) -> PackedProjections:  # type: ignore[override]
         """Every projection of the input, the wide ones first so that rows stay aligned."""
         wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.further_projections())
-        return StackedProjections((*wide, self.a_proj, self.b_proj))
+        return PackedProjections((*wide, self.a_proj, self.b_proj))
+
+    @abstractmethod
+    def new_conv_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Empty states of the short convolutions, [B, W-1, channels]."""
+
+    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
+        """The state [B, H, K, V], fp32 or bf16 as specified, and the convolutions' last inputs."""
+        size = (batch, self.heads, self.key_dim, self.value_dim)
+        kind = torch.float32 if self.spec.state_bits == 32 else torch.bfloat16
+        state = {"state": torch.zeros(size, device=device, dtype=kind)}
+        return BlockCache(context, state, self.new_conv_state(batch, device=device, dtype=dtype))
 
     @abstractmethod
     def convolve(
@@ -101,114 +107,112 @@ class GatedDeltaMixer(TokenMixer):
         k: Tensor,
         v: Tensor,
         further: Sequence[Tensor],
-        history: dict[str, Tensor] | None,
+        conv_state: dict[str, Tensor] | None,
         single: bool,
-        documents: Documents | None = None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
-        """Short convolutions and SiLU of the projected q, k [B, T, H * K] and v [B, T, H * V], a history advanced in
-        place -> q and k side by side [B, T, 2 * H * K], v. `single`: T is 1 and a history is there, a decode step."""
+        """Short convolutions and SiLU of the projected q, k [B, T, H * K] and v [B, T, H * V], a conv state advanced in
+        place -> q and k side by side [B, T, 2 * H * K], v. `single`: a decode step."""
 
-    def inputs(
-        self, x: Tensor, history: dict[str, Tensor] | None, single: bool, documents: Documents | None = None
-    ) -> tuple[Tensor, ...]:
-        """x [B, T, C] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and writing strength [B, T, H], fp32
-        but for v, and the output gate before its SiLU [B, T, H * V]."""
-        q, k, v, gate, *further, decay, beta = self.stacked(x)
-        both, v = self.convolve(q, k, v, further, history, single, documents)
+    def recurrence_inputs(self, row: Tensor, meta: Meta, cache: BlockCache | None) -> tuple[Tensor, ...]:
+        """row [B, T, P] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and beta [B, T, H], fp32 but for v,
+        and the output gate before its SiLU [B, T, H * V]."""
+        q, k, v, gate, *further, decay, beta = self.packed.split(row)
+        conv_state = cache.conv_state if cache else None
+        both, v = self.convolve(q, k, v, further, conv_state, isinstance(meta, StepMeta), meta.documents)
         q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).chunk(2, dim=2)
+        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), *self.gates(decay, beta, meta), gate
+
+    def gates(self, decay: Tensor, beta: Tensor, meta: Meta) -> tuple[Tensor, Tensor]:
+        """Projections [B, T, H] -> (log decay, beta), fp32."""
         decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
-        if documents is not None:
-            decay = decay.masked_fill(documents.first[..., None], RESET_LOG_DECAY)
-        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta.float().sigmoid(), gate
+        if meta.documents is not None:
+            decay = decay.masked_fill(meta.documents.first[..., None], RESET_LOG_DECAY)
+        return decay, beta.float().sigmoid()
 
-    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> MixerCache:
-        """The state [B, H, K, V], fp32 or bf16 as configured, and the convolutions' histories."""
-        size = (batch, self.heads, self.key_dim, self.value_dim)
-        kind = torch.float32 if self.config.state_bits == 32 else torch.bfloat16
-        state = {"state": torch.zeros(size, device=device, dtype=kind)}
-        return MixerCache(context, state, self.new_history(batch, device=device, dtype=dtype))
+    def gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """Output norm per head and output gate: [B, T, H, V] and [B, T, H * V] -> [B, T, H * V]."""
+        return self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate)
 
-    def finish(self, mixed: Tensor, gate: Tensor) -> Tensor:
-        """Output norm per head, output gate, output projection: [B, T, H, V] and [B, T, H * V] -> [B, T, C]."""
-        return self.o_proj(self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate))
-
-    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        history, state = (cache.history, cache.state["state"]) if cache else (None, None)
-        if fused.usable(x) and chunk.documents is None and self.key_dim <= WIDEST_KEY:
-            return self.fused_forward(x, history, state)
-        q, k, v, decay, beta, gate = self.inputs(x, history, False, chunk.documents)
-        if fused.differentiable(x) and self.key_dim <= WIDEST_TRAINED_KEY:
-            q, k = q.to(v.dtype), k.to(v.dtype)
-            mixed, new_state = fused.ops().triton_gated_delta(q, k, v, decay, beta, state)
-        else:
-            before = None if state is None else state.float()
-            mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, before)
+    def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        q, k, v, decay, beta, gate = self.recurrence_inputs(row, meta, cache)
+        if isinstance(meta, StepMeta):
+            assert cache is not None
+            q, k, v, decay, beta = (tensor[:, 0] for tensor in (q, k, v, decay, beta))
+            return self.gated(gated_delta_step(q, k, v, decay, beta, cache.state["state"])[:, None], gate)
+        state = cache.state["state"] if cache else None
+        mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, None if state is None else state.float())
         if state is not None:
             state.copy_(new_state)
-        return self.finish(mixed, gate)
+        return self.gated(mixed, gate)
 
-    def fused_forward(self, x: Tensor, history: dict[str, Tensor] | None, state: Tensor | None) -> Tensor:
-        """`forward` without a gradient, by Triton kernels between the matrix products."""
+    @abstractmethod
+    def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
+        """`recurrence_inputs` by kernels that have a backward."""
+
+    def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
+        if self.key_dim > WIDEST_TRAINED_KEY:
+            return self.core(row, meta) if torch.is_grad_enabled() else self.prefill_core(row, meta)
+        if meta.documents is None and not torch.is_grad_enabled():
+            return self.prefill_core(row, meta)
+        q, k, v, decay, beta, gate = self.train_inputs(row, meta)
+        mixed, _ = fused.ops().triton_gated_delta(q, k, v, decay, beta, None)
+        return fused.ops().gated_norm(mixed, gate, self.o_norm.weight)
+
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        if meta.documents is not None and cache is None and self.key_dim <= WIDEST_TRAINED_KEY:
+            return self.train_core(row, meta)
+        if meta.documents is not None or self.key_dim > WIDEST_KEY:
+            return self.core(row, meta, cache)
         ops, layout = fused.ops(), self.row_layout
-        row = F.linear(x, *self.stacked.matrices())
-        mixed, v = self.fused_convolve_prompt(row, history)
+        conv_state, state = (cache.conv_state, cache.state["state"]) if cache else (None, None)
+        mixed, v = self.prefill_convolve(row, conv_state)
         q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
         output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
         if state is not None:
             state.copy_(new_state)
-        return self.o_proj(
-            ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
-        )
+        return ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
 
     @abstractmethod
-    def fused_convolve_prompt(self, row: Tensor, history: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
-        """Short convolutions and SiLU of stacked rows [B, T, P], a history advanced in place -> queries and keys in the
+    def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
+        """Short convolutions and SiLU of rows [B, T, P], a conv state advanced in place -> queries and keys in the
         first 2 H K columns of [B, T, >= 2 H K], or None where they have no convolution; values [B, T, H * V]."""
 
     @abstractmethod
-    def fused_convolve(
-        self, row: Tensor, cache: MixerCache, active: Tensor | None
+    def decode_convolve(
+        self, row: Tensor, cache: BlockCache, active: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Prepares a fused decode step: either convolves q, k and v in the stacked rows [B, P] in place and returns
-        (None, None), or returns the dynamic kernels [B, H * V, W] and the values' history for the kernel to do it.
-
-        Args:
-            active: SiLU of the rows' `silu_columns` (see `fused.mix`), where it is there already.
-        """
+        """Prepares a decode step: either convolves q, k and v in the rows [B, P] in place and returns (None, None), or
+        returns the dynamic convolution weights [B, H * V, W] and the values' conv state for the kernel to do it."""
 
     @cached_property
     def row_layout(self) -> RowLayout:
-        """Where the parts of the stacked projections' rows begin."""
-        keys, values = self.config.keys, self.config.values
-        end = sum(self.stacked.sizes)
+        """Where the parts of the packed projections' rows begin."""
+        keys, values = self.spec.keys, self.spec.values
+        end = sum(self.packed.sizes)
         return RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
 
-    def fused_mix(self, row: Tensor, step: Step, cache: MixerCache, active: Tensor | None = None) -> Tensor:
-        """A decode step between the projections: stacked rows [B, P] -> [B, H * V], by one Triton kernel."""
-        kernels, history = self.fused_convolve(row, cache, active)
+    def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        assert cache is not None
+        conv_weight, conv_state = self.decode_convolve(row, cache, active)
         return fused.ops().recurrent_step(
             row, self.row_layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
-            fused.workspace(row.device), kernels, history,
+            fused.workspace(row.device), conv_weight, conv_state,
         )  # fmt: skip
 
-    def step(self, x: Tensor, step: Step, cache: MixerCache) -> Tensor:
-        if fused.usable(x):
-            mixed = fused.mix(self, x[:, 0], step, cache)
-            return fused.linear(mixed, self.o_proj.weight)[:, None]
-        *rule, gate = self.inputs(x, cache.history, single=True)
-        q, k, v, decay, beta = (tensor[:, 0] for tensor in rule)
-        mixed = gated_delta_step(q, k, v, decay, beta, cache.state["state"])
-        return self.finish(mixed[:, None], gate)
+    def calibration(self, constant: Tensor) -> dict[str, Tensor]:
+        """b_proj such that beta's logit is about START_BETA_LOGIT on the layer's inputs."""
+        return {"b_proj.weight": (START_BETA_LOGIT * constant).expand(self.b_proj.weight.shape)}
 
     @classmethod
-    def init_from_attention(cls, config: Any, attention: FullAttention) -> Self:
+    def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """Projections from the attention's, key/value heads repeated for their group; the rest as built.
 
         A head whose dimension differs copies the leading channels; further channels start small and random, with
         zeros in the output projection.
         """
         weight = attention.q_proj.weight
-        mixer = cls(config).to(device=weight.device, dtype=weight.dtype)
+        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
         source_heads, dim, group = attention.num_heads, attention.head_dim, attention.group
         with torch.no_grad():
             for ours, theirs, size, repeat in (

@@ -1,4 +1,4 @@
-"""Configurations of the gated-delta family: G, Gated DeltaNet (arXiv 2412.06464), and J, JetBlock (arXiv 2508.15884).
+"""Specifications of the gated-delta family: G, Gated DeltaNet (arXiv 2412.06464), and J, JetBlock (arXiv 2508.15884).
 
 Both keep one matrix of key_dim x value_dim per head, in fp32 unless asked otherwise, and update it by the gated delta
 rule. They differ in what
@@ -15,7 +15,7 @@ from nasbench.core.errors import UserError
 from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
 
 STATE_BITS = (32, 16)
 """Of an element of the recurrent state: fp32, as published checkpoints were trained, or bf16."""
@@ -33,6 +33,8 @@ class GatedDeltaSpec(MixerSpec):
     value_dim: int = 0
     conv_size: int = 4
     state_bits: int = 32
+
+    recurrent: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
@@ -65,8 +67,8 @@ class GatedDeltaSpec(MixerSpec):
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return batch * self.num_heads * self.key_dim * self.value_dim * self.state_bits // 8
 
-    def state_traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
-        return 2 * (self.cache_bytes(batch, context, dtype_bytes) + self.history_bytes(batch, dtype_bytes))
+    def traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
+        return 2 * (self.cache_bytes(batch, context, dtype_bytes) + self.conv_state_bytes(batch, dtype_bytes))
 
     def projection_parameters(self) -> int:
         """q, k, v, beta, decay, output gate, output; A_log and dt_bias; the output norm's weight."""
@@ -85,7 +87,7 @@ class GatedDeltaNetSpec(GatedDeltaSpec):
     kind: ClassVar[str] = "G"
     title: ClassVar[str] = "Gated DeltaNet"
 
-    def history_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
+    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
         return batch * (self.conv_size - 1) * (2 * self.keys + self.values) * dtype_bytes
 
     def parameters(self) -> int:
@@ -95,7 +97,7 @@ class GatedDeltaNetSpec(GatedDeltaSpec):
         return 2 * tokens * self.parameters() + self.recurrence_flops(tokens)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.gated_delta.gated_delta_net import GatedDeltaNet
 
         return GatedDeltaNet
@@ -115,7 +117,7 @@ class JetBlockSpec(GatedDeltaSpec):
         """Width of the kernel generator's middle layer."""
         return max(1, self.values // self.generator_reduction)
 
-    def history_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
+    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
         return batch * (self.conv_size - 1) * self.values * dtype_bytes
 
     def parameters(self) -> int:
@@ -126,7 +128,7 @@ class JetBlockSpec(GatedDeltaSpec):
         return 2 * tokens * (self.parameters() + self.values * self.conv_size) + self.recurrence_flops(tokens)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.gated_delta.jet_block import JetBlock
 
         return JetBlock

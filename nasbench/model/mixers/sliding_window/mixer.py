@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nasbench.model.block import Chunk, MixerCache
+from nasbench.model.block import BlockCache
 from nasbench.model.documents import document_attention
+from nasbench.model.meta import SequenceMeta
 from nasbench.model.mixers.attention.flash import flash_attention, has_flash
 from nasbench.model.mixers.attention.mixer import FullAttention, causal_attention
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
-from nasbench.model.spec import MixerSpec
 
 
 class SlidingWindow(FullAttention):
     """Position p lies in slot p % slots, slots = min(window, context); the decode step is full attention's own, since
     a ring that has wrapped is full and the order of keys does not matter to attention."""
 
-    config: SlidingWindowSpec
-    config_class: ClassVar[type[MixerSpec]] = SlidingWindowSpec
+    spec: SlidingWindowSpec
+
+    def __init__(self, spec: SlidingWindowSpec) -> None:
+        super().__init__(spec)
+        self.window: int = spec.window
 
     def slots(self, context: int) -> int:
-        return min(self.config.window, context)
+        return min(self.window, context)
 
     def slot(self, positions: Tensor, slots: int) -> Tensor:
         return positions % slots
 
-    def forward(self, x: Tensor, chunk: Chunk, cache: MixerCache | None = None) -> Tensor:
-        q, k, v = self.project_chunk(x, chunk)
-        if chunk.documents is not None:
-            return self.merge(document_attention(q, k, v, chunk.documents, self.config.window))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
+        if meta.documents is not None:
+            return document_attention(q, k, v, meta.documents, self.window)
         if cache is None:
-            return self.merge(windowed_attention(q, k, v, self.config.window))
-        rings, tokens, end = (cache.state["keys"], cache.state["values"]), x.shape[1], chunk.start + x.shape[1]
+            return windowed_attention(q, k, v, self.window)
+        rings, tokens, end = (cache.state["keys"], cache.state["values"]), q.shape[2], meta.start + q.shape[2]
         slots = rings[0].shape[2]
-        past = self.slot(torch.arange(max(0, chunk.start - slots + 1), chunk.start, device=x.device), slots)
+        past = self.slot(torch.arange(max(0, meta.start - slots + 1), meta.start, device=q.device), slots)
         all_k, all_v = (
             torch.cat((ring[:, :, past].to(new.dtype), new), 2) for ring, new in zip(rings, (k, v), strict=True)
         )
         kept = min(tokens, slots)
-        target = self.slot(torch.arange(end - kept, end, device=x.device), slots)
+        target = self.slot(torch.arange(end - kept, end, device=q.device), slots)
         for ring, new in zip(rings, (k, v), strict=True):
             ring.index_copy_(2, target, new[:, :, tokens - kept :].to(ring.dtype))
-        return self.merge(windowed_attention(q, all_k, all_v, self.config.window))
+        return windowed_attention(q, all_k, all_v, self.window)
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:

@@ -9,7 +9,7 @@ from nasbench.model.mixers.attention.spec import attention_flops, attention_para
 from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
-    from nasbench.model.block import TokenMixer
+    from nasbench.model.block import Block
 
 DEFAULT_WINDOW = 1152
 """The window of the released Jet-Nemotron-2B."""
@@ -23,6 +23,7 @@ class SlidingWindowSpec(MixerSpec):
 
     kind: ClassVar[str] = "W"
     title: ClassVar[str] = "sliding window"
+    starts_trained: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
@@ -44,7 +45,7 @@ class SlidingWindowSpec(MixerSpec):
         return attention_flops(self.shape, tokens, scored)
 
     @classmethod
-    def mixer_class(cls) -> type[TokenMixer]:
+    def block_class(cls) -> type[Block]:
         from nasbench.model.mixers.sliding_window.mixer import SlidingWindow
 
         return SlidingWindow

@@ -1,4 +1,4 @@
-"""On a CUDA GPU: the fused decode step is the plain decoder's, at any batch, from any cache, captured or not."""
+"""On a CUDA GPU: the decode streams equal the plain decoder's, at any batch, from any cache, captured or not."""
 
 import copy
 
@@ -8,7 +8,6 @@ from tolerances import BF16, CACHE_FP32, relative_rmse
 
 from nasbench.checkpoints.load import random_decoder
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.fused_step import FusedStep
 from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import Stepper
 from nasbench.spaces.placement import parse_placement
@@ -46,8 +45,10 @@ def test_steps_after_an_odd_prefill_equal_the_cpu(shape, placement, batch):
     wanted = cpu(text)
     cache = gpu.new_cache(batch, 160)
     prefill(gpu, text[:, :77].cuda(), cache, 33)
-    step = FusedStep(gpu, cache)
-    ours = [step(text[:, t].cuda(), torch.full((batch,), t, device="cuda")).clone() for t in range(77, 133)]
+    gpu.prepare(160)
+    ours = [
+        gpu.step_at(text[:, t].cuda(), torch.full((batch,), t, device="cuda"), cache).clone() for t in range(77, 133)
+    ]
     assert relative_rmse(torch.stack(ours, 1).cpu(), wanted[:, 77:]) < CACHE_FP32
 
 

@@ -1,4 +1,4 @@
-"""Stacking projections must be invisible except in time."""
+"""Packing projections must be invisible except in time."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from mixer_cases import SHAPES, build, inputs, names, whole
 from torch import nn
 
-from nasbench.model.packed import StackedProjections
+from nasbench.model.packed import PackedProjections
 
 
 @pytest.fixture
@@ -16,8 +16,8 @@ def linears():
     return [nn.Linear(8, size) for size in (4, 6, 2)]
 
 
-def outputs(stacked, x):
-    return torch.cat(list(stacked(x)), dim=-1)
+def outputs(packed, x):
+    return packed(x)
 
 
 def reference(linears, x):
@@ -25,34 +25,34 @@ def reference(linears, x):
 
 
 def test_one_storage_serves_all_parameters(linears):
-    x, stacked = torch.randn(3, 8), StackedProjections(linears)
+    x, packed = torch.randn(3, 8), PackedProjections(linears)
     expected = reference(linears, x)
     with torch.no_grad():
-        torch.testing.assert_close(outputs(stacked, x), expected)
+        torch.testing.assert_close(outputs(packed, x), expected)
     assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
-    torch.testing.assert_close(outputs(stacked, x), expected)
+    torch.testing.assert_close(outputs(packed, x), expected)
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_training_and_replacement_are_seen(linears, guard):
-    x, stacked = torch.randn(3, 8), StackedProjections(linears)
+    x, packed = torch.randn(3, 8), PackedProjections(linears)
     with guard():
-        outputs(stacked, x)
+        outputs(packed, x)
     optimizer = torch.optim.SGD([p for linear in linears for p in linear.parameters()], lr=0.5)
-    outputs(stacked, x).square().sum().backward()
+    outputs(packed, x).square().sum().backward()
     optimizer.step()
     with guard():
-        torch.testing.assert_close(outputs(stacked, x), reference(linears, x))
+        torch.testing.assert_close(outputs(packed, x), reference(linears, x))
     linears[1].weight = nn.Parameter(torch.randn(6, 8))
     linears[2].bias.data = torch.randn(2)
     for linear in linears:
         linear.to(torch.float64)
     with guard():
-        torch.testing.assert_close(outputs(stacked, x.double()), reference(linears, x.double()))
+        torch.testing.assert_close(outputs(packed, x.double()), reference(linears, x.double()))
 
 
 @torch.no_grad()
-def test_the_convolutions_of_gated_deltanet_are_stacked_once():
+def test_the_convolutions_of_gated_deltanet_are_packed_once():
     mixer = build("G", SHAPES["bias"])
     parts = [getattr(mixer, f"{name}_conv1d").weight for name in "qkv"]
     wanted = torch.cat(parts)[:, 0].clone()
@@ -67,7 +67,7 @@ def test_the_convolutions_of_gated_deltanet_are_stacked_once():
 @pytest.mark.parametrize("name", names())
 def test_a_copy_of_a_mixer_is_independent(name):
     mixer = build(name, SHAPES["bias"])
-    x = inputs(mixer.config, 1, 9)
+    x = inputs(mixer.spec, 1, 9)
     with torch.no_grad():
         expected = whole(mixer, x)
         other = copy.deepcopy(mixer)

@@ -1,0 +1,1 @@
+"""FFNs: gated, mixtures of experts, none."""

@@ -1,0 +1,131 @@
+"""Specifications of FFNs: `gated`, `moe@128x8x768+2`, `none`. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from nasbench.core.errors import UserError
+from nasbench.model.spec import FFNSpec
+
+if TYPE_CHECKING:
+    from nasbench.model.block import Block
+
+_MIXTURE = re.compile(r"(\d+)x(\d+)x(\d+)(?:\+(\d+))?(:raw)?")
+
+
+@dataclass(frozen=True)
+class GatedFFNSpec(FFNSpec):
+    """down(activation(gate(x)) * up(x))."""
+
+    intermediate_size: int
+    activation: str = "silu"
+
+    kind: ClassVar[str] = "gated"
+    title: ClassVar[str] = "gated FFN"
+
+    @classmethod
+    def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
+        if args and not (args.isdecimal() and int(args) > 0):
+            raise UserError(f"bad arguments {args!r} of FFN kind gated: write its width, a positive whole number")
+        return cls(hidden_size, int(args or intermediate_size), activation)
+
+    @property
+    def args(self) -> str:
+        return str(self.intermediate_size)
+
+    def parameters(self) -> int:
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @classmethod
+    def block_class(cls) -> type[Block]:
+        from nasbench.model.ffn.gated import GatedFFN
+
+        return GatedFFN
+
+
+@dataclass(frozen=True)
+class MixtureSpec(FFNSpec):
+    """A mixture of experts: every token passes through the `chosen` gated experts that its router scores highest, and
+    through the shared ones.
+
+    Attributes:
+        width: of each expert.
+        shared: experts' widths of one gated FFN that every token passes through.
+        normalised: the chosen experts' weights are scaled to a sum of 1; `:raw` leaves the softmax over all experts.
+    """
+
+    experts: int
+    chosen: int
+    width: int
+    shared: int = 0
+    normalised: bool = True
+    activation: str = "silu"
+
+    kind: ClassVar[str] = "moe"
+    title: ClassVar[str] = "mixture of experts"
+
+    @classmethod
+    def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
+        match = _MIXTURE.fullmatch(args)
+        experts, chosen, width, shared = (int(n or 0) for n in match.groups()[:4]) if match else (0, 0, 0, 0)
+        if not match or not 1 <= chosen <= experts or width < 1:
+            raise UserError(
+                f"bad arguments {args!r} of FFN kind moe: write experts x chosen x width, optionally +shared and :raw, "
+                "as moe@128x8x768+2"
+            )
+        return cls(hidden_size, experts, chosen, width, shared, match[5] is None, activation)
+
+    @property
+    def args(self) -> str:
+        shared = f"+{self.shared}" if self.shared else ""
+        return f"{self.experts}x{self.chosen}x{self.width}{shared}{'' if self.normalised else ':raw'}"
+
+    def expert_parameters(self) -> int:
+        return 3 * self.hidden_size * self.width
+
+    def parameters(self) -> int:
+        return self.hidden_size * self.experts + (self.experts + self.shared) * self.expert_parameters()
+
+    def product_parameters(self) -> int:
+        return self.hidden_size * self.experts + (self.chosen + self.shared) * self.expert_parameters()
+
+    def weight_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
+        """The experts that `tokens` tokens are expected to hit when each chooses evenly at random."""
+        hit = self.experts * (1 - (1 - self.chosen / self.experts) ** tokens)
+        rest = self.hidden_size * self.experts + self.shared * self.expert_parameters()
+        return round(rest + hit * self.expert_parameters()) * dtype_bytes
+
+    @classmethod
+    def block_class(cls) -> type[Block]:
+        from nasbench.model.ffn.moe import MixtureOfExperts
+
+        return MixtureOfExperts
+
+
+@dataclass(frozen=True)
+class NoFFNSpec(FFNSpec):
+    """No FFN at all, as in Mamba2."""
+
+    kind: ClassVar[str] = "none"
+    title: ClassVar[str] = "no FFN"
+
+    @classmethod
+    def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
+        if args:
+            raise UserError(f"bad arguments {args!r} of FFN kind none: it takes none")
+        return cls(hidden_size)
+
+    @property
+    def args(self) -> str:
+        return ""
+
+    def parameters(self) -> int:
+        return 0
+
+    @classmethod
+    def block_class(cls) -> type[Block]:
+        from nasbench.model.ffn.gated import NoFFN
+
+        return NoFFN

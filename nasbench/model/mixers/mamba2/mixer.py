@@ -1,0 +1,181 @@
+"""M with weights: Mamba2 (arXiv 2405.21060). The parameter names are those of published checkpoints."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Self
+
+import torch
+from nasbench_kernels.conv import short_conv, short_conv_step
+from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nasbench.model.block import Block, BlockCache
+from nasbench.model.documents import RESET_LOG_DECAY
+from nasbench.model.meta import Meta, SequenceMeta, StepMeta
+from nasbench.model.mixers.attention.mixer import FullAttention
+from nasbench.model.mixers.gated_delta.mixer import copy_heads
+from nasbench.model.mixers.mamba2.spec import Mamba2Spec
+from nasbench.model.packed import PackedProjections
+
+NORM_EPS = 1e-5
+"""Of the output norm, in published checkpoints."""
+SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE, STEP_SIZE = 1.0, 256.0, 0.1
+"""Tokens after which a head's state has halved at the start of training, spread over the heads, at this step size."""
+START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
+"""What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
+and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
+WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
+"""State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
+
+
+class Mamba2(Block):
+    """z, x, B, C, dt from one projection; a state per head that x is written to along B and read from along C."""
+
+    spec: Mamba2Spec
+    supports_packed_documents: ClassVar[bool] = True
+    # bf16 would round the slowest decays to one another.
+    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
+
+    def __init__(self, spec: Mamba2Spec) -> None:
+        super().__init__(spec)
+        hidden, heads = spec.shape.hidden_size, spec.num_heads
+        self.in_proj = nn.Linear(hidden, spec.projected, bias=False)
+        # Holds the weights; the arithmetic is in nasbench_kernels.
+        self.conv1d = nn.Conv1d(spec.channels, spec.channels, spec.conv_size, groups=spec.channels)
+        self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE))))
+        share = torch.linspace(0, 1, heads) if heads > 1 else torch.full((1,), 0.5)
+        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share
+        self.A_log = nn.Parameter((math.log(2) / half_lives / STEP_SIZE).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = nn.RMSNorm(spec.inner, eps=NORM_EPS)
+        self.out_proj = nn.Linear(spec.inner, hidden, bias=False)
+        self.packed = PackedProjections((self.in_proj,))
+
+    @property
+    def out(self) -> nn.Linear:
+        return self.out_proj
+
+    def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
+        """The state [B, H, P, N], fp32 or bf16 as specified, and the convolution's last inputs."""
+        spec = self.spec
+        size = (batch, spec.num_heads, spec.head_dim, spec.state_size)
+        kind = torch.float32 if spec.state_bits == 32 else torch.bfloat16
+        conv_state = torch.zeros(batch, spec.conv_size - 1, spec.channels, device=device, dtype=dtype)
+        return BlockCache(context, {"state": torch.zeros(size, device=device, dtype=kind)}, {"xbc": conv_state})
+
+    @property
+    def taps(self) -> Tensor:
+        """The convolution's weight, [I + 2 G N, W]."""
+        return self.conv1d.weight[:, 0]
+
+    def parts(self, row: Tensor) -> tuple[Tensor, ...]:
+        """row [..., at least P] -> z [..., I], the convolution's input [..., I + 2 G N], dt [..., H]."""
+        spec = self.spec
+        return row[..., : spec.projected].split((spec.inner, spec.channels, spec.num_heads), dim=-1)
+
+    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> tuple[Tensor, ...]:
+        """After the convolution: x [B, T, H, P], step size and log decay [B, T, H] fp32, B and C [B, T, G, N]."""
+        spec = self.spec
+        shared = spec.groups * spec.state_size
+        x, b, c = mixed.split((spec.inner, shared, shared), dim=-1)
+        b, c = (part.unflatten(-1, (spec.groups, spec.state_size)) for part in (b, c))
+        step = F.softplus(dt.float() + self.dt_bias.float())
+        decay = -self.A_log.float().exp() * step
+        if meta.documents is not None:
+            decay = decay.masked_fill(meta.documents.first[..., None], RESET_LOG_DECAY)
+        return x.unflatten(-1, (spec.num_heads, spec.head_dim)), step, decay, b, c
+
+    def gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """RMSNorm of y SiLU(z) over the channels of each group: [B, T, H, P] and [B, T, I] -> [B, T, I]."""
+        mixed = (y.flatten(2).float() * F.silu(z.float())).unflatten(-1, (self.spec.groups, -1))
+        return F.rms_norm(mixed, mixed.shape[-1:], eps=NORM_EPS).flatten(2).to(z.dtype) * self.norm.weight
+
+    def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        z, columns, dt = self.parts(row)
+        if isinstance(meta, StepMeta):
+            assert cache is not None
+            mixed = short_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv1d.bias)
+            inputs = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
+            return self.gated(mamba2_step(*inputs, self.D, cache.state["state"])[:, None], z)
+        conv_state, state = (cache.conv_state["xbc"], cache.state["state"]) if cache else (None, None)
+        reach = None if meta.documents is None else meta.documents.reach(self.spec.conv_size)
+        mixed = short_conv(columns, self.taps, conv_state, reach, self.conv1d.bias)
+        y, new_state = chunked_mamba2(*self.recurrence_inputs(mixed, dt, meta), self.D, state)
+        if state is not None:
+            state.copy_(new_state)
+        return self.gated(y, z)
+
+    def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.prefill_core(row, meta)
+        if self.spec.state_size > WIDEST_TRAINED_STATE:
+            return self.core(row, meta)
+        from nasbench_kernels.mamba2.prefill import triton_mamba2
+
+        z, columns, dt = self.parts(row)
+        y, _ = triton_mamba2(*self.recurrence_inputs(self.convolved(columns, meta, None), dt, meta), self.D)
+        return self.gated(y, z)
+
+    def convolved(self, columns: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
+        """Convolution and SiLU by a kernel that has a backward."""
+        from nasbench_kernels.conv.train import triton_short_conv
+
+        ages = None if meta.documents is None else meta.documents.ages
+        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv1d.bias)
+
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        if self.spec.state_size > WIDEST_STATE:
+            return self.core(row, meta, cache)
+        from nasbench_kernels.mamba2.norm import gated_norm_of_groups
+        from nasbench_kernels.mamba2.prefill import triton_mamba2
+
+        _, columns, dt = self.parts(row)
+        state = cache.state["state"] if cache else None
+        inputs = self.recurrence_inputs(self.convolved(columns, meta, cache), dt, meta)
+        y, new_state = triton_mamba2(*inputs, self.D, state)
+        if state is not None:
+            state.copy_(new_state)
+        rows = row.flatten(0, 1)
+        out = torch.empty(len(rows), self.spec.inner, device=row.device, dtype=row.dtype)
+        gated_norm_of_groups(y.view_as(out), rows, self.norm.weight, self.spec.groups, NORM_EPS, out)
+        return out.unflatten(0, row.shape[:2])
+
+    def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        from nasbench_kernels.mamba2.decode import fused_mamba2_step
+
+        assert cache is not None
+        return fused_mamba2_step(
+            row, self.taps, self.conv1d.bias, cache.conv_state["xbc"], cache.state["state"],
+            self.A_log, self.dt_bias, self.D, self.norm.weight, eps=NORM_EPS,
+        )  # fmt: skip
+
+    @classmethod
+    def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
+        """x, B and C from the attention's values, keys and queries: linear attention reads h_t c_t where
+        h = sum x b^T. Further channels start small and random, with zeros in the output projection.
+
+        A group has one B and C: of its heads, the first gives them.
+        """
+        weight = attention.q_proj.weight
+        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
+        dim, repeat = attention.head_dim, attention.group
+        shared, each = spec.groups * spec.state_size, spec.num_heads // spec.groups
+        with torch.no_grad():
+            _, x, b, c, _ = mixer.in_proj.weight.split((spec.inner, spec.inner, shared, shared, spec.num_heads))
+            q, k, v = (
+                part.weight.unflatten(0, (-1, dim)).repeat_interleave(times, 0)
+                for part, times in ((attention.q_proj, 1), (attention.k_proj, repeat), (attention.v_proj, repeat))
+            )
+            copy_heads(x.view(spec.num_heads, spec.head_dim, -1), v)
+            copy_heads(b.view(spec.groups, spec.state_size, -1), k[::each])
+            copy_heads(c.view(spec.groups, spec.state_size, -1), q[::each])
+            output = mixer.out_proj.weight.zero_().view(-1, spec.num_heads, spec.head_dim).permute(1, 2, 0)
+            copy_heads(output, attention.o_proj.weight.view(-1, attention.num_heads, dim).permute(1, 2, 0))
+            mixer.conv1d.bias.zero_()
+            last = mixer.conv1d.weight.zero_()[..., -1]
+            last[: spec.inner] = START_VALUE_SCALE
+            last[spec.inner :] = START_SHARPNESS
+            mixer.D.zero_()
+        return mixer
