@@ -91,8 +91,9 @@ def swiglu_gemm_kernel(
     # Rounded as the rows of the plain product are.
     gate = gate.to(out.dtype.element_ty).to(tl.float32)
     up = up.to(out.dtype.element_ty).to(tl.float32)
+    result = silu(gate) * up
     at = out + sequences[None, :].to(tl.int64) * ROWS + rows[:, None]
-    tl.store(at, (silu(gate) * up).to(out.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
+    tl.store(at, result.to(out.dtype.element_ty), mask=in_rows[:, None] & in_batch[None, :])
 
 
 @triton.jit

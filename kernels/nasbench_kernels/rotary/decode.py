@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.common.pdl import pdl_launch, wait
-from nasbench_kernels.rotary.train import rotate
 
 
 @triton.jit
@@ -39,7 +38,9 @@ def rotary_write_kernel(
         # Both halves of a rotary table are equal.
         c = tl.load(cos + sequence * table_stride + lanes, mask=inside, other=0.0)
         s = tl.load(sin + sequence * table_stride + lanes, mask=inside, other=0.0)
-        low, high = rotate(low, high, c, s)
+        rotated = low * c - high * s
+        high = high * c + low * s
+        low = rotated
     if head < HEADS:
         to = q_out + (sequence * HEADS + head) * DIM
     elif head < HEADS + KV_HEADS:

@@ -11,12 +11,6 @@ from torch import Tensor
 
 
 @triton.jit
-def rotate(first, second, c, s):
-    """Both halves of the channels of a head, rotated."""
-    return first * c - second * s, second * c + first * s
-
-
-@triton.jit
 def rotary_kernel(
     x, cos, sin, out, T, ROWS, x_stride, out_stride, HEADS, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr, BACK: tl.constexpr,
@@ -36,9 +30,8 @@ def rotary_kernel(
     target = out + index.to(tl.int64)[:, None] * out_stride + head * (2 * HALF) + lanes[None, :]
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
-    first, second = rotate(first, second, c, s)
-    tl.store(target, first.to(out.dtype.element_ty), mask=inside)
-    tl.store(target + HALF, second.to(out.dtype.element_ty), mask=inside)
+    tl.store(target, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
+    tl.store(target + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, heads: int, back: bool) -> None:
