@@ -290,7 +290,7 @@ def work(options: argparse.Namespace) -> int:
     need_gpu()
     import triton
 
-    from nasbench.profiling.timing import Budget, time_cuda
+    from nasbench.runtime.timing import Budget, time_cuda
 
     began, budget = time.monotonic(), Budget(seconds=0.15, least=15, most=40)
     torch.manual_seed(0)

@@ -39,9 +39,9 @@ from nasbench.model.shapes import ModelSpec
 from nasbench.parallel.context import Workers, workers_of
 from nasbench.parallel.fsdp import place_of
 from nasbench.runs import Run, RunSpec
-from nasbench.runtime.clock import synchronise
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
+from nasbench.runtime.timing import synchronise
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.settings import DistillConfig

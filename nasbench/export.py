@@ -1,7 +1,7 @@
 """A placement of a run as a model folder that other engines load: config.json, safetensors, tokenizer.
 
-`hf` writes the family's own format where every layer is full attention (transformers loads it), and model_type
-`nasbench` for hybrids (nasbench loads it). `jet-nemotron` writes `JetNemotronForCausalLM`, the format of the published
+`hf` writes the family's own format where that can express the placement (transformers loads it), and model_type
+`nasbench` for other hybrids (nasbench loads it). `jet-nemotron` writes `JetNemotronForCausalLM`, the format of the published
 Jet-Nemotron checkpoints, for placements of A, W and J.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nasbench import __version__
-from nasbench.checkpoints.hf_folder import hf_config, jet_nemotron_config
+from nasbench.checkpoints.families import FORMATS, write_config
 from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.core.files import machine_errors, write_json
-from nasbench.model.decoder import Decoder
-from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.finalize import final_folder, is_final, load_final
 from nasbench.supernet.supernet import Supernet
-
-CONFIGS: dict[str, Callable[[ModelSpec, Placement], dict[str, Any]]] = {
-    "hf": hf_config,
-    "jet-nemotron": jet_nemotron_config,
-}
-"""By format: the config.json of a model. Raises UserError for what the format cannot express."""
 
 
 def export(
@@ -61,8 +52,8 @@ def export(
 
 def check_export(format: str, out: Path) -> None:
     """Raises UserError for an unknown format and for an `out` that would be overwritten."""
-    if format not in CONFIGS:
-        raise unknown("export format", format, CONFIGS)
+    if format not in FORMATS:
+        raise unknown("export format", format, FORMATS)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty: choose another folder, nothing is overwritten")
 
@@ -80,14 +71,19 @@ def _load(run: Run, placement: Placement, dtype: torch.dtype) -> tuple[LoadedMod
 def write_model(loaded: LoadedModel, out: Path, format: str, about: dict[str, Any]) -> Path:
     """Writes any loaded model as a folder of the format. `about` goes into its nasbench.json. Raises as `export`."""
     check_export(format, out)
-    config = CONFIGS[format](loaded.shape, loaded.decoder.placement)
+    spec, placement = loaded.shape, loaded.decoder.placement
+    config, family = write_config(spec, placement, format)
     config["torch_dtype"] = str(loaded.decoder.dtype).removeprefix("torch.")
     eos = loaded.tokenizer.eos_ids
     config |= {
         "bos_token_id": loaded.tokenizer.bos_id,
         "eos_token_id": list(eos) if len(eos) > 1 else next(iter(eos), None),
     }
-    tensors = state_dict(loaded.decoder, format)
+    tensors = {
+        theirs: value.cpu().contiguous()
+        for name, tensor in loaded.decoder.state_dict().items()
+        for theirs, value in family.split(name, tensor.detach(), spec, placement)
+    }
     with machine_errors(f"writing {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -102,20 +98,6 @@ def write_model(loaded: LoadedModel, out: Path, format: str, about: dict[str, An
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return out
-
-
-def state_dict(decoder: Decoder, format: str) -> dict[str, Tensor]:
-    """The decoder's tensors by the format's names.
-
-    The Jet-Nemotron format has biases on q, k and v of every attention and window: zeros where the model has none.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in decoder.state_dict().items()}
-    if format == "jet-nemotron" and not decoder.shape.qkv_bias:
-        for layer, name in enumerate(decoder.placement):
-            for projection in ("q_proj", "k_proj", "v_proj") if kind_of(name) in "AW" else ():
-                weight = tensors[f"model.layers.{layer}.self_attn.{projection}.weight"]
-                tensors[f"model.layers.{layer}.self_attn.{projection}.bias"] = weight.new_zeros(len(weight))
-    return tensors
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

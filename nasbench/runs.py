@@ -3,7 +3,7 @@
 runs/NAME/
   run.json                 what is searched: model, layer kinds, data, seed
   supernet/                weights of every alternative, optimiser state, losses.csv
-  evals.csv                scores, one row per placement and task
+  scores/                  every score, item by item (nasbench.evaluation.scores)
   trials.csv  front.csv    what the searches tried, and the Pareto front of it
   validation.csv           predicted against measured end-to-end speed
   final/<placement>/       finalised hybrids
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nasbench.core.errors import UserError
 from nasbench.core.files import read_json, write_json
+from nasbench.spaces.placement import parse_placement
 from nasbench.spaces.space import Space
 
 
@@ -30,6 +31,7 @@ class RunSpec:
         data: text for training, "" for the default corpus.
         sequence: tokens of a training sequence.
         seed: of everything random.
+        original: the model's own placement; "" where every layer is full attention.
     """
 
     model: str
@@ -38,10 +40,13 @@ class RunSpec:
     data: str = ""
     sequence: int = 256
     seed: int = 0
+    original: str = ""
 
     @property
     def space(self) -> Space:
-        return Space.uniform(self.num_layers, self.names)
+        if not self.original:
+            return Space.uniform(self.num_layers, self.names)
+        return Space.around(parse_placement(self.original, self.num_layers), self.names)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,12 @@ class Run:
         return self.path / "supernet"
 
     @property
+    def scores(self) -> Path:
+        return self.path / "scores"
+
+    @property
     def evals(self) -> Path:
+        """Of runs that have no `scores` yet."""
         return self.path / "evals.csv"
 
     @property

@@ -8,27 +8,30 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from filelock import FileLock
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import locked
+from nasbench.core.noise import is_noisy
+from nasbench.core.tables import columns, read_table, read_text, write_table
+from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import FFNS, BlockSpec, ffn_spec
 
-from nasbench.core.errors import UserError
-from nasbench.core.files import atomic_path, machine_errors
-
-SCHEMA = 3
+SCHEMA = 4
 """Version of the columns below. Older files are read, and written as this version by the next change or by
 `nasbench db migrate`; newer ones are refused, never guessed at."""
 ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",)}
 """Columns that a version brought, by version."""
-SPREAD = 0.03
-"""A row whose p80 - p20 exceeds this share of its p50 is noisy."""
+RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
+"""New and old names of the columns that a version renamed."""
 
 SHARED_BLOCKS = ("embedding", "norm", "mlp", "head")
-"""Blocks that are the same in every placement; all others are layer-kind letters, or "ceiling"."""
+"""The same in every placement of a model whose FFNs are gated: `mlp` is that FFN. The block of another FFN is
+its kind, with its arguments in `args`; of a mixer, its letter; of the device's limits, "ceiling"."""
 CEILING = "ceiling"
 """Block of the device's own limits; `args` says which: copy, read, matmul or launch."""
 CEILINGS = ("copy", "read", "matmul", "launch")
@@ -76,7 +79,7 @@ class Row:
     peak_bytes: int | None = None
     cache_bytes: int | None = None
     cache_formula_bytes: int | None = None
-    history_bytes: int | None = None
+    conv_state_bytes: int | None = field(default=None, metadata={"formerly": "history_bytes"})
     gb_s: float | None = None
     tflop_s: float | None = None
     bandwidth_fraction: float | None = None
@@ -103,116 +106,77 @@ class Row:
         return tuple(getattr(self, name) for name in KEY)
 
 
-class Sizes(Protocol):
-    """What block_cells reads of a model's shape."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    def layer(self) -> Any: ...
-
-
 SIZE_COLUMNS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-_SHARED_SIZES = {
+_PART_SIZES = {
     "embedding": ("hidden_size", "vocab_size"),
     "norm": ("hidden_size",),
-    "mlp": ("hidden_size", "intermediate_size"),
     "head": ("hidden_size", "vocab_size"),
 }
+_MIXER_SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim")
+GATED = "mlp"
 
 
-def block_cells(shape: Sizes, block: str, args: str = "") -> dict[str, Any]:
+def ffn_names(shape: ModelSpec) -> tuple[str, ...]:
+    """The name of each layer's FFN among profiled blocks; layers without an FFN have none."""
+    texts = shape.ffn or ("gated",) * shape.num_layers
+    return tuple(GATED if text == "gated" else text for text in texts if text != "none")
+
+
+def shared_blocks(shape: ModelSpec) -> tuple[str, ...]:
+    """The blocks of a model that are the same in every placement, FFNs included."""
+    return ("embedding", "norm", *dict.fromkeys(ffn_names(shape)), "head")
+
+
+def is_shared(name: str) -> bool:
+    """Whether a block is the same in every placement: no mixer."""
+    return name in SHARED_BLOCKS or name.partition("@")[0] in FFNS
+
+
+def block_spec(shape: ModelSpec, name: str) -> BlockSpec | None:
+    """The mixer or FFN of a name; None for embedding, norm and head. Raises UserError."""
+    if name in _PART_SIZES:
+        return None
+    if is_shared(name):
+        text = "gated" if name == GATED else name
+        return ffn_spec(text, shape.hidden_size, shape.intermediate_size, shape.activation)
+    return shape.mixer(name)
+
+
+def block_cells(shape: ModelSpec, block: str, args: str = "") -> dict[str, Any]:
     """The key cells that say which block of which sizes a row is about: the sizes that matter to it, 0 elsewhere.
 
     Args:
-        shape: the model's (nasbench.model.shapes.ModelSpec).
-        block: a shared block, or a layer kind's letter with its complete `args`.
+        block: a shared block, or a mixer's name; its letter alone with `args`.
     """
-    relevant = _SHARED_SIZES.get(block, ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
-    sizes = {name: getattr(shape, name) if name in relevant else 0 for name in SIZE_COLUMNS}
-    variant = "" if block in _SHARED_SIZES else shape.layer().variant
-    return {"block": block, "args": args, **sizes, "variant": variant}
+    name = f"{block}@{args}" if args else block
+    spec, model = block_spec(shape, name), {name: getattr(shape, name) for name in SIZE_COLUMNS}
+    relevant, cells = _MIXER_SIZES, {"block": block, "args": "", "variant": ""}
+    if spec is None:
+        relevant = _PART_SIZES[name]
+    elif not is_shared(name):
+        cells = {"block": spec.kind, "args": spec.args, "variant": shape.layer().variant}
+    elif spec.kind == "gated":
+        relevant = ("hidden_size", "intermediate_size")
+        model["intermediate_size"] = int(spec.args)
+        cells |= {"block": GATED, "args": "" if shape.activation == "silu" else shape.activation}
+    else:
+        relevant, cells = ("hidden_size",), cells | {"block": spec.kind, "args": spec.args}
+    return cells | {name: model[name] if name in relevant else 0 for name in SIZE_COLUMNS}
 
 
-def is_noisy(p20_us: float | None, p50_us: float | None, p80_us: float | None) -> bool | None:
-    """Whether the percentiles lie further apart than SPREAD allows; None without them."""
-    if p20_us is None or p50_us is None or p80_us is None:
-        return None
-    return p80_us - p20_us > SPREAD * p50_us
-
-
-COLUMNS = tuple(field.name for field in fields(Row))
+COLUMNS = columns(Row)
 KEY = COLUMNS[COLUMNS.index("device") : COLUMNS.index("implementation") + 1]
-
-
-def _integer(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError("write a whole number that is not negative")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise ValueError("write a finite number that is not negative")
-    return value
-
-
-def _flag(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError("write 0, 1 or nothing")
-    return text == "1"
-
-
-def _optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "" else parse(text)
-
-
-_PARSERS: dict[str, Callable[[str], Any]] = {
-    "str": str,
-    "int": _integer,
-    "int | None": _optional(_integer),
-    "float | None": _optional(_number),
-    "bool | None": _optional(_flag),
-}
-_PARSE = {field.name: _PARSERS[str(field.type)] for field in fields(Row)}
-
-
-def _format(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "1" if value else "0"
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return " ".join(str(value).split())
-
-
-def _cell(column: str, text: str) -> Any:
-    """The value of a cell. Raises ValueError saying what is expected."""
-    try:
-        value = _PARSE[column](text)
-    except ValueError as error:
-        raise ValueError(str(error) if "write" in str(error) else "write a number") from None
-    legal = _LEGAL.get(column)
-    if legal and value not in legal:
-        raise ValueError(f"choose from {', '.join(legal)}")
-    return value
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_BAD_SLUG = "bad device name {!r}: write letters, digits, '.', '_' and '-', as nvidia-h200"
+"""Files are named after devices: a name such as ../x would leave the folder."""
+_NUMBERS = tuple(field.name for field in fields(Row) if str(field.type).startswith(("int", "float")))
 
 
 def columns_of(version: int) -> tuple[str, ...]:
     """The header of a file of this version, SCHEMA or older."""
     later = {name for added, names in ADDED.items() if added > version for name in names}
-    return tuple(name for name in COLUMNS if name not in later)
+    renamed = {new: old for added, names in RENAMED.items() if added > version for new, old in names.items()}
+    return tuple(renamed.get(name, name) for name in COLUMNS if name not in later)
 
 
 def _version_of(header: list[str]) -> int:
@@ -220,12 +184,20 @@ def _version_of(header: list[str]) -> int:
     return next((version for version in range(SCHEMA, 0, -1) if tuple(header) == columns_of(version)), 0)
 
 
-def _inconsistent(row: Row) -> str:
-    """What is wrong between the cells of a row as "column: reason", or ""."""
-    if not row.device:
-        return "device: write the device's name"
+def _problem(row: Row) -> str:
+    """What is wrong with a row as "column: reason", or ""."""
+    for name in _NUMBERS:
+        value = getattr(row, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            kind = "whole number" if isinstance(value, int) else "finite number"
+            return f"{name}: bad value {value}: write a {kind} that is not negative"
+    for name, legal in _LEGAL.items():
+        if getattr(row, name) not in legal:
+            return f"{name}: {unknown('value', getattr(row, name), legal)}"
+    if not _SLUG.fullmatch(row.device):
+        return f"device: {_BAD_SLUG.format(row.device)}"
     if not row.block:
-        return "block: write a layer kind's letter, ceiling, or " + ", ".join(SHARED_BLOCKS)
+        return "block: write a mixer's letter, the kind of an FFN, ceiling, or " + ", ".join(SHARED_BLOCKS)
     if row.status == "ok":
         if row.p20_us is None or row.p50_us is None or row.p80_us is None:
             return "p50_us: a row with status ok needs its times"
@@ -239,74 +211,47 @@ def _inconsistent(row: Row) -> str:
     return ""
 
 
-def _read_row(path: Path, line: int, cells: list[str], version: int) -> Row:
-    columns = columns_of(version)
-    if len(cells) != len(columns):
-        raise UserError(f"{path} line {line}: {len(cells)} cells, the header has {len(columns)}")
-    values: dict[str, Any] = {}
-    for column, text in zip(columns, cells, strict=True):
-        try:
-            values[column] = _cell(column, text)
-        except ValueError as error:
-            raise UserError(f"{path} line {line} column {column}: bad value {text!r}: {error}") from None
-    if values["schema"] != version:
-        raise UserError(
-            f"{path} line {line} column schema: bad value {values['schema']!r}: the header is of schema {version}"
-        )
-    if version < 2:
-        values["noisy"] = is_noisy(values["p20_us"], values["p50_us"], values["p80_us"])
-    row = Row(**(values | {"schema": SCHEMA}))
-    wrong = _inconsistent(row)
-    if wrong:
-        column, _, reason = wrong.partition(": ")
-        raise UserError(f"{path} line {line} column {column}: {reason}")
-    return row
-
-
 def read_db(path: Path) -> list[Row]:
-    """Reads and validates a database file; rows of an older schema come as those of the present one.
+    """Reads and validates a database file; rows of an older schema become those of the present one.
 
     Raises:
         UserError: absent file, wrong header or schema version, a bad cell (file, line and column are named),
             a key that appears twice, a last line that was cut.
     """
     path = Path(path)
-    text = _text(path)
-    reader = csv.reader(io.StringIO(text), strict=True)
-    rows: list[Row] = []
+    header, first = _head(path)
+    version = _version_of(header)
+    if not version:
+        raise UserError(f"{path} line 1: {_header_problem(header, first)}")
+
+    def check(row: Row) -> str:
+        if row.schema != version:
+            return f"schema: bad value {row.schema}: the header is of schema {version}"
+        return _problem(row)
+
+    rows = read_table(path, Row, check=check)
+    if version < SCHEMA:
+        rows = [replace(row, schema=SCHEMA) for row in rows]
+    if version < 2:
+        rows = [replace(row, noisy=is_noisy(row.p20_us, row.p50_us, row.p80_us)) for row in rows]
     lines: dict[tuple[Any, ...], int] = {}
-    try:
-        header = next(reader, [])
-        version = _version_of(header)
-        if not version:
-            raise UserError(f"{path} line 1: {_header_problem(header, next(reader, []))}")
-        if not text.endswith("\n"):
-            raise UserError(f"{path} line {text.count(chr(10)) + 1}: the last line is cut: it has no end of line")
-        for cells in reader:
-            row = _read_row(path, reader.line_num, cells, version)
-            if row.key in lines:
-                raise UserError(f"{path} line {reader.line_num}: the same key as line {lines[row.key]}")
-            lines[row.key] = reader.line_num
-            rows.append(row)
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not CSV: {error}") from None
+    for line, row in enumerate(rows, 2):
+        if lines.setdefault(row.key, line) != line:
+            raise UserError(f"{path} line {line}: the same key as line {lines[row.key]}")
     return rows
 
 
-def _text(path: Path) -> str:
+def _head(path: Path) -> tuple[list[str], list[str]]:
+    """The header and the first row. Raises UserError where the file is absent or not text."""
     if not path.is_file():
         raise UserError(f"no such profile database: {path}")
-    try:
-        with machine_errors(f"reading {path}"):
-            return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a profile database: it is not UTF-8 text") from None
+    reader = csv.reader(io.StringIO(read_text(path)))
+    return next(reader, []), next(reader, [])
 
 
 def schema_of(path: Path) -> int:
     """The schema version that a file is written in. Raises UserError where it is no database."""
-    header = next(csv.reader(io.StringIO(_text(Path(path)))), [])
-    return _version_of(header) or SCHEMA
+    return _version_of(_head(Path(path))[0]) or SCHEMA
 
 
 def _header_problem(header: list[str], first: list[str]) -> str:
@@ -337,13 +282,6 @@ def replaces(new: Row, old: Row) -> bool:
     return new.measured_utc >= old.measured_utc
 
 
-def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_format(getattr(row, name)) for name in COLUMNS] for row in rows)
-
-
 class Database:
     """A database file that several processes may write: each change is one whole file, under a lock.
 
@@ -360,7 +298,7 @@ class Database:
 
     def migrate(self) -> bool:
         """Rewrites a file of an older schema in the present one; False where it is that already."""
-        with self._locked():
+        with locked(self.path):
             rows = self.read()
             if not self.path.exists() or schema_of(self.path) == SCHEMA:
                 return False
@@ -376,10 +314,10 @@ class Database:
         """
         new = list(rows)
         for row in new:
-            wrong = _inconsistent(row)
+            wrong = _problem(row)
             if wrong:
                 raise UserError(f"bad row for {row.block}{row.args} in {self.path}: {wrong}")
-        with self._locked():
+        with locked(self.path):
             table = {row.key: row for row in self.read()}
             changed = 0
             for row in new:
@@ -392,20 +330,7 @@ class Database:
             return changed
 
     def _write(self, rows: Iterable[Row]) -> None:
-        with atomic_path(self.path) as temporary:
-            _write_rows(temporary, rows)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """No other process changes the file inside of the block. The system frees the lock of a process that dies."""
-        with machine_errors(f"writing {self.path}"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+        write_table(self.path, rows, Row, digits=4)
 
 
 def select(rows: Iterable[Row], **cells: Any) -> list[Row]:
@@ -424,5 +349,7 @@ def default_db_dir() -> Path:
 
 
 def db_path(device: str, folder: Path | None = None) -> Path:
-    """The database file of a device, in `folder` or the default one."""
+    """The database file of a device, in `folder` or the default one. Raises UserError for a name that cannot be one."""
+    if not _SLUG.fullmatch(device):
+        raise UserError(_BAD_SLUG.format(device))
     return (folder or default_db_dir()) / f"{device}.csv"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nasbench.checkpoints.hf_folder import hf_config
+from nasbench.checkpoints.families import write_config
 from nasbench.checkpoints.load import random_decoder
 from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run, RunSpec
@@ -32,7 +32,7 @@ def save_tiny(folder):
     # Sharper than a fresh model: attention and predictions must be worth imitating.
     weights = {name: w if "norm" in name else torch.randn_like(w) * 0.25 for name, w in weights.items()}
     save_file(weights, folder / "model.safetensors")
-    config = {**hf_config(SHAPE, decoder.placement), "eos_token_id": 0}
+    config = {**write_config(SHAPE, decoder.placement)[0], "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))

@@ -1,4 +1,4 @@
-"""GGUF files of the llama architecture, converted once into an ordinary model folder in the cache.
+"""GGUF files, converted once into an ordinary model folder in the cache.
 
 Reading a GGUF takes seconds (its vocabulary is parsed in Python, its tensors are dequantised), so the result is kept:
 fp32 safetensors, because a dequantised value (scale x integer + minimum) has more bits than bf16 or fp16 hold.
@@ -7,12 +7,17 @@ fp32 safetensors, because a dequantised value (scale x integer + minimum) has mo
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nasbench.checkpoints.hf_folder import hf_config
+from nasbench.checkpoints.families import FAMILIES, Family
+from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.gguf_header import GgufHeader, read_header, read_tensor
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors, write_json
 from nasbench.core.sizes import cache_dir
@@ -20,20 +25,6 @@ from nasbench.model.shapes import ModelSpec
 
 if TYPE_CHECKING:
     import numpy as np
-    from gguf import GGUFReader
-
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def file_sha256(path: Path) -> str:
@@ -47,22 +38,29 @@ def file_sha256(path: Path) -> str:
 
 def converted_folder(sha256: str) -> Path:
     """Where the model folder made from the GGUF of this digest is kept. The suffix changes with the conversion."""
-    return cache_dir() / "converted" / f"{sha256[:32]}-v1"
+    return cache_dir() / "converted" / f"{sha256[:32]}-v2"
+
+
+def parts_sha256(path: Path) -> str:
+    """Digest of a GGUF model: of the file, or of the digests of all its parts. Raises UserError."""
+    parts = read_header(path).parts
+    digests = [file_sha256(part) for part in parts]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def convert(path: Path, sha256: str | None = None) -> Path:
     """The model folder of a GGUF file, made now if the cache does not hold it.
 
     Args:
-        sha256: the file's digest if it is known already.
+        sha256: the model's digest if it is known already.
 
     Raises:
-        UserError: the file is not a GGUF of the llama architecture, or corrupt.
+        UserError: the file is not a GGUF of a family that is known here, or corrupt.
         MachineError: the cache cannot be written.
     """
     from filelock import FileLock
 
-    folder = converted_folder(sha256 or file_sha256(path))
+    folder = converted_folder(sha256 or parts_sha256(path))
     if folder.is_dir():
         return folder
     with machine_errors(f"writing {folder.parent}"):
@@ -72,139 +70,123 @@ def convert(path: Path, sha256: str | None = None) -> Path:
                 return folder
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
-                _write_folder(path, temporary)
+                _write_folder(read_header(path), temporary)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write_folder(path: Path, folder: Path) -> None:
-    import safetensors.numpy
+def _write_folder(header: GgufHeader, folder: Path) -> None:
+    import numpy as np
 
-    from nasbench.checkpoints.tokenizer import byte_level_bpe
+    from nasbench.checkpoints.load import check_tensors
+    from nasbench.checkpoints.tokenizer import gguf_tokenizer
 
-    reader = _open(path)
-    shape = _shape(reader, path)
-    tensors = _tensors(reader, shape, path)
-    try:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    except safetensors.SafetensorError as error:
-        raise OSError(str(error)) from error
-    kind = _field(reader, "tokenizer.ggml.model", path)
-    if kind != "gpt2":
-        raise UserError(f"{path}: tokenizer kind {kind!r} is not supported: only gpt2 (byte-level BPE)")
-    bos_id = _field(reader, "tokenizer.ggml.bos_token_id", path, None)
-    backend = byte_level_bpe(
-        _field(reader, "tokenizer.ggml.tokens", path),
-        _field(reader, "tokenizer.ggml.token_type", path),
-        _field(reader, "tokenizer.ggml.merges", path),
-        _field(reader, "tokenizer.ggml.pre", path),
-        # A model that was trained without a begin-of-text token must not be given one, and its file may name one still.
-        bos_id if _field(reader, "tokenizer.ggml.add_bos_token", path, False) else None,
-    )
-    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
-    config = hf_config(shape, shape.placement) | {
-        "bos_token_id": bos_id,
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id", path, None),
-        "nasbench_source": f"{path.name}, dequantised to fp32",
+    family, config, fields = _config(header)
+    spec = family.from_config(Fields(config, str(header.path)), header.path.stem)
+    tokenizer = gguf_tokenizer(fields)
+    fields.finish(())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in header.tensors.values():
+        # Zeros without memory have the shapes that the values will have.
+        found = list(family.from_gguf(tensor.name, np.broadcast_to(np.float32(0), tensor.shape), config))
+        if not found and tensor.name not in family.gguf_unused:
+            raise UserError(
+                f"{tensor.path} has a tensor {tensor.name} that the family {family.model_type} does not have"
+            )
+        shapes |= {name: values.shape for name, values in found}
+    check_tensors(shapes, spec, str(header.path))
+    _write_safetensors(folder / "model.safetensors", shapes, _values(header, family, config))
+    tokenizer.save(folder / "tokenizer.json")
+    config |= {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": list(tokenizer.eos_ids),
+        "nasbench_source": f"{header.path.name}, dequantised to fp32",
     }
     write_json(folder / "config.json", config)
 
 
-def _open(path: Path) -> GGUFReader:
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise UserError(f"no such file: {path}")
-    try:
-        return GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a whole GGUF file: {error or type(error).__name__}") from None
+def gguf_spec(path: Path) -> ModelSpec:
+    """The specification that a GGUF file describes, named after the file. Raises UserError."""
+    family, config, _ = _config(read_header(path))
+    return family.from_config(Fields(config, str(path)), path.stem)
 
 
-_REQUIRED = object()
-
-
-def _field(reader: GGUFReader, key: str, path: Path, default: Any = _REQUIRED) -> Any:
-    field = reader.get_field(key)
-    if field is not None:
-        return field.contents()
-    if default is _REQUIRED:
-        raise UserError(f"{path} lacks the field {key}")
-    return default
-
-
-def gguf_shape(path: Path) -> ModelSpec:
-    """The shape that a GGUF file describes, named after the file. Raises UserError."""
-    return _shape(_open(path), path)
-
-
-def _shape(reader: GGUFReader, path: Path) -> ModelSpec:
-    architecture = _field(reader, "general.architecture", path)
-    if architecture != "llama":
-        raise UserError(f"{path}: architecture {architecture!r} is not supported: only llama")
-    for key in ("llama.expert_count", "llama.rope.scaling.type"):
-        if _field(reader, key, path, None) not in (None, 0, "none"):
-            raise UserError(f"{path}: {key} = {_field(reader, key, path)!r} is not supported")
-    names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names:
-        raise UserError(f"{path}: scaled rotary embeddings (rope_freqs) are not supported in GGUF: use the HF folder")
-    heads = int(_field(reader, "llama.attention.head_count", path))
-    hidden = int(_field(reader, "llama.embedding_length", path))
-    head_dim = int(_field(reader, "llama.attention.key_length", path, hidden // heads))
-    if int(_field(reader, "llama.rope.dimension_count", path, head_dim)) != head_dim:
-        raise UserError(f"{path}: llama.rope.dimension_count differs from the head size {head_dim}: not supported")
-    return ModelSpec(
-        name=path.stem,
-        family="llama",
-        num_layers=int(_field(reader, "llama.block_count", path)),
-        hidden_size=hidden,
-        intermediate_size=int(_field(reader, "llama.feed_forward_length", path)),
-        num_heads=heads,
-        num_kv_heads=int(_field(reader, "llama.attention.head_count_kv", path, heads)),
-        head_dim=head_dim,
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
-        max_context=int(_field(reader, "llama.context_length", path)),
-        rope_theta=float(_field(reader, "llama.rope.freq_base", path, 10_000.0)),
+def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
+    """(family, config.json, all keys that describe no more than the file, of which the first two read theirs)."""
+    where = str(header.path)
+    families = {cls.gguf: cls for cls in (FAMILIES[name] for name in FAMILIES) if cls.gguf}
+    architecture = Fields(header.keys, where).text("general.architecture", choices=families)
+    family = families[architecture]()
+    descriptive = ("general.", "split.", "quantize.", "imatrix.")
+    fields = Fields({key: value for key, value in header.keys.items() if not key.startswith(descriptive)}, where)
+    keys = fields.under(f"{architecture}.")
+    heads = keys.integer("attention.head_count", most=1 << 16)
+    hidden = keys.integer("embedding_length", most=1 << 20)
+    head_dim = keys.integer("attention.key_length", None, most=1 << 16)
+    if head_dim is None and hidden % heads:
+        raise UserError(f"{where}: {architecture}.embedding_length {hidden} is no multiple of head_count {heads}")
+    head_dim = head_dim or hidden // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        keys.neutral(key, head_dim)
+    for key in ("rope.scaling.finetuned", "rope.scaling.original_context_length"):
+        keys.raw(key)
+    scale = keys.number("attention.scale", None)
+    if scale is not None and abs(scale * head_dim**0.5 - 1) > 1e-5:
+        raise keys.wrong("attention.scale", f"1 / sqrt({head_dim}), the only one supported")
+    tokens = fields.items("tokenizer.ggml.tokens", str) or []
+    keys.neutral("vocab_size", len(tokens))
+    config = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "num_hidden_layers": keys.integer("block_count", most=4096),
+        "hidden_size": hidden,
+        "intermediate_size": keys.integer("feed_forward_length", most=1 << 24),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": len(tokens),
+        "max_position_embeddings": keys.integer("context_length"),
+        "rope_theta": keys.number("rope.freq_base", 10_000.0),
+        "rope_scaling": _rope_scaling(keys),
         # Stored as fp32: 9.99999974e-06 is the 1e-5 of the original configuration.
-        rms_eps=float(f"{_field(reader, 'llama.attention.layer_norm_rms_epsilon', path):.6g}"),
-        tie_embeddings="output.weight" not in names,
-    )
+        "rms_norm_eps": float(f"{keys.number('attention.layer_norm_rms_epsilon'):.6g}"),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
+    return family, config | family.gguf_config(keys, header), fields
 
 
-def _tensors(reader: GGUFReader, shape: ModelSpec, path: Path) -> dict[str, np.ndarray]:
-    """Every tensor in fp32 under its checkpoint name."""
-    import numpy as np
-    from gguf.quants import dequantize
-
-    result = {}
-    for tensor in reader.tensors:
-        name = _checkpoint_name(tensor.name)
-        if name is None:
-            raise UserError(f"{path} has a tensor {tensor.name} that the llama architecture does not have")
-        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if "attn_q." in tensor.name or "attn_k." in tensor.name:
-            values = _half_split_rows(values, shape.num_heads if "attn_q." in tensor.name else shape.num_kv_heads)
-        result[name] = np.ascontiguousarray(values)
-    return result
-
-
-def _checkpoint_name(name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a name that is not known."""
-    if not name.endswith(".weight"):
+def _rope_scaling(keys: Fields) -> dict[str, Any] | None:
+    """As llama.cpp reads it: a factor scales linearly unless a type says otherwise."""
+    for key in ("rope.scale_linear", "rope.scaling.attn_factor"):
+        keys.neutral(key, 1.0, 0.0)
+    kind = keys.text("rope.scaling.type", "linear", ("none", "linear"))
+    factor = keys.raw("rope.scaling.factor")
+    if kind == "none" or factor in (None, 0, 1):
         return None
-    parts = name.removesuffix(".weight").split(".")
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in _LAYER:
-        return f"model.layers.{parts[1]}.{_LAYER[parts[2]]}.weight"
-    return f"{_OUTSIDE[parts[0]]}.weight" if len(parts) == 1 and parts[0] in _OUTSIDE else None
+    return {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
 
 
-def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection [heads * D, C], from GGUF's order to the checkpoint's.
+def _values(header: GgufHeader, family: Family, config: dict[str, Any]) -> Iterator[np.ndarray]:
+    for tensor in header.tensors.values():
+        if tensor.name not in family.gguf_unused:
+            for _, values in family.from_gguf(tensor.name, read_tensor(tensor), config):
+                yield values
 
-    GGUF puts the two channels that a rotation turns next to each other (0, D/2, 1, D/2 + 1, ...); the rotate-half
-    form of the checkpoints has the first channels of all pairs, then the second ones.
-    """
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+def _write_safetensors(path: Path, shapes: dict[str, tuple[int, ...]], values: Iterator[np.ndarray]) -> None:
+    """Writes fp32 tensors of these names and shapes one after the other, so that one at a time is in memory."""
+    import numpy as np
+
+    start, header = 0, {}
+    for name, shape in shapes.items():
+        end = start + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in values:
+            file.write(np.ascontiguousarray(tensor, dtype="<f4").data)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nasbench.checkpoints import hf_folder
+from nasbench.checkpoints.families import FAMILIES, Family
+from nasbench.checkpoints.families.family import Place
 from nasbench.checkpoints.resolve import classify, model_folder, resolve_shape
 from nasbench.checkpoints.tokenizer import Tokenizer, tokenizer_from_json
 from nasbench.core.errors import MachineError, UserError
@@ -43,7 +46,7 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
         MachineError: it cannot be fetched, or does not fit in memory.
     """
     folder, shape, source = model_folder(classify(name))
-    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.read_config(folder))
+    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
     decoder = load_decoder(folder, shape, dtype=dtype, device=device)
     return LoadedModel(decoder, tokenizer, shape, source)
 
@@ -51,37 +54,91 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
 def load_decoder(
     folder: Path, shape: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder of a model folder in evaluation mode. Parameters that a mixer keeps in fp32 stay fp32."""
+    """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32."""
     files = hf_folder.weight_files(folder)
+    family = FAMILIES[shape.family]()
     with _built_on("meta", dtype):
         decoder = Decoder(shape, shape.placement)
-    expected = decoder.state_dict()
-    found = set()
+    slots = decoder.state_dict()
+    filled: dict[str, int] = {}
+    parted: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:
             for name, tensor in hf_folder.read_tensors(path):
-                if name not in expected:
-                    _refuse_extra(name, path, shape)
+                place = _find(family, name, tuple(tensor.shape), slots, shape, str(path))
+                if place is None:
                     continue
-                slot = expected[name]
-                if tensor.shape != slot.shape:
-                    raise UserError(
-                        f"{path}: {name} has shape {list(tensor.shape)}, the configuration says {list(slot.shape)}"
-                    )
-                found.add(name)
-                decoder.load_state_dict({name: tensor.to(device, slot.dtype)}, strict=False, assign=True)
-    missing = [name for name in expected if name not in found]
-    if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise UserError(f"{folder} lacks {missing[0]}{more}")
+                filled[place.name] = filled.get(place.name, 0) + tensor.numel()
+                value = tensor.to(device, slots[place.name].dtype)
+                _check_values(name, tensor.dtype, value, path)
+                if place.shift:
+                    value = (tensor.to(device, torch.float32) + place.shift).to(value.dtype)
+                if place.index:
+                    if place.name not in parted:
+                        parted[place.name] = torch.empty_like(slots[place.name], device=device)
+                    parted[place.name][place.index] = value
+                    value = parted[place.name]
+                decoder.load_state_dict({place.name: value}, strict=False, assign=True)
+    _check_filled(slots, filled, shape, str(folder))
     _materialise_buffers(decoder, device)
     return decoder.eval()
 
 
-def _refuse_extra(name: str, path: Path, shape: ModelSpec) -> None:
-    """Lets through what repeats other data: a tied output matrix, old checkpoints' rotary tables."""
-    if not (name == "lm_head.weight" and shape.tie_embeddings) and not name.endswith("rotary_emb.inv_freq"):
-        raise UserError(f"{path} has a tensor {name} that a {shape.family} model of this configuration does not have")
+def check_tensors(shapes: dict[str, tuple[int, ...]], shape: ModelSpec, where: str) -> None:
+    """Raises UserError unless the checkpoint's tensors of these shapes are exactly those of the model."""
+    family = FAMILIES[shape.family]()
+    with _built_on("meta", torch.float32):
+        slots = Decoder(shape, shape.placement).state_dict()
+    filled: dict[str, int] = {}
+    for name, sizes in shapes.items():
+        place = _find(family, name, sizes, slots, shape, where)
+        if place is not None:
+            filled[place.name] = filled.get(place.name, 0) + math.prod(sizes)
+    _check_filled(slots, filled, shape, where)
+
+
+def _find(
+    family: Family, name: str, sizes: tuple[int, ...], slots: dict[str, Tensor], shape: ModelSpec, where: str
+) -> Place | None:
+    """Where a tensor goes; None for what repeats other data: a tied output matrix, old checkpoints' rotary tables."""
+    place = family.place(name, shape)
+    if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
+        return None
+    slot = slots.get(place.name)
+    try:
+        wanted = None if slot is None else list(slot[place.index].shape)
+    except IndexError:
+        wanted = None
+    if wanted is None:
+        raise UserError(f"{where} has a tensor {name} that a {shape.family} model of this configuration does not have")
+    if list(sizes) != wanted:
+        raise UserError(f"{where}: {name} has shape {list(sizes)}, the configuration says {wanted}")
+    return place
+
+
+def _check_filled(slots: dict[str, Tensor], filled: dict[str, int], shape: ModelSpec, where: str) -> None:
+    missing = [name for name, slot in slots.items() if filled.get(name, 0) != slot.numel()]
+    if missing:
+        (theirs, _), *_ = FAMILIES[shape.family]().split(missing[0], slots[missing[0]], shape, shape.placement)
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UserError(f"{where} lacks {theirs}{more}")
+
+
+_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> None:
+    """Refuses quantised weights and values that are not finite: one makes every output NaN, later and elsewhere."""
+    if dtype not in _WEIGHTS:
+        raise UserError(
+            f"{path}: {name} is {str(dtype).removeprefix('torch.')}: quantised checkpoints are not supported"
+        )
+    if value.numel():
+        low, high = value.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(
+                f"{path}: {name} holds values that are not finite in {str(value.dtype).removeprefix('torch.')}"
+            )
 
 
 def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:

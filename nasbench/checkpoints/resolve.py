@@ -56,11 +56,7 @@ def resolve_shape(name: str) -> ModelSpec:
     if model.kind in ("default", "shape"):
         return MODELS[model.value]
     if model.kind == "gguf":
-        path = Path(model.value)
-        converted = gguf_file.converted_folder(gguf_file.file_sha256(path))
-        if converted.is_dir():
-            return replace(hf_folder.folder_shape(converted), name=path.stem)
-        return gguf_file.gguf_shape(path)
+        return gguf_file.gguf_spec(Path(model.value))
     return model_folder(model, weights=False)[1]
 
 
@@ -76,13 +72,13 @@ def model_folder(model: ModelName, weights: bool = True) -> tuple[Path, ModelSpe
     if model.kind == "gguf":
         path = Path(model.value)
         folder = gguf_file.convert(path)
-        return folder, replace(hf_folder.folder_shape(folder), name=path.stem), f"{path.name}, dequantised"
+        return folder, replace(hf_folder.folder_spec(folder), name=path.stem), f"{path.name}, dequantised"
     if model.kind == "folder":
         folder = Path(model.value)
-        return folder, hf_folder.folder_shape(folder), str(folder)
+        return folder, hf_folder.folder_spec(folder), str(folder)
     if model.kind == "hub":
         folder = _hub_snapshot(model.value, weights)
-        shape = replace(hf_folder.folder_shape(folder), name=model.value.split("/")[-1])
+        shape = replace(hf_folder.folder_spec(folder), name=model.value.split("/")[-1])
         return folder, shape, f"hub {model.value}"
     raise UserError(
         f"model {model.value!r} is a shape without weights: use default, a local folder, a .gguf file or a hub name"
@@ -98,7 +94,10 @@ def _hub_snapshot(name: str, weights: bool) -> Path:
             f"model {name!r} is no local folder, and the hub needs the package huggingface-hub: "
             "pip install 'nasbench[hub]'"
         ) from None
-    patterns = ["config.json", *(["*.safetensors", "*.safetensors.index.json", "tokenizer.json"] if weights else [])]
+    patterns = [
+        "config.json",
+        *(["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "generation_config.json"] if weights else []),
+    ]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, HTTP and OS errors

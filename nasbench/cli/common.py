@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, unknown
-
-DTYPES = ("fp32", "bf16", "fp16")
 
 
 def print_json(data: Any) -> None:
-    """Prints one JSON object on standard output, and nothing else."""
-    sys.stdout.write(json.dumps(data) + "\n")
+    """Prints one strict JSON object on standard output, and nothing else. Numbers that are not finite become null."""
+    sys.stdout.write(json.dumps(_strict(data), allow_nan=False) + "\n")
+
+
+def _strict(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _strict(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_strict(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def mark_source(source: str) -> str:
+    """How tables show the source of a number: nobody overlooks an estimate."""
+    return "ESTIMATED" if source == "estimated" else source
 
 
 def log(message: str) -> None:
@@ -66,13 +79,3 @@ def torch_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise MachineError(f"device {name!r} is not there: this machine has no CUDA GPU that torch can use")
     return name
-
-
-def torch_dtype(name: str) -> Any:
-    """The torch dtype of `fp32`, `bf16` or `fp16`. Raises UserError."""
-    import torch
-
-    table = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if name not in table:
-        raise unknown("dtype", name, table)
-    return table[name]

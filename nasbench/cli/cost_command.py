@@ -21,7 +21,8 @@ def command(
     model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
     context: Annotated[str, typer.Option(help="Tokens of a sequence, as 64k.")],
     batch: Annotated[str, typer.Option(help="Sequences.")] = "1",
-    device: Annotated[str, typer.Option(help="Device with profile rows; default: the one found here.")] = "",
+    profile: Annotated[str, typer.Option(help="Profile database, by its device's name; default: this machine's.")] = "",
+    device: Annotated[str, typer.Option(hidden=True)] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: what was profiled, else bf16.")] = "",
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
     extrapolate: Annotated[
@@ -31,24 +32,25 @@ def command(
 ) -> None:
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, print_json
+    from nasbench.cli.common import log, mark_source, print_json
     from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
     from nasbench.cost.model import INTERVAL_SD
-    from nasbench.devices import detect
+    from nasbench.devices import DEVICES, detect
 
     shape = resolve_shape(model)
     layers = shape.parse(placement)
     tokens, sequences = parse_size(context), parse_size(batch)
-    slug = device or detect("auto").slug
-    rows = find_profiles(slug, db) if device or slug in profiled_devices(db) else []
+    named = profile or device
+    slug, profiled = named or detect("auto").slug, profiled_devices(db)
+    rows = find_profiles(slug, db) if slug in profiled or (named and named not in DEVICES) else []
     width = dtype or _profiled_dtype(rows, shape)
-    costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width)
+    costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width, device=slug)
     cost = costs.cache(layers, tokens, sequences)
     try:
         cost = costs.cost(layers, tokens, sequences, extrapolate)
     except UserError as error:
-        # Who names a device wants a speed, and not half an answer.
-        if device:
+        # Who names a profile wants a speed, and not half an answer.
+        if rows and named:
             raise
         log(f"cache only, no speed: {error}")
     else:
@@ -63,35 +65,26 @@ def command(
         low, high = cost.step_interval_ms or (cost.step_ms, cost.step_ms)
         print(
             f"decode   {cost.decode_tok_s:.1f} tokens/s ({cost.step_ms:.3f} ms a step, 90 % within {low:.3f} to "
-            f"{high:.3f}), {_mark(cost.source)}, {_calibrated(cost.calibration_rows)}"
+            f"{high:.3f}), {mark_source(cost.source)}, {_calibrated(cost.calibration_rows)}"
         )
     if cost.prefill_tok_s is not None:
         half = INTERVAL_SD * (cost.prefill_stderr_tok_s or 0.0)
-        print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {_mark(cost.source)}")
+        print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {mark_source(cost.source)}")
     if cost.j_per_token is not None:
         print(f"energy   {cost.j_per_token * 1e3:.3f} mJ a token")
-    print(
-        f"cache    {cost.cache_bytes / 2**20:.2f} MiB, and {cost.history_bytes / 2**20:.2f} MiB of convolution inputs"
-    )
-
-
-def _mark(source: str) -> str:
-    return "ESTIMATED" if source == "estimated" else source
+    cache, conv_state = (size / 2**20 for size in (cost.cache_bytes, cost.conv_state_bytes))
+    print(f"cache    {cache:.2f} MiB, and {conv_state:.2f} MiB of convolution inputs")
+    limit = "" if cost.fits is None else f", {'fits' if cost.fits else 'DOES NOT FIT'} in the memory of {slug}"
+    print(f"memory   {cost.needed_bytes / 1e9:.2f} GB of weights, caches and activations{limit}")
 
 
 def _calibrated(rows: int) -> str:
     return f"calibrated by {rows} whole steps" if rows else "not calibrated"
 
 
-def _profiles(rows: list[Row], shape: ModelSpec) -> list[Row]:
-    """The rows of this model's layers."""
-    from nasbench.store import block_cells
-
-    mlp = block_cells(shape, "mlp")
-    return [row for row in rows if all(getattr(row, name) == value for name, value in mlp.items())]
-
-
 def _profiled_dtype(rows: list[Row], shape: ModelSpec) -> str:
     """The data type that this model was profiled in, bf16 where there are several or none."""
-    found = {row.dtype for row in _profiles(rows, shape)}
+    from nasbench.store import block_cells, select
+
+    found = {row.dtype for row in select(rows, **block_cells(shape, "head"))}
     return found.pop() if len(found) == 1 else "bf16"

@@ -61,7 +61,7 @@ def show(
     """List the rows of databases."""
     from dataclasses import asdict
 
-    from nasbench.cli.common import print_json, print_table
+    from nasbench.cli.common import mark_source, print_json, print_table
     from nasbench.store import read_db
 
     rows = [row for file in _files(path) for row in read_db(file)]
@@ -86,7 +86,7 @@ def show(
     for row in rows:
         values = [getattr(row, name) for name in columns]
         values[columns.index("noisy")] = "noisy" if row.noisy else ""
-        values[columns.index("source")] = "ESTIMATED" if row.source == "estimated" else row.source
+        values[columns.index("source")] = mark_source(row.source)
         cells.append([*("" if value is None else value for value in values), row.status])
     print_table([*columns, "status"], cells)
 

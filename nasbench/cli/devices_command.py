@@ -14,7 +14,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """List known devices, the one found here, and its measured ceilings."""
-    from nasbench.cli.common import print_json, print_table
+    from nasbench.cli.common import mark_source, print_json, print_table
     from nasbench.cost import find_profiles, profiled_devices
     from nasbench.devices import DEVICES, detect
     from nasbench.store import CEILING, select
@@ -40,14 +40,12 @@ def command(
     ]
     print_table(["known device", "arch", "GB", "GB/s", "TFLOP/s", "source"], rows, "data sheets")
     if ceilings:
-        cells = [[row["device"], row["args"], row["dtype"], _reached(row), _mark(row["source"])] for row in ceilings]
+        cells = [
+            [row["device"], row["args"], row["dtype"], _reached(row), mark_source(row["source"])] for row in ceilings
+        ]
         print_table(["device", "ceiling", "dtype", "reached", "source"], cells, "\nceilings")
     else:
         print("\nno ceilings measured yet: run `nasbench profile --model MODEL`")
-
-
-def _mark(source: str) -> str:
-    return "ESTIMATED" if source == "estimated" else source
 
 
 def _reached(row: dict[str, Any]) -> str:

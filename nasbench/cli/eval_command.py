@@ -11,13 +11,15 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
-    from nasbench.evaluation.score import Score
+    from nasbench.evaluation.scores import Scores
     from nasbench.evaluation.tasks import Task
 
 
 def command(
     target: Annotated[str, typer.Argument(help="A run folder, a finalised hybrid, a model folder or name.")],
-    tasks: Annotated[str, typer.Option(help="As loss,kl,retrieval@2k,agreement@128,suite:FILE.jsonl.")] = "loss",
+    tasks: Annotated[
+        str, typer.Option(help="With settings, as loss,retrieval@2k,suite:FILE.jsonl; `list` names all tasks.")
+    ] = "loss",
     placement: Annotated[str | None, typer.Option(help="Of a run: default full attention.")] = None,
     split: Annotated[str, typer.Option(help="Held-out text: test, or search (what searches see).")] = "test",
     data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",
@@ -26,7 +28,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a placement of a run (kept in its evals.csv), or a checkpoint, on tasks."""
+    """Score a placement of a run (kept in its score store), or a checkpoint, on tasks."""
     from nasbench.cli.common import print_json, print_table, torch_device, torch_dtype
     from nasbench.evaluation.tasks import parse_tasks
 
@@ -53,7 +55,7 @@ def command(
 
 def _score_run(  # type: ignore[no-untyped-def]
     path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype
-) -> tuple[str, dict[str, Score]]:
+) -> tuple[str, dict[str, Scores]]:
     from nasbench.checkpoints.load import resolve_shape
     from nasbench.evaluation.evaluator import Evaluator
     from nasbench.runs import Run
@@ -75,7 +77,7 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     sequence: int,
     device: str,
     dtype,
-) -> tuple[str, dict[str, Score]]:
+) -> tuple[str, dict[str, Scores]]:
     from nasbench.checkpoints.load import load_model
     from nasbench.data.packing import Corpus
     from nasbench.evaluation.tasks import Context
@@ -86,7 +88,7 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     teacher = None
     if is_final(Path(target)):
         loaded = load_final(Path(target), dtype=dtype, device=device)
-        if any(task.label == "kl" for task in tasks):
+        if any(task.needs_teacher for task in tasks):
             teacher = load_model(teacher_name(Path(target)), dtype=dtype, device=device).decoder
     else:
         loaded = load_model(target, dtype=dtype, device=device)

@@ -30,9 +30,7 @@ def command(
 
     from nasbench.runtime.generate import stream
 
-    ids = loaded.tokenizer.encode(prompt)
-    if loaded.tokenizer.bos_id is not None:
-        ids = [loaded.tokenizer.bos_id, *ids]
+    ids = loaded.tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError("empty prompt: write some text to continue")
     new: list[int] = []

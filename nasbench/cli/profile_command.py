@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.core.by_device import PREFILL_CHUNK
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
+    from nasbench.cost.holdout import Holdout
     from nasbench.model.shapes import ModelSpec
     from nasbench.profiling.sweep import SweepResult, Todo
-    from nasbench.spaces.placement import Placement
-
-PROMPT_TOKENS = {"cpu": 2048, "cuda": 65536}
-"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
 
 
 def command(
@@ -45,6 +46,9 @@ def command(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Then measure a few whole steps and prompts, for the cost model.")
     ] = False,
+    holdout: Annotated[
+        int, typer.Option(help="Then measure so many random whole models and print the cost model's errors.")
+    ] = 0,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="No child process per group: a crash ends the sweep.")
     ] = False,
@@ -74,8 +78,8 @@ def command(
 
     shape = resolve_shape(model)
     if estimate:
-        if calibrate or device != "auto":
-            raise UserError("--estimate measures nothing: leave out --calibrate and --device")
+        if calibrate or holdout or device != "auto":
+            raise UserError("--estimate measures nothing: leave out --calibrate, --holdout and --device")
         gpu_contexts = context_list or default_contexts(shape.max_context, True)
         asked = Asked(shape, blocks, gpu_contexts, batch_list or ["auto"], mode_list, chunk_tokens, dtype or "bf16")
         _print_summary(_estimate(asked, estimate, db, dry_run), as_json)
@@ -116,10 +120,12 @@ def command(
         **{status: result.count(status) for status in ("oom", "unsupported", "failed")},
         "seconds": round(time.monotonic() - began, 1),
     }
-    if calibrate:
+    if calibrate or holdout:
+        from nasbench.spaces.placement import parse_placement
+
+        names = list(dict.fromkeys(parse_placement(blocks)))
         contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)
-        points = calibration_points(todo, blocks, contexts_asked)
-        summary["calibration"] = _calibrate(todo, points, chunk_tokens)
+        summary |= _whole_models(todo, names, contexts_asked, chunk_tokens, calibrate, holdout)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
@@ -154,7 +160,6 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     from nasbench.devices import DEVICES
     from nasbench.profiling.estimate import Estimator
     from nasbench.profiling.plan import plan
-    from nasbench.profiling.sweep import CHUNKS
     from nasbench.spaces.placement import parse_placement
     from nasbench.store import Database, db_path
 
@@ -164,9 +169,8 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
     estimator = Estimator({row.key: row for row in known}.values(), asked.dtype)
     names = parse_placement(asked.blocks)
-    groups = plan(
-        shape, names, asked.contexts, asked.batches, asked.modes, asked.chunk or CHUNKS["cuda"], spec.memory_bytes, 2
-    )
+    chunk = asked.chunk or PREFILL_CHUNK.of("cuda")
+    groups = plan(shape, names, asked.contexts, asked.batches, asked.modes, chunk, spec.memory_bytes, 2)
     rows = estimator.rows(spec, shape, [point for group in groups for point in group])
     path = db_path(spec.slug, db)
     measured = {row.key for row in Database(path).read() if row.source == "measured"}
@@ -178,64 +182,39 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     return {"device": spec.slug, "path": str(path), "source": "estimated", **counts, "errors": errors}
 
 
-def calibration_points(todo: Todo, blocks: str, contexts: list[int]) -> list[tuple[str, Placement, int, int]]:
-    """(mode, placement, context, batch) of the whole prompts and steps that calibrate: every kind alone, and all by
-    turns, at the least and the most context and batch that fit. Few, and none that a search would choose: those are for
-    judging. Prompts come first, short ones before long ones: steps leave a profiler behind that slows launches down.
-    """
-    from nasbench.profiling.plan import largest_batch
-    from nasbench.spaces.placement import parse_placement
-
-    shape, names = todo.bench.shape, list(dict.fromkeys(parse_placement(blocks)))
-    kind, memory, width = todo.machine.info.kind, todo.machine.info.memory_bytes, todo.bench.dtype.itemsize
-    most, tokens = {"cpu": 4, "cuda": 1 << 20}[kind], PROMPT_TOKENS[kind]
-    first, last = contexts[0], contexts[-1]
-    placements = [((name,) * shape.num_layers, name) for name in names]
-    placements.append((tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0]))
-    shapes = [(min(first, tokens), 1), (min(first, tokens), max(1, tokens // first)), (min(last, tokens), 1)]
-    points = [("prefill", placement, context, batch) for context, batch in shapes for placement, _ in placements]
-    for placement, widest in placements:
-        for context in dict.fromkeys((first, last)):
-            largest = min(most, largest_batch(shape, (widest,), context, memory, width))
-            # A few sequences: what lies between the kernels shows where they are short.
-            batches = (1, min(4, largest), largest) if context == first else (largest,)
-            points += [("decode", placement, context, batch) for batch in batches]
-    return list(dict.fromkeys(points))
-
-
-def _calibrate(todo: Todo, points: list[tuple[str, Placement, int, int]], chunk: int | None) -> int:
-    """Measures whole prompts and steps that have not been measured yet. Returns how many."""
-    import torch
-
+def _whole_models(
+    todo: Todo, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
+) -> dict[str, Any]:
+    """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them."""
     from nasbench.cli.common import log
-    from nasbench.core.errors import NasbenchError
-    from nasbench.cost import add_calibration
+    from nasbench.cost import load_cost_model
     from nasbench.cost.calibration import calibration_path, read_calibration
-    from nasbench.cost.end_to_end import EndToEnd
-    from nasbench.profiling.measure import DTYPE_NAMES
-    from nasbench.spaces.placement import format_placement
+    from nasbench.cost.end_to_end import PROMPT_TOKENS, EndToEnd, calibration_points, measure_missing
+    from nasbench.cost.holdout import evaluate, holdout_path, holdout_points
 
-    shape, bench = todo.bench.shape, todo.bench
-    path, dtype = calibration_path(todo.path), DTYPE_NAMES[bench.dtype]
-    known = {(row.model, row.dtype, row.mode, row.placement, row.context, row.batch) for row in read_calibration(path)}
-    whole = EndToEnd(shape, bench.device, bench.dtype)
-    done = 0
-    for mode, placement, context, batch in points:
-        name = format_placement(placement)
-        if (shape.name, dtype, mode, name, context, batch) in known:
-            continue
-        log(f"calibration: {mode} of {name}, context {context}, batch {batch}")
-        try:
-            if mode == "prefill":
-                row = whole.prompt(placement, context, batch, chunk=chunk)
-            else:
-                row = whole.step(placement, context, batch)
-        except (NasbenchError, torch.OutOfMemoryError) as error:
-            log(f"left out: {error}")
-            continue
-        add_calibration(path, [row])
-        done += 1
-    return done
+    shape, info, dtype = todo.bench.shape, todo.machine.info, todo.bench.dtype
+    whole = EndToEnd(shape, todo.bench.device, dtype)
+    path = calibration_path(todo.path)
+    told: dict[str, Any] = {}
+    if calibrate:
+        points = calibration_points(shape, names, contexts, info, dtype.itemsize)
+        told["calibration"] = measure_missing(whole, points, path, log, chunk)
+    if holdout:
+        asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
+        asked["prompt_tokens"] = 2 * PROMPT_TOKENS.of(info.kind)
+        modes = ("prefill", "decode")
+        points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
+        measure_missing(whole, points, holdout_path(todo.path), log, chunk, read_calibration(path))
+        costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)
+        found, uncovered = evaluate(costs, read_calibration(holdout_path(todo.path)))
+        told["holdout"] = {mode: _errors(errors) for mode, errors in found.items()} | {"not_covered": uncovered}
+    return told
+
+
+def _errors(found: Holdout) -> dict[str, float | None]:
+    ranks = None if isnan(found.spearman) else round(found.spearman, 4)
+    shares = {"mean_error": found.mean, "worst_error": found.worst, "in_90_percent_interval": found.inside}
+    return {"points": len(found.rows), "spearman": ranks, **{name: round(x, 4) for name, x in shares.items()}}
 
 
 def default_contexts(max_context: int, on_gpu: bool) -> list[int]:

@@ -1,4 +1,4 @@
-"""`nasbench search`: placements ranked by the supernet's loss and the profiled speed."""
+"""`nasbench search`: placements ranked by the supernet's accuracy and the profiled speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder with a distilled supernet, e.g. runs/NAME.")],
-    strategy: Annotated[str, typer.Option(help="beam, kl-greedy, optuna, exact, uniform or random.")] = "beam",
+    strategy: Annotated[str, typer.Option(help="How placements are found; `list` names all ways.")] = "beam",
+    objective: Annotated[
+        str, typer.Option(help="Task, or weighted mix of tasks, to be good at; as for --tasks of nasbench eval.")
+    ] = "kl",
     full_attention: Annotated[
         str, typer.Option("--full-attention", "-k", help="Layers with full attention, e.g. 4 or 4,8,15.")
     ] = "",
@@ -30,6 +33,8 @@ def command(
         str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
     ] = "",
     evaluations: Annotated[int, typer.Option(help="Placements that the strategy may look at.")] = 120,
+    seconds: Annotated[float, typer.Option(help="Instead: about the time that the strategy takes.")] = 0.0,
+    random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 0,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
     step_ms: Annotated[float, typer.Option(help="Longest decode step, for exact; 0: no limit.")] = 0.0,
@@ -47,14 +52,18 @@ def command(
     """
     from nasbench.cli.common import print_json, progress_bar, torch_device, torch_dtype
     from nasbench.runs import Run
+    from nasbench.search.objective import parse_objective
     from nasbench.search.session import Options
     from nasbench.search.strategies import STRATEGIES
 
     opened = Run.open(run)
     STRATEGIES[strategy]
+    parse_objective(objective)
     options = Options(
         full_attention=parse_counts(full_attention),
         evaluations=evaluations,
+        seconds=seconds,
+        random=random,
         beam_width=beam_width,
         candidates=candidates,
         filler=filler,
@@ -84,8 +93,9 @@ def command(
     evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=sizes[2], test_tokens=held_out)
     with progress_bar() as progress:
         outcome = search_run(
-            opened, evaluator, cost, target, strategy, options, test=held_out is not None, progress=progress
-        )
+            opened, evaluator, cost, target, strategy, options,
+            objective=objective, test=held_out is not None, progress=progress,
+        )  # fmt: skip
     if json:
         print_json(as_json(outcome, target, opened.front))
     else:
@@ -107,20 +117,20 @@ def _device_here(torch_name: str) -> str:
 
 
 def print_outcome(outcome: Outcome, target: Target) -> None:
-    """Searched against uniform for every K, then the front."""
+    """Searched against evenly spread for every K, then the front."""
     from nasbench.cli.common import print_table
 
+    first = outcome.front[0]
+    what = "Loss" if first.objective in ("loss", "kl") else f"Score of {first.objective}"
     if outcome.comparisons:
         columns = ("K", "uniform", "searched", "gain", "tok/s", "searched placement")
-        print_table(
-            columns, [_comparison(pair) for pair in outcome.comparisons], f"Loss, searched against uniform ({target})"
-        )
+        rows = [_comparison(pair) for pair in outcome.comparisons]
+        print_table(columns, rows, f"{what}, searched against uniform ({target})")
         print()
-    head = ("#", "K", "loss", "test", "tok/s", "×full", "MiB", "placement")
-    full = next((row for row in outcome.front if row.k == len(row.layers)), outcome.front[0])
+    head = ("#", "K", what.lower().partition(" ")[0], "test loss", "tok/s", "×full", "MiB", "placement")
+    full = next((row for row in outcome.front if row.strategy == "teacher"), first)
     print_table(head, [_front(row, full.decode_tok_s) for row in outcome.front], f"Pareto front ({target})")
-    first = outcome.front[0]
-    bounds = f"(reference: loss {first.reference_loss:.2f}, 0 tokens/s)"
+    bounds = f"(reference: {what.lower().partition(' ')[0]} {first.reference_loss:.2f}, 0 tokens/s)"
     print(f"\nhypervolume {first.hypervolume:.4g} nats x tokens/s {bounds}")
     if any(row.source == "estimated" for row in outcome.front):
         print("speeds marked ~ rest on estimated, not on measured rows")
@@ -128,13 +138,14 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
 
 def _comparison(pair: Any) -> tuple[object, ...]:
     searched, uniform = pair.searched, pair.uniform
-    losses = f"{uniform.loss:.4f}", f"{searched.loss:.4f}", f"{uniform.loss - searched.loss:.4f}"
-    return pair.k, *losses, _speed(searched), searched.placement
+    ours, theirs = searched.front_score, uniform.front_score
+    return pair.k, f"{theirs:.4f}", f"{ours:.4f}", f"{theirs - ours:.4f}", _speed(searched), searched.placement
 
 
 def _front(row: FrontRow, full_tok_s: float) -> tuple[object, ...]:
     gain, cache = f"{row.decode_tok_s / full_tok_s:.2f}", f"{row.cache_bytes / 2**20:.1f}"
-    return row.rank, row.k, f"{row.loss:.4f}", _known(row.loss_test, ".4f"), _speed(row), gain, cache, row.placement
+    score = f"{row.front_score:.4f}"
+    return row.rank, row.k, score, _known(row.loss_test, ".4f"), _speed(row), gain, cache, row.placement
 
 
 def _speed(row: Any) -> str:
@@ -154,6 +165,7 @@ def as_json(outcome: Outcome, target: Target, path: Path) -> dict[str, Any]:
 
     return {
         "target": asdict(target),
+        "objective": outcome.front[0].objective,
         "front_csv": str(path),
         "comparisons": [
             {"k": pair.k, "searched": plain(pair.searched), "uniform": plain(pair.uniform)}

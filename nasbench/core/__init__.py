@@ -1,1 +1,1 @@
-"""What every room may use: errors, registries, sizes, files. Imports no torch."""
+"""What every room may use: errors, registries, sizes, data types, files, tables, provenance. Imports no torch."""

@@ -10,9 +10,9 @@ from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost.table import Table, Time, blend
 from nasbench.model.shapes import ModelSpec
-from nasbench.store import SHARED_BLOCKS, SIZE_COLUMNS, Row, block_cells
+from nasbench.store import SIZE_COLUMNS, Row, block_cells, is_shared
 
-_IDENTITY = ("block", "args", *SIZE_COLUMNS, "variant")
+_IDENTITY = ("block", "args", "variant", *SIZE_COLUMNS)
 """The columns of store.block_cells, in its order."""
 
 
@@ -34,7 +34,7 @@ class Blocks:
         for row in rows:
             if row.dtype == dtype and row.status == "ok" and row.p50_us is not None:
                 key = (*(getattr(row, column) for column in _IDENTITY), row.mode, row.chunk)
-                self._tables.setdefault(key, Table(in_turns=row.mode == "prefill")).add(row)
+                self._tables.setdefault(key, Table(repeated=row.mode == "prefill")).add(row)
             if row.dtype == dtype and row.mode == "prefill":
                 sizes.add(row.chunk)
         self.chunks = sorted(sizes)
@@ -54,7 +54,7 @@ class Blocks:
         """
 
         def at(end: int, size: int) -> Time:
-            return self.time(name, "prefill", 0 if name in SHARED_BLOCKS else end, batch, extrapolate, size)
+            return self.time(name, "prefill", 0 if is_shared(name) else end, batch, extrapolate, size)
 
         if begin == 0 and tokens < chunk:
             sizes = [size for size in self.chunks if size <= chunk]
@@ -62,10 +62,10 @@ class Blocks:
             shorter = max((size for size in sizes if size <= tokens), default=0)
             with suppress(UserError):  # the sizes may be other blocks'
                 if longer == tokens or not shorter:
-                    return at(longer, longer).longer(tokens / longer)
+                    return at(longer, longer).scaled(tokens / longer)
                 return blend(at(shorter, shorter), at(longer, longer), (tokens - shorter) / (longer - shorter))
         whole = at(max(begin + tokens, chunk), chunk)
-        return whole if tokens == chunk else whole.longer(tokens / chunk)
+        return whole if tokens == chunk else whole.scaled(tokens / chunk)
 
     def head(self, batch: int, extrapolate: bool) -> Time:
         """The output matrix after a prompt, for at most as many sequences as it was measured with."""
@@ -76,7 +76,7 @@ class Blocks:
 
     def command(self, mode: str, context: int, batch: int, name: str = "") -> str:
         """What to run for a point that is missing."""
-        blocks = f" --blocks {name}" if name and name not in SHARED_BLOCKS else ""
+        blocks = f" --blocks {name}" if name and not is_shared(name) else ""
         contexts = f" --contexts {format_size(context)}" if context else ""
         modes = "decode" if mode == "decode" else "decode,prefill"
         return (
@@ -85,14 +85,12 @@ class Blocks:
         )
 
     def _look_up(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int) -> Time:
-        shared = name in SHARED_BLOCKS
-        config = None if shared else self.shape.mixer(name)
-        cells = block_cells(self.shape, name) if config is None else block_cells(self.shape, config.kind, config.args)
+        cells = block_cells(self.shape, name)
         table = self._tables.get((*cells.values(), mode, chunk))
         time = table.at(context, batch, extrapolate) if table else None
         if time is None:
-            title = name if config is None else f"{config.kind}{config.args and ' ' + config.args}"
-            at = f"batch {batch}" if shared else f"context {format_size(context)}, batch {batch}"
+            title = f"{cells['block']}{cells['args'] and ' ' + cells['args']}"
+            at = f"batch {batch}" if is_shared(name) else f"context {format_size(context)}, batch {batch}"
             known = f"measured are {table.measured()}" if table else "it is not measured at all"
             raise UserError(
                 f"no {mode} time of block {title} of {self.shape.name} ({self.dtype}) on "

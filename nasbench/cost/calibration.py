@@ -13,21 +13,18 @@ their provenance; the fit is done anew whenever a model is loaded, so it always 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from nasbench.core.errors import UserError
-from nasbench.core.files import atomic_path, machine_errors
+from nasbench.core.files import locked
+from nasbench.core.tables import columns, read_table, write_table
 
 SCHEMA = 1
-PRIOR_SD = {"constant": 3.0, "alone": 3.0, "host": 0.3}
+PRIOR_SD = {"overhead": 3.0, "bs1_overhead": 3.0, "launch": 0.3}
 """Standard deviations of the prior: microseconds a layer for the constants, of the host's scale, which depends on what
 else it does ..."""
 PRIOR_SCALE_SD = 0.1
@@ -40,10 +37,10 @@ LEAST_FREEDOM = 0.2
 """A measurement that the fit follows alone says little of its error: no more than so much counts."""
 FOREIGN = 3.0
 """Measurements of another model of the same device count as so much less precise."""
-CONSTANT, ALONE, SHARED, HOST = "constant", "alone", "shared", "host"
+OVERHEAD, BS1_OVERHEAD, SHARED, LAUNCH = "overhead", "bs1_overhead", "shared", "launch"
 
 Features = Mapping[str, float]
-"""Microseconds by feature: SHARED, HOST and the letters of kinds; CONSTANT and ALONE are numbers of layers."""
+"""Microseconds by feature: SHARED, LAUNCH and the letters of kinds; OVERHEAD and BS1_OVERHEAD are numbers of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +70,8 @@ class CalibrationRow:
         return tuple(getattr(self, name) for name in _KEY)
 
 
-_COLUMNS = tuple(field.name for field in fields(CalibrationRow))
+_COLUMNS = columns(CalibrationRow)
 _KEY = _COLUMNS[1 : _COLUMNS.index("chunk") + 1]
-_TYPES = {field.name: {"int": int, "float": float, "str": str}[str(field.type)] for field in fields(CalibrationRow)}
 
 
 @dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Calibration:
     rows: int = 0
 
     def coefficient(self, name: str) -> float:
-        """Microseconds a layer for CONSTANT and ALONE, else the scale of a feature."""
+        """Microseconds a layer for OVERHEAD and BS1_OVERHEAD, else the scale of a feature."""
         if name in self.names:
             return self.mean[self.names.index(name)]
         return _prior_mean(name)
@@ -113,7 +109,7 @@ class Calibration:
 
 
 def _prior_mean(name: str) -> float:
-    return 0.0 if name in (CONSTANT, ALONE) else 1.0
+    return 0.0 if name in (OVERHEAD, BS1_OVERHEAD) else 1.0
 
 
 def _prior_sd(name: str) -> float:
@@ -179,40 +175,18 @@ def calibration_path(profile: Path) -> Path:
 
 def read_calibration(path: Path) -> list[CalibrationRow]:
     """The rows of a file, [] where there is none. Raises UserError naming the line and column of a bad cell."""
-    if not path.exists():
-        return []
-    with machine_errors(f"reading {path}"):
-        lines = csv.reader(io.StringIO(path.read_text(encoding="utf-8", errors="replace")))
-    if tuple(next(lines, ())) != _COLUMNS:
-        raise UserError(f"{path} line 1: not the header of calibration measurements: measure again with --calibrate")
-    rows = []
-    for cells in lines:
-        if len(cells) != len(_COLUMNS):
-            raise UserError(f"{path} line {lines.line_num}: {len(cells)} cells, the header has {len(_COLUMNS)}")
-        values = {}
-        for name, text in zip(_COLUMNS, cells, strict=True):
-            try:
-                values[name] = _TYPES[name](text)
-            except ValueError:
-                raise UserError(f"{path} line {lines.line_num} column {name}: bad value {text!r}") from None
-        rows.append(CalibrationRow(**values))
-        if not rows[-1].time_ms > 0:
-            raise UserError(f"{path} line {lines.line_num} column time_ms: write a positive number")
-    return rows
+
+    def check(row: CalibrationRow) -> str:
+        return "" if row.time_ms > 0 else "time_ms: write a positive number"
+
+    return read_table(path, CalibrationRow, check=check)
 
 
 def add_calibration(path: Path, rows: Iterable[CalibrationRow]) -> None:
     """Adds measurements to a file, the new one in place of an old one of the same key; atomically, under a lock."""
-    with machine_errors(f"writing {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):
+    with locked(path):
         table = {row.key: row for row in [*read_calibration(path), *rows]}
-        with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            for key in sorted(table):
-                cells = asdict(table[key]).values()
-                writer.writerow(f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells)
+        write_table(path, [table[key] for key in sorted(table)], CalibrationRow, digits=4)
 
 
 def find_calibration(profiles: Iterable[Path]) -> list[CalibrationRow]:

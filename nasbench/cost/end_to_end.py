@@ -1,4 +1,4 @@
-"""Whole decode steps and whole prompts of many placements of one model: what calibrates the cost model and judges it.
+"""Whole decode steps and whole prompts of many placements of one model: what calibrates the cost model and tests it.
 
 Weights are random, speed does not depend on them: the mixers of a layer are made once for each name, and every
 placement is put together from them.
@@ -7,36 +7,34 @@ placement is put together from them.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from nasbench import __version__
 from nasbench.checkpoints.load import random_decoder
-from nasbench.core.errors import MachineError
-from nasbench.cost import CalibrationRow
-from nasbench.devices import detect
+from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
+from nasbench.core.dtypes import dtype_name
+from nasbench.core.errors import MachineError, NasbenchError
+from nasbench.core.provenance import provenance
+from nasbench.cost.calibration import CalibrationRow, add_calibration, read_calibration
+from nasbench.cost.holdout import WholePoint
+from nasbench.devices import DeviceInfo, detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch
-from nasbench.runtime.generate import default_chunk, prefill
-from nasbench.runtime.graph import Stepper
-from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
+from nasbench.profiling.plan import largest_batch
+from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import Ceilings, measure_ceilings
-from nasbench.runtime.throughput import DTYPE_NAMES, measure
+from nasbench.runtime.throughput import measure, prefill_seconds
+from nasbench.runtime.timing import summarise
 from nasbench.spaces.placement import Placement, format_placement
 
-PROMPT_RUNS = 3
-"""Times that a prompt is read, unless its seconds are over."""
-STEP = 0.005
-"""The largest batch is found to this share of itself."""
-NEARBY, BEYOND = 1.04, 1.25
-"""The next trial over one that ran, and where nobody looks any more, over the predicted batch."""
+PROMPT_TOKENS = ByDevice(cpu=2048, cuda=65536)
+"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
+MOST_SEQUENCES = ByDevice(cpu=4, cuda=1 << 20)
+"""Of a step that calibrates."""
 
 
 class Decoders:
@@ -48,6 +46,7 @@ class Decoders:
         self._by_name: dict[str, Decoder] = {}
 
     def of(self, placement: Placement) -> Decoder:
+        """The decoder of a placement."""
         for name in placement:
             if name not in self._by_name:
                 made = self._make((name,) * self.shape.num_layers)
@@ -55,32 +54,6 @@ class Decoders:
                 self._by_name[name] = first.with_mixers(made.mixers, made.placement)
         mixers = [self._by_name[name].mixers[i] for i, name in enumerate(placement)]
         return next(iter(self._by_name.values())).with_mixers(mixers, placement)
-
-
-@dataclass(frozen=True)
-class LargestBatch:
-    """The largest batch that runs, beside the one that the memory model says.
-
-    Attributes:
-        error: predicted / largest - 1.
-        free_bytes: before any cache, the weights being there.
-        peak_bytes: of the allocator, with the largest batch.
-    """
-
-    placement: str
-    model: str
-    device: str
-    dtype: str
-    context: int
-    predicted_batch: int
-    largest_batch: int
-    error: float
-    free_bytes: int
-    peak_bytes: int
-    torch: str
-    driver: str
-    project: str
-    measured_utc: str
 
 
 class EndToEnd:
@@ -94,69 +67,40 @@ class EndToEnd:
         self.decoders = Decoders(shape, device, dtype)
         self._ceilings: Ceilings | None = None
 
-    def step(self, placement: Placement, context: int, batch: int, seconds: float = 0.5) -> CalibrationRow:
-        """One decode step of `batch` sequences that look at `context` keys."""
-        decoder = self._decoder(placement)
+    def measure(self, point: WholePoint, seconds: float | None = None, chunk: int | None = None) -> CalibrationRow:
+        """One decode step, or the reading of all prompts.
+
+        Args:
+            seconds: for the repeats; None for 0.5 of a step, 3 of a prompt.
+            chunk: tokens of a prompt at a time; None for the device's.
+        """
+        if point.mode == "decode":
+            return self._step(point, seconds or 0.5)
+        return self._prompt(point, seconds or 3.0, chunk or PREFILL_CHUNK.of(self.device))
+
+    def _step(self, point: WholePoint, seconds: float) -> CalibrationRow:
+        decoder = self._decoder(point.placement)
         self._ceilings = self._ceilings or measure_ceilings(self.device, free_bytes(self.device), self.dtype)
         found = measure(
-            self.shape, placement, context=context, batch=batch, decoder=decoder, prefill_context=None,
-            seconds=seconds, ceilings=self._ceilings,
+            self.shape, point.placement, context=point.context, batch=point.batch, decoder=decoder,
+            prefill_context=None, seconds=seconds, ceilings=self._ceilings,
         )  # fmt: skip
-        times: dict[str, Any] = {"time_ms": found.step_ms, "p20_ms": found.step_p20_ms, "p80_ms": found.step_p80_ms}
-        where: dict[str, Any] = {"context": context, "batch": batch, "chunk": 0, "repeats": found.repeats}
-        return CalibrationRow(mode="decode", **self._cells(placement), **where, **times)
+        times = {"time_ms": found.step_ms, "p20_ms": found.step_p20_ms, "p80_ms": found.step_p80_ms}
+        return self._row(point, 0, found.repeats, times)
 
     @torch.inference_mode()
-    def prompt(
-        self, placement: Placement, context: int, batch: int, seconds: float = 3.0, chunk: int | None = None
-    ) -> CalibrationRow:
-        """The reading of `batch` prompts of `context` tokens in chunks, to the logits of the last tokens: the median of
-        a few runs, fewer where they would take longer than `seconds` together."""
-        decoder = self._decoder(placement)
-        chunk = chunk or default_chunk(decoder.device)
+    def _prompt(self, point: WholePoint, seconds: float, chunk: int) -> CalibrationRow:
+        decoder = self._decoder(point.placement)
         try:
-            samples = self._read(decoder, context, batch, chunk, seconds)
+            cache = decoder.new_cache(point.batch, point.context)
+            samples = prefill_seconds(decoder, cache, point.context, chunk, seconds)
         except torch.OutOfMemoryError:
             raise MachineError(
-                f"{batch} prompts of {context} tokens do not fit in the memory of {self.device}"
+                f"{point.batch} prompts of {point.context} tokens do not fit in the memory of {self.device}"
             ) from None
-        p20, p50, p80 = (float(value) * 1e3 for value in np.percentile(samples, [20, 50, 80]))
-        where: dict[str, Any] = {"context": context, "batch": batch, "chunk": chunk, "repeats": len(samples)}
-        times: dict[str, Any] = {"time_ms": p50, "p20_ms": p20, "p80_ms": p80}
-        return CalibrationRow(mode="prefill", **self._cells(placement), **where, **times)
-
-    def _read(self, decoder: Decoder, context: int, batch: int, chunk: int, seconds: float) -> list[float]:
-        cache = decoder.new_cache(batch, context)
-        tokens = torch.randint(0, self.shape.vocab_size, (batch, context), device=decoder.device)
-        clock = stopwatch(decoder.device)
-        prefill(decoder, tokens[:, :chunk], cache, chunk)  # libraries choose their kernels on first sight
-        samples: list[float] = []
-        while len(samples) < PROMPT_RUNS and (not samples or sum(samples) + samples[-1] <= seconds):
-            cache.reset()
-            samples.append(clock(lambda: prefill(decoder, tokens, cache, chunk)))
-        return samples
-
-    def largest_batch(self, placement: Placement, context: int) -> LargestBatch:
-        """The largest batch that decodes. Raises MachineError where not one sequence does."""
-        decoder = self._decoder(placement)
-        free = free_bytes(self.device)
-        predicted = largest_batch(self.shape, placement, context, self.dtype.itemsize, self.device, loaded=True)
-        peaks: dict[int, int] = {}
-
-        def runs(batch: int) -> bool:
-            peak = _peak_of_a_step(decoder, context, batch)
-            if peak is not None:
-                peaks[batch] = peak
-            return peak is not None
-
-        largest = find_largest(runs, predicted)
-        if not largest:
-            raise MachineError(f"not one sequence of {context} tokens fits in the memory of {self.device}")
-        cells = self._cells(placement)
-        return LargestBatch(
-            context=context, predicted_batch=predicted, largest_batch=largest, error=predicted / largest - 1,
-            free_bytes=free, peak_bytes=peaks[largest], **cells,
-        )  # fmt: skip
+        timing = summarise([sample * 1e3 for sample in samples])
+        times = {"time_ms": timing.p50_us, "p20_ms": timing.p20_us, "p80_ms": timing.p80_us}
+        return self._row(point, chunk, len(samples), times)
 
     def _decoder(self, placement: Placement) -> Decoder:
         decoder = self.decoders.of(placement)
@@ -165,51 +109,63 @@ class EndToEnd:
             torch.cuda.empty_cache()
         return decoder
 
-    def _cells(self, placement: Placement) -> dict[str, Any]:
+    def _row(self, point: WholePoint, chunk: int, repeats: int, times: dict[str, Any]) -> CalibrationRow:
         info = detect(self.device)
-        return {
-            "device": info.slug,
-            "model": self.shape.name,
-            "dtype": DTYPE_NAMES[self.dtype],
-            "placement": format_placement(placement),
-            "torch": torch.__version__,
-            "driver": info.driver,
-            "project": __version__,
-            "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
+        return CalibrationRow(
+            device=info.slug, model=self.shape.name, dtype=dtype_name(self.dtype), mode=point.mode,
+            placement=format_placement(point.placement), context=point.context, batch=point.batch, chunk=chunk,
+            repeats=repeats, **times,
+            **provenance(info.slug, info.driver).cells("torch", "driver", "project", "measured_utc"),
+        )  # fmt: skip
 
 
-def _peak_of_a_step(decoder: Decoder, context: int, batch: int) -> int | None:
-    """Most bytes held while a batch decodes a token; None where it does not fit."""
-    cuda = decoder.device.type == "cuda"
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        stepper = Stepper(decoder, decoder.new_cache(batch, context))
-        with torch.inference_mode():
-            stepper.step(torch.zeros(batch, dtype=torch.int64, device=decoder.device)).argmax(-1).tolist()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, MachineError) as error:
-        if not ran_out(error) and not isinstance(error, MachineError):
-            raise
-        return None
-    return torch.cuda.max_memory_allocated() if cuda else 0
+def measure_missing(
+    whole: EndToEnd,
+    points: Iterable[WholePoint],
+    path: Path,
+    log: Callable[[str], None],
+    chunk: int | None = None,
+    elsewhere: Sequence[CalibrationRow] = (),
+) -> int:
+    """Adds the points that a file has not yet; one that does not fit is left out. Returns how many were measured.
+
+    Args:
+        elsewhere: rows that count as measured too.
+    """
+    known = {(r.model, r.dtype, r.mode, r.placement, r.context, r.batch) for r in [*read_calibration(path), *elsewhere]}
+    done = 0
+    for point in points:
+        name = format_placement(point.placement)
+        cells = (point.mode, name, point.context, point.batch)
+        if (whole.shape.name, dtype_name(whole.dtype), *cells) in known:
+            continue
+        log(f"whole {point.mode} of {name}, context {point.context}, batch {point.batch}")
+        try:
+            add_calibration(path, [whole.measure(point, chunk=chunk)])
+            done += 1
+        except (NasbenchError, torch.OutOfMemoryError) as error:
+            log(f"left out: {error}")
+    return done
 
 
-def find_largest(runs: Callable[[int], bool], predicted: int) -> int:
-    """The largest batch that runs, to STEP of itself; 0 for none. Looks near the predicted one: trials cost time."""
-    fits, fails = 0, 0
-    trial = max(1, predicted)
-    while not fails or fails - fits > max(1, int(STEP * fits)):
-        if runs(trial):
-            fits = trial
-        else:
-            fails = trial
-        if fails:
-            trial = (fits + fails) // 2
-        elif fits > BEYOND * predicted:
-            break
-        else:
-            trial = max(fits + 1, int(NEARBY * fits))
-    return fits
+def calibration_points(
+    shape: ModelSpec, names: Sequence[str], contexts: Sequence[int], info: DeviceInfo, dtype_bytes: int
+) -> list[WholePoint]:
+    """The whole prompts and steps that calibrate: every kind alone, and all by turns, at the least and the most context
+    and batch that fit. Few, and none that a search would choose: those are for the holdout. Prompts come first, short
+    ones before long ones: steps leave a profiler behind that slows launches down.
+    """
+    names = list(dict.fromkeys(names))
+    most, tokens = MOST_SEQUENCES.of(info.kind), PROMPT_TOKENS.of(info.kind)
+    first, last = contexts[0], contexts[-1]
+    placements = [((name,) * shape.num_layers, name) for name in names]
+    placements.append((tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0]))
+    sizes = [(min(first, tokens), 1), (min(first, tokens), max(1, tokens // first)), (min(last, tokens), 1)]
+    points = [WholePoint("prefill", placement, *size) for size in sizes for placement, _ in placements]
+    for placement, widest in placements:
+        for context in dict.fromkeys((first, last)):
+            largest = min(most, largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes))
+            # A few sequences: what lies between the kernels shows where they are short.
+            batches = (1, min(4, largest), largest) if context == first else (largest,)
+            points += [WholePoint("decode", placement, context, batch) for batch in batches]
+    return list(dict.fromkeys(points))

@@ -1,6 +1,6 @@
 """From a placement to its speed and cache: sums the measured rows of its blocks. Imports no torch.
 
-    decode step = embedding + sum over layers (2 norms + mixer + MLP) + final norm + head
+    decode step = embedding + sum over layers (norms + mixer + FFN) + final norm + head
     prefill     = sum over chunks of the same without the head, + one head for the last token
 
 On a GPU a prompt's kernels are launched one by one. The host runs ahead of the device, so that a chunk takes what is
@@ -11,28 +11,25 @@ What a whole step costs beyond that sum is nasbench.cost.calibration's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import ceil
-from typing import Any
 
-import numpy as np
-
-from nasbench.core.errors import UserError, unknown
+from nasbench.core.dtypes import dtype_bytes
+from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
-from nasbench.cost.calibration import ALONE, CONSTANT, HOST, SHARED, CalibrationRow, Features, calibrate
+from nasbench.cost.calibration import BS1_OVERHEAD, LAUNCH, OVERHEAD, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
+from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
-from nasbench.store import SHARED_BLOCKS, Row
+from nasbench.runtime.memory import USABLE, activation_bytes, weight_bytes
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
+from nasbench.store import Row, ffn_names
 
-DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 INTERVAL_SD = 1.645
 """Half a 90 % interval, in standard errors."""
-BLOCK = 1 << 14
-"""Placements that are summed at once: their times stay in the processor's caches."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,9 @@ class Cost:
         prefill_tok_s: prompt tokens per second of all sequences together.
         step_ms: time of one decode step.
         cache_bytes: keys, values and recurrent states, as arXiv 2508.15884 counts them.
-        history_bytes: inputs of short convolutions, which that count leaves out.
+        conv_state_bytes: inputs of short convolutions, which that count leaves out.
+        needed_bytes: all memory of a decode step: weights, caches, activations.
+        fits: whether the device has that much; None where its memory is not known.
         source: "measured", "estimated" if any row of the sum is, "none" without rows.
         step_stderr_ms, prefill_stderr_tok_s: standard errors, from the scatter of the rows (of estimated ones, their
             error bars), the calibration's coefficients and what it leaves.
@@ -63,7 +62,9 @@ class Cost:
     prefill_tok_s: float | None
     step_ms: float | None
     cache_bytes: int
-    history_bytes: int
+    conv_state_bytes: int
+    needed_bytes: int
+    fits: bool | None
     source: str
     step_stderr_ms: float | None = None
     prefill_stderr_tok_s: float | None = None
@@ -91,7 +92,7 @@ class Parts:
 
     times: tuple[tuple[str, Time], ...]
     layers: int
-    constant: str = CONSTANT
+    constant: str = OVERHEAD
 
     @property
     def features(self) -> Features:
@@ -116,13 +117,6 @@ def check_context(shape: ModelSpec, context: int) -> int:
     return context
 
 
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of a weight, activation, key or value. Raises UserError for an unknown name."""
-    if dtype not in DTYPE_BYTES:
-        raise unknown("dtype", dtype, DTYPE_BYTES)
-    return DTYPE_BYTES[dtype]
-
-
 class CostModel:
     """Costs of every placement of one model on one device from its profile rows.
 
@@ -130,6 +124,7 @@ class CostModel:
         rows: of one device; those of other shapes, data types or without a time are left out.
         shape: the model.
         dtype: fp32, bf16 or fp16.
+        device: its name, where there are no rows.
         calibration: end-to-end measurements of the device, of this or other built-in models; of other data types they
             are left out.
 
@@ -138,16 +133,23 @@ class CostModel:
     """
 
     def __init__(
-        self, rows: Iterable[Row], shape: ModelSpec, dtype: str, calibration: Sequence[CalibrationRow] = ()
+        self,
+        rows: Iterable[Row],
+        shape: ModelSpec,
+        dtype: str,
+        calibration: Sequence[CalibrationRow] = (),
+        device: str = "",
     ) -> None:
         rows = list(rows)
         devices = sorted({row.device for row in rows})
         if len(devices) > 1:
             raise UserError(f"profile rows of several devices: {', '.join(devices)}")
-        self.device = devices[0] if devices else ""
+        self.device = devices[0] if devices else device
         self.shape = shape
         self.dtype = dtype
         self.dtype_bytes = dtype_bytes(dtype)
+        memory = memory_bytes_of(self.device) if self.device else None
+        self.room_bytes = memory and memory * USABLE.of("cuda" if self.device in DEVICES else "cpu")
         self._blocks = Blocks(rows, shape, dtype, self.device)
         self.chunks = self._blocks.chunks
         self._others = {shape.name: self}
@@ -221,105 +223,46 @@ class CostModel:
         check_context(self.shape, context)
         if batch < 1:
             raise UserError(f"batch {batch}: choose at least 1")
+        width = self.dtype_bytes
+        cache = self.shape.cache_bytes(placement, batch, context, width)
+        conv_state = self.shape.conv_state_bytes(placement, batch, width)
+        needed = weight_bytes(self.shape, placement, width) + batch * activation_bytes(self.shape, width)
+        needed += cache + conv_state
         return Cost(
             placement=format_placement(placement), model=self.shape.name, device=self.device, context=context,
-            batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None,
-            source="none",
-            cache_bytes=self.shape.cache_bytes(placement, batch, context, self.dtype_bytes),
-            history_bytes=self.shape.conv_state_bytes(placement, batch, self.dtype_bytes),
+            batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None, cache_bytes=cache,
+            conv_state_bytes=conv_state, needed_bytes=needed,
+            fits=None if self.room_bytes is None else needed <= self.room_bytes, source="none",
         )  # fmt: skip
 
-    def decode_many(self, placements: Sequence[Placement], context: int, batch: int, extrapolate: bool = False) -> Any:
-        """Decode tokens/s of many placements of equal length: a float64 array, one look-up per distinct name."""
-        if not placements:
-            return np.empty(0)
-        text = "".join(map("".join, placements))
-        if len(text) == len(placements) * len(placements[0]):
-            # One letter a name: one pass over one string takes a tenth of the time of looking every name up.
-            letters = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
-            found = np.flatnonzero(np.bincount(letters, minlength=128))
-            names = [chr(letter) for letter in found]
-            codes = np.searchsorted(found, np.arange(128)).astype(np.uint8)[letters]
-        else:
-            names = sorted(set(chain.from_iterable(placements)))
-            index = {name: i for i, name in enumerate(names)}
-            codes = np.fromiter(map(index.__getitem__, chain.from_iterable(placements)), dtype=np.uint8)
-        return self.decode_codes(codes.reshape(len(placements), -1), names, context, batch, extrapolate)
-
-    def decode_codes(
-        self, codes: Any, names: Sequence[str], contexts: Any, batches: Any, extrapolate: bool = False
-    ) -> Any:
-        """Decode tokens/s of placements given as an integer array [N, L], each number a place in `names`.
-
-        Args:
-            contexts, batches: one number for all, or arrays [N]; the profile is looked up once per distinct pair.
-        """
-        codes = np.asarray(codes)
-        pairs = np.stack(np.broadcast_arrays(np.asarray(contexts), np.asarray(batches)), axis=-1).reshape(-1, 2)
-        distinct, which = np.unique(pairs, axis=0, return_inverse=True)
-        points = [
-            self._layer_times(names, int(size), int(batch), codes.shape[1], extrapolate) for size, batch in distinct
-        ]
-        times = np.array([layers for layers, _ in points])  # [pairs, names]
-        frames = np.array([frame for _, frame in points])
-        result = np.empty(len(codes))
-        which = which.reshape(-1)
-        for begin in range(0, len(codes), BLOCK):
-            # Layer by layer over many placements: long loops over what lies in the caches.
-            some = slice(begin, begin + BLOCK)
-            columns = np.ascontiguousarray(codes[some].T).astype(np.intp)
-            if len(points) == 1:
-                sums = np.full(columns.shape[1], frames[0])
-                for column in columns:
-                    sums += times[0].take(column)
-            else:
-                at = which[some]
-                sums = frames[at]
-                for column in columns:
-                    sums += times[at, column]
-            result[some] = sums
-        return pairs[:, 1] * 1e6 / result
-
-    def layer_us(self, name: str, context: int, batch: int, extrapolate: bool = False) -> float:
-        """Microseconds that one layer of this name takes of a decode step, its norms and MLP included."""
-        return self._layer_times([name], context, batch, self.shape.num_layers, extrapolate)[0][0]
-
-    def _layer_times(
-        self, names: Sequence[str], context: int, batch: int, layers: int, extrapolate: bool
-    ) -> tuple[list[float], float]:
-        """(microseconds of a layer of each name, of what stands around the layers) in a decode step, calibrated."""
-        check_context(self.shape, context)
-        fit = self._calibrations["decode"]
-        scale = fit.coefficient(SHARED)
-        shared = {name: self._blocks.time(name, "decode", 0, batch, extrapolate).us for name in SHARED_BLOCKS}
-        every = fit.coefficient(_constant(batch)) + scale * (2 * shared["norm"] + shared["mlp"])
-        mixers = [self._blocks.time(name, "decode", context, batch, extrapolate).us for name in names]
-        times = [every + fit.coefficient(kind_of(name)) * us for name, us in zip(names, mixers, strict=True)]
-        return times, scale * (shared["embedding"] + shared["norm"] + shared["head"])
+    def _shared_counts(self) -> Counter[str]:
+        """How often each shared block but the head runs."""
+        norms = self.shape.num_layers * self.shape.norms_per_layer + 1
+        return Counter(ffn_names(self.shape)) + Counter({"embedding": 1, "norm": norms})
 
     def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
-        layers = len(placement)
-        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers, "head": 1}
+        counts = self._shared_counts() + Counter({"head": 1})
         times = [
-            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count) for name, count in counts.items()
+            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count)
+            for name, count in sorted(counts.items())
         ]
-        for name in dict.fromkeys(placement):
-            time = self._blocks.time(name, "decode", context, batch, extrapolate) * placement.count(name)
-            times.append((kind_of(name), time))
-        return Parts(tuple(times), layers, _constant(batch))
+        for name, count in Counter(placement).items():
+            time = self._blocks.time(name, "decode", context, batch, extrapolate) * count
+            times.append((self.shape.mixer(name).kind, time))
+        return Parts(tuple(times), len(placement), BS1_OVERHEAD if batch == 1 else OVERHEAD)
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
-        layers, chunks = len(placement), ceil(context / chunk)
-        counts = {"embedding": 1, "norm": 2 * layers + 1, "mlp": layers}
-        counts |= {name: placement.count(name) for name in dict.fromkeys(placement)}
-        features = {name: SHARED if name in SHARED_BLOCKS else kind_of(name) for name in counts}
-        sums = dict.fromkeys(counts, NOTHING)
+        chunks, shared = ceil(context / chunk), self._shared_counts()
+        features = dict.fromkeys(sorted(shared), SHARED)
+        features |= {name: self.shape.mixer(name).kind for name in placement}
+        counts = shared + Counter(placement)
+        sums = dict.fromkeys(features, NOTHING)
         host = NOTHING
         for begin in range(0, context, chunk):
             tokens = min(chunk, context - begin)
             times = {
-                name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * n
-                for name, n in counts.items()
+                name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * counts[name]
+                for name in features
             }
             every = total(times.values())
             if every.host_us > every.us:
@@ -327,8 +270,8 @@ class CostModel:
             else:
                 sums = {name: sums[name] + time for name, time in times.items()}
         found = [(features[name], time) for name, time in sums.items() if time.us]
-        found += [(HOST, host)] if host.us else []
-        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), layers * chunks)
+        found += [(LAUNCH, host)] if host.us else []
+        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), len(placement) * chunks)
 
     def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
         """(microseconds, their standard error)."""
@@ -349,11 +292,6 @@ class CostModel:
             return costs._prefill_parts(placement, row.context, row.batch, row.chunk, False).features
         except UserError:
             return None
-
-
-def _constant(batch: int) -> str:
-    """The calibration's constant of a decode step."""
-    return ALONE if batch == 1 else CONSTANT
 
 
 def _source(estimated: bool) -> str:

@@ -38,7 +38,7 @@ class Time:
         joules = None if self.joules is None else self.joules * factor
         return Time(self.us * factor, self.estimated, self.sd_us * factor, joules, self.host_us * factor)
 
-    def longer(self, factor: float) -> Time:
+    def scaled(self, factor: float) -> Time:
         """As many launches of so much more work."""
         return replace(self * factor, host_us=self.host_us)
 
@@ -104,13 +104,13 @@ class Table:
     """Times of one block over context and batch.
 
     Args:
-        in_turns: batches beyond the largest measured one take that one's time again and again (prefill, where a batch
+        repeated: batches beyond the largest measured one take that one's time again and again (prefill, where a batch
             fills the device), instead of being unknown.
     """
 
-    def __init__(self, in_turns: bool = False) -> None:
+    def __init__(self, repeated: bool = False) -> None:
         self.points: dict[int, dict[int, Time]] = {}
-        self.in_turns = in_turns
+        self.repeated = repeated
 
     def add(self, row: Row) -> None:
         """Keeps the faster one where two implementations measured the same point, measured before estimated."""
@@ -133,8 +133,8 @@ class Table:
 
     def _along_batches(self, line: dict[int, Time], batch: int, extrapolate: bool) -> Time | None:
         largest = max(line)
-        if self.in_turns and batch > largest:
-            return line[largest].longer(batch / largest)
+        if self.repeated and batch > largest:
+            return line[largest].scaled(batch / largest)
         return _along(line, batch, extrapolate)
 
     def measured(self) -> str:

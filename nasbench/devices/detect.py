@@ -37,6 +37,14 @@ def detect(torch_device: str = "auto") -> DeviceInfo:
     raise unknown("torch device", torch_device, ("auto", "cpu", "cuda"))
 
 
+def memory_bytes_of(slug: str) -> int | None:
+    """Memory of a device, by its data sheet or because it is here; None for any other."""
+    if slug in DEVICES:
+        return DEVICES[slug].memory_bytes
+    here = (detect("auto"), detect("cpu"))
+    return next((info.memory_bytes for info in here if info.slug == slug and info.memory_bytes), None)
+
+
 def _gpu_slug(name: str, memory_bytes: int = 0) -> str:
     """The slug of the known device that the driver's name matches, or one made of the name.
 

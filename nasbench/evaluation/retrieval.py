@@ -7,19 +7,21 @@ What full attention does and a state of constant size does not: loss on ordinary
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
-from nasbench.evaluation.reading import Ends, Text, read_ends
+from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.model.decoder import Decoder
+from nasbench.supernet.forward import hidden_of
 
 NAMES = (
     "Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
@@ -30,6 +32,8 @@ ITEMS = 32
 FACT_TOKENS = 64
 """One fact for about this many tokens of the text."""
 _SHORTEST = 64
+VERSION = {"test": "v2", "search": "v3"}
+"""Of the questions of a split."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Item:
 
     prompt: list[int]
     answer: list[int]
+
+
+class AnswerEnds(Ends):
+    """The answers, each behind its prompt."""
+
+    def judge(self, log_p: np.ndarray, right: np.ndarray) -> dict[str, Tensor]:
+        # Greedy decoding gives an answer exactly if each of its tokens is the first choice behind those before it.
+        return {self.title: torch.from_numpy(self.sums(~right) == 0).float()}
 
 
 @dataclass(frozen=True)
@@ -66,31 +78,73 @@ class Retrieval(Task):
     def label(self) -> str:
         return f"{self.name}@{format_size(self.length)}" + (f":{self.items}" if self.items != ITEMS else "")
 
-    def key(self, context: Context) -> str:
-        return f"v2/{context.split}/{self.items}/{context.corpus.fingerprint[:8]}"
+    def settings(self, context: Context) -> str:
+        return f"{VERSION[context.split]}/{context.split}/{self.items}/{context.corpus.fingerprint[:8]}"
 
-    def values(self, decoder: Decoder, context: Context) -> Tensor:
-        if self.length > decoder.shape.max_context:
-            raise UserError(f"task {self.label}: {decoder.shape.name} has a context of {decoder.shape.max_context}")
+    def reading(self, decoder: Decoder, context: Context) -> AnswerEnds:
+        self.check(context)
         longest = decoder.shape.max_context
+        if self.length > longest:
+            raise UserError(f"task {self.label}: {decoder.shape.name} has a context of {longest}")
 
-        def lay_out() -> Ends:
+        def lay_out() -> AnswerEnds:
             items = make_items(context, self.length, self.items)
             texts = [Text(item.prompt + item.answer, len(item.answer)) for item in items]
-            return Ends(texts, longest, decoder.device)
+            return self.ends(texts, longest, decoder.device, context)
 
-        ends = context.once((self, context.split, longest, decoder.device), lay_out)
-        # Whether greedy decoding gives an answer: reading it at once is the same, since a token is only reached when
-        # all before it were right.
-        _, right = read_ends(decoder, ends)
-        return torch.from_numpy(ends.sums(~right) == 0).float()
+        return context.once((self, context.split, longest, decoder.device), lay_out)
+
+    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> AnswerEnds:
+        """The texts laid out as this task reads them."""
+        return AnswerEnds(texts, longest, device, title=self.title)
+
+    def scored_tokens(self, context: Context) -> int:
+        return self.length
 
 
-def make_items(context: Context, length: int, count: int, seed: int = 0) -> list[Item]:
+class AnswerKLEnds(AnswerEnds):
+    """KL to the teacher over each answer's tokens."""
+
+    def __init__(self, texts: Sequence[Text], longest: int, device: torch.device, title: str, teacher: Decoder) -> None:
+        super().__init__(texts, longest, device, title=title)
+        self.teacher = teacher
+        self._said: dict[int, Tensor] = {}
+
+    def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        if index not in self._said:
+            self._said[index] = self._log_p(self.teacher, index, hidden_of(self.teacher, self.batches[index]))
+        target = self._said[index]
+        return (torch.linalg.vecdot(target.exp(), target - self._log_p(decoder, index, hidden)),)
+
+    def _log_p(self, decoder: Decoder, index: int, hidden: Tensor) -> Tensor:
+        """Log-probabilities [M, V] fp32 of the answers' tokens."""
+        return F.log_softmax(decoder.logits(self.before(index, hidden)), -1, dtype=torch.float32)
+
+    def samples(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        (kl,) = self.columns(parts)
+        return {self.title: torch.from_numpy(self.sums(kl) / self.counts).float()}
+
+
+@dataclass(frozen=True)
+class RetrievalKL(Retrieval):
+    """KL(teacher || model) over the answers, nats a token: moves smoothly where few answers are right or wrong."""
+
+    name: ClassVar[str] = "retrieval-kl"
+    metric: ClassVar[str] = "nats"
+    higher_is_better: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = True
+
+    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> AnswerEnds:
+        assert context.teacher is not None
+        return AnswerKLEnds(texts, longest, device, self.title, context.teacher)
+
+
+def make_items(context: Context, length: int, count: int) -> list[Item]:
     """`count` items over the context's split, whose prompt and answer are `length` tokens at most, and all but a few of
-    them."""
+    them. A search sees other questions than a report."""
     encode = context.tokenizer.encode
     prose = context.corpus.held_out(context.split).tokens.numpy()
+    seed = 0 if context.split == "test" else context.split
     return [_make_item(encode, prose, length, random.Random(f"{seed}/{index}/{length}")) for index in range(count)]
 
 
@@ -121,4 +175,5 @@ def _prose(prose: np.ndarray, size: int, generator: random.Random) -> list[int]:
     return prose.ravel()[np.arange(start, start + size) % prose.size].tolist()
 
 
-TASKS.register(Retrieval.name, Retrieval)
+for _task in (Retrieval, RetrievalKL):
+    TASKS.register(_task.name, _task)

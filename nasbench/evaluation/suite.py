@@ -1,34 +1,44 @@
-"""A benchmark from JSONL, its form read from its keys:
+"""Benchmarks from JSONL, the form of an item read from its keys:
 
-    {"query", "choices", "gold"}      the likeliest " " + choice behind the query, for its length in bytes
-    {"prefixes", "suffix", "gold"}    the prefix behind which " " + suffix is likeliest
+    {"query", "choices", "gold"}      the likeliest choice behind the query, for its length in bytes
+    {"prefixes", "suffix", "gold"}    the prefix behind which the suffix is likeliest
     {"query", "answers"}              one line written greedily: right if one of the answers occurs in it, case-blind
 
-`suite:FILE.jsonl` reads all items, `suite@200:FILE.jsonl` 200 of them, evenly spread over the file.
+`suite:FILE.jsonl` reads all items, `suite@200:FILE.jsonl` 200 of them, evenly spread over the file; it puts a space
+between query and choice. `mc:FILE.jsonl` reads choices as they are written, with their own white space; `mc-plain` does
+not divide by the length. White space at the end of what stands before an alternative moves into the alternative, as in
+lm-evaluation-harness: a tokenizer joins a word with the space before it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors
-from nasbench.evaluation.multiple_choice import Choices, lay_out
-from nasbench.evaluation.reading import Prompts, greedy
+from nasbench.evaluation.reading import Ends, Reading, Text
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.model.decoder import Decoder
+from nasbench.runtime.generate import generate
 
 ANSWER_TOKENS = 24
 """Longest line that is written as an answer."""
+PROMPTS = {"cpu": 32, "cuda": 256}
+"""Answers that are written at once. Reading all lines again with guesses for their tokens (Jacobi decoding) took 218 s
+where this took 83, 24 prompts of SmolLM2-135M on a CPU core, and 43 with every guess right."""
 FORMS = ({"query", "choices", "gold"}, {"prefixes", "suffix", "gold"}, {"query", "answers"})
+VERSION = "v2"
+"""Of the rule for white space; a part of every score's settings."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,8 @@ def _item(data: Any) -> SuiteItem:
         raise TypeError("texts, and lists of texts that are not empty")
     if "answers" in form:
         return SuiteItem(query=data["query"], answers=tuple(data["answers"]))
-    pairs = [(data["query"], f" {choice}") for choice in data.get("choices", ())]
-    pairs = pairs or [(prefix, f" {data['suffix']}") for prefix in data["prefixes"]]
+    pairs = [(data["query"], choice) for choice in data.get("choices", ())]
+    pairs = pairs or [(prefix, data["suffix"]) for prefix in data["prefixes"]]
     if type(data["gold"]) is not int or not 0 <= data["gold"] < len(pairs) >= 2:
         raise TypeError("gold must be the index of one of at least 2 alternatives")
     return SuiteItem(tuple(pairs), data["gold"])
@@ -92,6 +102,50 @@ def chance(items: list[SuiteItem]) -> float:
     return sum(1 / len(item.alternatives) if item.alternatives else 0.0 for item in items) / len(items)
 
 
+def tokenised(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) of each pair of texts, as lm-evaluation-harness cuts them: tokenised together, what
+    stands behind as many tokens as the context alone has is the continuation."""
+    moved = [(first.rstrip(), first[len(first.rstrip()) :] + second) for first, second in texts]
+    # Alternatives of one question mostly share its text.
+    firsts = list(dict.fromkeys(first for first, _ in moved))
+    prefixes = dict(zip(firsts, tokenizer.encode_batch(firsts), strict=True))
+    pairs = []
+    for (first, second), whole in zip(moved, tokenizer.encode_batch([a + b for a, b in moved]), strict=True):
+        tail = whole[len(prefixes[first]) :] or tokenizer.encode(second)
+        pairs.append((prefixes[first] or [tokenizer.eos_id or 0], tail))
+    return pairs
+
+
+class Choices(Ends):
+    """The alternatives of all questions, those of one question beside each other.
+
+    Args:
+        pairs: (context, continuation) of every alternative, tokenised.
+        count: alternatives of each question, [questions] int64.
+        weight: what an alternative's log-likelihood is divided by, [alternatives] float64.
+        gold: the right alternative of each question, [questions] int64.
+        titles: of the accuracy with and without the division.
+    """
+
+    def __init__(
+        self, pairs: Sequence[tuple[list[int], list[int]]], count: np.ndarray, weight: np.ndarray, gold: np.ndarray,
+        titles: tuple[str, str], longest: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        super().__init__([Text(first + second, len(second)) for first, second in pairs], longest, device)
+        self.count, self.weight, self.gold, self.titles = count, weight, gold, titles
+
+    def judge(self, log_p: np.ndarray, right: np.ndarray) -> dict[str, Tensor]:
+        """1 where the right alternative is the likeliest; of equally likely ones the first counts."""
+        plain = self.sums(log_p)
+        return dict(zip(self.titles, map(self.correct, (plain / self.weight, plain)), strict=True))
+
+    def correct(self, values: np.ndarray) -> Tensor:
+        """[questions] fp32, from a value of every alternative."""
+        table = np.full((len(self.count), self.count.max()), -np.inf)
+        table[np.arange(table.shape[1]) < self.count[:, None]] = values
+        return torch.from_numpy(table.argmax(1) == self.gold).float()
+
+
 @dataclass(frozen=True)
 class Suite(Task):
     """Accuracy over the items of a file.
@@ -103,6 +157,7 @@ class Suite(Task):
     path: Path
     limit: int = 0
     name: ClassVar[str] = "suite"
+    delimiter: ClassVar[str] = " "
 
     @classmethod
     def parse(cls, length: str, argument: str) -> Self:
@@ -111,54 +166,101 @@ class Suite(Task):
         return cls(Path(argument), parse_length(cls.name, length, 0))
 
     @property
-    def label(self) -> str:
-        return f"{self.name}{f'@{self.limit}' if self.limit else ''}:{self.path}"
+    def _head(self) -> str:
+        return self.name + (f"@{self.limit}" if self.limit else "")
 
-    def key(self, context: Context) -> str:
+    @property
+    def label(self) -> str:
+        return f"{self._head}:{self.path}"
+
+    @property
+    def title(self) -> str:
+        return f"{self._head}:{self.path.stem}"
+
+    def titles(self) -> tuple[str, str]:
+        """Of the accuracy by length in bytes, and of the plain one."""
+        return self.title, f"{self.title}.plain"
+
+    def settings(self, context: Context) -> str:
         read_items(self.path)
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return f"{VERSION}/{hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]}"
 
     def items(self) -> list[SuiteItem]:
-        """Those that are asked."""
+        """Those that are evaluated."""
         items = read_items(self.path)
         return [items[i] for i in evenly(self.limit or len(items), len(items))]
 
-    def values(self, decoder: Decoder, context: Context) -> Tensor:
-        return self.measures(decoder, context)[self.label]
+    def larger(self) -> Self | None:
+        return type(self)(self.path) if self.limit else None
+
+    def pick(self, samples: Sequence[float]) -> Sequence[float]:
+        return [samples[i] for i in evenly(self.limit, len(samples))]
+
+    def reading(self, decoder: Decoder, context: Context) -> Reading | None:
+        items = context.once(self, self.items)
+        if items[0].answers:
+            return None
+
+        def lay_out() -> Choices:
+            pairs = [(first, self.delimiter + second) for item in items for first, second in item.alternatives]
+            return Choices(
+                tokenised(context.tokenizer, pairs),
+                count=np.array([len(item.alternatives) for item in items]),
+                # The space that stands before a continuation is not counted.
+                weight=np.array([max(1, len(b.encode()) - len(self.delimiter)) for _, b in pairs], np.float64),
+                gold=np.array([item.gold for item in items]),
+                titles=self.titles(),
+                longest=decoder.shape.max_context,
+                device=decoder.device,
+            )
+
+        return context.once((self, decoder.shape.max_context, decoder.device), lay_out)
 
     def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
         items = context.once(self, self.items)
-        if items[0].answers:
-            return {self.label: self._written(items, decoder, context)}
-
-        def ask() -> Choices:
-            questions = [(item.alternatives, item.gold) for item in items]
-            # The space that stands before a continuation is not counted.
-            return lay_out(decoder, context.tokenizer, questions, lambda text: len(text.encode()) - 1)
-
-        choices = context.once((self, decoder.shape.max_context, decoder.device), ask)
-        by_byte, plain = choices.correct(decoder)
-        return {self.label: by_byte, f"{self.label}.plain": plain}
+        if not items[0].answers:
+            return super().measures(decoder, context)
+        return {self.title: self._written(items, decoder, context)}
 
     def _written(self, items: list[SuiteItem], decoder: Decoder, context: Context) -> Tensor:
-        tokenizer, device = context.tokenizer, decoder.device
-        ends = context.once(("line ends", device), lambda: line_ends(tokenizer).to(device))
-        queries = [item.query for item in items]
-        prompts = context.once((self, device), lambda: Prompts(tokenizer.encode_batch(queries), device))
-        # Placements of one model write much the same: what the last one wrote is the first guess.
-        memory: dict[str, list[list[int]]] = context.once((self, "lines"), dict)
-        lines = greedy(decoder, prompts, ANSWER_TOKENS, ends, memory.get("lines", ()))
-        memory["lines"] = lines
-        texts = [tokenizer.decode(line).lower() for line in lines]
-        hits = [any(a.lower() in text for a in item.answers) for item, text in zip(items, texts, strict=True)]
-        return Tensor([float(hit) for hit in hits])
+        tokenizer, longest = context.tokenizer, decoder.shape.max_context - ANSWER_TOKENS
+        ends = context.once("line ends", lambda: line_ends(tokenizer))
+        queries = context.once((self, "queries"), lambda: tokenizer.encode_batch([item.query for item in items]))
+        prompts = [ids[-longest:] or [tokenizer.eos_id or 0] for ids in queries]
+        # Prompts of one length are read at once.
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), PROMPTS[decoder.device.type]
+        hits = torch.zeros(len(items))
+        for part in (order[start : start + size] for start in range(0, len(order), size)):
+            lines = generate(decoder, [prompts[i] for i in part], max_new_tokens=ANSWER_TOKENS, eos_ids=ends)
+            for i, line in zip(part, lines, strict=True):
+                text = tokenizer.decode(line).lower()
+                hits[i] = any(answer.lower() in text for answer in items[i].answers)
+        return hits
 
 
-def line_ends(tokenizer: Tokenizer) -> Tensor:
+@dataclass(frozen=True)
+class MultipleChoice(Suite):
+    """Choices as they are written."""
+
+    name: ClassVar[str] = "mc"
+    delimiter: ClassVar[str] = ""
+
+
+@dataclass(frozen=True)
+class PlainMultipleChoice(MultipleChoice):
+    """Without length normalisation."""
+
+    name: ClassVar[str] = "mc-plain"
+
+    def titles(self) -> tuple[str, str]:
+        return f"{self.title}.bytes", self.title
+
+
+def line_ends(tokenizer: Tokenizer) -> list[int]:
     """Tokens that end a line: those with a newline in them, and those that end a text."""
-    size = tokenizer.vocab_size
-    broken = [number for number in range(size) if "\n" in tokenizer.decode([number])]
-    return torch.tensor(sorted({*broken, *tokenizer.eos_ids}), dtype=torch.int64)
+    broken = [number for number in range(tokenizer.vocab_size) if "\n" in tokenizer.decode([number])]
+    return sorted({*broken, *tokenizer.eos_ids})
 
 
-TASKS.register(Suite.name, Suite)
+for _task in (Suite, MultipleChoice, PlainMultipleChoice):
+    TASKS.register(_task.name, _task)

@@ -1,14 +1,14 @@
 """What a task is, and the two that need only text: held-out loss and KL to the teacher.
 
 A task is written `name`, `name@length` or `name:argument`. To add one, write its class and register it here, or
-under the entry-point group `nasbench.tasks`.
+under the entry-point group `nasbench.tasks`. A task that reads given texts lays them out as a `Reading`, so that
+placements which share their first layers share those layers' work; any other task overrides `measures`.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -19,14 +19,16 @@ from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
 from nasbench.core.sizes import format_size, parse_size
-from nasbench.data.packing import Corpus
-from nasbench.evaluation.reading import BATCH_TOKENS
-from nasbench.evaluation.score import Score
+from nasbench.data.packing import Batch, Corpus
+from nasbench.evaluation.reading import BATCH_TOKENS, Reading, read_alone
+from nasbench.evaluation.scores import Scores
 from nasbench.model.decoder import Decoder
 from nasbench.supernet.forward import hidden_of
-from nasbench.supernet.losses import token_losses
+from nasbench.supernet.losses import Distribution, teacher_distribution, token_losses
 
 T = TypeVar("T")
+KEPT_BYTES = 1 << 30
+"""The teacher's distributions are kept up to this size: making them again costs a third of a CPU's time for a score."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Context:
     """What a task may use.
 
     Attributes:
-        teacher: the full-attention model; None when a checkpoint is evaluated alone.
+        teacher: the model itself; None when a checkpoint is evaluated alone.
         split: "search" or "test": which held-out text.
         tokens: most held-out tokens to read, None for all.
         memo: what tasks made once for many decoders: tokenised questions, the teacher's answers.
@@ -58,12 +60,14 @@ class Task(ABC):
     """One way to score a decoder.
 
     Attributes:
-        metric: what its values are: "nats", "accuracy".
+        metric: what its samples are: "nats", "accuracy".
+        needs_teacher: compares with the teacher, so that a checkpoint alone cannot be scored.
     """
 
     name: ClassVar[str]
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+    needs_teacher: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -75,31 +79,66 @@ class Task(ABC):
     def label(self) -> str:
         """As a person writes it, e.g. `retrieval@512`."""
 
-    @abstractmethod
-    def key(self, context: Context) -> str:
-        """Everything that the score depends on beside the weights: the cache's key."""
+    @property
+    def title(self) -> str:
+        """The label without folders: a score's task in the store."""
+        return self.label
 
     @abstractmethod
-    def values(self, decoder: Decoder, context: Context) -> Tensor:
-        """The value of every item, [n], the same items in the same order for every decoder."""
+    def settings(self, context: Context) -> str:
+        """Everything that the score depends on beside weights, placement and dtype."""
+
+    def reading(self, decoder: Decoder, context: Context) -> Reading | None:
+        """The texts that the task reads, laid out once for all decoders of this one's shape and device."""
+        return None
 
     def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
-        """`values` under the task's label, and what else comes out of the same reading, under `label.what`."""
-        return {self.label: self.values(decoder, context)}
+        """Samples [n] under the task's title, the same items in the same order for every decoder; what else comes
+        out of the same reading under other titles."""
+        self.check(context)
+        reading = self.reading(decoder, context)
+        assert reading is not None, f"task {self.name} overrides neither reading nor measures"
+        return read_alone(decoder, reading)
 
-    def score(self, decoder: Decoder, context: Context) -> Score:
-        """The mean of the values."""
-        return summarise(self.label, self.metric, self.values(decoder, context), self.higher_is_better)
+    def check(self, context: Context) -> None:
+        """Raises UserError where the task lacks its teacher."""
+        if self.needs_teacher and context.teacher is None:
+            raise UserError(f"task {self.name} needs a teacher: evaluate a run or a finalised hybrid")
+
+    def scored_tokens(self, context: Context) -> int:
+        """Tokens of the longest text that a sample looks back over."""
+        return context.corpus.sequence
+
+    def larger(self) -> Task | None:
+        """A task whose samples include this one's; `pick` takes them out."""
+        return None
+
+    def pick(self, samples: Sequence[float]) -> Sequence[float]:
+        """This task's samples out of those of `larger`."""
+        return samples
+
+    def scores(self, samples: Tensor) -> Scores:
+        return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better)
+
+    def score(self, decoder: Decoder, context: Context) -> Scores:
+        """Measured now, and kept nowhere."""
+        return self.scores(self.measures(decoder, context)[self.title])
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
 
 
+def task_names() -> list[str]:
+    """Every registered task."""
+    # Registered by their own modules, which import this one.
+    from nasbench.evaluation import agreement, retrieval, suite  # noqa: F401
+
+    return list(TASKS)
+
+
 def parse_task(text: str) -> Task:
     """`loss`, `retrieval@512`, `mc:questions.jsonl` -> the task. Raises UserError naming the legal ones."""
-    # Registered by their own modules, which import this one.
-    from nasbench.evaluation import agreement, multiple_choice, retrieval, suite  # noqa: F401
-
+    task_names()
     head, _, argument = text.strip().partition(":")
     name, _, length = head.partition("@")
     return TASKS[name].parse(length, argument)
@@ -109,22 +148,8 @@ def parse_tasks(text: str) -> list[Task]:
     """A comma-separated list of tasks, repeats dropped. Raises UserError when it is empty."""
     tasks = {part.strip(): parse_task(part) for part in text.split(",") if part.strip()}
     if not tasks:
-        raise UserError(f"no task in {text!r}: choose from {', '.join(TASKS)}")
+        raise UserError(f"no task in {text!r}: choose from {', '.join(task_names())}")
     return list(tasks.values())
-
-
-def summarise(task: str, metric: str, values: Tensor, higher_is_better: bool) -> Score:
-    """The mean of per-item values [n] and its standard error."""
-    values = values.double()
-    count = len(values)
-    stderr = float(values.std(correction=1)) / math.sqrt(count) if count > 1 else math.nan
-    return Score(task, metric, float(values.mean()), stderr, count, higher_is_better)
-
-
-def refuse_arguments(name: str, length: str, argument: str) -> None:
-    """Raises UserError for a task that takes neither `@length` nor `:argument`."""
-    if length or argument:
-        raise UserError(f"task {name} takes no arguments: write {name}")
 
 
 def parse_length(name: str, length: str, default: int) -> int:
@@ -135,56 +160,80 @@ def parse_length(name: str, length: str, default: int) -> int:
         raise UserError(f"task {name}@{length}: {error}") from None
 
 
-class _HeldOut(Task):
-    """Over the held-out sequences of the corpus."""
+class HeldOut(Reading):
+    """Loss, and KL where there is a teacher, of the rows of a split."""
 
+    def __init__(self, context: Context, device: torch.device) -> None:
+        sequences = context.corpus.held_out(context.split, context.tokens).to(device)
+        self.batches = sequences.split(max(1, BATCH_TOKENS[device.type] // context.corpus.sequence))
+        self.teacher = context.teacher
+        self._said: dict[int, Tensor | Distribution] = {}
+
+    def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
+        batch = self.batches[index]
+        reference = self._teacher_says(self.teacher, index, batch) if self.teacher is not None else None
+        nll, kl = token_losses(hidden, batch.tokens, decoder.head_weight, reference)
+        return tuple(batch.per_row(values) for values in (nll, kl) if values is not None)
+
+    def samples(self, parts: Sequence[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        columns = [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+        return dict(zip((HeldOutLoss.name, TeacherKL.name), columns, strict=False))
+
+    def _teacher_says(self, teacher: Decoder, index: int, batch: Batch) -> Tensor | Distribution:
+        """The teacher's distribution while there is room, else its final hidden states, from which its logits are made
+        again chunk by chunk."""
+        if index not in self._said:
+            hidden, weight = hidden_of(teacher, batch), teacher.head_weight
+            kept = sum(said.p.nbytes for said in self._said.values() if isinstance(said, Distribution))
+            fits = kept + batch.tokens.numel() * len(weight) * 4 <= KEPT_BYTES
+            self._said[index] = teacher_distribution(hidden, weight) if fits else hidden
+        return self._said[index]
+
+
+class HeldOutLoss(Task):
+    """Mean next-token loss, nats a token."""
+
+    name = "loss"
     metric = "nats"
     higher_is_better = False
 
     @classmethod
     def parse(cls, length: str, argument: str) -> Self:
-        refuse_arguments(cls.name, length, argument)
+        if length or argument:
+            raise UserError(f"task {cls.name} takes no arguments: write {cls.name}")
         return cls()
 
     @property
     def label(self) -> str:
         return self.name
 
-    def key(self, context: Context) -> str:
-        return held_out_key(context)
+    def settings(self, context: Context) -> str:
+        batch = context.corpus.held_out(context.split, context.tokens)
+        count, length = batch.tokens.shape
+        apart = "" if batch.ages is None else "/apart"
+        return f"{context.split}/{count}x{format_size(length)}/{context.corpus.fingerprint[:8]}{apart}"
 
-    @torch.inference_mode()
-    def values(self, decoder: Decoder, context: Context) -> Tensor:
-        if self.name == "kl" and context.teacher is None:
-            raise UserError("task kl needs a teacher: evaluate a run, not a checkpoint alone")
-        sequences = context.corpus.held_out(context.split, context.tokens).to(decoder.device)
-        values = []
-        for batch in sequences.split(max(1, BATCH_TOKENS[decoder.device.type] // context.corpus.sequence)):
-            reference = hidden_of(context.teacher, batch) if self.name == "kl" and context.teacher else None
-            nll, kl = token_losses(hidden_of(decoder, batch), batch.tokens, decoder.head_weight, reference)
-            values.append(batch.per_row(nll if kl is None else kl))
-        return torch.cat(values).cpu()
+    def reading(self, decoder: Decoder, context: Context) -> HeldOut:
+        self.check(context)
+        key = ("held out", context.split, context.tokens, context.teacher is None, decoder.device)
+        return context.once(key, lambda: HeldOut(context, decoder.device))
 
-
-class HeldOutLoss(_HeldOut):
-    """Mean next-token loss, nats a token."""
-
-    name = "loss"
+    def scored_tokens(self, context: Context) -> int:
+        batch = context.corpus.held_out(context.split, context.tokens)
+        return batch.tokens.shape[1] if batch.ages is None else int(batch.ages.max()) + 1
 
 
-class TeacherKL(_HeldOut):
+class TeacherKL(HeldOutLoss):
     """Mean KL(teacher || model) over the vocabulary, nats a token."""
 
     name = "kl"
-
-
-def held_out_key(context: Context) -> str:
-    """Which held-out text a loss was measured on, and whether its documents were kept apart."""
-    batch = context.corpus.held_out(context.split, context.tokens)
-    count, length = batch.tokens.shape
-    apart = "" if batch.ages is None else "/apart"
-    return f"{context.split}/{count}x{format_size(length)}/{context.corpus.fingerprint[:8]}{apart}"
+    needs_teacher = True
 
 
 TASKS.register(HeldOutLoss.name, HeldOutLoss)
 TASKS.register(TeacherKL.name, TeacherKL)
+
+
+def longest_scored(tasks: Iterable[Task], context: Context) -> int:
+    """Tokens of the longest text that any of the tasks looks back over."""
+    return max(task.scored_tokens(context) for task in tasks)

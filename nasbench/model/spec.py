@@ -68,6 +68,8 @@ class BlockSpec(ABC):
     """A mixer's letter in placements; an FFN's word."""
     title: ClassVar[str]
     """The name in reports, e.g. "sliding window"."""
+    recurrent: ClassVar[bool] = False
+    """Whether decoding rewrites the whole cache at every step."""
 
     @property
     @abstractmethod
@@ -126,8 +128,6 @@ class MixerSpec(BlockSpec):
 
     shape: LayerShape
 
-    recurrent: ClassVar[bool] = False
-    """Whether decoding rewrites the whole cache at every step."""
     starts_trained: ClassVar[bool] = False
     """Whether the attention's own weights serve unchanged, so that a supernet need not train them."""
 

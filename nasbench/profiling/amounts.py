@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.plan import Point
+from nasbench.store import block_spec
 
 Amounts = tuple[int, int]
 """(bytes, floating-point operations)"""
@@ -17,18 +18,17 @@ def amounts(shape: ModelSpec, point: Point, width: int) -> Amounts:
     """
     tokens = point.batch * (point.chunk or 1)
     x_bytes = tokens * shape.hidden_size * width
-    if point.block == "mlp":
-        parameters = shape.ffn_spec().parameters()
-        return parameters * width + 2 * x_bytes, 2 * tokens * parameters
+    spec = block_spec(shape, point.block)
+    if spec is not None and point.mode == "decode" and not point.shared:
+        # The activations of a decode step stay in the caches.
+        return spec.decode_bytes(point.batch, point.context, width), point.batch * spec.flops(1, point.context - 1)
+    if spec is not None:
+        moved = spec.weight_bytes(tokens, width) + spec.traffic_bytes(point.batch, point.context, width)
+        new = point.chunk or 1
+        return moved + 2 * x_bytes, point.batch * spec.flops(new, max(0, point.context - new))
     if point.block == "norm":
         return 4 * x_bytes, 6 * tokens * shape.hidden_size
     if point.block == "embedding":
         return 2 * x_bytes, 0
-    if point.block == "head":
-        parameters = shape.vocab_size * shape.hidden_size
-        return parameters * width, 2 * point.batch * parameters
-    config = shape.mixer(point.block)
-    moved = config.decode_bytes(point.batch, point.context, width)
-    if point.mode == "decode":
-        return moved, point.batch * config.flops(1, point.context - 1)
-    return moved + 2 * x_bytes, point.batch * config.flops(point.chunk, point.context - point.chunk)
+    parameters = shape.vocab_size * shape.hidden_size
+    return parameters * width, 2 * point.batch * parameters

@@ -15,22 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 
-from nasbench import __version__
+from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.provenance import provenance
 from nasbench.devices import DEVICES, DeviceInfo, DeviceSpec
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
-from nasbench.profiling.measure import DTYPE_NAMES, point_cells
+from nasbench.profiling.measure import point_cells
 from nasbench.profiling.plan import Point
 from nasbench.profiling.workload import NO_CALL, Bench
-from nasbench.store import CEILING, Row
+from nasbench.store import CEILING, Row, block_spec
 
 PERCENTILE_SD = 0.8416
 """p20 and p80 of a normal distribution lie this many standard deviations from its middle."""
@@ -197,26 +196,25 @@ class Estimator:
     def rows(self, spec: DeviceSpec, shape: ModelSpec, points: Iterable[Point]) -> list[Row]:
         """Estimated rows of the points on a device, its ceilings first."""
         info = DeviceInfo(spec.slug, spec.title, "cuda", spec.memory_bytes, 0, 0, "", spec.arch)
-        dtype = {name: value for value, name in DTYPE_NAMES.items()}[self.dtype]
-        bench = Bench(shape, "cuda", dtype, 0, 0)
+        bench = Bench(shape, "cuda", torch_dtype(self.dtype), 0, 0)
         return [*self._ceiling_rows(spec), *(self._row(spec, info, bench, point) for point in points)]
 
     def _row(self, spec: DeviceSpec, info: DeviceInfo, bench: Bench, point: Point) -> Row:
         width = bench.dtype.itemsize
         moved, flops = amounts(bench.shape, point, width)
-        config = None if point.shared else bench.shape.mixer(point.block)
-        rule = self.rule(point.block if config is None else config.kind, point.mode)
+        cells, block = point_cells(bench, info, point), block_spec(bench.shape, point.block)
+        rule = self.rule(cells["block"], point.mode)
         if (point.block, point.mode, point.batch) == ("norm", "decode", 1):
-            return Row(**point_cells(bench, info, point), **_times(0.0, 0.0), reason=NO_CALL, **_provenance())
+            return Row(**cells, **_times(0.0, 0.0), reason=NO_CALL, **_provenance())
         us, regime = rule.time_us(moved / spec.bandwidth_gb_s / 1e3, flops / spec.tflop_s / 1e6)
         caches: dict[str, Any] = {}
-        if config is not None:
-            caches["cache_formula_bytes"] = config.cache_bytes(point.batch, point.context, width)
-            caches["history_bytes"] = config.conv_state_bytes(point.batch, width)
+        if block is not None and not point.shared:
+            caches["cache_formula_bytes"] = block.cache_bytes(point.batch, point.context, width)
+            caches["conv_state_bytes"] = block.conv_state_bytes(point.batch, width)
         error = rule.error_of(regime)
         reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(
-            **point_cells(bench, info, point), **_times(us, error), **caches,
+            **cells, **_times(us, error), **caches,
             gb_s=moved / us / 1e3, tflop_s=flops / us / 1e6, reason=reason, **_provenance(),
         )  # fmt: skip
 
@@ -256,5 +254,4 @@ def _times(us: float, error: float) -> dict[str, Any]:
 
 
 def _provenance() -> dict[str, Any]:
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"source": "estimated", "project": __version__, "torch": torch.__version__, "measured_utc": now}
+    return {"source": "estimated", **provenance().cells("project", "torch", "measured_utc")}

@@ -6,21 +6,19 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from nasbench import __version__
+from nasbench.core.dtypes import dtype_name
+from nasbench.core.noise import is_noisy
+from nasbench.core.provenance import provenance
 from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
 from nasbench.profiling.telemetry import SHARED_REASON, Load, Reading, Telemetry, shared
-from nasbench.profiling.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
 from nasbench.profiling.workload import Bench, Workload, build
-from nasbench.store import Row, block_cells, is_noisy
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from nasbench.runtime.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
+from nasbench.store import Row, block_cells
 
 
 @dataclass
@@ -47,28 +45,17 @@ def implementation(kind: str, mode: str) -> str:
 
 def point_cells(bench: Bench, info: DeviceInfo, point: Point) -> dict[str, Any]:
     """The key cells of a point's row."""
-    config = None if point.shared else bench.shape.mixer(point.block)
-    named = (point.block, "") if config is None else (config.kind, config.args)
-    cells = block_cells(bench.shape, *named)
+    cells = block_cells(bench.shape, point.block)
     where = {"mode": point.mode, "batch": point.batch, "context": point.context, "chunk": point.chunk}
-    how = {"dtype": DTYPE_NAMES[bench.dtype], "implementation": implementation(info.kind, point.mode)}
+    how = {"dtype": dtype_name(bench.dtype), "implementation": implementation(info.kind, point.mode)}
     return {"device": info.slug, **cells, **where, **how}
 
 
-def provenance(machine: Machine) -> dict[str, Any]:
+def stamp(machine: Machine) -> dict[str, Any]:
     """Versions and the time now, as every measured row carries them."""
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    threads = f"{torch.get_num_threads()} threads" if machine.info.kind == "cpu" else machine.info.driver
-    return {
-        "torch": torch.__version__,
-        "triton": triton,
-        "driver": threads,
-        "project": __version__,
-        "measured_utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
+    info = machine.info
+    found = provenance(info.slug, f"{torch.get_num_threads()} threads" if info.kind == "cpu" else info.driver)
+    return found.cells("torch", "triton", "driver", "project", "measured_utc")
 
 
 def time_calls(
@@ -125,7 +112,7 @@ def measure(machine: Machine, bench: Bench, point: Point) -> Row:
     problem: dict[str, Any]
     try:
         with torch.inference_mode():
-            return Row(**cells, **_measured(machine, bench, point), **provenance(machine))
+            return Row(**cells, **_measured(machine, bench, point), **stamp(machine))
     except (MemoryError, torch.OutOfMemoryError) as error:
         problem = {"status": "oom", "reason": _reason(error)}
     except NotImplementedError as error:
@@ -135,7 +122,7 @@ def measure(machine: Machine, bench: Bench, point: Point) -> Row:
         short = any(text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory"))
         problem = {"status": "oom" if short else "failed", "reason": _reason(error)}
     release(machine)
-    return Row(**cells, **problem, **provenance(machine))
+    return Row(**cells, **problem, **stamp(machine))
 
 
 def _reason(error: BaseException) -> str:
@@ -157,7 +144,7 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
     each, telemetry = time_calls(machine, work.calls, launched, work.evict)
     # Work space, and of the weights and caches those of one instance.
     peak = torch.cuda.max_memory_allocated() - held + held // len(work.calls) if cuda else None
-    rates = _rates(machine, work, each, DTYPE_NAMES[bench.dtype])
+    rates = _rates(machine, work, each, dtype_name(bench.dtype))
     return {
         **asdict(each),
         "host_us": launch_us(work.calls[0]) if launched else None,
@@ -165,7 +152,7 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
         "peak_bytes": peak,
         "cache_bytes": work.cache_bytes,
         "cache_formula_bytes": work.cache_formula_bytes,
-        "history_bytes": work.history_bytes,
+        "conv_state_bytes": work.conv_state_bytes,
         **rates,
         **telemetry,
     }

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.model.shapes import ModelSpec
-from nasbench.store import SHARED_BLOCKS
+from nasbench.runtime.memory import lean_hybrid, sequences_that_fit
+from nasbench.store import is_shared, shared_blocks
 
 MODES = ("decode", "prefill")
 WORDS = ("auto", "max")
@@ -41,7 +42,7 @@ class Point:
 
     @property
     def shared(self) -> bool:
-        return self.block in SHARED_BLOCKS
+        return is_shared(self.block)
 
     def __str__(self) -> str:
         where = f" at {format_size(self.context)}" if self.context else ""
@@ -57,29 +58,21 @@ def parse_batches(text: str) -> list[int | str]:
 
 
 def largest_batch(shape: ModelSpec, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int) -> int:
-    """The largest power of two up to 1024 at which a useful hybrid of these kinds fits in memory: weights, one layer of
-    the kind with the largest cache, and all others of the kind with the smallest. At least 1."""
-    configs = [shape.mixer(name) for name in names]
-    each = [config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes) for config in configs]
-    weights = (shape.parameters() + 2 * shape.vocab_size) * dtype_bytes
-    room = USABLE_MEMORY * memory_bytes - weights
-    per_sequence = max(each) + (shape.num_layers - 1) * min(each)
-    fits = min(LARGEST_BATCH, int(room // per_sequence)) if room > 0 else 0
-    return 1 << max(0, fits.bit_length() - 1)
+    """The largest power of two up to 1024 at which a useful hybrid of these kinds fits in memory: one layer of the kind
+    with the largest cache, all others of the kind with the smallest. At least 1."""
+    room = USABLE_MEMORY * memory_bytes
+    hybrids = [lean_hybrid(shape, name, names, context, dtype_bytes) for name in names]
+    fits = min(sequences_that_fit(shape, hybrid, context, dtype_bytes, room) for hybrid in hybrids)
+    return 1 << max(0, min(LARGEST_BATCH, fits).bit_length() - 1)
 
 
 def batch_limit(
     shape: ModelSpec, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
 ) -> int:
-    """The largest batch up to 1024 that a model with a layer of this kind can have: beside it, all layers are of the
-    kind of `names` with the smallest cache, and nearly all of the memory is theirs. At least 1."""
-    each = {other: shape.mixer(other) for other in {name, *names}}
-    bytes_of = {
-        other: config.cache_bytes(1, context, dtype_bytes) + config.conv_state_bytes(1, dtype_bytes)
-        for other, config in each.items()
-    }
-    room = FULL_MEMORY * memory_bytes - shape.parameters() * dtype_bytes
-    fits = int(room // (bytes_of[name] + (shape.num_layers - 1) * min(bytes_of.values()))) if room > 0 else 0
+    """The largest batch up to 1024 of a model with a layer of this kind, all others being of the kind of `names` with
+    the smallest cache. At least 1."""
+    hybrid = lean_hybrid(shape, name, (name, *names), context, dtype_bytes)
+    fits = sequences_that_fit(shape, hybrid, context, dtype_bytes, FULL_MEMORY * memory_bytes)
     # Rounded down: what a larger model's last sequence costs is not known to the byte.
     return max(1, min(LARGEST_BATCH, fits - fits % 8 if fits > 64 else fits))
 
@@ -131,7 +124,7 @@ def plan(
     # Matrix products change their pace at every power of two, and these rows are few.
     shared = sorted({*everywhere, *(_powers(everywhere[-1]) if "auto" in batches else ())})
     first: list[Point] = []
-    for block in SHARED_BLOCKS:
+    for block in shared_blocks(shape):
         if "decode" in modes or block == "head":  # prefill ends with one head
             first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":

@@ -9,29 +9,31 @@ from math import ceil
 from pathlib import Path
 
 from nasbench.checkpoints.resolve import resolve_shape
-from nasbench.core.errors import unknown
+from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
+from nasbench.core.dtypes import dtype_name, torch_dtype
+from nasbench.core.noise import SPREAD
 from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
-from nasbench.profiling.measure import DTYPE_NAMES, Machine, measure, point_cells
+from nasbench.profiling.measure import Machine, measure, point_cells
 from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
 from nasbench.profiling.telemetry import Telemetry
-from nasbench.profiling.timing import Budget
 from nasbench.profiling.worker import START_S, Worker
 from nasbench.profiling.workload import Bench, most_instances
+from nasbench.runtime.timing import Budget
 from nasbench.spaces.placement import parse_placement
-from nasbench.store import KEY, SPREAD, Database, Row, db_path
+from nasbench.store import KEY, Database, Row, db_path
 
-CPU_BUDGET, CUDA_BUDGET = 0.6, 0.25
+ROW_BUDGET_S = ByDevice(cpu=0.6, cuda=0.25)
 """Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
 
-ROUNDS = {"cpu": 3, "cuda": 1}
+ROUNDS = ByDevice(cpu=3, cuda=1)
 """Times that every row is measured, in rounds over the whole sweep, each with its part of the row's budget; the fastest
 is kept. The speed of a shared CPU drifts by a fifth over tens of seconds, so that rows measured one after another in a
 slow spell would look dear beside the others; what else runs can only add time."""
-NOISY = {"cpu": 0.3, "cuda": SPREAD}
+NOISY = ByDevice(cpu=0.3, cuda=SPREAD)
 """Rows whose p80 - p20 still exceeds this share of p50, and those measured while the device was throttled or shared,
 are measured once more at the end."""
 SECOND_LOOKS = 0.1
@@ -42,11 +44,11 @@ KEEP_S = 2.0
 PATIENCE_S = 180.0
 """Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
 hung."""
-ROW_S = {"cpu": 0.25, "cuda": 0.25}
+ROW_S = 0.25
 """About what a row takes besides its timing: weights, caches, capture, the watch on power."""
-CALM = {"cpu": 1.0, "cuda": 0.4}
+CALM = ByDevice(cpu=1.0, cuda=0.4)
 """Share of its budget that a row takes: a GPU's percentiles are close together long before its end."""
-GUESSED_TFLOP_S = {"cpu": 0.1, "cuda": 100.0}
+GUESSED_TFLOP_S = ByDevice(cpu=0.1, cuda=100.0)
 """Matrix-product rate of a device without a data sheet, before it is measured, 10^12 operations per second."""
 REACHED = 0.45
 """Share of the rate that a chunk of a prompt comes to."""
@@ -55,8 +57,6 @@ LEAST_SECONDS, WATCHED = 0.02, 0.3
 row has the second."""
 FEWEST_RUNS = 9
 """Runs of a workload that even the slowest row takes: warm-up, three that count, the watch, and the launches."""
-CHUNKS = {"cpu": 512, "cuda": 8192}
-"""Prefill chunk by kind of device."""
 
 Progress = Callable[[int, int, Row], None]
 """Called after every row with (rows done, rows in all, the row)."""
@@ -107,21 +107,23 @@ class Todo:
         """Rough time: what every row takes, and what stands around them."""
         kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
         total = self.rounds * sum(self.group_seconds(group) for group in self.groups)
-        total += self.ceilings * (4 * (budget_s + ROW_S[kind]) + self.isolate * START_S[kind])
+        total += self.ceilings * (4 * (budget_s + ROW_S) + self.isolate * START_S.of(kind))
         return total + (0.0 if kind == "cpu" else SECOND_LOOKS / 2 * len(self.points) * LONGER * budget_s)
 
     def group_seconds(self, points: Sequence[Point]) -> float:
         """Rough time of points that one child measures once."""
         kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
-        known = DEVICES[self.machine.info.slug].tflop_s if self.machine.info.slug in DEVICES else GUESSED_TFLOP_S[kind]
-        rate = self.machine.matmul_tflop_s.get(DTYPE_NAMES[self.bench.dtype]) or known
+        known = (
+            DEVICES[self.machine.info.slug].tflop_s if self.machine.info.slug in DEVICES else GUESSED_TFLOP_S.of(kind)
+        )
+        rate = self.machine.matmul_tflop_s.get(dtype_name(self.bench.dtype)) or known
 
         def row_s(point: Point) -> float:
             flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
             runs_s = FEWEST_RUNS * most_instances(point) * flops / (REACHED * rate) / 1e12
-            return max(CALM[kind] * budget_s, runs_s) + ROW_S[kind]
+            return max(CALM.of(kind) * budget_s, runs_s) + ROW_S
 
-        return sum(map(row_s, points)) + (START_S[kind] if self.isolate else 0.0)
+        return sum(map(row_s, points)) + (START_S.of(kind) if self.isolate else 0.0)
 
 
 def prepare(
@@ -162,19 +164,17 @@ def prepare(
     """
     shape = resolve_shape(model) if isinstance(model, str) else model
     info = detect(device)
-    dtypes = {name: value for value, name in DTYPE_NAMES.items()}
-    if dtype not in dtypes:
-        raise unknown("dtype", dtype, dtypes)
-    rounds = ROUNDS[info.kind]
-    budget = Budget((seconds_per_row or (CUDA_BUDGET if info.kind == "cuda" else CPU_BUDGET)) / rounds)
+    kind = torch_dtype(dtype)
+    rounds = ROUNDS.of(info.kind)
+    budget = Budget((seconds_per_row or ROW_BUDGET_S.of(info.kind)) / rounds)
     machine = Machine(info, device, Telemetry(device), budget)
     # On a Jetson the programs on the CPU have a part of the GPU's memory.
     free = Jetson().available_bytes() if info.unified_memory else None
     usable = int(USABLE_MEMORY * min(info.memory_bytes, free or info.memory_bytes))
-    bench = Bench(shape, device, dtypes[dtype], info.llc_bytes or 32 << 20, usable)
+    bench = Bench(shape, device, kind, info.llc_bytes or 32 << 20, usable)
     names = parse_placement(blocks) if isinstance(blocks, str) else blocks
-    width = dtypes[dtype].itemsize
-    chunk = chunk or CHUNKS[info.kind]
+    width = kind.itemsize
+    chunk = chunk or PREFILL_CHUNK.of(info.kind)
     groups = plan(shape, names, contexts, batches, modes, chunk, info.memory_bytes, width)
     path = db_path(info.slug, db)
     rows = Database(path).read()
@@ -240,7 +240,7 @@ class Pace:
         if now >= self.group_end:
             return None
         left = self.end - now
-        spare = left / rows - ROW_S[self.kind]
+        spare = left / rows - ROW_S
         if spare >= wanted.seconds:
             return wanted
         return replace(wanted, seconds=max(LEAST_SECONDS, spare), watch=wanted.watch if left / rows > WATCHED else 0.0)
@@ -332,7 +332,9 @@ def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) ->
 
 def _second_looks(best: dict[Point, Row], kind: str) -> list[Point]:
     """The noisiest points, at most a share of all."""
-    noisy = sorted((point for point in best if noise(best[point]) > NOISY[kind]), key=lambda point: -noise(best[point]))
+    noisy = sorted(
+        (point for point in best if noise(best[point]) > NOISY.of(kind)), key=lambda point: -noise(best[point])
+    )
     return noisy[: ceil(SECOND_LOOKS * len(best))]
 
 
@@ -346,30 +348,3 @@ def noise(row: Row) -> float:
     if row.p20_us is None or row.p80_us is None or not row.p50_us:
         return 0.0
     return (row.p80_us - row.p20_us) / row.p50_us + (1.0 if row.throttled else 0.0)
-
-
-def sweep(
-    model: str | ModelSpec,
-    blocks: str | Sequence[str],
-    contexts: Sequence[int],
-    batches: Sequence[int | str],
-    modes: Sequence[str] = ("decode", "prefill"),
-    *,
-    device: str = "cpu",
-    db: Path | None = None,
-    dtype: str = "fp32",
-    chunk: int | None = None,
-    force: bool = False,
-    seconds_per_row: float | None = None,
-    isolate: bool = True,
-    patience_s: float | None = None,
-    limit_s: float | None = None,
-    progress: Progress | None = None,
-) -> SweepResult:
-    """`prepare` and `run` in one: see there."""
-    todo = prepare(
-        model, blocks, contexts, batches, modes,
-        device=device, db=db, dtype=dtype, chunk=chunk, force=force, seconds_per_row=seconds_per_row,
-        isolate=isolate, patience_s=patience_s, limit_s=limit_s,
-    )  # fmt: skip
-    return run(todo, progress)

@@ -23,16 +23,17 @@ from typing import Any
 
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, NasbenchError
 from nasbench.model import fused
 from nasbench.profiling.ceilings import measure_ceilings
-from nasbench.profiling.measure import Machine, measure, point_cells, provenance
+from nasbench.profiling.measure import Machine, measure, point_cells, stamp
 from nasbench.profiling.plan import Point
-from nasbench.profiling.timing import Budget
 from nasbench.profiling.workload import Bench
+from nasbench.runtime.timing import Budget
 from nasbench.store import Row
 
-START_S = {"cpu": 0.5, "cuda": 3.0}
+START_S = ByDevice(cpu=0.5, cuda=3.0)
 """About what a group waits for its child, for the plan."""
 LONGEST_START_S = 300.0
 CEILINGS_S = 120.0
@@ -129,7 +130,7 @@ class Worker:
 
     def _problem(self, point: Point, status: str, reason: str) -> Row:
         cells = point_cells(self.bench, self.machine.info, point)
-        return Row(**cells, status=status, reason=reason, **provenance(self.machine))
+        return Row(**cells, status=status, reason=reason, **stamp(self.machine))
 
     def _ask(self, what: str, point: Point | None, budget: Budget | None, patience_s: float) -> Any:
         """The child's answer; where it died or hung, a status and the reason as one string."""

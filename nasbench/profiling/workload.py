@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasbench.core.by_device import ByDevice
 from nasbench.model import fused
 from nasbench.model.block import Block, BlockCache
 from nasbench.model.decoder import Decoder
@@ -32,12 +33,13 @@ from nasbench.model.shapes import ModelSpec
 from nasbench.model.stream import stream_for
 from nasbench.profiling.amounts import Amounts, amounts
 from nasbench.profiling.plan import Point
+from nasbench.store import block_spec
 
 NO_CALL = "for one sequence a part of the products after it"
 """Why the norm has no time of its own."""
 FEWEST, MOST = 4, 64
 """Instances that a workload goes round, unless memory allows fewer."""
-SMALL = {"cpu": 16, "cuda": 64}
+SMALL = ByDevice(cpu=16, cuda=64)
 """Calls of a small block in one timed run; on a GPU enough to hide the launch of the graph."""
 COLD = 8
 """Size of all instances over that of the last-level cache: at 2, caches that do not evict strictly in turn still held
@@ -77,7 +79,7 @@ class Workload:
         evict: untimed, before each call; None where the calls evict one another.
         moved_bytes: least bytes that one instance reads and writes.
         flops: floating-point operations of one instance.
-        cache_bytes, history_bytes: what the allocator gave to one instance's cache; None without a cache.
+        cache_bytes, conv_state_bytes: what the allocator gave to one instance's cache; None without a cache.
     """
 
     calls: Sequence[Callable[[], object]]
@@ -85,14 +87,14 @@ class Workload:
     flops: int
     cache_bytes: int | None = None
     cache_formula_bytes: int | None = None
-    history_bytes: int | None = None
+    conv_state_bytes: int | None = None
     evict: Callable[[], object] | None = None
     reason: str = ""
 
 
 def build(bench: Bench, point: Point) -> Workload:
     """The workload of a point; raises what torch raises when the memory is not enough."""
-    return _SHARED[point.block](bench, point) if point.shared else _mixer(bench, point)
+    return _PARTS.get(point.block, _block)(bench, point)
 
 
 def _count(bench: Bench, point: Point, instance_bytes: int) -> int:
@@ -188,10 +190,12 @@ def _calls(
     return [partial(_call, block, norm, x.clone(), meta, cache) for block, cache in zip(blocks, caches, strict=True)]
 
 
-def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache]:
+def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache | None]:
     """A cache per block, full to the context. One is filled with random numbers, the others copy it: faster."""
     size = {"device": bench.device, "dtype": bench.dtype}
     caches = [block.new_cache(point.batch, point.context, **size) for block in blocks]
+    if caches[0] is None:
+        return caches
     caches[0].fill_random()
     for cache in caches[1:]:
         for name, tensor in cache.tensors.items():
@@ -199,33 +203,33 @@ def _caches(bench: Bench, blocks: list[Any], point: Point) -> list[BlockCache]:
     return caches
 
 
-def _mixer(bench: Bench, point: Point) -> Workload:
-    spec = bench.shape.mixer(point.block)
+def _block(bench: Bench, point: Point) -> Workload:
+    """A mixer or an FFN."""
+    spec = block_spec(bench.shape, point.block)
+    assert spec is not None
+    # A shared block has no context: what it looks back at, if anything, is of constant size.
+    point = replace(point, context=point.context or max(1, point.chunk))
     width = bench.dtype.itemsize
     formula = spec.cache_bytes(point.batch, point.context, width)
-    count = _count(bench, point, spec.parameters() * width + formula)
-    mixers = _instances(bench, point.block, spec.build, count)
-    caches = _caches(bench, mixers, point)
+    conv_state = spec.conv_state_bytes(point.batch, width)
+    count = _count(bench, point, spec.parameters() * width + formula + conv_state)
+    blocks = _instances(bench, point.block, spec.build, count)
+    caches = _caches(bench, blocks, point)
     x = _activations(bench, point, bench.shape.hidden_size)
-    calls = _calls(bench, mixers, x, _meta(bench, point), caches)
-    return Workload(calls, *_amounts(bench, point), caches[0].nbytes, formula, caches[0].conv_state_nbytes)
-
-
-def _ffn(bench: Bench, point: Point) -> Workload:
-    spec = bench.shape.ffn_spec()
-    count = _count(bench, point, spec.parameters() * bench.dtype.itemsize)
-    x = _activations(bench, point, bench.shape.hidden_size)
-    ffns = _instances(bench, "mlp", spec.build, count)
-    meta = _meta(bench, replace(point, context=max(1, point.chunk)))
-    return Workload(_calls(bench, ffns, x, meta, [None] * count), *_amounts(bench, point))
+    work = Workload(_calls(bench, blocks, x, _meta(bench, point), caches), *_amounts(bench, point))
+    if caches[0] is None:
+        return work
+    return replace(
+        work, cache_bytes=caches[0].nbytes, cache_formula_bytes=formula, conv_state_bytes=caches[0].conv_state_nbytes
+    )
 
 
 def _small(bench: Bench) -> int:
-    return SMALL[torch.device(bench.device).type]
+    return SMALL.of(bench.device)
 
 
 def _norm(bench: Bench, point: Point) -> Workload:
-    """Residual addition and RMSNorm, twice in every layer."""
+    """Residual addition and RMSNorm, twice or four times in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
     meta = _meta(bench, replace(point, context=max(1, point.chunk)))
@@ -273,4 +277,4 @@ def _head(bench: Bench, point: Point) -> Workload:
     return Workload([partial(call, decoder) for decoder in decoders], *_amounts(bench, point))
 
 
-_SHARED = {"mlp": _ffn, "norm": _norm, "embedding": _embedding, "head": _head}
+_PARTS = {"norm": _norm, "embedding": _embedding, "head": _head}

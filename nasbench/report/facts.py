@@ -12,9 +12,10 @@ from typing import Any
 
 from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
+from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
-from nasbench.cost import dtype_bytes, find_profiles
+from nasbench.cost import find_profiles
 from nasbench.model.shapes import ModelSpec
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run

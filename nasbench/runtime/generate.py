@@ -9,27 +9,21 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
 from nasbench.core.errors import UserError
 from nasbench.model.block import BlockCache
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.runtime.graph import Writer
 from nasbench.runtime.sampling import Sampling
 
-CHUNK = {"cpu": 512, "cuda": 8192}
-"""Prefill tokens of a sequence at a time: enough to keep the device busy (one sequence of 64K tokens in chunks of 4096
-waits for the launches of a slow host a third of the time), little enough that activations stay small."""
-LOOK_EVERY = {"cpu": 1, "cuda": 16}
+LOOK_EVERY = ByDevice(cpu=1, cuda=16)
 """Steps between two looks at whether every sequence has ended: looking waits for a GPU."""
-
-
-def default_chunk(device: torch.device) -> int:
-    return CHUNK.get(device.type, CHUNK["cpu"])
 
 
 @torch.inference_mode()
 def prefill(decoder: Decoder, tokens: Tensor, cache: DecoderCache, chunk: int | None = None) -> Tensor:
     """Reads tokens [B, T] into the cache in chunks; logits of the last one [B, V]. Only those are ever computed."""
-    chunk = chunk or default_chunk(decoder.device)
+    chunk = chunk or PREFILL_CHUNK.of(decoder.device)
     for part in tokens.split(chunk, dim=1):
         last = decoder.hidden(part, cache)[:, -1]
     return decoder.logits(last)
@@ -125,7 +119,7 @@ def generate(
         return []
     ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=decoder.device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
-    look_every = LOOK_EVERY.get(decoder.device.type, 1)
+    look_every = LOOK_EVERY.of(decoder.device)
     columns = []
     for index, tokens in enumerate(
         stream(

@@ -19,8 +19,10 @@ WARM_UP = 3
 """Calls before a capture: libraries pick their kernels and allocate their workspaces on the first ones."""
 
 
-def capture(work: Callable[[], None], generator: torch.Generator | None = None) -> torch.cuda.CUDAGraph:
-    """Records `work` on the current GPU. It runs a few times before, so what it writes must bear that.
+def capture(
+    work: Callable[[], object], generator: torch.Generator | None = None, warm_up: int = WARM_UP
+) -> torch.cuda.CUDAGraph:
+    """Records `work` on the current GPU. It runs `warm_up` times before, so what it writes must bear that.
 
     Args:
         generator: what `work` draws from; every replay then draws on from where the generator is. The default one
@@ -33,7 +35,7 @@ def capture(work: Callable[[], None], generator: torch.Generator | None = None) 
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
@@ -47,7 +49,7 @@ def capture(work: Callable[[], None], generator: torch.Generator | None = None) 
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise MachineError(f"the decode step cannot be captured in a CUDA graph: {error}") from error
+        raise MachineError(f"this work cannot be captured in a CUDA graph: {error}") from error
     return graph
 
 

@@ -9,18 +9,22 @@ that attention and windows read, the recurrent states that are read and written 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch
+from nasbench.runtime.timing import stopwatch
 from nasbench.spaces.placement import Placement
 
-BUFFER_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+Call = Callable[[], object]
+
+BUFFER_BYTES = ByDevice(cpu=256 << 20, cuda=4 << 30)
 """Many times the largest last-level cache, so that every pass comes from the main memory."""
-MATRIX = {"cuda": 8192, "cpu": 1024}
+MATRIX = ByDevice(cpu=1024, cuda=8192)
 """Rows and columns of the product whose rate is measured."""
 REPEATS = 9
 
@@ -52,32 +56,43 @@ class Part:
     ms: float
 
 
-def _best_s(work: Callable[[], object], device: torch.device) -> float:
+def _best_s(work: Call, device: torch.device) -> float:
     """Seconds of the fastest of a few runs: a ceiling is what the device can do, not what it does on average."""
     work()
     seconds = stopwatch(device)
     return min(seconds(work) for _ in range(REPEATS))
 
 
-def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.dtype) -> Ceilings:
-    """Measures them, on random data.
+def ceiling_work(
+    device: torch.device | str, free_bytes: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Call, int, int]]:
+    """Yields (name, work, bytes, operations) of each ceiling, on random data.
 
     Args:
         free_bytes: the buffers take at most a quarter of this.
         dtype: of the matrix product.
     """
     device = torch.device(device)
-    elements = min(BUFFER_BYTES[device.type], free_bytes // 8) // 4
-    source = torch.rand(elements, device=device)
-    target = torch.empty_like(source)
-    read = source.nbytes / _best_s(lambda: source.sum(), device)
-    # A product is a kernel; copy_ between GPU buffers is handed to a copy engine, which is slower.
-    copy = 2 * source.nbytes / _best_s(lambda: torch.mul(source, 2.0, out=target), device)
-    in_place = 2 * source.nbytes / _best_s(lambda: source.mul_(0.5), device)
-    size = MATRIX[device.type]
+    source = torch.rand(min(BUFFER_BYTES.of(device), free_bytes // 8) // 4, device=device)
+    target, total = torch.empty_like(source), torch.empty((), device=device)
+    yield "read", partial(torch.sum, source, out=total, dim=None, dtype=torch.float32), source.nbytes, 0
+    # A multiplication is a kernel; copy_ between GPU buffers is handed to a copy engine, which is slower.
+    yield "copy", partial(torch.mul, source, 1.0, out=target), 2 * source.nbytes, 0
+    yield "in_place", partial(source.mul_, 1.0), 2 * source.nbytes, 0
+    del source, target
+    size = MATRIX.of(device)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    matmul = 2 * size**3 / _best_s(lambda: a @ b, device)
-    return Ceilings(read / 1e9, copy / 1e9, in_place / 1e9, matmul / 1e12)
+    yield "matmul", partial(torch.mm, a, b, out=torch.empty_like(a)), 0, 2 * size**3
+
+
+@torch.inference_mode()
+def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.dtype) -> Ceilings:
+    """Measures them, as `ceiling_work` says."""
+    device = torch.device(device)
+    rates = {}
+    for name, work, nbytes, flops in ceiling_work(device, free_bytes, dtype):
+        rates[name] = (nbytes / 1e9 or flops / 1e12) / _best_s(work, device)
+    return Ceilings(rates["read"], rates["copy"], rates["in_place"], rates["matmul"])
 
 
 def decode_bytes(shape: ModelSpec, placement: Placement, batch: int, context: int, dtype_bytes: int) -> int:
@@ -96,20 +111,21 @@ def decode_floor(
 def _parts(
     shape: ModelSpec, placement: Placement, batch: int, context: int, width: int, ceilings: Ceilings | None
 ) -> list[Part]:
-    weights = shape.parameters(placement)
-    looked_up = 0 if shape.tie_embeddings else (shape.vocab_size - batch) * shape.hidden_size
+    blocks = [*shape.mixers(placement), *shape.ffns()]
+    norms = (shape.num_layers * shape.norms_per_layer + 1) * shape.hidden_size
+    head = shape.vocab_size * shape.hidden_size
     # The rows of an embedding are looked up, not multiplied; a tied one is the output matrix.
-    products = weights - (0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size)
+    looked_up = 0 if shape.tie_embeddings else batch * shape.hidden_size
+    weight_bytes = sum(block.weight_bytes(batch, width) for block in blocks) + (norms + head + looked_up) * width
+    products = sum(block.product_parameters() for block in blocks) + norms + head
     kept = {"keys and values": [0, 0], "recurrent states": [0, 0]}
-    for name, count in Counter(placement).items():
-        config = shape.mixer(name)
-        moved = config.traffic_bytes(batch, context, width)
-        part = kept["recurrent states" if moved > config.cache_bytes(batch, context, width) else "keys and values"]
-        part[0] += count * moved
-        part[1] += count * batch * max(0, config.flops(1, context - 1) - 2 * config.parameters())
+    for block, count in Counter(blocks).items():
+        part = kept["recurrent states" if block.recurrent else "keys and values"]
+        part[0] += count * block.traffic_bytes(batch, context, width)
+        part[1] += count * batch * max(0, block.flops(1, context - 1) - 2 * block.product_parameters())
     read, in_place = (ceilings.read_gb_s, ceilings.in_place_gb_s) if ceilings else (1.0, 1.0)
     rate = ceilings.matmul_tflop_s if ceilings else 1.0
-    sizes = [("matrix products", (weights - looked_up) * width, 2 * batch * products, read)]
+    sizes = [("matrix products", weight_bytes, 2 * batch * products, read)]
     sizes += [
         (name, nbytes, flops, in_place if name == "recurrent states" else read)
         for name, (nbytes, flops) in kept.items()

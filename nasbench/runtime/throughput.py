@@ -8,31 +8,32 @@ all layers, the output matrix and the argmax; on a GPU as one replayed CUDA grap
 from __future__ import annotations
 
 import gc
-import resource
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-import nasbench
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import PREFILL_CHUNK
+from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
+from nasbench.core.provenance import provenance
 from nasbench.devices import detect
 from nasbench.model import fused
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.model.shapes import ModelSpec
-from nasbench.runtime.clock import stopwatch, synchronise
-from nasbench.runtime.generate import default_chunk, prefill
+from nasbench.runtime.generate import prefill
 from nasbench.runtime.graph import capture
-from nasbench.runtime.memory import free_bytes, largest_batch, ran_out
+from nasbench.runtime.memory import free_bytes, largest_batch, peak_bytes, ran_out
 from nasbench.runtime.roofline import Ceilings, decode_floor, measure_ceilings
+from nasbench.runtime.timing import stopwatch, summarise, synchronise
 from nasbench.spaces.placement import Placement, format_placement
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SMALLEST_CHUNK = 64
+PROMPT_RUNS = 3
+"""Times that a prompt is read, unless its seconds are over."""
 MOST_SEQUENCES = 4096
 """`max` stops here: beyond it a batch gains nothing and the logits alone fill gigabytes."""
 
@@ -143,12 +144,13 @@ def measure(
     cache, steps_s, launches = _decode(
         decoder, context, most if batch == "max" else batch, seconds, batch == "max", log
     )
-    p20, p50, p80 = (float(value) * 1e3 for value in np.percentile(steps_s, [20, 50, 80]))
+    steps = summarise([step_s * 1e6 for step_s in steps_s]).scaled(1e-3)
     prompt = None if prefill_context is None else prefill_context or context
     prefill_s, used_chunk = None, None
     if prompt is not None:
-        prefill_s, used_chunk = _prefill(decoder, cache, prompt, chunk or default_chunk(device), log)
+        prefill_s, used_chunk = _prefill(decoder, cache, prompt, chunk or PREFILL_CHUNK.of(device), log)
     info = detect(str(device))
+    stamp = provenance(info.slug, info.driver)
     parts = {
         part.name: part.ms for part in decode_floor(shape, placement, cache.batch, context, dtype.itemsize, ceilings)
     }
@@ -157,31 +159,28 @@ def measure(
         placement=format_placement(placement),
         model=shape.name,
         device=info.slug,
-        dtype=DTYPE_NAMES[dtype],
+        dtype=dtype_name(dtype),
         context=context,
         batch=cache.batch,
-        decode_tok_s=cache.batch / p50 * 1e3,
-        step_ms=p50,
-        step_p20_ms=p20,
-        step_p80_ms=p80,
+        decode_tok_s=cache.batch / steps.p50_us * 1e3,
+        step_ms=steps.p50_us,
+        step_p20_ms=steps.p20_us,
+        step_p80_ms=steps.p80_us,
         repeats=len(steps_s),
         prefill_tok_s=cache.batch * prompt / prefill_s if prompt and prefill_s else None,
         prefill_s=prefill_s,
         prefill_context=prompt,
         prefill_chunk=used_chunk,
-        peak_bytes=_peak_bytes(device),
+        peak_bytes=peak_bytes(device),
         cache_bytes=cache.nbytes,
         floor_ms=floor_ms,
         floor_parts_ms=parts,
-        floor_fraction=floor_ms / p50,
+        floor_fraction=floor_ms / steps.p50_us,
         **asdict(ceilings),
         launches=launches,
         predicted_batch=most if batch == "max" else None,
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-        driver=info.driver,
-        nasbench=nasbench.__version__,
-        measured_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **stamp.cells("threads", "torch", "driver", "measured_utc"),
+        nasbench=stamp.project,
     )
 
 
@@ -195,7 +194,7 @@ def measure_prefill(
         cache = decoder.new_cache(batch, context)
     except torch.OutOfMemoryError:
         raise MachineError(f"the cache of {batch} sequences of {context} tokens does not fit") from None
-    return _prefill(decoder, cache, context, chunk or default_chunk(decoder.device), log)
+    return _prefill(decoder, cache, context, chunk or PREFILL_CHUNK.of(decoder.device), log)
 
 
 def _check(shape: ModelSpec, context: int, batch: int | str, prefill_context: int | None) -> None:
@@ -206,12 +205,6 @@ def _check(shape: ModelSpec, context: int, batch: int | str, prefill_context: in
         raise UserError(f"prefill context {prefill_context} is beyond the measured context {context}")
     if batch != "max" and (not isinstance(batch, int) or batch < 1):
         raise UserError(f"bad batch {batch!r}: write a positive whole number or max")
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _decode(
@@ -283,7 +276,7 @@ def _prefill(
     while True:
         log(f"prefill: {cache.batch} sequences of {prompt} tokens, {chunk} at a time")
         try:
-            return _timed_prefill(decoder, cache, prompt, chunk), chunk
+            return median(prefill_seconds(decoder, cache, prompt, chunk)), chunk
         except torch.OutOfMemoryError:
             if chunk <= SMALLEST_CHUNK:
                 raise MachineError(
@@ -296,19 +289,17 @@ def _prefill(
 
 
 @torch.inference_mode()
-def _timed_prefill(decoder: Decoder, cache: DecoderCache, prompt: int, chunk: int) -> float:
-    """Seconds to read a prompt of all sequences and score its last token: the median of three runs, or the one run
-    where it takes longer than five seconds."""
+def prefill_seconds(
+    decoder: Decoder, cache: DecoderCache, prompt: int, chunk: int, seconds: float = 10.0
+) -> list[float]:
+    """Seconds of each of up to three readings of a prompt of all sequences, its last token scored; fewer readings where
+    they would take longer than `seconds` together."""
     tokens = torch.randint(0, decoder.shape.vocab_size, (cache.batch, prompt), device=decoder.device)
     clock = stopwatch(decoder.device)
-
-    def read() -> None:
-        cache.reset()
-        prefill(decoder, tokens, cache, chunk)
-
     cache.reset()
     prefill(decoder, tokens[:, :chunk], cache, chunk)  # warm-up at the size of the chunks
-    samples = [clock(read)]
-    while len(samples) < 3 and samples[0] < 5:
-        samples.append(clock(read))
-    return float(np.median(samples))
+    samples: list[float] = []
+    while len(samples) < PROMPT_RUNS and (not samples or sum(samples) + samples[-1] <= seconds):
+        cache.reset()
+        samples.append(clock(lambda: prefill(decoder, tokens, cache, chunk)))
+    return samples

@@ -7,11 +7,15 @@ budget. The answer is exact for the model, not for the world: it is then evaluat
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nasbench.core.errors import MachineError, UserError
 from nasbench.search.session import STRATEGIES, Search
-from nasbench.spaces.placement import Placement, kind_of
-from nasbench.spaces.space import Space
+from nasbench.spaces.placement import Placement
+from nasbench.spaces.space import Space, is_full
 
 NAME = "exact"
 
@@ -20,7 +24,7 @@ def solve(
     space: Space,
     increases: dict[tuple[int, str], float],
     count: int | None = None,
-    layer_ms: dict[str, float] | None = None,
+    layer_ms: dict[tuple[int, str], float] | None = None,
     budget_ms: float = math.inf,
 ) -> Placement | None:
     """The placement with the least sum of loss increases; None if no placement satisfies the constraints.
@@ -28,24 +32,25 @@ def solve(
     Args:
         increases: of each (layer, name); names that are missing are not used, full attention is 0.
         count: exact number of full-attention layers.
-        layer_ms: time of one layer of each name; with `budget_ms`, the longest sum over the layers.
+        layer_ms: time of each (layer, name); with `budget_ms`, the longest sum over the layers.
     """
     import highspy
 
-    program = highspy.Highs()
+    with _stdout_to_stderr():
+        program = highspy.Highs()
     program.setOptionValue("output_flag", False)
     chosen = {
         (layer, name): program.addBinary(obj=increases.get((layer, name), 0.0))
         for layer, names in enumerate(space.choices)
         for name in names
-        if kind_of(name) == "A" or (layer, name) in increases
+        if is_full(name) or (layer, name) in increases
     }
     for layer in range(space.num_layers):
         program.addConstr(sum(x for (at, _), x in chosen.items() if at == layer) == 1)
     if count is not None:
-        program.addConstr(sum(x for (_, name), x in chosen.items() if kind_of(name) == "A") == count)
+        program.addConstr(sum(x for (_, name), x in chosen.items() if is_full(name)) == count)
     if layer_ms is not None and math.isfinite(budget_ms):
-        program.addConstr(sum(layer_ms[name] * x for (_, name), x in chosen.items()) <= budget_ms)
+        program.addConstr(sum(layer_ms[key] * x for key, x in chosen.items()) <= budget_ms)
     program.minimize()
     status = program.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -57,11 +62,31 @@ def solve(
     return tuple(picked[layer] for layer in range(space.num_layers))
 
 
-def layer_times(search: Search) -> tuple[dict[str, float], float]:
-    """(milliseconds of one layer of each name relative to full attention, step of the full-attention model)."""
-    layers, space = search.space.num_layers, search.space
-    full_ms = search.objective.speed(space.original).step_ms
-    times = {name: (search.objective.speed((name,) * layers).step_ms - full_ms) / layers for name in space.names}
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """HiGHS prints its banner on the process's standard output, before it can be told not to."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def layer_times(search: Search) -> tuple[dict[tuple[int, str], float], float]:
+    """(milliseconds that each name adds to a step in each layer, step of the model itself)."""
+    space, speed = search.space, search.objective.speed
+    full_ms = speed(space.original).step_ms
+    groups: dict[tuple[str, str], list[int]] = {}
+    for layer, names in enumerate(space.choices):
+        for name in names:
+            groups.setdefault((names[0], name), []).append(layer)
+    times = {}
+    for (_, name), layers in groups.items():
+        changed = tuple(name if i in layers else own for i, own in enumerate(space.original))
+        times.update(dict.fromkeys(((i, name) for i in layers), (speed(changed).step_ms - full_ms) / len(layers)))
     return times, full_ms
 
 
@@ -77,7 +102,9 @@ def exact(search: Search) -> None:
         placement = solve(search.space, increases, count, times, budget_ms)
         if placement is None:
             limit = f" and {count} full-attention layers" if count is not None else ""
-            least = full_ms + search.space.num_layers * min((times or {}).values(), default=0.0)
+            least = full_ms + sum(
+                min((times or {}).get((i, n), 0.0) for n in c) for i, c in enumerate(search.space.choices)
+            )
             raise UserError(
                 f"no placement has a decode step of {options.step_ms:g} ms{limit}: "
                 f"the model takes {least:.4g} to {full_ms:.4g} ms"
@@ -85,4 +112,5 @@ def exact(search: Search) -> None:
         search.evaluate([placement], NAME)
 
 
+exact.keeps_step_ms = True  # type: ignore[attr-defined]
 STRATEGIES.register(NAME, exact)

@@ -1,33 +1,46 @@
-"""What a search asks of the world: the loss of placements, and their speed on the target."""
+"""What a search asks of the world: how accurate placements are, and how fast on the target.
+
+An objective is a task, or a weighted mix of tasks: `kl`, `retrieval@512`, `kl+0.5*retrieval-kl@2k:64`. A search
+minimises its score: nats, or 1 - accuracy. Each term of a mix is a share: what the placement loses against the model
+itself, over what the best placement with one kind in all layers loses.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from nasbench.search.trials import Target, score
+from nasbench.core.errors import UserError
+from nasbench.search.trials import Target
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space
 
 if TYPE_CHECKING:
     from nasbench.cost import CostModel
     from nasbench.evaluation.evaluator import Evaluator
+    from nasbench.evaluation.scores import Scores, ScoreStore
+    from nasbench.evaluation.tasks import Task
+
+TEXT = ("loss", "kl")
+"""Objectives over text alone. Layers are then told apart by the KL divergence, which has far less noise than the loss
+on the same few thousand tokens: how hard the text itself is cancels."""
+_NEXT_TERM = re.compile(r"\s*\+\s*(?=(?:[\d.]+\*)?[a-z])")
+log = logging.getLogger("nasbench")
 
 
 @dataclass(frozen=True)
-class Loss:
-    """Mean loss of a token, nats, its standard error, and the KL divergence from the teacher (NaN if unknown)."""
+class Measured:
+    """The score that placements are ranked by, lower is better, and what every search measures beside it: mean loss of
+    a token in nats, its standard error, KL divergence from the teacher."""
 
-    value: float
-    stderr: float = math.nan
+    score: float
+    loss: float
+    loss_stderr: float = math.nan
     kl: float = math.nan
-
-    @property
-    def score(self) -> float:
-        """What placements are ranked by, lower is better."""
-        return score(self.value, self.kl)
 
 
 @dataclass(frozen=True)
@@ -42,67 +55,190 @@ class Speed:
 
 
 class Objective(Protocol):
-    """The world as strategies see it. Both measures are deterministic for a given `version`."""
+    """The world as strategies see it. Everything is deterministic for a given `version`."""
 
     space: Space
     target: Target
+    text: str
+    """As written to --objective."""
     version: str
-    """Of the weights: losses of different versions are never compared."""
-    reference_loss: float
-    """Loss of guessing, the hypervolume's reference, nats."""
+    """Of the weights."""
+    settings: str
+    """Which text the losses are measured on; `dtype` in which dtype. Scores of other ones are never compared."""
+    dtype: str
+    reference: float
+    """The hypervolume's reference: a score worse than those of interest."""
+    store: ScoreStore
+    """Where the losses are kept."""
 
-    def losses(self, placements: Sequence[Placement]) -> list[Loss]:
+    def measure(self, placements: Sequence[Placement]) -> list[Measured]:
         """On the search split. The expensive one: many placements in one call share work."""
 
     def speed(self, placement: Placement) -> Speed:
         """On the target. Cheap."""
 
     def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
-        """What putting each of the names in one layer of the otherwise unchanged model costs, in nats a token: the
-        divergence from it, which a single layer moves beyond the noise of a few thousand tokens' loss."""
+        """What putting each of the names in one layer of the otherwise unchanged model costs."""
+
+
+def parse_objective(text: str) -> list[tuple[float, Task]]:
+    """`kl+0.5*retrieval@512` -> weights and tasks. Raises UserError."""
+    from nasbench.evaluation.tasks import parse_task
+
+    terms = []
+    for part in _NEXT_TERM.split(text.strip()):
+        weight, star, task = part.strip().rpartition("*") if re.match(r"[\d.]+\*", part.strip()) else ("", "", part)
+        try:
+            value = float(weight) if star else 1.0
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise UserError(f"bad weight {weight!r} in objective {text!r}: write kl+0.5*retrieval@512")
+        terms.append((value, parse_task(task)))
+    return terms
+
+
+def indistinct_names(evaluator: Evaluator, tasks: Sequence[Task]) -> tuple[list[str], int]:
+    """Names that no task can tell from full attention, and the tokens of the longest text that they score.
+
+    A window at least as long as every text is full attention on it: its score would be the teacher's. Such a name keeps
+    as large a cache as full attention at every context up to that length.
+    """
+    shape, space, context = evaluator.supernet.teacher.shape, evaluator.supernet.space, evaluator.context("search")
+    longest = max(task.scored_tokens(context) for task in tasks)
+    lengths = {longest, max(1, longest // 2), max(1, longest // 3)}
+
+    def caches(layer: int, name: str) -> list[int]:
+        return [shape.mixer(name).cache_bytes(1, length) for length in lengths]
+
+    full = space.may_be_full
+    found = [
+        name
+        for name in space.efficient_names
+        if full and caches(full[0], name) == caches(full[0], space.original[full[0]])
+    ]
+    return found, longest
 
 
 class RunObjective:
-    """The objective of a run folder: its supernet's losses, and rows of a device's profile.
+    """The objective of a run folder: scores of its supernet, and the speed of a target.
 
     Args:
-        evaluator: of the run's supernet.
-        cost: of the target device, model and dtype.
+        speed: of a placement on the target.
+        text: the objective, as written to --objective.
         progress: called with (what, done, total) while the layers' importance is measured.
+
+    Raises:
+        UserError: a bad objective, or a space of which the objective can tell nothing apart.
     """
 
     def __init__(
         self,
         target: Target,
         evaluator: Evaluator,
-        cost: CostModel,
+        speed: Callable[[Placement], Speed],
+        text: str = "kl",
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        self.space = evaluator.supernet.space
-        self.target = target
-        self.version: str = evaluator.supernet.version
-        self.reference_loss = math.log(cost.shape.vocab_size)
-        self._evaluator = evaluator
-        self._cost = cost
-        self._progress = progress
-        self._speeds: dict[Placement, Speed] = {}
+        from nasbench.evaluation.tasks import parse_task
 
-    def losses(self, placements: Sequence[Placement]) -> list[Loss]:
-        measured = self._evaluator.measure(list(placements), "search")
-        return [Loss(scores["loss"].value, scores["loss"].stderr, scores["kl"].value) for scores in measured]
+        self.target, self.text = target, text
+        self.terms = parse_objective(text)
+        self.version, self.dtype, self.store = evaluator.supernet.version, evaluator.dtype, evaluator.store
+        context = evaluator.context("search")
+        for _, task in self.terms:
+            task.check(context)
+        self.settings = parse_task("kl").settings(context)
+        self.space = self._distinct_space(evaluator)
+        accurate = self.terms[0][1].higher_is_better
+        vocabulary = math.log(evaluator.supernet.teacher.shape.vocab_size)
+        self.reference = 2 * sum(w for w, _ in self.terms) if self.mixed else 1.0 if accurate else vocabulary
+        self._evaluator, self._speed, self._progress = evaluator, speed, progress
+        self._speeds: dict[Placement, Speed] = {}
+        self._scales: list[tuple[float, float]] = []
+
+    @property
+    def mixed(self) -> bool:
+        return len(self.terms) > 1
+
+    def _distinct_space(self, evaluator: Evaluator) -> Space:
+        """The space without the names that the objective cannot tell from full attention."""
+        space = evaluator.supernet.space
+        names, longest = indistinct_names(evaluator, [task for _, task in self.terms])
+        if not names:
+            return space
+        told = (
+            f"{', '.join(names)} cannot be told from full attention on scored text of {longest} tokens: the window is "
+            "as long. Distil and search with longer --sequence, or choose an --objective over longer text"
+        )
+        if set(names) == set(space.efficient_names):
+            raise UserError(told)
+        log.warning("left out of the search: %s", told)
+        return space.without(names)
+
+    def measure(self, placements: Sequence[Placement]) -> list[Measured]:
+        tasks = list(dict.fromkeys([*TEXT, *(task.label for _, task in self.terms)]))
+        found = self._evaluator.measure(list(placements), "search", tasks=tasks)
+        return [
+            Measured(self._score(scores), scores["loss"].value, scores["loss"].stderr, scores["kl"].value)
+            for scores in found
+        ]
+
+    def _score(self, scores: Mapping[str, Scores]) -> float:
+        costs = [scores[task.label].cost for _, task in self.terms]
+        if not self.mixed:
+            return costs[0]
+        self._scales = self._scales or self._measure_scales()
+        shares = [(cost - zero) / whole for cost, (zero, whole) in zip(costs, self._scales, strict=True)]
+        return sum(weight * share for (weight, _), share in zip(self.terms, shares, strict=True))
+
+    def _measure_scales(self) -> list[tuple[float, float]]:
+        """Of every term: the model's own cost, and what the best placement of one kind loses. Infinite where it loses
+        nothing: the term then says nothing."""
+        pure = [self.space.homogeneous(name) for name in self.space.efficient_names]
+        tasks = [task for _, task in self.terms]
+        model, *others = self._evaluator.measure([self.space.original, *pure], "search", tasks=tasks)
+        scales = []
+        for task in tasks:
+            zero = model[task.label].cost
+            whole = min(scores[task.label].cost for scores in others) - zero
+            if whole <= 0:
+                log.warning(
+                    "%s says nothing in objective %s: a placement of one kind loses nothing", task.label, self.text
+                )
+            scales.append((zero, whole if whole > 0 else math.inf))
+        if all(math.isinf(whole) for _, whole in scales):
+            raise UserError(f"objective {self.text} tells no placements apart: choose another")
+        return scales
 
     def speed(self, placement: Placement) -> Speed:
         if placement not in self._speeds:
-            cost = self._cost.cost(placement, self.target.context, self.target.batch)
-            assert cost.decode_tok_s is not None, "CostModel.cost has rows or raises"
-            assert cost.step_ms is not None
-            prefill = math.nan if cost.prefill_tok_s is None else cost.prefill_tok_s
-            self._speeds[placement] = Speed(cost.decode_tok_s, prefill, cost.step_ms, cost.cache_bytes, cost.source)
+            self._speeds[placement] = self._speed(placement)
         return self._speeds[placement]
 
     def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
+        from nasbench.evaluation.importance import layer_importance
+
         def progress(done: int, total: int) -> None:
             self._progress("layer importance", done, total)
 
-        rows = self._evaluator.importance(names, progress=progress)
-        return {(row.layer, row.name): row.kl for row in rows}
+        rows = layer_importance(self._evaluator, names, progress)
+        if self.text in TEXT:
+            return {(row.layer, row.name): row.kl for row in rows}
+        original = self.space.original
+        singles = [(*original[: row.layer], row.name, *original[row.layer + 1 :]) for row in rows]
+        (base, *found) = self.measure([original, *singles])
+        return {(row.layer, row.name): one.score - base.score for row, one in zip(rows, found, strict=True)}
+
+
+def model_speed(cost: CostModel, target: Target) -> Callable[[Placement], Speed]:
+    """The cost model's word on a placement at the target's context and batch."""
+
+    def speed(placement: Placement) -> Speed:
+        found = cost.cost(placement, target.context, target.batch)
+        assert found.decode_tok_s is not None, "CostModel.cost has rows or raises"
+        assert found.step_ms is not None
+        prefill = math.nan if found.prefill_tok_s is None else found.prefill_tok_s
+        return Speed(found.decode_tok_s, prefill, found.step_ms, found.cache_bytes, found.source)
+
+    return speed

@@ -1,4 +1,4 @@
-"""An Optuna study of loss against tokens/s, in a storage that resumes and that many workers can share.
+"""An Optuna study of the objective against tokens/s, in a storage that resumes and that many workers can share.
 
 A trial is one category a layer; NSGA-II combines placements layer by layer. Where K is given, a trial with another
 number of full layers is repaired: the least (or most) important layers change until a wanted K is met, so that no
@@ -8,19 +8,26 @@ evaluation goes to a placement that was not asked for. The study starts from eve
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nasbench.core.errors import MachineError, UserError
 from nasbench.search.session import BATCH, STRATEGIES, Search
 from nasbench.search.trials import best_of, front_rows
 from nasbench.spaces.placement import Placement
+from nasbench.spaces.space import full_layers, is_full
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages.journal import JournalFileBackend
 
 NAME = "optuna"
 POPULATION = 24
+log = logging.getLogger("nasbench")
 PATIENCE = 10
 """Rounds without a placement that was not seen before, after which the study ends: the sampler has converged."""
 
@@ -33,26 +40,25 @@ def distributions(search: Search) -> dict[str, optuna.distributions.BaseDistribu
     """One categorical a layer: its original and its useful fillers."""
     from optuna.distributions import CategoricalDistribution
 
-    choices = search.space.choices
     return {
-        _layer(index): CategoricalDistribution((names[0], *search.fillers(index)))
-        for index, names in enumerate(choices)
+        _layer(index): CategoricalDistribution(tuple(dict.fromkeys((own, *search.fillers(index)))))
+        for index, own in enumerate(search.space.original)
     }
 
 
 def decode(search: Search, names: Placement) -> Placement:
     """The placement that a trial's names stand for: itself, or the nearest one with a wanted K."""
     counts = search.options.full_attention
-    full = {layer for layer, name in enumerate(names) if name == "A"}
+    full = set(full_layers(names))
     if not counts or len(full) in counts:
         return names
     wanted = min(counts, key=lambda count: (abs(count - len(full)), count))
-    by_worth = sorted(range(len(names)), key=lambda layer: (search.worth[layer], layer))
+    by_worth = sorted(search.space.may_be_full, key=lambda layer: (search.worth[layer], layer))
     while len(full) > wanted:
         full.remove(next(layer for layer in by_worth if layer in full))
     while len(full) < wanted:
         full.add(next(layer for layer in reversed(by_worth) if layer not in full))
-    fillers = tuple(name if name != "A" else search.base[layer] for layer, name in enumerate(names))
+    fillers = tuple(search.base[layer] if is_full(name) else name for layer, name in enumerate(names))
     return search.space.with_full_attention(fillers, frozenset(full))
 
 
@@ -62,18 +68,17 @@ def open_study(search: Search) -> optuna.Study:
     Raises UserError for a storage that cannot be opened.
     """
     import optuna
-    from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options, objective = search.options, search.objective
-    identity = repr(("kl", objective.target, objective.version, search.space, options.full_attention, search.useful))
+    scored = objective.text, objective.settings, objective.dtype, objective.version
+    identity = repr((*scored, objective.target, search.space, options.full_attention, search.useful))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     try:
         if options.storage:
             storage = optuna.storages.get_storage(options.storage)
         else:
-            backend = JournalFileBackend(str(search.folder / "optuna.journal"))
-            storage = optuna.storages.JournalStorage(backend)
+            storage = optuna.storages.JournalStorage(_whole_journal(search.folder / "optuna.journal"))
         study = optuna.create_study(
             study_name=name, storage=storage, directions=["minimize", "maximize"], load_if_exists=True
         )
@@ -88,10 +93,39 @@ def open_study(search: Search) -> optuna.Study:
     return study
 
 
+def _whole_journal(path: Path) -> JournalFileBackend:
+    """A journal file, cut back before the first line that a killed worker left torn. Later lines rest on it: trials are
+    numbered by the lines before them."""
+    from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = 0
+        for number, line in enumerate(lines, 1):
+            if not _is_record(line):
+                log.warning("%s: cut back before line %d of %d, which is torn", path, number, len(lines))
+                os.truncate(path, whole)
+                break
+            whole += len(line)
+    finally:
+        lock.release()
+    return JournalFileBackend(str(path), lock)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 def seeds(search: Search) -> list[Placement]:
     """Placements that the study starts from: the front of all trials so far, and the best of every wanted K."""
     trials = search.trials()
-    best = [row.layers for row in front_rows(trials, search.objective.reference_loss)]
+    best = [row.layers for row in front_rows(trials, search.objective.reference)]
     for count in search.options.full_attention:
         best.extend(search.uniforms(count))
         mine = [trial for trial in trials if trial.k == count]

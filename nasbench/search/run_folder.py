@@ -12,7 +12,7 @@ from nasbench.core.sizes import parse_size
 from nasbench.cost import CostModel
 from nasbench.runs import Run
 from nasbench.search import strategies
-from nasbench.search.objective import RunObjective
+from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Search, compare, run_search
 from nasbench.search.trials import FrontRow, Target, front_rows, unique, write_front
 from nasbench.spaces.placement import Placement, format_placement
@@ -54,6 +54,7 @@ def search_run(
     strategy: str,
     options: Options,
     *,
+    objective: str = "kl",
     test: bool = True,
     progress: Progress = lambda what, done, total: None,
 ) -> Outcome:
@@ -61,7 +62,8 @@ def search_run(
 
     Args:
         cost: of the target's device and data type.
-        test: score the front, and the compared placements, on the test split as well (kept in evals.csv).
+        objective: what the search minimises, see nasbench.search.objective.
+        test: score the front, and the compared placements, on the test split as well (kept in the score store).
 
     Raises:
         UserError: unknown strategy, bad options, rows that are missing for the target.
@@ -70,32 +72,31 @@ def search_run(
         strategies.STRATEGIES[strategy]
     # Missing rows are the user's to fix: say so before the first loss is measured.
     for name in evaluator.supernet.space.names:
-        cost.decode((name,) * cost.shape.num_layers, target.context, target.batch)
-    objective = RunObjective(target, evaluator, cost, progress)
-    search = Search(run.path, objective, options, progress)
+        cost.decode(evaluator.supernet.space.homogeneous(name), target.context, target.batch)
+    world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress)
+    search = Search(run.path, world, options, progress)
     run_search(search, strategy)
     trials = search.trials()
     comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))
     if test:
-        fast = [row.layers for row in front_rows(trials, objective.reference_loss)]
+        fast = [row.layers for row in front_rows(trials, world.reference)]
         pairs = [trial.layers for pair in comparisons for trial in (pair.searched, pair.uniform)]
         evaluator.measure(
             list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
         )
-    front = front_rows(unique(trials), objective.reference_loss, lambda layers: held_out_scores(evaluator, layers))
+    front = front_rows(unique(trials), world.reference, lambda layers: held_out_scores(evaluator, layers))
     write_front(run.front, target, front)
     return Outcome(comparisons, front)
 
 
 def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, float, float]:
-    """(test loss, its standard error, retrieval accuracy at the longest length) as far as evals.csv has them."""
+    """(test loss, its standard error, retrieval accuracy at the longest length) as far as they have been measured."""
     loss, stderr, retrieval, items, length = math.nan, math.nan, math.nan, 0, 0
-    for key, score in evaluator.cache.scores.items():
-        if key.placement != format_placement(placement) or key.version != evaluator.supernet.version:
-            continue
-        if key.task == "loss" and key.detail.startswith("test/") and score.n > items:
+    found = evaluator.store.find(placement=format_placement(placement), weights=evaluator.supernet.version)
+    for key, score in found.items():
+        if key.task == "loss" and key.settings.startswith("test/") and score.n >= items:
             loss, stderr, items = score.value, score.stderr, score.n
         name, _, at = key.task.partition(":")[0].partition("@")
-        if name == "retrieval" and (parse_size(at) if at else 0) >= length:
-            retrieval, length = score.value, (parse_size(at) if at else 0)
+        if name == "retrieval" and "/test/" in key.settings and parse_size(at) >= length:
+            retrieval, length = score.value, parse_size(at)
     return loss, stderr, retrieval

@@ -14,7 +14,7 @@ RANDOM = "random"
 
 def uniform(search: Search) -> None:
     """Evaluates the uniform placements of every wanted K; all of 0..layers if none is named."""
-    counts = search.options.full_attention or range(search.space.num_layers)
+    counts = search.options.full_attention or range(len(search.space.may_be_full))
     search.evaluate([placement for count in counts for placement in search.uniforms(count)], UNIFORM)
 
 
@@ -23,10 +23,10 @@ def random_placements(search: Search) -> None:
     if search.options.evaluations > 100_000:
         raise UserError(f"{search.options.evaluations} evaluations are too many: choose at most 100000")
     source, space = random.Random(search.options.seed), search.space
-    counts = search.options.full_attention or tuple(range(space.num_layers + 1))
+    counts = search.options.full_attention or tuple(range(len(space.may_be_full) + 1))
 
     def draw(count: int) -> Placement:
-        full = frozenset(source.sample(range(space.num_layers), count))
+        full = frozenset(source.sample(space.may_be_full, count))
         fill = tuple(source.choice(search.fillers(layer)) for layer in range(space.num_layers))
         return space.with_full_attention(fill, full)
 

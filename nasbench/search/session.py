@@ -1,34 +1,43 @@
-"""One search: its options, its budget, and the memory of trials that every strategy works through."""
+"""One search: its options, its budget, and what every strategy works through."""
 
 from __future__ import annotations
 
+import logging
 import math
+import random
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.registry import Registry
-from nasbench.search.objective import Loss, Objective
+from nasbench.search.objective import Measured, Objective
 from nasbench.search.trials import (
+    DRAWN,
     FILLERS,
     TEACHER,
     UNIFORM,
     Trial,
+    TrialRow,
     add_trials,
     best_of,
-    k_of,
     latest,
     read_trials,
 )
-from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
-from nasbench.spaces.space import Space
+from nasbench.spaces.placement import Placement, format_placement
+from nasbench.spaces.space import Space, count_full
 
+log = logging.getLogger("nasbench")
 BATCH = 8
 """Placements that are evaluated in one call, between two looks at the losses and two writes of the trials."""
+
+
+FEWEST, MOST = 8, 1000
+"""Evaluations that a time gives: the fewest for each K, the most in all."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,8 @@ class Options:
         full_attention: the wanted numbers of full-attention layers, ascending; () where the strategy may choose.
         evaluations: placements that one strategy may look at; those in the memory count, so that a search that was
             stopped and started again is the search that was not stopped.
+        seconds: time for the strategy, from which `evaluations` follow; 0 to take these as they are.
+        random: random placements of every wanted K among the baselines.
         beam_width, candidates: of the beam: sets of layers kept a level, layers tried for each.
         filler: the name in every layer without full attention; "" for each layer's best of those that are faster than
             full attention on the target.
@@ -48,6 +59,8 @@ class Options:
 
     full_attention: tuple[int, ...] = ()
     evaluations: int = 120
+    seconds: float = 0.0
+    random: int = 0
     beam_width: int = 4
     candidates: int = 8
     filler: str = ""
@@ -59,8 +72,12 @@ class Options:
         """Raises UserError for a K or a filler that the space does not have, and for sizes below 1."""
         for count in self.full_attention:
             space.check_full_attention(count)
-        if self.filler and any(self.filler not in space.fillers(layer) for layer in range(space.num_layers)):
-            raise unknown("filler", self.filler, [name for name in space.names if name != "A"])
+        if self.filler and any(self.filler not in space.efficient(layer) for layer in range(space.num_layers)):
+            raise unknown("filler", self.filler, space.efficient_names)
+        for name, unit in (("step_ms", "milliseconds"), ("seconds", "seconds"), ("random", "placements")):
+            if not 0 <= getattr(self, name) < math.inf:
+                option = name.replace("_", "-")
+                raise UserError(f"bad --{option} {getattr(self, name)}: choose {unit} above 0, or 0 for no limit")
         for name in ("evaluations", "beam_width", "candidates"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: choose 1 or more")
@@ -79,13 +96,10 @@ class Search:
     options: Options
     progress: Progress = lambda what, done, total: None
     visited: dict[str, set[Placement]] = field(default_factory=dict)
-    losses: dict[Placement, Loss] = field(default_factory=dict)
+    known: dict[Placement, Measured] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.options.check(self.space)
-        for trial in read_trials(self.path):
-            if trial.supernet == self.objective.version and trial.target.dtype == self.objective.target.dtype:
-                self.losses.setdefault(trial.layers, Loss(trial.loss, trial.loss_stderr, trial.kl))
 
     @property
     def space(self) -> Space:
@@ -97,31 +111,27 @@ class Search:
 
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
-        """What each (layer, useful name) costs alone; full attention is 0."""
-        return self.objective.importance(self.useful)
+        """What each (layer, useful name) costs alone; a layer's original costs nothing."""
+        originals = dict.fromkeys(enumerate(self.space.original), 0.0)
+        return {**originals, **self.objective.importance(self.useful)}
 
     @cached_property
     def useful(self) -> tuple[str, ...]:
-        """The filler asked for, or the names that are faster than full attention on the target (all, if none is).
+        """The filler asked for, or the names that are faster than the model itself on the target (all, if none is).
 
         A layer that is slower than the attention it replaces can only lose: on a short context or without a fast
         kernel that is what linear attention does.
         """
         if self.options.filler:
             return (self.options.filler,)
-        names = [name for name in self.space.names if kind_of(name) != "A"]
+        names = self.space.efficient_names
         full_ms = self.objective.speed(self.space.original).step_ms
-        fast = [name for name in names if self._alone_ms(name) < full_ms]
+        fast = [name for name in names if self.objective.speed(self.space.homogeneous(name)).step_ms < full_ms]
         return tuple(fast or names)
 
-    def _alone_ms(self, name: str) -> float:
-        """A decode step with the name wherever it is legal."""
-        chosen = tuple(name if name in legal else legal[0] for legal in self.space.choices)
-        return self.objective.speed(chosen).step_ms
-
     def fillers(self, layer: int) -> tuple[str, ...]:
-        """The useful names of a layer; all its fillers where none of them is."""
-        legal = self.space.fillers(layer)
+        """The useful names of a layer; all that are not full attention where none of them is."""
+        legal = self.space.efficient(layer)
         return tuple(name for name in legal if name in self.useful) or legal
 
     @cached_property
@@ -140,8 +150,7 @@ class Search:
     @property
     def pure(self) -> list[Placement]:
         """No full attention, one useful filler in all layers."""
-        layers = self.space.num_layers
-        return [(name,) * layers for name in self.useful if all(name in legal for legal in self.space.choices)]
+        return self.space.pure(self.useful)
 
     def with_full(self, layers: Iterable[int]) -> Placement:
         """Full attention at `layers`, the filler elsewhere."""
@@ -154,17 +163,15 @@ class Search:
 
     def uniforms(self, count: int) -> list[Placement]:
         """Evenly spread placements of K full layers: with the base's fillers, and with every useful filler alone."""
-        layers = self.space.num_layers
-        even = frozenset(i for i, name in enumerate(uniform_placement(layers, count, "-")) if name == "A")
-        fills = [self.base, *self.pure]
-        return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in fills))
+        even = self.space.evenly(count)
+        return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in (self.base, *self.pure)))
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
         return self.options.evaluations - len(self.visited.get(strategy, ()))
 
     def evaluate(self, placements: Iterable[Placement], strategy: str, free: bool = False) -> dict[Placement, float]:
-        """Scores of the placements (`Loss.score`), as far as the strategy's budget goes; trials are written as they
+        """Scores of the placements, as far as the strategy's budget goes; trials are written as they
         come.
 
         Args:
@@ -185,47 +192,42 @@ class Search:
         return answers
 
     def _evaluate_batch(self, placements: Sequence[Placement], strategy: str) -> dict[Placement, float]:
-        unknown_ones = [self.space.check(placement) for placement in placements if placement not in self.losses]
+        fresh = [self.space.check(placement) for placement in placements if placement not in self.known]
         seconds = 0.0
-        if unknown_ones:
+        if fresh:
             began = time.perf_counter()
-            self.losses.update(zip(unknown_ones, self.objective.losses(unknown_ones), strict=True))
-            seconds = (time.perf_counter() - began) / len(unknown_ones)
-        fresh = set(unknown_ones)
-        add_trials(self.path, [self._trial(p, strategy, seconds if p in fresh else 0.0) for p in placements])
-        return {placement: self.losses[placement].score for placement in placements}
+            self.known.update(zip(fresh, self.objective.measure(fresh), strict=True))
+            seconds = (time.perf_counter() - began) / len(fresh)
+        rows = [self._trial(placement, strategy, seconds if placement in fresh else 0.0) for placement in placements]
+        add_trials(self.path, rows)
+        return {placement: self.known[placement].score for placement in placements}
 
-    def _trial(self, placement: Placement, strategy: str, seconds: float) -> Trial:
-        loss, speed, target = self.losses[placement], self.objective.speed(placement), self.objective.target
-        return Trial(
-            trial=0,
+    def _trial(self, placement: Placement, strategy: str, seconds: float) -> TrialRow:
+        objective, target = self.objective, self.objective.target
+        return TrialRow(
             strategy=strategy,
-            k=k_of(placement),
+            k=count_full(placement),
             placement=format_placement(placement),
-            loss=loss.value,
-            loss_stderr=loss.stderr,
-            kl=loss.kl,
-            decode_tok_s=speed.decode_tok_s,
-            prefill_tok_s=speed.prefill_tok_s,
-            cache_bytes=speed.cache_bytes,
-            step_ms=speed.step_ms,
-            device=target.device,
-            context=target.context,
-            batch=target.batch,
-            dtype=target.dtype,
-            source=speed.source,
+            objective=objective.text,
+            score=self.known[placement].score,
+            **vars(objective.speed(placement)),
+            **vars(target),
             seconds=round(seconds, 3),
             created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            supernet=self.objective.version,
+            supernet=objective.version,
+            settings=objective.settings,
+            eval_dtype=objective.dtype,
         )
 
     def trials(self) -> list[Trial]:
-        """All trials of this target and these weights, of every strategy and every earlier search."""
-        return latest(read_trials(self.path), self.objective.target, self.objective.version)
+        """All trials of this target that were scored in this way, of every strategy and every earlier search."""
+        ours = self.objective.version, self.objective.text, self.objective.settings, self.objective.dtype
+        return latest(read_trials(self.path, self.objective.store), self.objective.target, ours)
 
 
 Strategy = Callable[[Search], None]
-"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try."""
+"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try. One that keeps
+`Options.step_ms` says so by its attribute `keeps_step_ms`."""
 
 STRATEGIES: Registry[Strategy] = Registry("search strategy", group="nasbench.strategies")
 
@@ -240,10 +242,25 @@ class Comparison:
 
 
 def baselines(search: Search) -> None:
-    """The teacher and the uniform placements of every wanted K: trials of every search, at no charge."""
-    search.evaluate([search.space.original], TEACHER, free=True)
-    for count in search.options.full_attention:
+    """The teacher, and the evenly spread and random placements of every wanted K: trials of every search, at no
+    charge."""
+    space, options = search.space, search.options
+    search.evaluate([space.original], TEACHER, free=True)
+    for count in options.full_attention:
         search.evaluate(search.uniforms(count), UNIFORM, free=True)
+        for number in range(options.random if 0 < count < len(space.may_be_full) else 0):
+            drawn = random.Random(f"{options.seed}/{number}/{count}").sample(space.may_be_full, count)
+            search.evaluate([search.with_full(drawn)], f"{DRAWN}{number}", free=True)
+
+
+def affordable(search: Search) -> int:
+    """Evaluations for `Options.seconds`, by the time that the baselines took when they were measured. They stand in
+    trials.csv: a search that goes on gets the same number."""
+    known = [t.seconds for t in search.trials() if t.seconds > 0 and t.strategy.startswith((FILLERS, UNIFORM, DRAWN))]
+    if not known:
+        return search.options.evaluations
+    least = FEWEST * max(1, len(search.options.full_attention))
+    return min(MOST, max(least, int(search.options.seconds / statistics.median(known))))
 
 
 def run_search(search: Search, strategy: str) -> list[Comparison]:
@@ -253,7 +270,11 @@ def run_search(search: Search, strategy: str) -> list[Comparison]:
         UserError: unknown strategy, or options that the space or the strategy does not take.
     """
     propose = STRATEGIES[strategy]
+    if search.options.step_ms and not getattr(propose, "keeps_step_ms", False):
+        log.warning("strategy %s ignores --step-ms: placements with longer decode steps are among its trials", strategy)
     baselines(search)
+    if search.options.seconds:
+        search.options = replace(search.options, evaluations=affordable(search))
     propose(search)
     return compare(search.trials(), search.options.full_attention)
 

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nasbench.core.by_device import ByDevice
+from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError
 from nasbench.cost import CostModel
+from nasbench.cost.holdout import WholePoint, compare_point
 from nasbench.runs import Run
 from nasbench.search.session import compare
 from nasbench.search.table import read_rows, write_rows
@@ -18,7 +21,7 @@ MOST = 12
 """Placements that are measured if not told otherwise."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
-ROUNDS = {"cpu": 3, "cuda": 1}
+ROUNDS = ByDevice(cpu=3, cuda=1)
 """Rounds over all placements, the fastest time of each being kept: the speed of a shared CPU drifts, as it does under
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
 
@@ -94,18 +97,19 @@ def validate(
 
     Speed does not depend on the weights: they are random. Each row is written when it is measured.
     """
-    import torch
 
     from nasbench.cost.end_to_end import Decoders
     from nasbench.runtime.memory import free_bytes
     from nasbench.runtime.roofline import measure_ceilings
-    from nasbench.runtime.throughput import DTYPE_NAMES, measure
+    from nasbench.runtime.throughput import measure
 
-    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[target.dtype]
-    rounds = ROUNDS[torch.device(torch_device).type]
+    dtype = torch_dtype(target.dtype)
+    rounds = ROUNDS.of(torch_device)
     path = run.validation
     known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]
+    for placement in left:  # a point that the profile does not cover is told before work begins
+        cost.decode(placement, target.context, target.batch)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     decoders = Decoders(cost.shape, torch_device, dtype) if left else None
@@ -113,7 +117,6 @@ def validate(
     best: dict[Placement, float] = {}
     for placement in left * rounds:
         assert decoders is not None
-        predicted = cost.decode(placement, target.context, target.batch)
         result = measure(
             cost.shape,
             placement,
@@ -124,24 +127,25 @@ def validate(
             seconds=seconds / rounds,
             ceilings=ceilings,
         )
-        assert predicted.decode_tok_s is not None
         if result.decode_tok_s > best.get(placement, 0.0):
             best[placement] = result.decode_tok_s
+            point = WholePoint("decode", placement, target.context, target.batch)
+            seen = compare_point(cost, point, result.decode_tok_s)
             row = ValidationRow(
                 placement=result.placement,
                 context=target.context,
                 batch=target.batch,
                 dtype=target.dtype,
-                predicted_tok_s=predicted.decode_tok_s,
+                predicted_tok_s=seen.predicted_tok_s,
                 measured_tok_s=result.decode_tok_s,
-                error=predicted.decode_tok_s / result.decode_tok_s - 1,
+                error=seen.error,
                 step_p20_ms=result.step_p20_ms,
                 step_ms=result.step_ms,
                 step_p80_ms=result.step_p80_ms,
                 repeats=result.repeats,
                 floor_fraction=result.floor_fraction,
                 device=result.device,
-                source=predicted.source,
+                source=seen.source,
                 torch=result.torch,
                 driver=result.driver,
                 nasbench=result.nasbench,

@@ -1,11 +1,31 @@
-"""The search space: legal layer-kind names per layer, and how many layers may keep full attention."""
+"""The search space: which layer kinds each layer may have, and which of them is full attention."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 from nasbench.core.errors import UserError, unknown
-from nasbench.spaces.placement import Placement, count_kind, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
+
+FULL = "A"
+"""Full attention; K of a placement counts the layers that have it."""
+
+
+def is_full(name: str) -> bool:
+    """Whether a layer name is full attention."""
+    return kind_of(name) == FULL
+
+
+def full_layers(placement: Placement) -> frozenset[int]:
+    """Indices of the layers with full attention."""
+    return frozenset(i for i, name in enumerate(placement) if is_full(name))
+
+
+def count_full(placement: Placement) -> int:
+    """K: layers with full attention."""
+    return len(full_layers(placement))
 
 
 @dataclass(frozen=True)
@@ -13,16 +33,21 @@ class Space:
     """What a search may choose.
 
     Attributes:
-        choices: legal names per layer, e.g. (("A", "W", "J"), ...). The first is the layer's original.
+        choices: legal names per layer, e.g. (("A", "W", "J"), ...). The first is the layer's original: full attention,
+            or another kind in models that have several, such as Gemma's windows.
     """
 
     choices: tuple[tuple[str, ...], ...]
 
     @classmethod
     def uniform(cls, num_layers: int, names: tuple[str, ...]) -> Space:
-        """The same choices in every layer; "A" (the original) is put first and always legal."""
-        ordered = ("A", *(name for name in dict.fromkeys(names) if name != "A"))
-        return cls((ordered,) * num_layers)
+        """The same choices in every layer; full attention is each layer's original."""
+        return cls.around((FULL,) * num_layers, names)
+
+    @classmethod
+    def around(cls, original: Placement, names: tuple[str, ...]) -> Space:
+        """The original of every layer, or one of the names; full attention only where it is the original."""
+        return cls(tuple((own, *(n for n in dict.fromkeys(names) if n not in (own, FULL))) for own in original))
 
     @property
     def num_layers(self) -> int:
@@ -37,6 +62,11 @@ class Space:
     def original(self) -> Placement:
         return tuple(layer[0] for layer in self.choices)
 
+    @cached_property
+    def may_be_full(self) -> tuple[int, ...]:
+        """The layers that may have full attention."""
+        return tuple(i for i, names in enumerate(self.choices) if FULL in names)
+
     def check(self, placement: Placement) -> Placement:
         """Returns the placement, or raises UserError naming the layer that is not legal."""
         if len(placement) != self.num_layers:
@@ -50,23 +80,42 @@ class Space:
         return placement
 
     def check_full_attention(self, count: int) -> int:
-        """Returns K, or raises UserError when it is not in 0..layers."""
-        if not 0 <= count <= self.num_layers:
-            raise UserError(f"{count} full-attention layers asked of {self.num_layers}: choose 0 to {self.num_layers}")
+        """Returns K, or raises UserError when there are not so many layers that may have full attention."""
+        most = len(self.may_be_full)
+        if not 0 <= count <= most:
+            raise UserError(f"{count} full-attention layers asked of {most}: choose 0 to {most}")
         return count
 
-    def fillers(self, layer: int) -> tuple[str, ...]:
-        """The names of a layer that are not full attention."""
-        return tuple(name for name in self.choices[layer] if kind_of(name) != "A")
+    def alternatives(self, layer: int) -> tuple[str, ...]:
+        """The names of a layer that are not its original."""
+        return self.choices[layer][1:]
+
+    def efficient(self, layer: int) -> tuple[str, ...]:
+        """The names of a layer that are not full attention, its original among them where that is none."""
+        return tuple(name for name in self.choices[layer] if not is_full(name))
+
+    @property
+    def efficient_names(self) -> tuple[str, ...]:
+        """The names that are legal somewhere and are not full attention."""
+        return tuple(name for name in self.names if not is_full(name))
 
     def with_full_attention(self, placement: Placement, layers: frozenset[int]) -> Placement:
         """The placement with full attention at `layers` and unchanged elsewhere."""
-        return tuple("A" if i in layers else name for i, name in enumerate(placement))
+        return tuple(FULL if i in layers else name for i, name in enumerate(placement))
 
+    def evenly(self, count: int) -> frozenset[int]:
+        """K layers with full attention, spread evenly over those that may have it. Raises UserError for a bad K."""
+        spread = uniform_placement(len(self.may_be_full), self.check_full_attention(count), "-")
+        return frozenset(self.may_be_full[i] for i in full_layers(spread))
 
-def full_attention_layers(placement: Placement) -> frozenset[int]:
-    """Indices of the layers that keep full attention."""
-    return frozenset(i for i, name in enumerate(placement) if kind_of(name) == "A")
+    def homogeneous(self, name: str) -> Placement:
+        """The name in every layer where it is legal, each layer's original elsewhere."""
+        return tuple(name if name in names else names[0] for names in self.choices)
 
+    def pure(self, names: tuple[str, ...]) -> list[Placement]:
+        """For each name that every layer may have: all layers have it, none has full attention."""
+        return [(n,) * self.num_layers for n in names if n != FULL and all(n in legal for legal in self.choices)]
 
-__all__ = ["Space", "count_kind", "full_attention_layers"]
+    def without(self, names: Collection[str]) -> Space:
+        """The space without some alternatives; originals stay."""
+        return Space(tuple((own, *(n for n in rest if n not in names)) for own, *rest in self.choices))

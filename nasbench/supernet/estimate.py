@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nasbench.parallel.fsdp import local
+from nasbench.runtime.memory import peak_bytes
+from nasbench.runtime.timing import stopwatch
 from nasbench.supernet import checkpoint
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.train import SOLVE_BATCH_TOKENS, STAGES, Distiller
@@ -88,7 +87,7 @@ def estimate(distiller: Distiller) -> Estimate:
     solves = (saved is None) + bool(left["align"])
     ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.solvable() else 0
     one_batch = max(SOLVE_BATCH_TOKENS[distiller.device.type], distiller.corpus.sequence)
-    seconds = _seconds(distiller, lambda: distiller.prepare(one_batch))
+    seconds = stopwatch(distiller.device)(lambda: distiller.prepare(one_batch))
     stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))
     for name in STAGES:
         if left[name]:
@@ -100,7 +99,7 @@ def estimate(distiller: Distiller) -> Estimate:
         processes=distiller.workers.size,
         model_bytes=sum(local(parameter).nbytes for parameter in teacher),
         training_bytes=sum(map(_training_bytes, parameters)),
-        peak_bytes=_peak_bytes(distiller.device),
+        peak_bytes=peak_bytes(distiller.device),
     )
 
 
@@ -129,25 +128,6 @@ def time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
         for index in range(1, 1 + TIMED_STEPS):
             step(index)
 
-    seconds = _seconds(distiller, steps)
+    seconds = stopwatch(distiller.device)(steps)
     distiller.forget_graph()
     return distiller.step_tokens(stage), seconds / TIMED_STEPS
-
-
-def _seconds(distiller: Distiller, work: Callable[[], object]) -> float:
-    def now() -> float:
-        if distiller.device.type == "cuda":
-            torch.cuda.synchronize(distiller.device)
-        return time.perf_counter()
-
-    began = now()
-    work()
-    return now() - began
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

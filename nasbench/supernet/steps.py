@@ -46,7 +46,7 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, 
     common = generator.choice(trained) if trained and generator.random() < 0.5 else None
     drawn = []
     for layer in range(layers):
-        fillers = space.fillers(layer)
+        fillers = space.alternatives(layer)
         drawn.append(common if common in fillers else generator.choice(fillers) if fillers else "A")
     return space.with_full_attention(tuple(str(name) for name in drawn), full)
 
@@ -64,7 +64,7 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = A
             whole = energy(target)
             x = layer.finish(x, target, meta)
         losses = []
-        for name in net.space.fillers(i):
+        for name in net.space.alternatives(i):
             mixer = trained.get(f"layers.{i}.{name}")
             if mixer is not None:
                 loss = relative_error(mixer(inputs, meta), target, whole)

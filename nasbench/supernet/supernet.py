@@ -82,7 +82,7 @@ class Supernet:
         with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for i, layer in enumerate(teacher.layers):
-                for name in space.fillers(i):
+                for name in space.alternatives(i):
                     trained = kind_of(name) not in frozen
                     mixer = _alternative(layer.self_attn, teacher.shape.mixer(name, i), transfer or not trained)
                     mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)

@@ -238,7 +238,7 @@ class Distiller:
         # Where nothing trains a kind, solving it again on other text would change nothing but its noise.
         solved = self.net.solvable() if stage == "ridge" else self.net.trained()
         mixers: list[dict[str, Block]] = [
-            {name: solved[key] for name in self.net.space.fillers(i) if (key := f"layers.{i}.{name}") in solved}
+            {name: solved[key] for name in self.net.space.alternatives(i) if (key := f"layers.{i}.{name}") in solved}
             for i in range(self.net.space.num_layers)
         ]
         if stage == "ridge":
@@ -277,7 +277,7 @@ class Distiller:
         batch = self.workers.share(self._batch(stage, index, self.step_rows(stage))).to(self.device)
         if stage == "supernet":
             if self._calls is None and self.config.graphs and self.device.type == "cuda":
-                choices = [self.net.space.fillers(i) for i in range(self.net.space.num_layers)]
+                choices = [self.net.space.alternatives(i) for i in range(self.net.space.num_layers)]
                 self._calls = GraphedLayerCalls(self.net, choices, batch)
             distill_step(self.net, self.placements(index), batch, sums, self.config, self.workers, self._calls)
         elif self.device.type == "cuda" and not self.net.sharded:

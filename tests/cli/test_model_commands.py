@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nasbench.cli.main import run
+from nasbench.core.by_device import ByDevice
 from nasbench.runtime import roofline as floor
 
 KEYS = {
@@ -15,7 +16,7 @@ KEYS = {
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(floor, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 22})
+    monkeypatch.setattr(floor, "BUFFER_BYTES", ByDevice(cpu=1 << 22))
 
 
 def test_models_json(capsys):

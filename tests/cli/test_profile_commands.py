@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from nasbench.cli.main import run
+from nasbench.core.by_device import ByDevice
 from nasbench.devices import detect
 from nasbench.store import Database, Row, columns_of, read_db
 
@@ -19,7 +20,7 @@ def nowhere_else(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: tmp_path / "empty")
     monkeypatch.setattr("nasbench.cost.files.default_db_dir", lambda: tmp_path / "empty")
-    monkeypatch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
+    monkeypatch.setattr("nasbench.runtime.roofline.BUFFER_BYTES", ByDevice(cpu=1 << 20))
 
 
 def stdout_json(capsys) -> dict:
@@ -42,10 +43,10 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     assert (stdout_json(capsys)["measured"]) == 0
 
     cost = ["cost", "15A 15J", "--model", "smollm2-135m", "--context", "100", "--db", str(tmp_path), "--json"]
-    assert run([*cost, "--device", CPU]) == 0
+    assert run([*cost, "--profile", CPU]) == 0
     found = stdout_json(capsys)
-    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source history_bytes "
-    wanted += "step_stderr_ms step_interval_ms prefill_stderr_tok_s calibration_rows j_per_token"
+    wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source "
+    wanted += "conv_state_bytes step_stderr_ms step_interval_ms prefill_stderr_tok_s calibration_rows j_per_token"
     assert set(wanted.split()) <= set(found)
     assert found["decode_tok_s"] > 0
     assert found["prefill_tok_s"] is None
@@ -89,6 +90,38 @@ def test_the_cache_needs_no_rows(placement, model, mib, capsys):
     assert (found["decode_tok_s"], found["step_ms"], found["source"]) == (None, None, "none")
 
 
+@pytest.mark.parametrize(("placement", "batch", "fits"), [("28A", 128, False), ("14J A 4J A 2W 6J", 128, True)])
+def test_what_does_not_fit_in_memory_says_so(placement, batch, fits, capsys):
+    """28 layers of full attention of 128 sequences of 64k tokens have 240 GB of keys and values."""
+    asked = ["cost", placement, "--model", "jet-nemotron-2b", "--context", "64k", "--batch", str(batch)]
+    asked += ["--profile", "nvidia-h100-sxm"]
+    assert run([*asked, "--json"]) == 0
+    found = stdout_json(capsys)
+    assert found["fits"] is fits
+    assert found["needed_bytes"] > found["cache_bytes"] + found["conv_state_bytes"]
+    assert run(asked) == 0
+    assert ("DOES NOT FIT in the memory of nvidia-h100-sxm" in capsys.readouterr().out) is not fits
+
+
+def test_a_known_device_needs_no_profile(capsys):
+    asked = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--profile", "nvidia-rtx-3090", "--json"]
+    assert run(asked) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["device"], found["fits"], found["decode_tok_s"]) == ("nvidia-rtx-3090", True, None)
+    assert "no speed" in captured.err
+
+
+def test_memory_of_an_unknown_device_is_not_known(tmp_path, capsys):
+    row = {"block": "A", "context": 1024, "p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
+    Database(tmp_path / "elsewhere.csv").merge([Row(device="elsewhere", **row)])
+    asked = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--db", str(tmp_path)]
+    assert run([*asked, "--profile", "elsewhere"]) == 2
+    assert "no decode time of block embedding" in capsys.readouterr().err
+    assert run([*asked, "--json"]) == 0
+    assert stdout_json(capsys)["fits"] is True
+
+
 def test_without_rows_it_says_how_to_measure(capsys):
     assert run(["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k"]) == 0
     captured = capsys.readouterr()
@@ -103,7 +136,7 @@ def test_without_rows_it_says_how_to_measure(capsys):
         (["cost", "27A", "--model", "qwen3-1.7b", "--context", "4k"], "27 layers, the model has 28"),
         (["cost", "28Q", "--model", "qwen3-1.7b", "--context", "4k"], "unknown layer kind 'Q'"),
         (["cost", "28A", "--model", "qwen4", "--context", "4k"], "unknown model 'qwen4'"),
-        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k", "--device", "nope"], "nope"),
+        (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k", "--profile", "nope"], "nope"),
         (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4k", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["cost", "28A", "--model", "qwen3-1.7b", "--context", "4x"], "bad size '4x'"),
         (["profile", "--model", "smollm2-135m", "--modes", "train"], "unknown mode 'train'"),
@@ -189,9 +222,9 @@ def test_an_older_database_is_migrated(tmp_path, capsys):
         writer.writeheader()
         writer.writerow(lines[0] | {"schema": "1"})
     assert run(["db", "check", str(path)]) == 0
-    assert f"schema 1: `nasbench db migrate {path}` brings it to 3" in capsys.readouterr().out
+    assert f"schema 1: `nasbench db migrate {path}` brings it to 4" in capsys.readouterr().out
     assert run(["db", "migrate", str(tmp_path)]) == 0
-    assert "schema 1 became 3" in capsys.readouterr().out
+    assert "schema 1 became 4" in capsys.readouterr().out
     assert path.read_text() == now
     assert run(["db", "migrate", str(path)]) == 0
     assert "already" in capsys.readouterr().out
@@ -217,3 +250,12 @@ def test_db_commands(tmp_path, capsys):
     broken.write_text(broken.read_text().replace("2.0000", "soon"))
     assert run(["db", "check", str(broken)]) == 2
     assert "line 2 column p50_us: bad value 'soon'" in capsys.readouterr().err
+
+
+def test_merge_writes_only_into_its_folder(tmp_path, capsys):
+    path = tmp_path / "one.csv"
+    Database(path).merge([Row(device="one", block="A", context=1024, p20_us=1.0, p50_us=2.0, p80_us=3.0)])
+    path.write_text(path.read_text().replace(",one,", ",../escaped,"))
+    assert run(["db", "merge", str(path), "--db", str(tmp_path / "a" / "b")]) == 2
+    assert "line 2 column device: bad device name '../escaped'" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*.csv")) == ["one.csv"]

@@ -1,14 +1,13 @@
 """Calibration by end-to-end measurements, uncertainty, judgement, and the speed of the cost model."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_cost import CHUNK, SHAPE, make, rows_of
+from test_cost import CHUNK, SHAPE, rows_of
 
 from nasbench.core.errors import UserError
-from nasbench.cost import CalibrationRow, CostModel, add_calibration, judge, load_cost_model
+from nasbench.cost import CalibrationRow, CostModel, add_calibration, load_cost_model
 from nasbench.cost.calibration import (
     FOREIGN,
     PRIOR_SCALE_SD,
@@ -19,8 +18,7 @@ from nasbench.cost.calibration import (
     fit,
     read_calibration,
 )
-from nasbench.cost.judge import spearman
-from nasbench.model.shapes import MODELS
+from nasbench.cost.holdout import WholePoint, compare_point, evaluate, holdout_points, spearman
 from nasbench.spaces.placement import format_placement
 from nasbench.store import Database
 
@@ -38,7 +36,7 @@ def end_to_end(placement: str, context: int, batch: int, time_ms: float, **cells
 def world_ms(costs: CostModel, placement: str, context: int, batch: int) -> float:
     """A device on which shared blocks take 0.8 of their rows, J 1.2, and every layer 3 us more."""
     parts = costs._decode_parts(SHAPE.parse(placement), context, batch, False).features
-    scales = {"shared": 0.8, "J": 1.2, "constant": 3.0, "alone": 3.0}
+    scales = {"shared": 0.8, "J": 1.2, "overhead": 3.0, "bs1_overhead": 3.0}
     return sum(scales.get(name, 1.0) * value for name, value in parts.items()) / 1e3
 
 
@@ -64,40 +62,32 @@ def test_a_few_measurements_correct_what_the_sum_of_rows_misses(plain, measured)
             assert after.step_stderr_ms < before.step_stderr_ms
             low, high = after.step_interval_ms
             assert low < true < high
-    # The vectorised form is calibrated in the same way.
-    placements = [SHAPE.parse(text) for text in PLACEMENTS]
-    many = costs.decode_many(placements, 3000, 2)
-    assert many == pytest.approx([costs.decode(p, 3000, 2).decode_tok_s for p in placements], rel=1e-12)
-    layers = sum(costs.layer_us(name, 3000, 2) for name in placements[4])
-    assert layers < costs.decode(placements[4], 3000, 2).step_ms * 1e3
 
 
 def test_without_measurements_the_model_is_the_sum_of_its_rows(plain):
     assert fit([]) == Calibration()
-    mean, stderr = Calibration().apply({"shared": 100.0, "A": 50.0, "constant": 30.0})
+    mean, stderr = Calibration().apply({"shared": 100.0, "A": 50.0, "overhead": 30.0})
     assert mean == 150.0
-    constant = PRIOR_SD["constant"] * 30
+    constant = PRIOR_SD["overhead"] * 30
     expected = (PRIOR_SCALE_SD * 100) ** 2 + (PRIOR_SCALE_SD * 50) ** 2 + constant**2 + (RESIDUAL * 150) ** 2
     assert stderr == pytest.approx(expected**0.5)
 
 
 def test_one_measurement_moves_little_and_leaves_other_kinds_alone():
-    one = fit([({"shared": 100.0, "A": 100.0, "constant": 30.0}, 300.0, 1.0)])
+    one = fit([({"shared": 100.0, "A": 100.0, "overhead": 30.0}, 300.0, 1.0)])
     assert 1.0 < one.coefficient("A") < 1.5
     assert one.coefficient("J") == 1.0
-    foreign = fit([({"shared": 100.0, "A": 100.0, "constant": 30.0}, 300.0, FOREIGN)])
+    foreign = fit([({"shared": 100.0, "A": 100.0, "overhead": 30.0}, 300.0, FOREIGN)])
     assert 1.0 < foreign.coefficient("A") < one.coefficient("A")
 
 
 def test_steps_of_one_sequence_have_a_constant_of_their_own(plain):
     us = {batch: 1e3 * plain.decode(SHAPE.parse("30A"), 2048, batch).step_ms for batch in (1, 2)}
     several = CostModel(rows_of(), SHAPE, "fp32", [end_to_end("30A", 2048, 2, (us[2] + 100) / 1e3)])
-    alone, beside = (several.decode(SHAPE.parse("30A"), 2048, batch).step_ms * 1e3 for batch in (1, 2))
-    assert several._calibrations["decode"].coefficient("alone") == 0.0
-    assert several._calibrations["decode"].coefficient("constant") > 0.0
+    beside = several.decode(SHAPE.parse("30A"), 2048, 2).step_ms * 1e3
+    assert several._calibrations["decode"].coefficient("bs1_overhead") == 0.0
+    assert several._calibrations["decode"].coefficient("overhead") > 0.0
     assert beside > us[2]
-    codes = several.decode_many([SHAPE.parse("30A")], 2048, 1)
-    assert codes[0] == pytest.approx(1e6 / alone)
 
 
 def test_prefill_has_a_calibration_of_its_own(plain):
@@ -152,32 +142,46 @@ def test_files_beside_the_profile(tmp_path, measured, plain):
     for db in (tmp_path, path):
         assert load_cost_model("dev", SHAPE, "fp32", db).decode(SHAPE.placement, 2048, 1).calibration_rows == 12
     text = calibration_path(path).read_text()
-    for bad, said in (("time_ms", "header"), (f"{found[0].time_ms:.4f}", "time_ms: bad value 'soon'")):
+    for bad, said in (("time_ms", "no column time_ms"), (f"{found[0].time_ms:.4f}", "time_ms: bad value 'soon'")):
         calibration_path(path).write_text(text.replace(bad, "soon", 1))
         with pytest.raises(UserError, match=said):
             load_cost_model("dev", SHAPE, "fp32", tmp_path)
 
 
-def test_judgement(plain):
-    triples = [("30A", 2048, 1), ("15A 15J", 4096, 2), ("30J", 8192, 4)]
+def test_holdout(plain):
+    points = [("30A", 2048, 1), ("15A 15J", 4096, 2), ("30J", 8192, 4)]
     errors = (0.02, -0.05, 0.01)
-    measured = []
-    for (text, context, batch), error in zip(triples, errors, strict=True):
-        predicted = plain.decode(SHAPE.parse(text), context, batch).decode_tok_s
-        measured.append((SHAPE.parse(text), context, batch, predicted / (1 + error)))
-    found = judge(plain, measured)
-    assert [row.error for row in found.rows] == pytest.approx(errors)
-    assert (found.mean, found.worst) == (pytest.approx(0.08 / 3), pytest.approx(0.05))
-    assert (found.spearman, found.inside, found.mode) == (pytest.approx(1.0), 1.0, "decode")
-    assert found.rows[1].placement == format_placement(SHAPE.parse("15A 15J"))
-    far = judge(plain, [(*measured[0][:3], measured[0][3] * 3)])
-    assert far.inside == 0.0
+    rows = []
+    for (text, context, batch), error in zip(points, errors, strict=True):
+        step_ms = plain.decode(SHAPE.parse(text), context, batch).step_ms
+        rows.append(end_to_end(text, context, batch, step_ms * (1 + error)))
+    found, uncovered = evaluate(plain, [*rows, end_to_end("30A", 2048, 9, 1.0)])
+    decode = found["decode"]
+    assert [row.error for row in decode.rows] == pytest.approx(errors)
+    assert (decode.mean, decode.worst, uncovered) == (pytest.approx(0.08 / 3), pytest.approx(0.05), 1)
+    assert (decode.spearman, decode.inside, decode.mode) == (pytest.approx(1.0), 1.0, "decode")
+    assert decode.rows[1].placement == format_placement(SHAPE.parse("15A 15J"))
+    far, _ = evaluate(plain, [replace(rows[0], time_ms=rows[0].time_ms / 3)])
+    assert far["decode"].inside == 0.0
     tok_s = plain.prefill(SHAPE.parse("30A"), 2048, 1).prefill_tok_s
-    assert judge(plain, [(SHAPE.parse("30A"), 2048, 1, tok_s)], "prefill").worst == pytest.approx(0.0)
-    with pytest.raises(UserError, match="nothing to judge"):
-        judge(plain, [])
+    prefill = WholePoint("prefill", SHAPE.parse("30A"), 2048, 1)
+    assert compare_point(plain, prefill, tok_s).error == pytest.approx(0.0)
+    assert evaluate(plain, [replace(rows[0], model="other")]) == ({}, 0)
     with pytest.raises(UserError, match="batch 9"):
-        judge(plain, [(SHAPE.placement, 2048, 9, 1.0)])
+        compare_point(plain, WholePoint("decode", SHAPE.placement, 2048, 9), 1.0)
+
+
+@pytest.mark.parametrize("mode", ["decode", "prefill"])
+def test_holdout_points_cover_placements_contexts_and_batches(mode):
+    asked = {"memory_bytes": 80 << 30, "dtype_bytes": 2, "prompt_tokens": 65536}
+    points = holdout_points(SHAPE, ["A", "W64", "J"], mode, [1024, 4096, 8192], 24, **asked)
+    assert points == holdout_points(SHAPE, ["A", "W64", "J"], mode, [1024, 4096, 8192], 24, **asked)
+    assert {point.context for point in points} == {1024, 4096, 8192}
+    assert len({point.batch for point in points}) > 4
+    full = [point.placement.count("A") for point in points]
+    assert (min(full), max(full)) == (0, 30)
+    assert {name for point in points for name in point.placement} == {"A", "W64", "J"}
+    assert all(point.tokens <= 2 * 65536 for point in points)
 
 
 def test_ranks():
@@ -185,47 +189,3 @@ def test_ranks():
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1.0)
     assert np.isnan(spearman([1, 1], [1, 2]))
-
-
-def test_codes_with_contexts_and_batches_of_their_own(plain):
-    random = np.random.default_rng(0)
-    names = ["A", "J", "W"]
-    codes = random.integers(0, 3, (40, 30))
-    contexts, batches = random.choice([1024, 3000, 8192], 40), random.choice([1, 3, 4], 40)
-    found = plain.decode_codes(codes, names, contexts, batches)
-    for row, context, batch, tok_s in zip(codes, contexts, batches, found, strict=True):
-        placement = tuple(names[code] for code in row)
-        assert tok_s == pytest.approx(plain.decode(placement, int(context), int(batch)).decode_tok_s, rel=1e-12)
-    mixed = [("A", "W64") * 15, ("W64", "J") * 15]
-    rows = [*rows_of(), *(make("W64", batch, context) for batch in (1, 4) for context in (1024, 8192))]
-    costs = CostModel(rows, SHAPE, "fp32")
-    expected = [costs.decode(placement, 2048, 1).decode_tok_s for placement in mixed]
-    assert costs.decode_many(mixed, 2048, 1) == pytest.approx(expected, rel=1e-12)
-
-
-def test_a_million_placements_a_second(plain, capsys):
-    """The bar is a million on two free cores; a shared machine gets a margin of five."""
-    count = 200_000
-    random = np.random.default_rng(0)
-    codes = random.integers(0, 4, (count, 30)).astype(np.uint8)
-    letters = np.array(list("AWJG"))[codes]
-    placements = list(map(tuple, letters.tolist()))
-    rates = {}
-    for what, work in {
-        "codes": lambda: plain.decode_codes(codes, "AWJG", 3000, 2),
-        "tuples": lambda: plain.decode_many(placements, 3000, 2),
-    }.items():
-        work()
-        best = min(_seconds(work) for _ in range(5))
-        rates[what] = count / best
-    with capsys.disabled():
-        print("\nplacements/s: " + ", ".join(f"{what} {rate / 1e6:.1f} M" for what, rate in rates.items()))
-    assert rates["codes"] > 200_000
-    assert rates["tuples"] > 200_000
-    assert MODELS[SHAPE.name] is SHAPE
-
-
-def _seconds(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nasbench.core.errors import UserError
@@ -63,7 +62,7 @@ def test_decode_is_the_sum_of_its_blocks(costs, context, batch):
     assert cost.step_ms == pytest.approx(expected / 1e3, rel=1e-9)
     assert cost.decode_tok_s == pytest.approx(batch * 1e6 / expected, rel=1e-9)
     assert cost.cache_bytes == SHAPE.cache_bytes(placement, batch, context, 4)
-    assert cost.history_bytes == SHAPE.conv_state_bytes(placement, batch, 4)
+    assert cost.conv_state_bytes == SHAPE.conv_state_bytes(placement, batch, 4)
     assert (cost.source, cost.device, cost.placement) == ("measured", "dev", "14J A 4J A 2W 8G")
 
 
@@ -138,15 +137,6 @@ def test_prefill_is_none_without_its_rows():
     assert cost.prefill_tok_s is None
     with pytest.raises(UserError, match="--modes decode,prefill"):
         costs.prefill(SHAPE.placement, 2048, 1)
-
-
-def test_many_equal_one_by_one(costs):
-    random = np.random.default_rng(0)
-    placements = [tuple(random.choice(list("AWJG"), 30)) for _ in range(50)]
-    many = costs.decode_many(placements, 3000, 2)
-    assert many.shape == (50,)
-    assert many == pytest.approx([costs.decode(p, 3000, 2).decode_tok_s for p in placements], rel=1e-12)
-    assert costs.decode_many([], 3000, 2).shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,18 @@
-"""The evaluator: shared prefixes give the same numbers, nothing is measured twice, the file is whole."""
+"""The evaluator: shared prefixes give the same numbers, and nothing is measured twice."""
 
+import json
 import math
 import random
-from multiprocessing import get_context
 
 import pytest
 import torch
 
-from nasbench.core.errors import UserError
-from nasbench.evaluation.evals_file import EvalsFile, Key, read_evals
+from nasbench.core.errors import MachineError, UserError
+from nasbench.core.tables import read_table
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.evaluator import Evaluator
-from nasbench.evaluation.importance import importance_path, read_importance
-from nasbench.evaluation.score import Score
-from nasbench.evaluation.tasks import HeldOutLoss
+from nasbench.evaluation.importance import Importance, importance_path, layer_importance
+from nasbench.evaluation.tasks import HeldOutLoss, parse_task
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -65,19 +65,72 @@ def test_losses_are_those_of_the_documents_alone(evaluator):
         total.append(torch.cat(losses).mean())
     measured = evaluator.measure([placement], "test")[0]["loss"]
     assert measured.value == pytest.approx(float(torch.stack(total).mean()), rel=1e-5)
-    assert any(key.detail.endswith("/apart") for key in evaluator.cache.scores)
+    assert any(key.settings.endswith("/apart") for key in evaluator.store.find(task="loss"))
     task = evaluator.scores(placement, ["loss"])["loss"]
     assert task.value == measured.value
-    assert HeldOutLoss().score(decoder, evaluator.context("test")).value == pytest.approx(measured.value, rel=1e-5)
+    alone = HeldOutLoss().score(decoder, evaluator.context("test"))
+    assert alone.value == pytest.approx(measured.value, rel=1e-5)
+
+
+def losses(evaluator, placements, split="search"):
+    return [scores["loss"].value for scores in evaluator.measure(placements, split)]
 
 
 def test_losses_keep_the_order_asked_and_splits_differ(evaluator):
     placements = everything(evaluator.supernet.space)[::-1]
-    search = evaluator.losses(placements)
-    assert [score.value for score in search] == [evaluator.losses([placement])[0].value for placement in placements]
-    assert search[-1].value != evaluator.losses(placements, "test")[-1].value
+    search = losses(evaluator, placements)
+    assert search == [losses(evaluator, [placement])[0] for placement in placements]
+    assert search[-1] != losses(evaluator, placements, "test")[-1]
     with pytest.raises(UserError, match="layer 0"):
-        evaluator.losses([("G", "A", "A", "A")])
+        losses(evaluator, [("G", "A", "A", "A")])
+
+
+@pytest.mark.parametrize("task", ["retrieval@96:3", "retrieval-kl@96:3", "agreement@6"])
+def test_placements_of_any_task_share_prefixes(evaluator, task):
+    placements = everything(evaluator.supernet.space)[:5]
+    context, parsed = evaluator.context("search"), parse_task(task)
+    together = evaluator.measure(placements, tasks=[task])
+    for placement, scores in zip(placements, together, strict=True):
+        alone = parsed.score(evaluator.supernet.select(placement), context)
+        assert scores[task].samples == pytest.approx(alone.samples, rel=1e-3, abs=1e-5)
+        assert evaluator.store.get(evaluator.key(placement, parsed, context)) == scores[task]
+
+
+def test_scores_of_other_settings_are_other_scores(evaluator, make_run):
+    """More text, other rows, another split and another dtype are measured anew; the same is not."""
+    placement, first = ("J", "A", "W8", "J"), evaluator
+    seen = {first.key(placement, HeldOutLoss(), first.context(split)) for split in ("search", "test")}
+    first.measure([placement])
+    more = Evaluator(first.run, first.supernet, first.corpus, search_tokens=512)
+    assert more.measure([placement])[0]["loss"].n == 2 * first.measure([placement])[0]["loss"].n
+    seen.add(more.key(placement, HeldOutLoss(), more.context("search")))
+    bf16 = Evaluator.open(first.run, dtype=torch.bfloat16, search_tokens=256)
+    seen.add(bf16.key(placement, HeldOutLoss(), bf16.context("search")))
+    longer = Corpus.load(first.run.spec.data, first.supernet.tokenizer, 64)
+    longer = Evaluator(first.run, first.supernet, longer, search_tokens=256)
+    seen.add(longer.key(placement, HeldOutLoss(), longer.context("search")))
+    assert len(seen) == 5
+
+
+def test_a_score_that_is_not_finite_is_an_error_and_not_written(evaluator):
+    placement = ("J", "A", "W8", "J")
+    with torch.no_grad():
+        next(evaluator.supernet.mixer(0, "J").parameters()).fill_(math.nan)
+    with pytest.raises(MachineError, match=r"task loss of J A W8 J: 8 of 8 samples are not finite"):
+        evaluator.measure([placement])
+    assert not evaluator.store.find()
+    assert evaluator.measure([("A", "A", "W8", "J")])[0]["loss"].value > 0
+
+
+def test_few_items_of_a_benchmark_come_out_of_all(evaluator, tmp_path, monkeypatch):
+    items = [{"query": f"the {word}", "choices": ["layer", "state"], "gold": i % 2} for i, word in enumerate("abcdef")]
+    path = tmp_path / "words.jsonl"
+    path.write_text("\n".join(map(json.dumps, items)))
+    placement = ("J", "A", "W8", "J")
+    whole = evaluator.scores(placement, [f"suite:{path}"])[f"suite:{path}"]
+    monkeypatch.setattr(Evaluator, "_shared_prefixes", lambda *_: pytest.fail("measured again"))
+    few = evaluator.scores(placement, [f"suite@3:{path}"])[f"suite@3:{path}"]
+    assert few.samples.tolist() == whole.samples[::2].tolist()
 
 
 def test_nothing_is_measured_twice(evaluator, monkeypatch):
@@ -100,62 +153,15 @@ def test_scores_of_tasks_are_cached(evaluator, monkeypatch):
     assert list(first) == ["loss", "kl", "retrieval@160:4"]
     assert 0 <= first["retrieval@160:4"].value <= 1
     monkeypatch.setattr(evaluator.supernet, "select", lambda _: pytest.fail("measured again"))
+    monkeypatch.setattr(Evaluator, "_shared_prefixes", lambda *_: pytest.fail("measured again"))
     assert evaluator.scores(placement, ["loss", "kl", "retrieval@160:4"]) == first
 
 
 def test_importance_is_the_loss_of_single_replacements(evaluator):
-    rows = evaluator.importance()
+    rows = layer_importance(evaluator)
     assert [(row.layer, row.name) for row in rows] == [(layer, name) for layer in range(4) for name in ("W8", "J")]
-    base = evaluator.losses([evaluator.supernet.space.original])[0].value
-    alone = evaluator.losses([("A", "A", "J", "A")])[0].value
+    base, alone = losses(evaluator, [evaluator.supernet.space.original, ("A", "A", "J", "A")])
     assert rows[5].loss_increase == pytest.approx(alone - base)
     assert all(row.kl > 0 for row in rows)
-    read = read_importance(importance_path(evaluator.run.path))
-    assert [row.loss_increase for row in read] == pytest.approx([row.loss_increase for row in rows], rel=1e-4)
-    importance_path(evaluator.run.path).write_text("layer,name,loss_increase,loss_stderr,kl\n1,J,x,0,0\n")
-    with pytest.raises(UserError, match=r"importance\.csv:2: column loss_increase: bad number 'x'"):
-        read_importance(importance_path(evaluator.run.path))
-
-
-def _add(path, worker):
-    for index in range(10):
-        file = EvalsFile(path)
-        key = Key("4A", f"t{worker}-{index}", "d", "v", "float32")
-        file.merge({key: Score(key.task, "nats", 1.5, 0.1, 4, False)})
-
-
-def test_two_writers_lose_nothing(tmp_path):
-    context = get_context("spawn")
-    workers = [context.Process(target=_add, args=(tmp_path / "evals.csv", worker)) for worker in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert len(read_evals(tmp_path / "evals.csv")) == 20
-
-
-@pytest.mark.parametrize(
-    ("column", "text"),
-    [("value", "x"), ("value", "nan"), ("stderr", "-1"), ("n", "0"), ("higher_is_better", "yes"), ("placement", "4?")],
-)
-def test_bad_cells_are_reported_with_file_line_and_column(tmp_path, column, text):
-    path = tmp_path / "evals.csv"
-    EvalsFile(path).merge({Key("4A", "loss", "d", "v", "float32"): Score("loss", "nats", 1.5, math.nan, 1, False)})
-    assert math.isnan(next(iter(read_evals(path).values())).stderr)
-    header, row = path.read_text().splitlines()
-    cells = row.split(",")
-    cells[header.split(",").index(column)] = text
-    path.write_text(f"{header}\n{','.join(cells)}\n")
-    with pytest.raises(UserError, match=rf"evals\.csv:2: column {column}"):
-        EvalsFile(path)
-
-
-def test_short_rows_and_other_headers_are_refused(tmp_path):
-    path = tmp_path / "evals.csv"
-    path.write_text("a,b\n")
-    with pytest.raises(UserError, match="header"):
-        EvalsFile(path)
-    EvalsFile(tmp_path / "new.csv").merge({Key("4A", "l", "d", "v", "f"): Score("l", "nats", 1, 1, 2, False)})
-    path.write_text((tmp_path / "new.csv").read_text() + "4A,loss\n")
-    with pytest.raises(UserError, match=r"evals\.csv:3: 2 cells"):
-        EvalsFile(path)
+    read = read_table(importance_path(evaluator.run.path), Importance)
+    assert [row.loss_increase for row in read] == pytest.approx([row.loss_increase for row in rows], abs=1e-6)

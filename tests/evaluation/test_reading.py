@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.data.packing import Corpus
 from nasbench.evaluation import reading, retrieval
-from nasbench.evaluation.multiple_choice import lay_out, tokenised
-from nasbench.evaluation.reading import Ends, Prompts, Text, batches_of, end_places, greedy, padded, read_ends
+from nasbench.evaluation.reading import Ends, Text, batches_of, end_places, padded, read_alone
+from nasbench.evaluation.suite import Choices, tokenised
 from nasbench.evaluation.tasks import Context, parse_task
 from nasbench.spaces.placement import parse_placement
 
@@ -41,16 +41,12 @@ def some(lengths, seed=0):
     return [torch.randint(256, (n,), generator=generator).tolist() for n in lengths]
 
 
-@torch.inference_mode()
-def written(decoder, prompt, count, ends):
-    """One token after another, each from a forward over all before it."""
-    ids, line = prompt[-(decoder.shape.max_context - count) :], []
-    while len(line) < count:
-        token = int(decoder(torch.tensor([ids + line]))[0, -1].argmax())
-        if token in ends:
-            break
-        line.append(token)
-    return line
+def samples(task, decoder, context):
+    return task.measures(decoder, context)[task.title].tolist()
+
+
+def read_ends(decoder, ends):
+    return [values.numpy() for values in read_alone(decoder, ends).values()]
 
 
 def test_batches_are_as_large_as_fits():
@@ -92,32 +88,9 @@ def test_ends_are_what_each_text_gives_alone(context, tokens):
     assert start == len(log_p) == len(right)
 
 
-@pytest.mark.parametrize("batch_tokens", [4096, 50])
-def test_greedy_is_one_token_after_another(context, monkeypatch, batch_tokens):
-    """Prompts of all lengths, some longer than the context; guesses that are right, wrong, short and missing; settled
-    prompts leave, and others take their room."""
-    monkeypatch.setitem(reading.BATCH_TOKENS, "cpu", batch_tokens)
-    decoder = lively(replace(context.teacher.shape, max_context=48))
-    texts = some([7, 1, 36, 20, 37, 60, 7, 2, 13])
-    ends = torch.arange(0, 256, 7)
-    expected = [written(decoder, text, 12, set(ends.tolist())) for text in texts]
-    assert len({len(line) for line in expected}) > 2
-    prompts = Prompts(texts, CPU)
-    mixed = [line if i % 2 else some([i])[0] for i, line in enumerate(expected)]
-    for likely in ((), expected, mixed, [[]] * len(texts), [[*line, 1, 2, 3][:12] for line in expected]):
-        passes: list[int] = []
-        assert greedy(decoder, prompts, 12, ends, likely, passes.append) == expected
-        assert passes == sorted(passes, reverse=True)
-        assert passes[-1] == 0
-        assert greedy(decoder, texts, 12, ends, likely) == expected
-    assert greedy(decoder, texts, 12, torch.tensor([], dtype=torch.int64)) == [
-        written(decoder, text, 12, ()) for text in texts
-    ]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_reads_and_writes_what_a_cpu_does(context):
+def test_a_gpu_reads_what_a_cpu_does(context):
     shape, device = replace(context.teacher.shape, max_context=48), torch.device("cuda")
     decoder = lively(shape)
     other = random_decoder(shape, parse_placement("A J W8 J"), device="cuda")
@@ -129,32 +102,16 @@ def test_a_gpu_reads_and_writes_what_a_cpu_does(context):
     ]
     np.testing.assert_allclose(pairs[1][0], pairs[0][0], rtol=1e-2, atol=1e-2)
     assert (pairs[1][1] == pairs[0][1]).mean() > 0.9
-    stops = torch.arange(0, 256, 7)
-    expected = greedy(decoder, texts, 12, stops)
-    found = greedy(other, texts, 12, stops.to(device), expected)
-    # Where two tokens are nearly as likely, rounding decides.
-    assert sum(ours == line for ours, line in zip(found, expected, strict=True)) >= len(texts) - 2
-    assert found == greedy(other, Prompts(texts, device), 12, stops.to(device))
-
-
-def test_greedy_of_lines_that_end_at_once_and_of_none(context):
-    decoder = lively(context.teacher.shape)
-    passes: list[int] = []
-    assert greedy(decoder, some([3, 5]), 6, torch.arange(256), (), passes.append) == [[], []]
-    assert passes == [0]
-    assert greedy(decoder, [], 6, torch.arange(256)) == []
-    assert greedy(decoder, some([4]), 1, torch.tensor([300])) == [written(decoder, some([4])[0], 1, ())]
 
 
 def test_no_attention_is_planned_for_each_shape(context, monkeypatch):
     decoder, seen = lively(context.teacher.shape), []
     enabled = torch.backends.cuda.cudnn_sdp_enabled
     forward = decoder.hidden
-    monkeypatch.setattr(decoder, "hidden", lambda tokens: (seen.append(enabled()), forward(tokens))[1])
+    monkeypatch.setattr(decoder, "hidden", lambda tokens, **kw: (seen.append(enabled()), forward(tokens, **kw))[1])
     before = enabled()
     read_ends(decoder, Ends([Text(ids, 2) for ids in some([9, 4])], 64, CPU, 1))
-    greedy(decoder, some([5]), 3, torch.tensor([0]))
-    assert len(seen) >= 3
+    assert len(seen) == 2
     assert not any(seen)
     assert enabled() == before
 
@@ -168,13 +125,14 @@ def test_tokens_are_those_of_each_text_alone(context):
     assert tokenised(context.tokenizer, pairs) == expected
 
 
-def test_the_first_of_equally_likely_alternatives_is_chosen(context, monkeypatch):
-    questions = [([("q", " a"), ("q", " bb")], 0), ([("q", " a"), ("q", " a"), ("q", " c")], 1)]
-    choices = lay_out(context.teacher, context.tokenizer, questions, lambda text: len(text.encode()) - 1)
-    monkeypatch.setattr("nasbench.evaluation.multiple_choice.log_likelihoods", lambda *_: [-4, -6, -1, -1, -2])
-    by_byte, plain = choices.correct(context.teacher)
-    assert by_byte.tolist() == [0, 0]
-    assert plain.tolist() == [1, 0]
+def test_the_first_of_equally_likely_alternatives_is_chosen(monkeypatch):
+    choices = Choices(
+        [([1], [2])] * 5, np.array([2, 3]), np.array([1, 2, 1, 1, 1]), np.array([0, 1]), ("bytes", "plain"), 64, CPU
+    )
+    monkeypatch.setattr(choices, "sums", lambda _: np.array([-4, -6, -1, -1, -2]))
+    found = choices.judge(np.empty(0), np.empty(0))
+    assert found["bytes"].tolist() == [0, 0]
+    assert found["plain"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("size", [0, 1, 31, 32, 33, 500])
@@ -198,13 +156,13 @@ def test_a_second_decoder_is_asked_without_tokenising_again(context, tmp_path, m
     tasks += [f"suite:{tmp_path}/c.jsonl", f"suite:{tmp_path}/w.jsonl"]
     parsed = [parse_task(text) for text in tasks]
     other = lively(context.teacher.shape)
-    expected = [task.values(other, replace(context, memo={})).tolist() for task in parsed]
+    expected = [samples(task, other, replace(context, memo={})) for task in parsed]
     for task in parsed:
-        task.values(context.teacher, context)
+        samples(task, context.teacher, context)
     for name in ("encode", "encode_batch"):
         monkeypatch.setattr(type(context.tokenizer), name, lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(reading, "padded", lambda *_: pytest.fail("padded again"))
     for task, values in zip(parsed[:5], expected, strict=False):
-        assert task.values(other, context).tolist() == values
+        assert samples(task, other, context) == values
     monkeypatch.undo()
-    assert parsed[5].values(other, context).tolist() == expected[5]
+    assert samples(parsed[5], other, context) == expected[5]

@@ -1,6 +1,7 @@
-"""The benchmark's three forms, greedy lines without a cache, agreement with the teacher."""
+"""The benchmark's three forms, written lines, agreement with the teacher."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,9 @@ import torch
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Corpus
-from nasbench.evaluation.reading import greedy
+from nasbench.evaluation import suite
 from nasbench.evaluation.suite import chance, line_ends, read_items
 from nasbench.evaluation.tasks import Context, parse_task
-from nasbench.runtime.generate import generate
 from nasbench.spaces.placement import parse_placement
 
 
@@ -24,24 +24,6 @@ def context(tiny_model, text_file):
 def write(path, items):
     path.write_text("\n".join(json.dumps(item) for item in items))
     return path
-
-
-@pytest.mark.parametrize("placement", ["4A", "A J W8 J"])
-def test_greedy_is_what_a_cache_gives(context, placement):
-    decoder = random_decoder(context.teacher.shape, parse_placement(placement), seed=3)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        decoder.model.embed_tokens.weight.normal_()
-    prompts = [torch.randint(256, (n,)).tolist() for n in (3, 40, 17, 17, 2)]
-    for ends in ([], list(range(0, 256, 5))):
-        expected = generate(decoder, prompts, max_new_tokens=12, eos_ids=ends)
-        stops = torch.tensor(ends, dtype=torch.int64)
-        assert greedy(decoder, prompts, 12, stops) == expected
-        passes: list[int] = []
-        assert greedy(decoder, prompts, 12, stops, expected, passes.append) == expected
-        assert passes == [0]
-        wrong = [torch.randint(256, (n,)).tolist() for n in (12, 0, 3, 1, 7)]
-        assert greedy(decoder, prompts, 12, stops, wrong) == expected
 
 
 def test_choices_and_prefixes(context, tmp_path):
@@ -66,14 +48,29 @@ def test_choices_and_prefixes(context, tmp_path):
     assert parse_task(f"suite:{path}").score(context.teacher, context).value == 1
 
 
-def test_a_written_line_holds_the_answer(context, tmp_path):
-    line = greedy(context.teacher, [context.tokenizer.encode("the state")], 24, line_ends(context.tokenizer))[0]
-    text = context.tokenizer.decode(line)
-    assert len(text) > 1
-    assert "\n" not in text
-    items = [{"query": "the state", "answers": answers} for answers in (["nowhere", text[:4].upper()], ["nowhere"])]
+@pytest.mark.parametrize("size", [1, 32])
+def test_a_written_line_holds_the_answer(context, tmp_path, monkeypatch, size):
+    """Of prompts of several lengths in any order, one longer than the context leaves room for."""
+    monkeypatch.setitem(suite.PROMPTS, "cpu", size)
+    decoder = random_decoder(replace(context.teacher.shape, max_context=60), parse_placement("A J W8 J"), seed=3)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        decoder.model.embed_tokens.weight.normal_()
+    queries = ["the state of a long query", "the state", "", "a window", "the state of a query that is too long for it"]
+    lines = []
+    for query in queries:
+        ids = context.tokenizer.encode(query)[-36:] or [context.tokenizer.eos_id]
+        for _ in range(24):
+            with torch.inference_mode():
+                ids = [*ids, int(decoder(torch.tensor([ids]))[0, -1].argmax())]
+            if ids[-1] in line_ends(context.tokenizer):
+                break
+        lines.append(context.tokenizer.decode(ids[-24:]))
+    answers = [[line[len(line) // 2 :].upper()] if i % 2 else ["nowhere"] for i, line in enumerate(lines)]
+    items = [{"query": q, "answers": a} for q, a in zip(queries, answers, strict=True)]
     path = write(tmp_path / "written.jsonl", items)
-    assert parse_task(f"suite:{path}").values(context.teacher, context).tolist() == [1, 0]
+    found = parse_task(f"suite:{path}").score(decoder, context).samples
+    assert found.tolist() == [0, 1, 0, 1, 0]
     assert chance(read_items(path)) == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nasbench.checkpoints.load import load_model
+from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Corpus
-from nasbench.evaluation.multiple_choice import log_likelihoods, read_questions
-from nasbench.evaluation.reading import Ends, Text
+from nasbench.evaluation.reading import Ends, Text, read_alone
 from nasbench.evaluation.retrieval import make_items
-from nasbench.evaluation.tasks import Context, parse_task, parse_tasks, summarise
+from nasbench.evaluation.suite import Choices, read_items, tokenised
+from nasbench.evaluation.tasks import Context, parse_task, parse_tasks
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_log_likelihoods_equal_one_by_one(context):
         (torch.randint(256, (n,)).tolist(), torch.randint(256, (m,)).tolist()) for n, m in [(5, 3), (40, 1), (2, 9)]
     ]
     ends = Ends([Text(prefix + tail, len(tail)) for prefix, tail in pairs], 512, context.teacher.device)
-    together = log_likelihoods(context.teacher, ends)
+    together = ends.sums(read_alone(context.teacher, ends)["log_p"].numpy())
     for (prefix, tail), value in zip(pairs, together, strict=True):
         log_p = F.log_softmax(context.teacher(torch.tensor([prefix + tail]))[0], -1)
         expected = sum(float(log_p.detach()[len(prefix) + i - 1, token]) for i, token in enumerate(tail))
@@ -45,7 +46,7 @@ def test_log_likelihoods_equal_one_by_one(context):
 def test_length_normalisation_changes_the_answer(context, tmp_path, monkeypatch):
     questions = [{"query": "q", "choices": [" a", " bbbbbbbb"], "gold": 1}]
     path = write_questions(tmp_path / "q.jsonl", questions)
-    monkeypatch.setattr("nasbench.evaluation.multiple_choice.log_likelihoods", lambda decoder, pairs: [-4.0, -9.0])
+    monkeypatch.setattr(Choices, "sums", lambda self, log_p: np.array([-4.0, -9.0]))
     assert parse_task(f"mc:{path}").score(context.teacher, context).value == 1.0
     assert parse_task(f"mc-plain:{path}").score(context.teacher, context).value == 0.0
 
@@ -78,7 +79,7 @@ def test_bad_questions_name_the_line(tmp_path, line):
     path = tmp_path / "q.jsonl"
     path.write_text('{"query": "q", "choices": ["a", "b"], "gold": 0}\n' + line + "\n")
     with pytest.raises(UserError, match=r"q\.jsonl:2"):
-        read_questions(path)
+        read_items(path)
 
 
 @pytest.mark.parametrize("length", [96, 512, 1000])
@@ -103,7 +104,7 @@ def test_retrieval_counts_whole_answers_only(context):
 
         shape, device = context.teacher.shape, torch.device("cpu")
 
-        def hidden(self, tokens):
+        def hidden(self, tokens, documents=None):
             said = torch.zeros_like(tokens)
             for row, ids in zip(said, tokens.tolist(), strict=True):
                 which = next(i for i, item in enumerate(items) if ids[: len(item.prompt)] == item.prompt)
@@ -117,23 +118,34 @@ def test_retrieval_counts_whole_answers_only(context):
             return hidden
 
     score = task.score(Oracle(), context)
-    assert (score.value, score.n, score.task) == (pytest.approx(1 / 3), 3, "retrieval@200:3")
+    assert (score.value, score.n) == (pytest.approx(1 / 3), 3)
 
 
-def test_retrieval_asks_of_the_split_that_it_is_asked_of(context, monkeypatch):
-    """One after another with one memo, as an evaluator does; and the cache tells them apart."""
-    asked = []
-    monkeypatch.setattr(
-        "nasbench.evaluation.retrieval.read_ends",
-        lambda decoder, ends: asked.append(ends) or (None, np.ones(int(ends.counts.sum()), bool)),
+def test_retrieval_asks_of_the_split_that_it_is_asked_of(context):
+    """Other questions over other text, laid out once each; and the store tells them apart."""
+    task, (test, search) = (
+        parse_task("retrieval@200:3"),
+        [replace(context, split=split) for split in ("test", "search")],
     )
-    task, contexts = parse_task("retrieval@200:3"), [replace(context, split=split) for split in ("test", "search")]
-    for each in (*contexts, contexts[0]):
-        task.score(context.teacher, each)
-    assert asked[0] is asked[2]
-    tokens = [torch.cat([batch.tokens.flatten() for batch in ends.batches]) for ends in asked]
+    laid_out = [task.reading(context.teacher, each) for each in (test, search, test)]
+    assert laid_out[0] is laid_out[2]
+    tokens = [torch.cat([batch.tokens.flatten() for batch in ends.batches]) for ends in laid_out]
     assert not torch.equal(tokens[0], tokens[1])
-    assert task.key(contexts[0]) != task.key(contexts[1])
+    assert task.settings(test) != task.settings(search)
+    answers = [[item.answer for item in make_items(each, 200, 8)] for each in (test, search)]
+    assert answers[0] != answers[1]
+
+
+def test_retrieval_kl_is_the_divergence_over_the_answers(context):
+    task, other = parse_task("retrieval-kl@96:3"), random_decoder(context.teacher.shape, ("A", "J", "W8", "J"), seed=3)
+    expected = []
+    for item in make_items(context, 96, 3):
+        ids = torch.tensor([item.prompt + item.answer])
+        with torch.no_grad():
+            said = [torch.log_softmax(m(ids)[0, -len(item.answer) - 1 : -1], -1) for m in (context.teacher, other)]
+        expected.append(float((said[0].exp() * (said[0] - said[1])).sum(-1).mean()))
+    assert task.score(other, context).samples == pytest.approx(expected, rel=1e-4)
+    assert task.score(context.teacher, context).value == pytest.approx(0, abs=1e-6)
 
 
 def test_loss_and_kl_of_the_teacher(context):
@@ -166,8 +178,40 @@ def test_task_names():
             parse_tasks(text)
 
 
-def test_summarise():
-    score = summarise("t", "accuracy", torch.tensor([0.0, 1.0, 1.0, 1.0]), True)
-    assert (score.value, score.n, score.goodness) == (0.75, 4, 0.75)
+def test_scores_of_samples():
+    score = parse_task("retrieval@512").scores(torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert (score.value, score.n, score.cost, score.metric) == (0.75, 4, 0.25, "accuracy")
     assert score.stderr == pytest.approx(0.25)
-    assert math.isnan(summarise("t", "nats", torch.tensor([1.0]), False).stderr)
+    score = parse_task("loss").scores(torch.tensor([1.5]))
+    assert score.cost == 1.5
+    assert math.isnan(score.stderr)
+
+
+def test_white_space_before_a_choice_is_the_choices(context, tmp_path):
+    """As in lm-evaluation-harness: what stands at the end of the query moves into the choice, for every form."""
+    said = tokenised(context.tokenizer, [("holds a ", "key"), ("holds a", " key"), ("holds a \n", "key"), ("", "key")])
+    text = [(context.tokenizer.decode(first), context.tokenizer.decode(second)) for first, second in said[:3]]
+    assert text == [("holds a", " key"), ("holds a", " key"), ("holds a", " \nkey")]
+    assert said[3] == ([context.tokenizer.eos_id], context.tokenizer.encode("key"))
+    merged = Merges()
+    (pair,) = tokenised(merged, [("a ", "b")])
+    assert pair == ([1], [23])
+    found = []
+    for query, choices in (("the layer holds ", ["key", "state"]), ("the layer holds", [" key", " state"])):
+        path = write_questions(tmp_path / "q.jsonl", [{"query": query, "choices": choices, "gold": 0}])
+        found.append(parse_task(f"mc-plain:{path}").reading(context.teacher, replace(context, memo={})))
+    path = write_questions(tmp_path / "q.jsonl", [{"query": "the layer holds", "choices": ["key", "state"], "gold": 0}])
+    found.append(parse_task(f"suite:{path}").reading(context.teacher, replace(context, memo={})))
+    for ends in found:
+        assert ends.counts.tolist() == [4, 6]
+        assert all(map(torch.equal, [b.tokens for b in ends.batches], [b.tokens for b in found[0].batches]))
+
+
+class Merges:
+    """A tokenizer that joins a letter with the space before it."""
+
+    eos_id = 0
+    words = types.MappingProxyType({"a": [1], "a ": [1, 9], "a b": [1, 23], "b": [2], " b": [23]})
+
+    def encode_batch(self, texts):
+        return [self.words[text] for text in texts]

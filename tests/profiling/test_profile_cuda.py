@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nasbench.model.shapes import MODELS
-from nasbench.profiling.sweep import sweep
+from nasbench.profiling.sweep import prepare, run
 from nasbench.store import read_db
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def test_a_small_sweep_on_cuda(tmp_path):
     shape = MODELS["smollm2-135m"]
-    result = sweep(shape, "AWJG", [1024, 4096], [1, 8], device="cuda", dtype="bf16", db=tmp_path, seconds_per_row=0.05)
+    asked = {"device": "cuda", "dtype": "bf16", "seconds_per_row": 0.05}
+    result = run(prepare(shape, "AWJG", [1024, 4096], [1, 8], db=tmp_path, **asked))
     rows = read_db(result.path)
     problems = [f"{row.block} {row.mode} {row.status}: {row.reason}" for row in rows if row.status != "ok"]
     assert not problems

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.cost import CostModel
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.profiling import sweep as sweep_module
-from nasbench.profiling.measure import measure, point_cells, provenance
+from nasbench.profiling.measure import measure, point_cells, stamp
 from nasbench.profiling.plan import Point
-from nasbench.profiling.sweep import noise, prepare, run, sweep
+from nasbench.profiling.sweep import noise, prepare, run
 from nasbench.profiling.telemetry import Reading, Telemetry, shared
 from nasbench.profiling.workload import Workload, build
 from nasbench.store import CEILINGS, Database, Row, read_db
@@ -35,7 +36,7 @@ ASKED = {
 @pytest.fixture(autouse=True)
 def small_ceilings(monkeypatch):
     """Bandwidth over a megabyte: these tests are not about the machine."""
-    monkeypatch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
+    monkeypatch.setattr("nasbench.runtime.roofline.BUFFER_BYTES", ByDevice(cpu=1 << 20))
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rows(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nasbench.profiling.ceilings._buffer_bytes", lambda machine: 1 << 20)
-        result = sweep(TINY, db=folder, **ASKED)
+        patch.setattr("nasbench.runtime.roofline.BUFFER_BYTES", ByDevice(cpu=1 << 20))
+        result = run(prepare(TINY, db=folder, **ASKED))
     return read_db(result.path)
 
 
@@ -77,7 +78,7 @@ def test_the_allocators_cache_is_the_formulas(rows):
         if row.block in "AWJG":
             config = TINY.mixer(row.block)
             assert row.cache_bytes == row.cache_formula_bytes == config.cache_bytes(row.batch, row.context, 4)
-            assert row.history_bytes == config.conv_state_bytes(row.batch, 4)
+            assert row.conv_state_bytes == config.conv_state_bytes(row.batch, 4)
             assert row.gb_s is not None
             assert row.bandwidth_fraction is not None
             assert row.args == config.args
@@ -95,7 +96,7 @@ def test_a_resumed_sweep_measures_nothing_again(rows, folder, monkeypatch):
     path = prepare(TINY, db=folder, **ASKED).path
     before = path.read_bytes()
     monkeypatch.setattr(sweep_module, "measure", lambda *args: pytest.fail("measured again"))
-    result = sweep(TINY, db=folder, **ASKED)
+    result = run(prepare(TINY, db=folder, **ASKED))
     assert (result.rows, result.skipped) == ([], len(rows) - 4)
     assert path.read_bytes() == before
     more = prepare(TINY, db=folder, **(ASKED | {"contexts": [64, 128, 256]}))
@@ -109,7 +110,7 @@ def test_a_resumed_sweep_measures_nothing_again(rows, folder, monkeypatch):
 def test_progress_counts_every_row(tmp_path):
     seen = []
     asked = ASKED | {"blocks": "A", "contexts": [64], "batches": [1], "modes": ("decode",)}
-    sweep(TINY, db=tmp_path, progress=lambda done, total, row: seen.append((done, total)), **asked)
+    run(prepare(TINY, db=tmp_path, **asked), lambda done, total, row: seen.append((done, total)))
     # Four ceilings, then five points in three rounds.
     assert seen[:19] == [(i + 1, 19) for i in range(19)]
     # Then noisy rows again, at most a tenth.
@@ -128,7 +129,7 @@ def test_the_fastest_of_all_rounds_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep_module, "measure", drifting)
     asked = ASKED | {"blocks": "A", "contexts": [64], "batches": [1], "modes": ("decode",)}
-    result = sweep(TINY, db=tmp_path, **asked)
+    result = run(prepare(TINY, db=tmp_path, **asked))
     assert set(calls.values()) == {3}
     assert {row.p50_us for row in result.rows if row.block != "ceiling"} == {90.0}
     assert {row.p50_us for row in read_db(result.path) if row.block != "ceiling"} == {90.0}
@@ -152,7 +153,7 @@ def test_a_row_that_fails_is_a_row_and_the_sweep_goes_on(tmp_path, monkeypatch, 
 
     monkeypatch.setattr("nasbench.profiling.measure.build", fail)
     asked = ASKED | {"blocks": "AJ", "contexts": [64], "batches": [1], "modes": ("decode",)}
-    result = sweep(TINY, db=tmp_path, **asked)
+    result = run(prepare(TINY, db=tmp_path, **asked))
     by_block = {row.block: row for row in read_db(result.path)}
     assert by_block["A"].status == status
     assert type(error).__name__ in by_block["A"].reason
@@ -193,7 +194,7 @@ def test_instances_are_cold_and_share_no_memory():
     bench = replace(todo.bench, llc_bytes=1 << 16)
     work = build(bench, Point("A", "decode", 1, 256))
     assert len(work.calls) >= 4
-    weights = {call.args[0].q_proj.weight.data_ptr() for call in work.calls}  # type: ignore[attr-defined]
+    weights = {next(call.args[0].parameters()).data_ptr() for call in work.calls}  # type: ignore[attr-defined]
     caches = {call.args[4].state["keys"].data_ptr() for call in work.calls}  # type: ignore[attr-defined]
     assert len(weights) == len(caches) == len(work.calls)
     assert all(call.args[4].state["keys"].abs().min() > 0 for call in work.calls)  # type: ignore[attr-defined]
@@ -218,11 +219,11 @@ def test_noisy_rows_get_a_second_look_and_keep_the_shorter_time(tmp_path, monkey
         middle = {"A": 100.0 / turn, "J": 100.0 * turn}.get(point.block, 50.0)
         wide = point.block in "AJ"
         times = {"p20_us": middle / (2 if wide else 1), "p50_us": middle, "p80_us": middle}
-        return Row(**point_cells(bench, machine.info, point), **times, **provenance(machine))
+        return Row(**point_cells(bench, machine.info, point), **times, **stamp(machine))
 
     monkeypatch.setattr(sweep_module, "measure", fake)
     asked = ASKED | {"blocks": "AJ", "contexts": [64], "batches": [1], "modes": ("decode",)}
-    result = sweep(TINY, db=tmp_path, **asked)
+    result = run(prepare(TINY, db=tmp_path, **asked))
     turns = {point.block: count for point, count in taken.items()}
     # Three rounds, then one of the two noisy rows again.
     assert sorted((turns["A"], turns["J"])) == [3, 4]
@@ -242,10 +243,10 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
         return Row(**point_cells(bench, machine.info, point), p20_us=1.0, p50_us=1.0, p80_us=1.0)
 
     monkeypatch.setattr(sweep_module, "measure", fake)
-    monkeypatch.setattr(sweep_module, "ROUNDS", {"cpu": 1})
+    monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1))
     planned = prepare(TINY, db=tmp_path, **ASKED)
     asked = ASKED | {"seconds_per_row": 9.0}
-    result = sweep(TINY, db=tmp_path, limit_s=20.0, **asked)
+    result = run(prepare(TINY, db=tmp_path, limit_s=20.0, **asked))
     assert (result.left, len(budgets)) == (len(planned.points) - 20, 20)
     assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
     left = prepare(TINY, db=tmp_path, **ASKED).groups
@@ -253,7 +254,7 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
         # Of every group the last rows, of none all.
         assert after == before[-len(after) :]
         assert len(after) < len(before)
-    assert sweep(TINY, db=tmp_path, limit_s=1e6, **ASKED).left == 0
+    assert run(prepare(TINY, db=tmp_path, limit_s=1e6, **ASKED)).left == 0
 
 
 def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch):
@@ -295,7 +296,7 @@ def test_other_programs_on_the_cpu_are_noticed(monkeypatch):
 def test_the_sum_of_the_rows_predicts_the_decoder(tmp_path):
     """SmolLM2's shape on this machine: alone on it the mean error is below a tenth (profiles/README.md)."""
     shape = MODELS["smollm2-135m"]
-    result = sweep(shape, "AJ", [2048], [1], ["decode"], db=tmp_path)
+    result = run(prepare(shape, "AJ", [2048], [1], ["decode"], db=tmp_path))
     costs = CostModel(read_db(result.path), shape, "fp32")
     errors = []
     for text in ("30A", "30J", "15A 15J"):

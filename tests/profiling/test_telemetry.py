@@ -13,7 +13,7 @@ from nasbench.devices.jetson import Jetson
 from nasbench.profiling import telemetry as module
 from nasbench.profiling.measure import _telemetry_cells
 from nasbench.profiling.telemetry import Load, Reading, Telemetry
-from nasbench.profiling.timing import Timing
+from nasbench.runtime.timing import Timing
 
 AGX = Path(__file__).parents[1] / "devices" / "jetson_agx_orin"
 

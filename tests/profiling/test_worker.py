@@ -16,7 +16,7 @@ from nasbench.core import registry
 from nasbench.model import MIXERS
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling import worker as worker_module
-from nasbench.profiling.sweep import prepare, sweep
+from nasbench.profiling.sweep import prepare, run
 from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupted
 from nasbench.store import read_db
 
@@ -36,8 +36,8 @@ def dangerous(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(package))
     monkeypatch.setattr(MIXERS, "_discovered", False)
     monkeypatch.setattr(MIXERS, "_items", dict(MIXERS._items))
-    found = [EntryPoint("Z", "dangerous:DangerousConfig", "nasbench.model")]
-    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "nasbench.model" else [])
+    found = [EntryPoint("Z", "dangerous:DangerousConfig", "nasbench.blocks")]
+    monkeypatch.setattr(registry, "entry_points", lambda group: found if group == "nasbench.blocks" else [])
     yield
     sys.modules.pop("dangerous", None)
 
@@ -47,7 +47,7 @@ def by_point(path: Path) -> dict[tuple[str, str, int], store.Row]:
 
 
 def test_a_sweep_survives_killed_crashed_and_hung_processes(dangerous, tmp_path):
-    result = sweep(TINY, "Z2 Z3 Z4 Z5 Z6 Z1", db=tmp_path / "db", **ASKED)
+    result = run(prepare(TINY, "Z2 Z3 Z4 Z5 Z6 Z1", db=tmp_path / "db", **ASKED))
     rows = by_point(result.path)
     ended = {args: rows["Z", args, 64] for args in "23456"}
     assert {args: row.status for args, row in ended.items()} == {

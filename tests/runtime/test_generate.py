@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.model.shapes import ModelSpec
 from nasbench.runtime import generate as generate_module
@@ -73,7 +74,7 @@ def test_end_of_text_stops_one_sequence_alone(decoder):
 @pytest.mark.parametrize("look_every", [1, 4, 100])
 def test_each_sequence_ends_for_itself(decoder, monkeypatch, look_every):
     """Whatever is written behind the end, and however rarely it is looked at."""
-    monkeypatch.setattr(generate_module, "LOOK_EVERY", {"cpu": look_every, "cuda": look_every})
+    monkeypatch.setattr(generate_module, "LOOK_EVERY", ByDevice(cpu=look_every))
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [1]]
     free = generate(decoder, prompts, max_new_tokens=12)
     ends = {free[0][4], free[1][1]}
@@ -88,7 +89,7 @@ def test_no_step_after_all_have_ended(decoder, monkeypatch):
     steps = []
     step = Writer.step
     monkeypatch.setattr(Writer, "step", lambda self: steps.append(1) or step(self))
-    monkeypatch.setattr(generate_module, "LOOK_EVERY", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(generate_module, "LOOK_EVERY", ByDevice(cpu=1))
     generate(decoder, prompts, max_new_tokens=12, eos_ids={free[0][0], free[1][2]})
     assert len(steps) <= 2
 

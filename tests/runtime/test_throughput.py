@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import random_decoder
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.model import decoder as decoder_module
 from nasbench.model.shapes import MODELS, ModelSpec
@@ -19,8 +20,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(floor, "BUFFER_BYTES", {"cpu": 1 << 22, "cuda": 1 << 28})
-    monkeypatch.setattr(floor, "MATRIX", {"cpu": 128, "cuda": 1024})
+    monkeypatch.setattr(floor, "BUFFER_BYTES", ByDevice(cpu=1 << 22, cuda=1 << 28))
+    monkeypatch.setattr(floor, "MATRIX", ByDevice(cpu=128, cuda=1024))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -47,7 +48,7 @@ def test_steps_read_exactly_the_context_and_different_tokens(monkeypatch):
     original = decoder_module.Decoder._step
 
     def spy(self, tokens, step, cache):
-        spans.append((step.span, step.uniform))
+        spans.append((step.max_seqlen, step.equal_lengths))
         fed.append(tokens.tolist())
         assert all(bool(state.any()) for mixer in cache.kept for state in mixer.state.values()), "an empty cache"
         return original(self, tokens, step, cache)

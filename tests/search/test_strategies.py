@@ -1,21 +1,19 @@
 """Every strategy on an objective whose best placements are known by enumeration."""
 
 import itertools
+import json
+import math
 from dataclasses import replace
 
 import pytest
-from search.synthetic import SyntheticObjective
+from search.synthetic import SyntheticObjective, search
 
 from nasbench.core.errors import UserError
 from nasbench.search.exact import solve
-from nasbench.search.session import Options, Search, run_search
+from nasbench.search.session import baselines, run_search
 from nasbench.search.strategies import STRATEGIES
-from nasbench.search.trials import TEACHER, UNIFORM, read_trials
-from nasbench.spaces.placement import count_kind
-
-
-def search(tmp_path, objective=None, **options):
-    return Search(tmp_path, objective or SyntheticObjective(), Options(**options))
+from nasbench.search.trials import TEACHER, UNIFORM, add_trials, read_trials
+from nasbench.spaces.space import Space, count_full
 
 
 def enumerate_best(run, count):
@@ -24,7 +22,7 @@ def enumerate_best(run, count):
     return min(run.objective.loss(run.with_full(full)) for full in itertools.combinations(layers, count))
 
 
-@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "optuna", "exact", "uniform", "random"])
+@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "exact", "uniform", "random"])
 def test_every_strategy_meets_the_contract(tmp_path, strategy):
     """Legal placements of the wanted K, within the budget, baselines included, and a second run asks nothing new."""
     run = search(tmp_path, full_attention=(2, 4), evaluations=30)
@@ -35,12 +33,13 @@ def test_every_strategy_meets_the_contract(tmp_path, strategy):
     assert {TEACHER, UNIFORM, strategy} <= {trial.strategy for trial in trials}
     mine = [trial for trial in trials if trial.strategy == strategy != UNIFORM]
     assert len(mine) <= 30
-    if strategy not in ("beam", "kl-greedy"):  # which pass through every smaller K
+    if strategy not in ("beam", "kl-greedy", "greedy-swap"):  # which pass through every smaller K
         assert {trial.k for trial in mine} <= {2, 4}
     for trial in trials:
         run.space.check(trial.layers)
         assert trial.loss == run.objective.loss(trial.layers)
-        assert trial.k == count_kind(trial.layers)
+        assert trial.score == trial.kl == run.objective.kl(trial.layers)
+        assert trial.k == count_full(trial.layers)
 
     again = search(tmp_path, full_attention=(2, 4), evaluations=30)
     run_search(again, strategy)
@@ -57,8 +56,8 @@ def test_beam_finds_the_optimum_or_comes_close(tmp_path, seed):
 
 def test_kl_greedy_restores_the_layer_that_lowers_the_kl_most(tmp_path):
     class Divergence(SyntheticObjective):
-        def losses(self, placements):
-            return [replace(loss, value=0.0, kl=loss.value) for loss in super().losses(placements)]
+        def kl(self, placement):
+            return self.loss(placement)
 
     run = search(tmp_path, Divergence(seed=2), full_attention=(3,), evaluations=100)
     run_search(run, "kl-greedy")
@@ -96,10 +95,10 @@ def test_a_stopped_search_goes_on_where_it_stopped(tmp_path):
     """The trials of a search that stopped half-way and ran again are those of one that did not stop."""
 
     class Stopping(SyntheticObjective):
-        def losses(self, placements):
+        def measure(self, placements):
             if len(self.asked) + len(placements) > 25:
                 raise KeyboardInterrupt
-            return super().losses(placements)
+            return super().measure(placements)
 
     whole = search(tmp_path / "whole", full_attention=(2, 4), evaluations=60)
     run_search(whole, "beam")
@@ -174,6 +173,11 @@ def test_exact_keeps_the_step_time(tmp_path):
         ({"filler": "A"}, "unknown filler"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"beam_width": 0}, "beam width is 0"),
+        ({"step_ms": math.nan}, "bad --step-ms nan"),
+        ({"step_ms": math.inf}, "bad --step-ms inf"),
+        ({"step_ms": -1.0}, "bad --step-ms -1"),
+        ({"seconds": -1.0}, "bad --seconds -1"),
+        ({"random": -1}, "bad --random -1"),
     ],
 )
 def test_bad_options(tmp_path, options, message):
@@ -230,3 +234,96 @@ def test_a_kind_that_is_slower_than_full_attention_is_no_filler(tmp_path, monkey
     assert {name for t in asked.trials() for name in t.layers} == {"A", "J"}
     monkeypatch.setitem(synthetic.MS, "W", 1.5)
     assert search(tmp_path / "none").useful == ("W", "J")
+
+
+@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "uniform", "random", "exact"])
+def test_a_strategy_that_ignores_the_step_time_says_so(tmp_path, caplog, strategy):
+    run_search(search(tmp_path, full_attention=(2,), evaluations=8, step_ms=9.0), strategy)
+    assert (f"strategy {strategy} ignores --step-ms" in caplog.text) == (strategy != "exact")
+
+
+def test_a_solver_prints_nothing_on_standard_output(capfd):
+    """Its banner comes from the constructor, before any option could silence it."""
+    objective = SyntheticObjective(4)
+    assert solve(objective.space, dict(objective.importance(("W",))), 1) is not None
+    assert capfd.readouterr().out == ""
+
+
+def journal_of(folder):
+    run_search(search(folder, evaluations=16), "optuna")
+    return folder / "optuna.journal"
+
+
+def complete_trials(lines):
+    return sum(json.loads(line).get("op_code") == 6 and json.loads(line)["state"] == 1 for line in lines)
+
+
+@pytest.mark.parametrize("appended", [0, 3])
+def test_a_torn_journal_is_cut_back_to_its_last_whole_line(tmp_path, caplog, appended):
+    """Of a worker that was killed, also where another appended to its half line before."""
+    import optuna
+
+    path = journal_of(tmp_path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    torn = len(lines) - 2
+    path.write_bytes(b"".join(lines[:torn]) + lines[torn][:40] + b"".join(lines[:appended]))
+    run = search(tmp_path, evaluations=24)
+    run_search(run, "optuna")
+    assert f"cut back before line {torn + 1}" in caplog.text
+    assert path.read_bytes().startswith(b"".join(lines[:torn]))
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    (study,) = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study_name=study.study_name, storage=storage).trials
+    done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert len(done) > complete_trials(lines[:torn]) > 0
+
+
+def test_random_placements_are_baselines(tmp_path):
+    run = search(tmp_path, full_attention=(0, 3, 12), random=3, evaluations=8)
+    run_search(run, "uniform")
+    drawn = {t.strategy: t for t in run.trials() if t.strategy.startswith("random-")}
+    assert list(drawn) == ["random-0", "random-1", "random-2"]
+    assert len({t.placement for t in drawn.values()}) == 3
+    assert all(t.k == 3 and set(t.layers) <= {"A", *run.base} for t in drawn.values())
+    again = search(tmp_path / "again", full_attention=(2, 3), random=1, evaluations=8)
+    run_search(again, "uniform")
+    assert drawn["random-0"].placement in {t.placement for t in again.trials()}
+
+
+def test_a_time_becomes_evaluations_by_what_the_baselines_took(tmp_path):
+    run = search(tmp_path, full_attention=(2, 4), seconds=2.0)
+    baselines(run)
+    trials = [replace(trial, seconds=0.05) for trial in run.trials()]
+    run.path.unlink()
+    add_trials(run.path, trials)
+    run_search(run, "kl-greedy")
+    assert run.options.evaluations == 40
+    assert 16 < len([t for t in run.trials() if t.strategy == "kl-greedy"]) <= 40
+    again = search(tmp_path, full_attention=(2, 4), seconds=0.1)
+    run_search(again, "kl-greedy")
+    assert again.options.evaluations == 16
+    assert again.objective.asked == []
+
+
+def gemma(layers=9):
+    """Every third layer has full attention; the others are windows in the model itself."""
+    original = tuple("A" if i % 3 == 2 else "W" for i in range(layers))
+    return SyntheticObjective(space=Space.around(original, ("A", "W", "J")))
+
+
+@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "exact", "uniform", "random"])
+def test_a_model_with_windows_of_its_own(tmp_path, strategy):
+    """K counts the layers that keep full attention, and only those that have it may."""
+    run = search(tmp_path, gemma(), full_attention=(0, 1, 2), evaluations=30)
+    for row in run_search(run, strategy):
+        assert row.searched.score <= row.uniform.score
+    trials = run.trials()
+    assert trials[0].k == 3
+    for trial in trials:
+        run.space.check(trial.layers)
+        assert trial.k == trial.layers.count("A")
+    with pytest.raises(UserError, match="4 full-attention layers asked of 3"):
+        search(tmp_path, gemma(), full_attention=(4,))
+    if strategy == "exact":
+        best = min(itertools.product(*run.space.choices), key=lambda p: (p.count("A") != 1, run.objective.loss(p)))
+        assert best.count("A") == 1

@@ -15,7 +15,7 @@ from nasbench.spaces.placement import (
     parse_placement,
     uniform_placement,
 )
-from nasbench.spaces.space import Space, full_attention_layers
+from nasbench.spaces.space import Space, count_full, full_layers
 
 NAMES = st.sampled_from(["A", "W", "J", "G", "W1152", "J@12x96x256"])
 
@@ -23,7 +23,7 @@ NAMES = st.sampled_from(["A", "W", "J", "G", "W1152", "J@12x96x256"])
 def test_jet_nemotron_2b():
     placement = parse_placement("14J A 4J A 2W 6J", 28)
     assert placement == parse_placement("14JA4JA2W6J")
-    assert full_attention_layers(placement) == {14, 19}
+    assert full_layers(placement) == {14, 19}
     assert [i for i, name in enumerate(placement) if name == "W"] == [20, 21]
     assert format_placement(placement) == "14J A 4J A 2W 6J"
 
@@ -63,7 +63,7 @@ def test_uniform_has_exactly_k_evenly_spread(shape):
     placement = uniform_placement(layers, k, "J")
     assert len(placement) == layers
     assert count_kind(placement) == k
-    chosen = sorted(full_attention_layers(placement))
+    chosen = sorted(full_layers(placement))
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
@@ -77,9 +77,26 @@ def test_space_keeps_the_original_first_and_checks():
     space = Space.uniform(3, ("J", "W", "A", "J"))
     assert space.choices[0] == ("A", "J", "W")
     assert space.original == ("A", "A", "A")
-    assert space.fillers(0) == ("J", "W")
+    assert space.alternatives(0) == space.efficient(0) == ("J", "W")
     assert space.with_full_attention(("J", "J", "W"), frozenset({1})) == ("J", "A", "W")
     with pytest.raises(UserError, match="layer kind at layer 2"):
         space.check(("A", "J", "G"))
     with pytest.raises(UserError, match="choose 0 to 3"):
         space.check_full_attention(4)
+
+
+def test_a_space_around_a_model_with_windows():
+    """K counts the layers that keep full attention; a window that the model itself has is no alternative to train."""
+    space = Space.around(("W512", "W512", "A", "W512", "A"), ("A", "J", "W512"))
+    assert space.choices == (("W512", "J"), ("W512", "J"), ("A", "J", "W512"), ("W512", "J"), ("A", "J", "W512"))
+    assert [space.alternatives(i) for i in (0, 2)] == [("J",), ("J", "W512")]
+    assert space.efficient(0) == ("W512", "J")
+    assert space.efficient_names == ("W512", "J")
+    assert space.may_be_full == (2, 4)
+    assert [space.evenly(k) for k in range(3)] == [frozenset(), frozenset({4}), frozenset({2, 4})]
+    assert count_full(space.original) == 2
+    assert space.homogeneous("J") == ("J",) * 5
+    assert space.pure(("J", "W512")) == [("J",) * 5, ("W512",) * 5]
+    assert space.without(["W512"]).choices == (("W512", "J"), ("W512", "J"), ("A", "J"), ("W512", "J"), ("A", "J"))
+    with pytest.raises(UserError, match="3 full-attention layers asked of 2"):
+        space.check_full_attention(3)

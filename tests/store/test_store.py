@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nasbench import store
 from nasbench.core.errors import MachineError, UserError
-from nasbench.store import COLUMNS, KEY, Database, Row, read_db, select
+from nasbench.store import COLUMNS, KEY, Database, Row, db_path, read_db, select
 
 
 def row(**cells) -> Row:
@@ -111,13 +111,13 @@ def test_which_row_of_a_key_stays(path):
         ("p50_us", "nan", "finite"),
         ("p50_us", "9.0", "not between"),
         ("p50_us", "", "needs its times"),
-        ("throttled", "maybe", "0, 1 or nothing"),
+        ("throttled", "maybe", "0 or 1 or nothing"),
         ("mode", "train", "decode, prefill"),
-        ("status", "great", "ok, oom"),
-        ("source", "guessed", "measured, estimated"),
-        ("device", "", "device's name"),
+        ("status", "great", "failed, ok, oom"),
+        ("source", "guessed", "estimated, measured"),
+        ("device", "", "bad device name"),
         ("chunk", "512", "decode row has 0"),
-        ("schema", "99", "the header is of schema 3"),
+        ("schema", "99", "the header is of schema 4"),
     ],
 )
 def test_a_bad_cell_is_named_by_file_line_and_column(path, column, value, said):
@@ -158,13 +158,17 @@ def test_broken_files_are_refused(path):
         read_db(path.with_name("absent.csv"))
 
 
+NEW_IN_2_OR_3 = ("noisy", "throttle_reasons", "host_us")
+
+
 def older(path: Path) -> str:
     """The same file as schema 1 had it."""
     lines = list(csv.DictReader(path.open()))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, store.columns_of(1), extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(line | {"schema": "1"} for line in lines)
+        names = dict(zip(store.columns_of(1), [name for name in COLUMNS if name not in NEW_IN_2_OR_3], strict=True))
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([(line | {"schema": "1"})[now] for now in names.values()] for line in lines)
     return path.read_text()
 
 
@@ -186,9 +190,9 @@ def test_an_older_schema_is_read_and_becomes_the_present_one(path):
 
 def test_a_newer_schema_is_refused_with_what_to_do(path):
     Database(path).merge([row()])
-    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n3,", "\n4,1,")
+    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n4,", "\n5,1,")
     path.write_text(text)
-    with pytest.raises(UserError, match=r"schema 4 is of a newer nasbench, .*`pip install -U nasbench`"):
+    with pytest.raises(UserError, match=r"schema 5 is of a newer nasbench, .*`pip install -U nasbench`"):
         Database(path).merge([row(batch=2)])
     assert path.read_text() == text
 
@@ -203,11 +207,10 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
     Database(path).merge([row()])
     before = path.read_bytes()
 
-    def full(target, rows):
-        target.write_text("half a")
+    def full(target, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, "_write_rows", full)
+    monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(MachineError, match="no space left"):
         Database(path).merge([row(batch=4)])
     assert path.read_bytes() == before
@@ -275,3 +278,11 @@ def test_only_a_norm_may_take_no_time(path):
     assert read_db(path)[0].p50_us == 0.0
     with pytest.raises(UserError, match="one is zero"):
         Database(path).merge([row(**nothing)])
+
+
+@pytest.mark.parametrize("device", ["../escaped", "/tmp/escaped", "a/b", "..", ".hidden", "a b", ""])
+def test_a_device_name_cannot_leave_the_folder(path, device):
+    with pytest.raises(UserError, match="device"):
+        Database(path).merge([row(device=device)])
+    with pytest.raises(UserError, match="bad device name"):
+        db_path(device, path.parent)

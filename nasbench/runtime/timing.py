@@ -1,4 +1,4 @@
-"""Timing a function on the CPU or a GPU: warm-up, synchronisation, as many repeats as the spread asks for."""
+"""Timing work on a CPU or a GPU: warm-up, synchronisation, as many repeats as the spread asks for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nasbench.store import is_noisy
+from nasbench.core.errors import MachineError
+from nasbench.core.noise import is_noisy
+from nasbench.runtime.graph import capture
 
 Call = Callable[[], object]
 
@@ -81,13 +83,42 @@ def time_cpu(calls: Sequence[Call], budget: Budget, evict: Call | None = None) -
     return repeat(sample_us, budget)
 
 
+def synchronise(device: torch.device) -> None:
+    """Waits until the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def stopwatch(device: torch.device) -> Callable[[Call], float]:
+    """A function that runs its argument and returns the seconds it took on the device, launches included."""
+    if device.type != "cuda":
+
+        def on_host(work: Call) -> float:
+            began = time.perf_counter()
+            work()
+            return time.perf_counter() - began
+
+        return on_host
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_device(work: Call) -> float:
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return on_device
+
+
 QUICK_US = 5000.0
 """Work that takes less is timed behind a run of itself: the host launches it while the device is busy, as it does in a
 loop of decode steps, and the launch is not counted. Longer work hides it by itself."""
 HOST_RUNS, HOST_S = 5, 0.2
 """Times that the launches of a call are timed, unless the calls have taken so many seconds."""
 SLOW_S = 0.2
-"""Work that takes longer is warm after one run."""
+"""Work that takes longer is warm after fewer runs."""
 BURST_US = 10_000.0
 """Work is watched in bursts of about this length, one of them always ahead: the device is never idle in between."""
 
@@ -105,39 +136,31 @@ def time_cuda(
         graph: capture them in one CUDA graph and time its replays, as the decode loop runs; without it they are
             launched kernel by kernel, and the launches count where they are the bottleneck.
         then: called after the timing with a burst of what was timed, which it may run again and again.
-        fall_back: where the calls cannot be captured, time them without a graph instead of raising RuntimeError.
+        fall_back: where the calls cannot be captured, time them without a graph instead of raising MachineError.
     """
 
     def work() -> None:
         for call in calls:
             call()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            began = time.perf_counter()
-            work()
-            stream.synchronize()
-            if time.perf_counter() - began > SLOW_S:
-                break
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    captured = _capture(work, fall_back) if graph else None
-    launch: Call = work if captured is None else captured.replay
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    clock = stopwatch(torch.device("cuda"))
+    warm_up = 1 if clock(work) > SLOW_S else 2
+    launch: Call = work
+    try:
+        if graph:
+            launch = capture(work, warm_up=warm_up).replay
+    except MachineError:
+        if not fall_back:
+            raise
+        torch.cuda.synchronize()
     ahead = False
 
     def sample_us() -> float:
         if ahead:
             launch()
-        begin.record()
-        launch()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3
+        return clock(launch) * 1e6
 
-    ahead = captured is not None and sample_us() < QUICK_US
+    ahead = launch is not work and sample_us() < QUICK_US
     timing = repeat(sample_us, budget)
     then(_bursts(launch, max(1, int(BURST_US / timing.p50_us))))
     torch.cuda.synchronize()
@@ -158,21 +181,6 @@ def _bursts(launch: Call, runs: int) -> Call:
             before.pop(0).synchronize()
 
     return burst
-
-
-def _capture(work: Call, fall_back: bool) -> torch.cuda.CUDAGraph | None:
-    captured = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(captured):
-            work()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        if not fall_back:
-            raise
-        torch.cuda.synchronize()
-        return None
-    return captured
 
 
 def launch_us(call: Call) -> float:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from nasbench.profiling.timing import Budget, repeat, summarise, time_cpu
+from nasbench.runtime.timing import Budget, repeat, summarise, time_cpu
 
 
 def test_percentiles():

@@ -1,0 +1,313 @@
+"""What a family of checkpoints is: config.json <-> ModelSpec, and names and values of tensors both ways.
+
+The base class reads and writes Llama's form; a family overrides where it differs. Imports no torch. Third parties
+register a subclass under the entry-point group `nasbench.families`, its model_type as the name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nasbench.checkpoints.fields import Fields
+from nasbench.core.errors import UserError, unknown
+from nasbench.core.registry import Registry
+from nasbench.model.shapes import ModelSpec
+from nasbench.spaces.placement import Placement, format_placement, kind_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from nasbench.checkpoints.gguf_header import GgufHeader
+
+_INERT = (
+    "architectures auto_map dtype torch_dtype transformers_version use_cache cache_implementation initializer_range "
+    "attention_dropout hidden_dropout bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id name_or_path "
+    "output_attentions output_hidden_states output_router_logits router_aux_loss_coef return_dict torchscript "
+    "tokenizer_class task_specific_params id2label label2id problem_type transformers.js_config is_llama_config "
+    "nasbench_source model_type _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash"
+)
+INERT = frozenset(_INERT.split())
+"""Fields that do not change what a model computes."""
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_TEXT_OF = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+_LAYER = re.compile(r"(model\.layers\.\d+\.)(\w+)(\..+)")
+
+GGUF_MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it."""
+
+    name: str
+    index: tuple[int | slice, ...] = ()
+    shift: float = 0.0
+
+
+class Family:
+    """A family in Llama's form: pre-norms, gated FFN, grouped-query attention with rotary positions.
+
+    Attributes:
+        modules: our name -> the family's, of modules of a layer that are called otherwise.
+        norm_shift: what the family adds to its stored norm weights; ours are stored with it.
+        gguf: `general.architecture` of the family's GGUF files, "" if they are not read.
+        gguf_modules: names in GGUF files beyond GGUF_MODULES.
+        gguf_unused: tensors in GGUF files that are no weights.
+        gguf_interleaved: GGUF files hold query and key rows of both halves of a rotation in turn.
+        tied, head_dim, activation: what absent fields mean; the activation with the name of its field.
+    """
+
+    model_type: ClassVar[str] = ""
+    architecture: ClassVar[str] = ""
+    modules: ClassVar[dict[str, str]] = {}
+    norm_shift: ClassVar[float] = 0.0
+    gguf: ClassVar[str] = ""
+    gguf_modules: ClassVar[dict[str, str]] = {}
+    gguf_unused: ClassVar[tuple[str, ...]] = ()
+    gguf_interleaved: ClassVar[bool] = False
+    tied: ClassVar[bool] = False
+    head_dim: ClassVar[int | None] = None
+    activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = False
+
+    def from_config(self, fields: Fields, name: str) -> ModelSpec:
+        """The specification that a config.json describes, its published placement included. Raises UserError."""
+        heads = fields.integer("num_attention_heads", most=1 << 16)
+        hidden = fields.integer("hidden_size", most=1 << 20)
+        head_dim = fields.integer("head_dim", self.head_dim, most=1 << 16)
+        if head_dim is None and hidden % heads:
+            raise UserError(
+                f"{fields.where}: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}: set head_dim"
+            )
+        layers = fields.integer("num_hidden_layers", most=4096)
+        sizes: dict[str, Any] = {
+            "num_layers": layers,
+            "hidden_size": hidden,
+            "intermediate_size": fields.integer("intermediate_size", most=1 << 24),
+            "num_heads": heads,
+            "num_kv_heads": fields.integer("num_key_value_heads", heads, most=1 << 16),
+            "head_dim": head_dim or hidden // heads,
+            "vocab_size": fields.integer("vocab_size", most=1 << 26),
+            "max_context": fields.integer("max_position_embeddings"),
+            "rms_eps": fields.number("rms_norm_eps", 1e-6),
+            "qkv_bias": self.qkv_bias,
+            "qk_norm": self.qk_norm,
+            "tie_embeddings": fields.flag("tie_word_embeddings", self.tied),
+            "activation": ACTIVATIONS[fields.text(*self.activation, ACTIVATIONS)],
+        }
+        fields.neutral("quantization_config")
+        spec = ModelSpec(name=name, family=self.model_type, **sizes | self.rope(fields) | self.details(fields, sizes))
+        fields.finish(INERT)
+        if heads % spec.num_kv_heads or spec.head_dim % 2:
+            raise UserError(
+                f"{fields.where}: {heads} query heads and {spec.num_kv_heads} key/value heads of {spec.head_dim} "
+                "do not fit"
+            )
+        try:
+            spec.parse(spec.published_placement or f"{layers}A")
+            spec.ffns()
+        except UserError as error:
+            raise UserError(f"{fields.where}: {error}") from None
+        return spec
+
+    def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Attributes of the specification beyond the common ones; reads or refuses the family's own fields."""
+        return {}
+
+    def rope(self, fields: Fields) -> dict[str, Any]:
+        """Rotary base and scaling, from `rope_scaling`, else from `rope_parameters`: of two, transformers takes the
+        first."""
+        fields.neutral("partial_rotary_factor", 1.0, 1)
+        fields.neutral("rope_interleaved", False)
+        used = "rope_scaling" if fields.raw("rope_scaling") else "rope_parameters"
+        fields.raw("rope_parameters")
+        return read_rope(fields.object(used), fields, 10_000.0)
+
+    def to_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        """config.json of a model; special token ids are left to the caller. Inverse of `from_config`.
+
+        Raises:
+            UserError: what the family's format has no place for.
+        """
+        config = self.own_config(spec, placement)
+        again = self.from_config(Fields(config, f"the {self.model_type} format"), spec.name)
+        ours, theirs = spec.mixers(placement), again.mixers(again.placement)
+        for layer, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            rotates = kind_of(placement[layer]) in "AW"
+            if rotates and one.shape.rotary != other.shape.rotary:
+                raise self.no_place(spec, f"the rotary base of layer {layer}, {placement[layer]}")
+            if (one.kind, one.args) != (other.kind, other.args):
+                raise self.no_place(spec, f"layer {layer}, {placement[layer]}")
+        if [(ffn.kind, ffn.args) for ffn in spec.ffns()] != [(ffn.kind, ffn.args) for ffn in again.ffns()]:
+            raise self.no_place(spec, "the FFNs")
+        for field in dataclass_fields(ModelSpec):
+            value, back = getattr(spec, field.name), getattr(again, field.name)
+            # Biases that a model lacks are written as zeros.
+            added = field.name == "qkv_bias" and back
+            if value != back and not added and field.name not in _CHECKED:
+                raise self.no_place(spec, f"{field.name} = {value!r}")
+        return config
+
+    def no_place(self, spec: ModelSpec, what: str) -> UserError:
+        """The error for what the format cannot express."""
+        return UserError(f"the {self.model_type} format has no place for {what} of {spec.name}: export as hf")
+
+    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        """The config.json without a check that it says all. The rotary base stands in the old and the new place."""
+        scaling = write_scaling(spec.rope_scaling)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": spec.vocab_size,
+            "hidden_size": spec.hidden_size,
+            "intermediate_size": spec.intermediate_size,
+            "num_hidden_layers": spec.num_layers,
+            "num_attention_heads": spec.num_heads,
+            "num_key_value_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            self.activation[0]: _TEXT_OF.get(spec.activation, spec.activation),
+            "max_position_embeddings": spec.max_context,
+            "rms_norm_eps": spec.rms_eps,
+            "rope_theta": spec.rope_theta,
+            "rope_scaling": scaling or None,
+            "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": spec.rope_theta},
+            "tie_word_embeddings": spec.tie_embeddings,
+            "torch_dtype": "float32",
+        }
+
+    def place(self, name: str, spec: ModelSpec) -> Place | None:
+        """Where a tensor of a checkpoint goes; None for one that repeats other data, as old rotary tables."""
+        if name.endswith("rotary_emb.inv_freq"):
+            return None
+        ours = _renamed(name, {theirs: ours for ours, theirs in self.modules.items()})
+        return Place(ours, shift=self.norm_shift if ours.endswith("norm.weight") else 0.0)
+
+    def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's tensors that hold one of ours. Inverse of `place`."""
+        shift = self.norm_shift if name.endswith("norm.weight") else 0.0
+        yield _renamed(name, self.modules), tensor - shift if shift else tensor
+
+    def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
+        """Fields of config.json beyond the common ones, from a GGUF header; `keys` are those of the architecture."""
+        for name in ("attention.sliding_window", "expert_count", "expert_used_count"):
+            keys.neutral(name, 0)
+        return {}
+
+    def from_gguf(self, name: str, values: np.ndarray, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+        """The checkpoint's (name, values) of a GGUF tensor; nothing for a name that the family does not have."""
+        module, _, leaf = name.rpartition(".")
+        layer = re.fullmatch(r"blk\.(\d+)\.(\w+)", module)
+        ours = (GGUF_MODULES | self.gguf_modules).get(layer[2] if layer else module)
+        if ours is None or leaf not in ("weight", "bias"):
+            return
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(layer[2] if layer else "")
+        if heads and self.gguf_interleaved:
+            values = _half_split_rows(values, config[heads])
+        if self.norm_shift and module.endswith("norm"):
+            values = values - self.norm_shift
+        yield f"model.layers.{layer[1]}.{ours}.{leaf}" if layer else f"{ours}.{leaf}", values
+
+
+FAMILIES: Registry[type[Family]] = Registry("model_type", group="nasbench.families")
+
+_CHECKED = ("name", "family", "published_placement", "defaults", "ffn", "window_rope_theta")
+
+
+def _renamed(name: str, modules: dict[str, str]) -> str:
+    match = _LAYER.fullmatch(name)
+    return f"{match[1]}{modules.get(match[2], match[2])}{match[3]}" if match else name
+
+
+def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a query or key projection [heads * D, ..], from GGUF's order to the checkpoint's.
+
+    GGUF puts the two channels that a rotation turns next to each other (0, D/2, 1, D/2 + 1, ...); the rotate-half
+    form of the checkpoints has the first channels of all pairs, then the second ones.
+    """
+    rows = weight.shape[0]
+    return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+
+
+_ROPES = ("default", "linear", "llama3")
+
+
+def read_rope(rope: Fields, fields: Fields, default: float) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a specification, from one object of rotary parameters."""
+    theta = rope.number("rope_theta", None)
+    outer = fields.number("rope_theta", default)
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in _ROPES:
+        raise UserError(f"{rope.where}: {unknown('rope_type', kind, _ROPES)}")
+    rope.neutral("partial_rotary_factor", 1.0, 1)
+    scaling: tuple[str | float, ...] = ()
+    if kind == "linear":
+        scaling = (kind, rope.number("factor"))
+    if kind == "llama3":
+        trained = fields.number("original_max_position_embeddings", None)
+        if trained is None:
+            trained = rope.number("original_max_position_embeddings", fields.number("max_position_embeddings"))
+        rope.raw("original_max_position_embeddings")
+        scaling = (kind, *(rope.number(name) for name in _LLAMA3), trained)
+    rope.finish(())
+    return {"rope_theta": theta or outer, "rope_scaling": scaling}
+
+
+def write_scaling(scaling: tuple[str | float, ...]) -> dict[str, Any]:
+    """The object of rotary parameters of a scaling, {} for none."""
+    if not scaling:
+        return {}
+    result: dict[str, Any] = {"rope_type": scaling[0]} | dict(zip(_LLAMA3, scaling[1:4], strict=False))
+    if len(scaling) == 5:
+        result["original_max_position_embeddings"] = int(scaling[4])
+    return result
+
+
+_KINDS = {"full_attention": "A", "sliding_attention": "W"}
+
+
+def read_windows(fields: Fields, layers: int, window: int | None, first: int = 0) -> dict[str, Any]:
+    """The published placement from `layer_types`; without it, layers from `first` on are windows if there is one."""
+    types = fields.items("layer_types", str, layers)
+    if types is None:
+        types = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(layers)]
+    for kind in types:
+        if kind not in _KINDS or (kind == "sliding_attention" and window is None):
+            reason = f"choose from {', '.join(_KINDS)}" if kind not in _KINDS else "the model has no sliding_window"
+            raise UserError(f"{fields.where}: layer_types holds {kind!r}: {reason}")
+    if "sliding_attention" not in types:
+        return {}
+    names = tuple("A" if kind == "full_attention" else f"W{window}" for kind in types)
+    return {"published_placement": format_placement(names), "defaults": (("W", str(window)),)}
+
+
+def write_windows(family: Family, spec: ModelSpec, placement: Placement) -> tuple[list[str], int | None]:
+    """(`layer_types`, window) of a placement of full attention and windows of one size. Raises UserError."""
+    kinds = {letter: kind for kind, letter in _KINDS.items()}
+    windows = sorted({mixer.args for mixer in spec.mixers(placement) if mixer.kind == "W"})
+    other = [name for name in placement if kind_of(name) not in kinds]
+    if other or len(windows) > 1:
+        raise family.no_place(spec, f"layers {other[0]}" if other else f"windows of {' and '.join(windows)}")
+    return [kinds[kind_of(name)] for name in placement], int(windows[0]) if windows else None

@@ -1,0 +1,89 @@
+"""Gemma 3, text only: norms before and after, stored as 1 + w; GeGLU; scaled embedding; five windows to a full layer,
+each kind with a rotary base of its own; query and key norms."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from nasbench.checkpoints.families.family import Family, read_rope, read_windows, write_scaling, write_windows
+from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.gguf_header import GgufHeader
+from nasbench.model.shapes import ModelSpec
+from nasbench.spaces.placement import Placement
+
+
+class Gemma3(Family):
+    model_type: ClassVar[str] = "gemma3_text"
+    architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    modules: ClassVar[dict[str, str]] = {
+        "mixer_post_norm": "post_attention_layernorm",
+        "post_attention_layernorm": "pre_feedforward_layernorm",
+        "ffn_post_norm": "post_feedforward_layernorm",
+    }
+    norm_shift: ClassVar[float] = 1.0
+    gguf: ClassVar[str] = "gemma3"
+    gguf_modules: ClassVar[dict[str, str]] = {
+        "post_attention_norm": "post_attention_layernorm",
+        "ffn_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
+    tied: ClassVar[bool] = True
+    head_dim: ClassVar[int | None] = 256
+    activation: ClassVar[tuple[str, str]] = ("hidden_activation", "gelu_pytorch_tanh")
+    qk_norm: ClassVar[bool] = True
+
+    def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        for name in ("attention_bias", "use_bidirectional_attention"):
+            fields.neutral(name, False)
+        for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+            fields.neutral(name)
+        fields.neutral("hidden_act", "gelu_pytorch_tanh")
+        if fields.number("query_pre_attn_scalar", 256) != sizes["head_dim"]:
+            raise fields.wrong("query_pre_attn_scalar", f"head_dim = {sizes['head_dim']}, the only one supported")
+        layers, window = sizes["num_layers"], fields.integer("sliding_window", 4096)
+        every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+        if fields.raw("layer_types") is None:
+            types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
+            fields = Fields({"layer_types": types}, fields.where)
+        return read_windows(fields, layers, window) | {
+            "post_norms": True,
+            "embedding_scale": float(sizes["hidden_size"] ** 0.5),
+        }
+
+    def rope(self, fields: Fields) -> dict[str, Any]:
+        ropes = fields.object("rope_parameters")
+        full, local = ropes.object("full_attention"), ropes.object("sliding_attention")
+        if fields.raw("rope_scaling"):
+            full = Fields(full.data | fields.object("rope_scaling").data, full.where)
+        base = fields.number("rope_local_base_freq", 10_000.0)
+        local.neutral("rope_type", "default")
+        ropes.finish(())
+        window_theta = local.number("rope_theta", base)
+        local.finish(())
+        return read_rope(full, fields, 1_000_000.0) | {"window_rope_theta": window_theta}
+
+    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        types, window = write_windows(self, spec, placement)
+        config = super().own_config(spec, placement)
+        local = spec.window_rope_theta or spec.rope_theta
+        return config | {
+            "query_pre_attn_scalar": spec.head_dim,
+            "sliding_window": window or 4096,
+            "layer_types": types,
+            "rope_local_base_freq": local,
+            "rope_parameters": {
+                "full_attention": config["rope_parameters"],
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            },
+            "rope_scaling": write_scaling(spec.rope_scaling) or None,
+        }
+
+    def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
+        heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
+        head_dim = keys.integer("attention.key_length", 256)
+        return {
+            "sliding_window": keys.integer("attention.sliding_window"),
+            # llama.cpp knows the 27B by its 62 layers.
+            "query_pre_attn_scalar": hidden // heads if keys.integer("block_count") == 62 else head_dim,
+            "rope_local_base_freq": keys.number("rope.freq_base_swa", 10_000.0),
+        }

@@ -1,0 +1,107 @@
+"""Jet-Nemotron as its authors publish it: Qwen2's names, layers of full attention, windows and JetBlocks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nasbench.checkpoints.families.family import Family
+from nasbench.checkpoints.fields import Fields
+from nasbench.core.errors import UserError, unknown
+from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
+from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
+from nasbench.model.shapes import ModelSpec
+from nasbench.spaces.placement import Placement, format_placement, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KINDS = {"attn": "A", "swa": "W", "jet": "J"}
+_LETTERS = {letter: kind for kind, letter in _KINDS.items()}
+
+
+class JetNemotron(Family):
+    model_type: ClassVar[str] = "jet_nemotron"
+    architecture: ClassVar[str] = "JetNemotronForCausalLM"
+    qkv_bias: ClassVar[bool] = True
+
+    def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        fields.neutral("attention_bias", True)
+        fields.neutral("use_sliding_window", False)
+        for name in ("sliding_window", "max_window_layers"):  # left from Qwen2's configuration, and without effect
+            fields.raw(name)
+        types = fields.items("layer_types", str, sizes["num_layers"])
+        if types is None:
+            raise UserError(f"{fields.where}: layer_types must list one of {', '.join(_KINDS)} per layer")
+        if set(types) - set(_KINDS):
+            raise UserError(f"{fields.where}: {unknown('layer type', min(set(types) - set(_KINDS)), _KINDS)}")
+        efficient = fields.object("efficient_attention_config")
+        args = {"A": ""}
+        window, jet = efficient.object("swa"), efficient.object("jet")
+        if "swa" in types:
+            args["W"] = str(window.integer("window_size"))
+        if "jet" in types:
+            args["J"] = _jet_args(jet)
+        names = [_KINDS[kind] + ("@" if kind == "jet" else "") + args[_KINDS[kind]] for kind in types]
+        defaults = tuple((letter, value) for letter, value in args.items() if value)
+        return {"published_placement": format_placement(tuple(names)), "defaults": defaults}
+
+    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        mixers = spec.mixers(placement)
+        for letter in dict.fromkeys(kind_of(name) for name in placement):
+            if letter not in _LETTERS:
+                raise UserError(f"the jet_nemotron format has no layer kind {letter}: it has A, W and J")
+            sizes = sorted({mixer.args for mixer in mixers if mixer.kind == letter})
+            if len(sizes) > 1:
+                raise self.no_place(spec, f"{letter} layers of {' and '.join(sizes)}, it has one size for all,")
+        efficient: dict[str, Any] = {}
+        for mixer in mixers:
+            if isinstance(mixer, SlidingWindowSpec):
+                efficient["swa"] = {"window_size": mixer.window}
+            if isinstance(mixer, JetBlockSpec):
+                efficient["jet"] = _jet_config(mixer)
+        return super().own_config(spec, placement) | {
+            "layer_types": [_LETTERS[kind_of(name)] for name in placement],
+            "efficient_attention_config": efficient,
+        }
+
+    def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+        """Attention and windows have biases on q, k and v: zeros where the model has none."""
+        yield from super().split(name, tensor, spec, placement)
+        match = _INPUT.fullmatch(name)
+        if match and not spec.qkv_bias and kind_of(placement[int(match[2])]) in "AW":
+            yield f"{match[1]}.bias", tensor.new_zeros(len(tensor))
+
+
+_INPUT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.[qkv]_proj)\.weight")
+
+
+def _jet_args(jet: Fields) -> str:
+    """`headsxkey_dimxvalue_dim`; refuses what the J kind has no argument for."""
+    jet.neutral("conv_size", 4)
+    jet.neutral("dconv_generator_reduction", 8)
+    if jet.number("norm_eps", 1e-5, text=True) != 1e-5:  # the published files write "1e-5"
+        raise jet.wrong("norm_eps", "1e-05, the only one supported")
+    key_dim = jet.integer("head_dim", most=1 << 16)
+    value_dim = int(key_dim * jet.number("expand_v", 2.0))
+    heads = jet.integer("num_heads", most=1 << 16)
+    jet.finish(("mode", "dconv_implementation"))
+    return f"{heads}x{key_dim}x{value_dim}"
+
+
+def _jet_config(spec: JetBlockSpec) -> dict[str, Any]:
+    expand_v = spec.value_dim / spec.key_dim
+    # A reader takes int(head_dim * expand_v): nudge a quotient that would round down to one less.
+    while int(spec.key_dim * expand_v) < spec.value_dim:
+        expand_v += 1e-10
+    return {
+        "mode": "chunk",
+        "num_heads": spec.num_heads,
+        "head_dim": spec.key_dim,
+        "expand_v": expand_v,
+        "conv_size": spec.conv_size,
+        "dconv_generator_reduction": spec.generator_reduction,
+        "dconv_implementation": "triton",
+        "norm_eps": 1e-5,
+    }

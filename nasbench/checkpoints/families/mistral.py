@@ -1,0 +1,25 @@
+"""Mistral: Llama whose layers may all be windows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from nasbench.checkpoints.families.family import Family, read_windows, write_windows
+from nasbench.checkpoints.fields import Fields
+from nasbench.model.shapes import ModelSpec
+from nasbench.spaces.placement import Placement
+
+
+class Mistral(Family):
+    """`sliding_window` is of every layer; null for full attention, 4096 where it is absent."""
+
+    model_type: ClassVar[str] = "mistral"
+    architecture: ClassVar[str] = "MistralForCausalLM"
+
+    def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        window = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
+        return read_windows(fields, sizes["num_layers"], window)
+
+    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        _, window = write_windows(self, spec, placement)
+        return super().own_config(spec, placement) | {"sliding_window": window}

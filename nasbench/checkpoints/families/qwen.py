@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen2.5 (biases on q, k and v), Qwen3 (norms on q and k); the layers above one may be windows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from nasbench.checkpoints.families.family import Family, read_windows, write_windows
+from nasbench.checkpoints.fields import Fields
+from nasbench.model.shapes import ModelSpec
+from nasbench.spaces.placement import Placement
+
+
+class Qwen2(Family):
+    """Windows from layer `max_window_layers` on if `use_sliding_window`, or as `layer_types` says."""
+
+    model_type: ClassVar[str] = "qwen2"
+    architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    gguf: ClassVar[str] = "qwen2"
+    qkv_bias: ClassVar[bool] = True
+
+    def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        fields.neutral("attention_bias", self.qkv_bias)
+        fields.neutral("use_mrope", False)
+        window = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
+        first = fields.integer("max_window_layers", 28, least=0)
+        return read_windows(fields, sizes["num_layers"], window if fields.flag("use_sliding_window") else None, first)
+
+    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
+        types, window = write_windows(self, spec, placement)
+        return super().own_config(spec, placement) | {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": types.index("sliding_attention") if window else spec.num_layers,
+            "layer_types": types,
+        }
+
+
+class Qwen3(Qwen2):
+    model_type: ClassVar[str] = "qwen3"
+    architecture: ClassVar[str] = "Qwen3ForCausalLM"
+    gguf: ClassVar[str] = "qwen3"
+    head_dim: ClassVar[int | None] = 128
+    qkv_bias: ClassVar[bool] = False
+    qk_norm: ClassVar[bool] = True

@@ -1,0 +1,83 @@
+"""Where a number comes from: versions, device, threads, command and time. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from nasbench import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What every measured row and report carries.
+
+    Attributes:
+        device: slug of the device, "" where none matters.
+        torch, triton: versions; "" where a package is absent.
+        driver: version of the GPU driver, "" on a CPU.
+        project: version of nasbench.
+        threads: CPU threads that torch uses, or those of this process where torch is not loaded.
+        command: what ran, as one would type it.
+        measured_utc: the time, as 2026-11-30T12:00:00Z.
+    """
+
+    device: str
+    torch: str
+    triton: str
+    driver: str
+    project: str
+    threads: int
+    command: str
+    measured_utc: str
+
+    def cells(self, *names: str) -> dict[str, Any]:
+        """Some of the fields, as the keyword arguments of a row."""
+        return {name: getattr(self, name) for name in names}
+
+
+def utc_now() -> str:
+    """The time now, as 2026-11-30T12:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _version(package: str) -> str:
+    """Of a package, from the module itself where it is loaded: only that names its CUDA version."""
+    loaded = getattr(sys.modules.get(package), "__version__", "")
+    if loaded:
+        return str(loaded)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def command_line() -> str:
+    """The command of this process, its program without its folder."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return shlex.join(["nasbench" if name in ("", "-c", "__main__.py") else name, *sys.argv[1:]])
+
+
+def provenance(device: str = "", driver: str = "") -> Provenance:
+    """Of what is measured now.
+
+    Args:
+        device, driver: of `nasbench.devices.detect(...)`: its slug and driver.
+    """
+    torch = sys.modules.get("torch")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Provenance(
+        device=device,
+        torch=_version("torch"),
+        triton=_version("triton"),
+        driver=driver,
+        project=__version__,
+        threads=torch.get_num_threads() if torch else cores,
+        command=command_line(),
+        measured_utc=utc_now(),
+    )

@@ -1,0 +1,202 @@
+"""Holdout evaluation of the cost model: whole decode steps and prompts that calibrated nothing, predicted and measured.
+
+The measurements lie in `holdout/<device>.csv` beside the profile database.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from nasbench.core.errors import UserError
+from nasbench.cost.calibration import CalibrationRow
+from nasbench.cost.model import INTERVAL_SD, CostModel
+from nasbench.model.shapes import ModelSpec
+from nasbench.runtime.memory import sequences_that_fit
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
+
+BATCHES = (1, 2, 3, 4, 8, 16, 24, 32, 64, 100, 128, 256, 384, 512, 1024)
+MEMORY = 0.85
+"""Share of the memory that the batch of a point may fill."""
+
+
+@dataclass(frozen=True)
+class WholePoint:
+    """What is measured end to end. `mode` is decode or prefill; the context of a prefill point is its prompt's."""
+
+    mode: str
+    placement: Placement
+    context: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one step or one reading of the prompts processes."""
+        return self.batch * (1 if self.mode == "decode" else self.context)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measurement beside its prediction, tokens/s of all sequences together.
+
+    Attributes:
+        error: predicted / measured - 1.
+        inside: whether the 90 % interval of the prediction holds the measurement.
+    """
+
+    placement: str
+    context: int
+    batch: int
+    predicted_tok_s: float
+    measured_tok_s: float
+    error: float
+    inside: bool
+    source: str
+
+
+@dataclass(frozen=True)
+class Holdout:
+    """Errors over all measurements; `worst` and `mean` are absolute relative errors."""
+
+    mode: str
+    rows: tuple[Comparison, ...]
+    mean: float
+    worst: float
+    spearman: float
+    inside: float
+
+
+def compare_point(
+    costs: CostModel,
+    point: WholePoint,
+    measured_tok_s: float,
+    *,
+    extrapolate: bool = False,
+    chunk: int | None = None,
+) -> Comparison:
+    """Predicts a measurement.
+
+    Args:
+        measured_tok_s: tokens/s of all sequences together.
+        chunk: of the prefill; None for the largest that was profiled.
+
+    Raises:
+        UserError: the profile does not cover the point.
+    """
+    if point.mode == "decode":
+        cost = costs.decode(point.placement, point.context, point.batch, extrapolate)
+        predicted, relative = cost.decode_tok_s, (cost.step_stderr_ms or 0.0) / (cost.step_ms or 1.0)
+    else:
+        cost = costs.prefill(point.placement, point.context, point.batch, extrapolate, chunk)
+        predicted, relative = cost.prefill_tok_s, (cost.prefill_stderr_tok_s or 0.0) / (cost.prefill_tok_s or 1.0)
+    assert predicted is not None
+    error = predicted / measured_tok_s - 1
+    name, inside = format_placement(point.placement), abs(error) <= INTERVAL_SD * relative
+    return Comparison(name, point.context, point.batch, predicted, measured_tok_s, error, inside, cost.source)
+
+
+def summarise(mode: str, rows: Sequence[Comparison]) -> Holdout:
+    """The errors of a mode. Raises UserError for no rows."""
+    if not rows:
+        raise UserError(f"nothing to evaluate the {mode} predictions with")
+    errors = np.abs([row.error for row in rows])
+    ranks = spearman([row.predicted_tok_s for row in rows], [row.measured_tok_s for row in rows])
+    inside = float(np.mean([row.inside for row in rows]))
+    return Holdout(mode, tuple(rows), float(errors.mean()), float(errors.max()), ranks, inside)
+
+
+def evaluate(costs: CostModel, measured: Iterable[CalibrationRow]) -> tuple[dict[str, Holdout], int]:
+    """(errors by mode over the rows of this model that the profile covers, number of the others)."""
+    found: dict[str, list[Comparison]] = {}
+    uncovered = 0
+    for row in measured:
+        if row.model == costs.shape.name and row.dtype == costs.dtype:
+            placement = parse_placement(row.placement, costs.shape.num_layers)
+            point = WholePoint(row.mode, placement, row.context, row.batch)
+            try:
+                comparison = compare_point(costs, point, point.tokens * 1e3 / row.time_ms, chunk=row.chunk or None)
+                found.setdefault(row.mode, []).append(comparison)
+            except UserError:
+                uncovered += 1
+    return {mode: summarise(mode, rows) for mode, rows in found.items()}, uncovered
+
+
+def holdout_path(profile: Path) -> Path:
+    """Where the holdout measurements beside a profile database lie."""
+    return profile.parent / "holdout" / profile.name
+
+
+def _placements(shape: ModelSpec, names: Sequence[str], count: int, generator: random.Random) -> list[Placement]:
+    """The published placement, then random ones. The share of layers of the kind with the largest cache goes from none
+    to all and round again; a mix of the other kinds fills the rest, drawn layer by layer."""
+    layers, full = shape.num_layers, _largest_cache(shape, names)
+    steps = sorted({round(layers * share) for share in (0, 0.04, 0.07, 0.11, 0.18, 0.25, 0.36, 0.5, 0.64, 0.82, 1)})
+    generator.shuffle(steps)
+    others = [name for name in dict.fromkeys(names) if name != full] or [full]
+    mixes = [mix for size in range(1, len(others) + 1) for mix in combinations(others, size)]
+    found = [shape.placement]
+    while len(found) < count:
+        chosen = set(generator.sample(range(layers), steps[len(found) % len(steps)]))
+        mix = generator.choice(mixes)
+        found.append(tuple(full if i in chosen else generator.choice(mix) for i in range(layers)))
+    return found
+
+
+def _largest_cache(shape: ModelSpec, names: Sequence[str]) -> str:
+    return max(names, key=lambda name: shape.mixer(name).cache_bytes(1, shape.max_context, 2))
+
+
+def holdout_points(
+    shape: ModelSpec,
+    names: Sequence[str],
+    mode: str,
+    contexts: Sequence[int],
+    count: int,
+    *,
+    memory_bytes: int,
+    dtype_bytes: int,
+    prompt_tokens: int,
+    seed: int = 0,
+) -> list[WholePoint]:
+    """`count` points over placements, contexts and batches; any beginning of the list covers all three.
+
+    Args:
+        memory_bytes: of the device.
+        prompt_tokens: of all prompts of a prefill point together.
+    """
+    generator = random.Random(f"{seed} {mode}")
+    full = _largest_cache(shape, names)
+    found: list[WholePoint] = []
+    for i, placement in enumerate(_placements(shape, names, count, generator)):
+        context = contexts[(3 * i + i // len(contexts)) % len(contexts)]
+        fits = sequences_that_fit(shape, placement, context, dtype_bytes, MEMORY * memory_bytes)
+        most = max(1, min(fits, BATCHES[-1]))
+        if mode == "prefill":
+            # Full attention over the longest prompts takes tens of seconds on any device.
+            wide = placement.count(full) > shape.num_layers // 3
+            context = min(context, prompt_tokens if wide else 2 * prompt_tokens)
+            # Now and then as many short prompts as the largest profiled batch.
+            most = min(most, max(1, (1 if i % 8 else 2) * prompt_tokens // context))
+        sizes = sorted({size for size in BATCHES if size < most} | {most})
+        share = (i * 0.618) % 1 if i % 4 else 1.0
+        found.append(WholePoint(mode, placement, context, sizes[min(len(sizes) - 1, int(share * len(sizes)))]))
+    return list(dict.fromkeys(found))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Rank correlation, ties at their mean rank; NaN for fewer than two or for equal values alone."""
+    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (first, second))
+    if len(a) < 2 or not a.std() or not b.std():
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]

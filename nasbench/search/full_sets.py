@@ -1,0 +1,80 @@
+"""Sets of full-attention layers: what the searches over them share, and moving one layer of a set at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from nasbench.core.errors import UserError
+from nasbench.search.session import BATCH, Search
+from nasbench.search.surrogate import Surrogate
+
+Layers = frozenset[int]
+
+
+class FullSets:
+    """Sets of full layers, with the base's fillers elsewhere.
+
+    Attributes:
+        scores: of every set that this strategy has seen.
+        surrogate: a guess that learns from them; it orders candidates.
+    """
+
+    def __init__(self, search: Search, strategy: str) -> None:
+        self.search, self.strategy = search, strategy
+        self.scores: dict[Layers, float] = {}
+        self.surrogate = Surrogate(search.worth)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The wanted K. Raises UserError if none was asked for."""
+        if not self.search.options.full_attention:
+            raise UserError(f"{self.strategy} needs the number of full-attention layers: --full-attention K[,K...]")
+        return self.search.options.full_attention
+
+    def evaluate(self, sets: Iterable[Layers]) -> None:
+        """Evaluates sets of full layers as far as the budget goes."""
+        by_placement = {self.search.with_full(layers): layers for layers in sets}
+        answers = self.search.evaluate(by_placement, self.strategy)
+        self.scores.update((by_placement[placement], score) for placement, score in answers.items())
+
+    def best(self, sets: Iterable[Layers]) -> list[Layers]:
+        return sorted(sets, key=lambda layers: (self.scores[layers], sorted(layers)))
+
+    def reached(self, count: int) -> list[Layers]:
+        """The seen sets of K layers, the best first."""
+        return self.best(layers for layers in self.scores if len(layers) == count)
+
+    def even_and_important(self, count: int) -> list[Layers]:
+        """Where a search of K layers starts from at least: evenly spread, and those that are worth most alone."""
+        search = self.search
+        important = sorted(search.space.may_be_full, key=lambda layer: (-search.worth[layer], layer))[:count]
+        return [search.space.evenly(count), frozenset(important)]
+
+    def refine_all(self, starts: Mapping[int, Sequence[Layers]]) -> None:
+        """For every wanted K, an equal share of what is left of the budget: evaluates the starts, then moves one full
+        layer at a time, from the best seen set, while that helps."""
+        for position, count in enumerate(self.counts):
+            left = self.search.remaining(self.strategy)
+            floor = left - left // (len(self.counts) - position)
+            self.evaluate([*starts[count], *self.even_and_important(count)])
+            self.refine(count, floor)
+
+    def refine(self, count: int, floor: int) -> None:
+        """Moves one full layer at a time, from the best seen set of K, while that helps and more than `floor`
+        evaluations are left."""
+        search, name = self.search, self.strategy
+        current = next(iter(self.reached(count)), None)
+        while current is not None and search.remaining(name) > floor:
+            self.surrogate.fit(self.scores)
+            untried = [layers for layers in self.moves(current) if layers not in self.scores]
+            if not untried:
+                return
+            self.evaluate(untried[: min(BATCH, search.remaining(name) - floor)])
+            current = self.reached(count)[0]
+
+    def moves(self, layers: Layers) -> list[Layers]:
+        """Every set that differs by one moved full layer, the most promising first."""
+        gains = self.surrogate.gains
+        swaps = [(out, to) for out in layers for to in self.search.space.may_be_full if to not in layers]
+        swaps.sort(key=lambda swap: (gains[swap[0]] - gains[swap[1]], swap))
+        return [layers - {out} | {to} for out, to in swaps]

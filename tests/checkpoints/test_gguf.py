@@ -1,0 +1,156 @@
+"""GGUF files: every key is read or refused by name, split files, and what a damaged file says."""
+
+import time
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from tiny_gguf import HIDDEN, random_tensors, write_gguf
+
+from nasbench.checkpoints.load import load_model
+from nasbench.checkpoints.resolve import resolve_shape
+from nasbench.core.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_small_file_loads(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", tokenizer__ggml__eot_token_id=2)
+    loaded = load_model(str(path))
+    assert loaded.shape == resolve_shape(str(path))
+    assert loaded.tokenizer.eos_ids == (1, 2), "the end of a turn ends a text too"
+    assert loaded.tokenizer.bos_id is None
+    assert torch.equal(loaded.decoder.model.embed_tokens.weight, torch.tensor(random_tensors()["token_embd.weight"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.scaling.factor", 4.0),
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.dimension_count", 4),
+        ("llama.attention.scale", 0.5),
+        ("llama.attention.sliding_window", 16),
+        ("llama.attention.value_length", 4),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.head_count", "2"),
+        ("llama.attention.head_count_kv", [1, 2]),
+        ("llama.attention.causal", False),
+        ("llama.logit_scale", 2.0),
+        ("llama.embedding_scale", 2.0),
+        ("llama.expert_count", 4),
+        ("llama.block_count", None),
+        ("llama.vocab_size", 5),
+        ("tokenizer.ggml.pre", "deepseek"),
+        ("tokenizer.ggml.model", "bert"),
+        ("tokenizer.ggml.add_space_prefix", True),
+        ("tokenizer.ggml.bos_token_id", 5000),
+        ("tokenizer.ggml.tokens", ["a"] * 42),
+        ("tokenizer.ggml.merges", ["zz qq"]),
+        ("tokenizer.ggml.unheard_of", 1),
+    ],
+)
+def test_a_key_that_changes_the_result_is_refused(tmp_path, cache, key, value):
+    path = write_gguf(tmp_path / "x.gguf", **{key.replace(".", "__"): value})
+    with pytest.raises(UserError) as caught:
+        load_model(str(path))
+    message = str(caught.value)
+    assert str(path) in message
+    assert key in message or {"merges": "merges", "tokens": "tokens"}[key.rpartition(".")[2]] in message
+    assert "\n" not in message
+    assert not list(cache.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("llama.rope.scaling.factor", 1.0), ("llama.rope.scaling.type", "none"), ("llama.attention.scale", 8**-0.5)],
+)
+def test_a_neutral_key_is_taken(tmp_path, key, value):
+    assert resolve_shape(str(write_gguf(tmp_path / "x.gguf", **{key.replace(".", "__"): value})))
+
+
+def test_llama_bpe_has_its_begin_token_and_takes_whole_words(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", tokenizer__ggml__pre="llama-bpe", tokenizer__ggml__merges=["a b"])
+    tokenizer = load_model(str(path)).tokenizer
+    assert tokenizer.bos_id == 0
+    assert tokenizer.encode("abc") == [41], "a piece that is a token needs no merge"
+
+
+def test_an_unsupported_architecture_is_named_at_once(tmp_path):
+    tokens = [f"t{i}" for i in range(300_000)]
+    path = write_gguf(tmp_path / "x.gguf", "falcon", tokenizer__ggml__tokens=tokens)
+    start = time.monotonic()
+    with pytest.raises(UserError, match="architecture 'falcon' is not supported"):
+        load_model(str(path))
+    assert time.monotonic() - start < 3
+
+
+def test_tensors_are_checked_under_the_users_file(tmp_path):
+    whole = random_tensors()
+    wrong = [
+        ({name: values for name, values in whole.items() if name != "output_norm.weight"}, "lacks model.norm.weight"),
+        (whole | {"blk.0.ffn_norm.weight": np.zeros(5, np.float32)}, "has shape"),
+        (whole | {"blk.0.odd.weight": np.zeros(HIDDEN, np.float32)}, "blk.0.odd.weight"),
+        (whole | {"blk.0.ffn_down.weight": np.zeros((HIDDEN, 32), np.int8)}, "type I8"),
+        (whole | {"blk.0.ffn_norm.weight": np.full(HIDDEN, np.nan, np.float32)}, "not finite"),
+    ]
+    for number, (tensors, message) in enumerate(wrong):
+        path = write_gguf(tmp_path / f"{number}.gguf", tensors=tensors)
+        with pytest.raises(UserError, match=message) as caught:
+            load_model(str(path))
+        assert str(path) in str(caught.value)
+
+
+def split(tmp_path, second=True):
+    """The two parts of a model."""
+    tensors = random_tensors()
+    names = list(tensors)
+    first = tmp_path / "x-00001-of-00002.gguf"
+    both = {"split__count": 2, "split__tensors__count": len(names)}
+    write_gguf(first, tensors={name: tensors[name] for name in names[:6]}, split__no=0, **both)
+    if second:
+        rest = {name: tensors[name] for name in names[6:]}
+        write_gguf(tmp_path / "x-00002-of-00002.gguf", tensors=rest, split__no=1, **both)
+    return first
+
+
+def test_parts_are_read_as_one(tmp_path):
+    first = split(tmp_path)
+    ids = torch.arange(30)[None]
+    with torch.inference_mode():
+        whole = load_model(str(write_gguf(tmp_path / "whole.gguf"))).decoder(ids)
+        assert torch.equal(load_model(str(first)).decoder(ids), whole)
+    with pytest.raises(UserError, match=r"not the first part of its model: give x-00001-of-00002\.gguf"):
+        resolve_shape(str(tmp_path / "x-00002-of-00002.gguf"))
+
+
+def test_an_absent_part_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"part 1 of 2, and x-00002-of-00002\.gguf must lie beside it"):
+        resolve_shape(str(split(tmp_path, second=False)))
+
+
+def test_every_cut_is_one_line(tmp_path):
+    data = write_gguf(tmp_path / "x.gguf").read_bytes()
+    path = tmp_path / "cut.gguf"
+    for length in [*range(0, 200, 7), *range(200, len(data), 499)]:
+        path.write_bytes(data[:length])
+        with pytest.raises(UserError, match=r"cut\.gguf"):
+            load_model(str(path))
+
+
+def test_flipped_bytes_end_in_one_line_or_a_model(tmp_path):
+    data = write_gguf(tmp_path / "x.gguf").read_bytes()
+    draw = np.random.default_rng(0)
+    path = tmp_path / "odd.gguf"
+    for _ in range(300):
+        odd = bytearray(data)
+        for position in draw.integers(0, 2500, 2):
+            odd[position] = draw.integers(0, 256)
+        path.write_bytes(odd)
+        with suppress(UserError):
+            resolve_shape(str(path))
