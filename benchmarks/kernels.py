@@ -288,8 +288,6 @@ def exit_code(done: Sequence[Case]) -> int:
 
 def work(options: argparse.Namespace) -> int:
     need_gpu()
-    import triton
-
     from nasbench.runtime.timing import Budget, time_cuda
 
     began, budget = time.monotonic(), Budget(seconds=0.15, least=15, most=40)
@@ -300,7 +298,7 @@ def work(options: argparse.Namespace) -> int:
 
     ceilings = measure_ceilings("cuda", free_bytes("cuda"), torch.bfloat16)
     rates = {RECURRENT: ceilings.in_place_gb_s / 1e3, ATTENTION: ceilings.read_gb_s / 1e3}
-    about = {**provenance(), "triton": triton.__version__, **asdict(ceilings)}
+    about = {**provenance(), **asdict(ceilings)}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     done: list[Case] = []
     for case in cases():

@@ -88,17 +88,17 @@ def step_flops(
         spec = shape.mixer(name)
         return rows * spec.flops(sequence, 0), 2.0 * rows * sequence * spec.parameters()
 
-    mlp = 6.0 * rows * sequence * shape.hidden_size * shape.intermediate_size
+    ffns = [rows * spec.flops(sequence, 0) for spec in shape.ffns()]
     head = 2.0 * rows * sequence * shape.hidden_size * shape.vocab_size
-    total = shape.num_layers * (mixer("A")[0] + mlp)
+    total = shape.num_layers * mixer("A")[0] + sum(ffns)
     if placements is None:
         return total + shape.num_layers * sum(3 * forward - projections for forward, projections in map(mixer, trained))
     for placement in placements:
         total += 3 * head
         first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
-        for name in placement[first:]:
+        for name, ffn in zip(placement[first:], ffns[first:], strict=True):
             forward, projections = mixer(name)
-            total += 2 * (forward + mlp) + (projections if name in trained else 0)
+            total += 2 * (forward + ffn) + (projections if name in trained else 0)
     return total
 
 

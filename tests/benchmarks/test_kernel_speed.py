@@ -125,7 +125,7 @@ def test_every_case_is_there():
     assert (bench.ATTENTION, "16/8 heads, 18 x 64k, half to full", "ours") in names
 
 
-@pytest.mark.parametrize("script", ["decode", "kernels", "speedup"])
+@pytest.mark.parametrize("script", ["decode", "kernels", "launches", "speedup"])
 def test_without_a_gpu(script, monkeypatch, capsys):
     module = __import__(f"benchmarks.{script}", fromlist=["main"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
