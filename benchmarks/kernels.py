@@ -2,12 +2,9 @@
 
     python benchmarks/kernels.py [--out FILE.json] [--seconds 40] [--only PART]
 
-Parts: the recurrent decode step of the 2B shape; decode attention over a static cache, beside SDPA by cuDNN; the
-chunked gated delta rule, forward and backward, beside fla-core where it is installed. Times are medians of CUDA-graph
-replays over sets of buffers that exceed the L2 cache together.
-
-Every kernel is first compared with its naive form. One that differs has no speed; if it is ours, the exit code is 1.
-fla tunes itself at its first call, so it runs last, and not at all once --seconds are over.
+Parts: the recurrent decode step of the 2B shape; decode attention, beside SDPA by cuDNN; the chunked gated delta rule,
+forward and backward, beside fla-core where it is installed. Times are medians of CUDA-graph replays over buffers that
+exceed the L2 cache together. A kernel that differs from its naive form has no speed; if it is ours, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -271,17 +268,6 @@ def line(case: Case) -> str:
     return text if math.isnan(case.pass_tb_s) else f"{text}  {case.fraction:.2f} of {case.pass_tb_s:.2f}"
 
 
-def speedups(done: Sequence[Case]) -> list[str]:
-    """How many times as fast ours is as the fastest other implementation of each case."""
-    lines = []
-    for ours in done:
-        others = [c for c in done if (c.part, c.name) == (ours.part, ours.name) and not c.ours and c.status == "ok"]
-        if ours.ours and ours.status == "ok" and others:
-            best = min(others, key=lambda case: case.us)
-            lines.append(f"{ours.part}, {ours.name}: {best.us / ours.us:.2f} times as fast as {best.implementation}")
-    return lines
-
-
 def exit_code(done: Sequence[Case]) -> int:
     return int(any(case.ours and case.status.startswith("refused") for case in done))
 
@@ -311,7 +297,6 @@ def work(options: argparse.Namespace) -> int:
         done.append(case)
         torch.cuda.empty_cache()
         print(line(case), flush=True)
-    print(*speedups(done), f"{time.monotonic() - began:.0f} s", sep="\n")
     rows = [{name: value for name, value in asdict(case).items() if name != "build"} for case in done]
     write_json(options.out, {**about, "figures": rows})
     return exit_code(done)

@@ -3,9 +3,8 @@
     python benchmarks/launches.py [MODEL:CONTEXT:BATCH] [--seconds 120] [--out FILE.json]
 
 One step shows which launches the kernels choose, for any model. Neighbours of each choice are compared with fp32 and
-then take its place in the step (nasbench_kernels.tune). The end names those that made the step shorter; put them into
-`gemv_launch`, `gemm_launch`, `swiglu_gemm_launch`, `prefer_skinny_gemm` and `step_launch` of nasbench_kernels. Compare
-only times of one run: cards differ by more, and so does one card cold and warm.
+then take its place in the step. The end names those that made it shorter: kernels/nasbench_kernels/linear/README.md
+says where to put them. Compare only times of one run: one card differs by more, cold and warm.
 """
 
 from __future__ import annotations

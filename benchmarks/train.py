@@ -3,11 +3,10 @@
     python benchmarks/train.py [--model default] [--names W256,J] [--align 64k,128k] [--supernet 32k] [--recompute]
     torchrun --nproc-per-node 2 benchmarks/train.py --model qwen2.5-1.5b [--shard]
 
-A figure covers whole steps, as training runs them, on random tokens: copy to the device, teacher, losses, gradients,
-clipping, AdamW. Model FLOP/s counts the mathematics, not the kernels: the teacher's forward pass, the student's from
-its first replaced layer on, the gradients of activations behind it and of the trained mixers' weights, three products
-with the head. The utilisation compares it with a large product that the same run measures. A built-in shape gets random
-weights. Under torchrun the processes share the rows of a step; memory and profile are those of the first process.
+A figure covers whole steps on random tokens, from the copy to the device to AdamW. Model FLOP/s counts the mathematics:
+the teacher's forward pass, the student's from its first replaced layer on, gradients of activations and of the trained
+mixers' weights, three products with the head. The utilisation compares it with a large product of the same run. Under
+torchrun the processes share the rows of a step; memory and profile are those of the first process.
 """
 
 from __future__ import annotations

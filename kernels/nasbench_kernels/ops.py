@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """Every operation that has a Triton kernel, in one namespace. Importing it imports triton, and needs no GPU."""
 
 from nasbench_kernels.attention.decode import decode_attention
@@ -16,28 +17,3 @@ from nasbench_kernels.rotary.decode import rotary_write
 from nasbench_kernels.rotary.train import rotary
 from nasbench_kernels.sampling.argmax import argmax
 from nasbench_kernels.swiglu.kernel import silu_part, swiglu
-
-__all__ = [
-    "StepWorkspace",
-    "add_norm",
-    "argmax",
-    "conv_step",
-    "decode_attention",
-    "divergence_rows",
-    "gated_norm",
-    "gemm",
-    "gemm_and_silu",
-    "gemv",
-    "prefer_skinny_gemm",
-    "recurrence_inputs",
-    "recurrent_step",
-    "rotary",
-    "rotary_write",
-    "silu_part",
-    "skinny_gemm_supported",
-    "swiglu",
-    "swiglu_gemm",
-    "training_inputs",
-    "triton_gated_delta",
-    "triton_short_conv",
-]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from nasbench_kernels.ops import StepWorkspace
+    from nasbench_kernels.gated_delta.decode import StepWorkspace
 
 
 @cache

@@ -8,12 +8,9 @@ from torch.nn import functional as F
 
 
 def naive_short_conv(
-    x: Tensor,
-    weight: Tensor,
-    conv_state: Tensor | None = None,
-    reach: Tensor | None = None,
+    x: Tensor, weight: Tensor, conv_state: Tensor | None = None, reach: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y_t = SiLU(bias + sum_j weight_{t,j} * x_{t - W + 1 + j}) for every channel: tap W-1 is the current token.
 
     Args:

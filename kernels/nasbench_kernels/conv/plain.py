@@ -8,12 +8,9 @@ from torch.nn import functional as F
 
 
 def short_conv(
-    x: Tensor,
-    weight: Tensor,
-    conv_state: Tensor | None = None,
-    reach: Tensor | None = None,
+    x: Tensor, weight: Tensor, conv_state: Tensor | None = None, reach: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As `naive_short_conv`; a conv_state is also replaced in place by the last W-1 inputs."""
     taps, tokens = weight.shape[-1], x.shape[1]
     inputs = F.pad(x, (0, 0, taps - 1, 0)) if conv_state is None else torch.cat((conv_state.to(x.dtype), x), dim=1)

@@ -328,12 +328,9 @@ def _advance(conv_state: Tensor, x: Tensor) -> None:
 
 
 def triton_short_conv(
-    x: Tensor,
-    weight: Tensor,
-    conv_state: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    x: Tensor, weight: Tensor, conv_state: Tensor | None = None, position_ids: Tensor | None = None,
     bias: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`naive_short_conv`, differentiable in x, weight and bias.
 
     Args:

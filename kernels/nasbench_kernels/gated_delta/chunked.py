@@ -8,15 +8,9 @@ from torch.nn import functional as F
 
 
 def chunked_gated_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, scale: float | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as `naive_gated_delta`; T is any size, the last chunk is padded with empty tokens.
 
     `chunk` defaults to 64, on a CPU to 32, which is a third faster there. Computes in fp32. Decays enter only as exp

@@ -224,18 +224,10 @@ class StepWorkspace:
 
 
 def recurrent_step(
-    row: Tensor,
-    layout: RowLayout,
-    state: Tensor,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    norm_weight: Tensor,
-    workspace: StepWorkspace,
-    conv_weight: Tensor | None = None,
-    conv_state: Tensor | None = None,
-    *,
+    row: Tensor, layout: RowLayout, state: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+    workspace: StepWorkspace, conv_weight: Tensor | None = None, conv_state: Tensor | None = None, *,
     launch: StepLaunch | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """A whole JetBlock or Gated DeltaNet step between the input and the output projection.
 
     y = RMSNorm(S_t^T q / sqrt(K)) * SiLU(gate) per head (arXiv 2412.06464 equation 10, arXiv 2508.15884 for JetBlock).

@@ -100,17 +100,9 @@ def gemv_launch(rows: int, columns: int, swiglu: bool) -> tuple[int, int, int]:
 
 
 def gemv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    before: Before = "",
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    swiglu: bool = False,
-    add_to: Tensor | None = None,
-    launch: tuple[int, int, int] | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, before: Before = "", norm_weight: Tensor | None = None,
+    eps: float = 0.0, swiglu: bool = False, add_to: Tensor | None = None, launch: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
     """y = W f(x) (+ bias): x [1, K] contiguous, weight [N, K] contiguous -> [1, N].
 
     Args:

@@ -53,17 +53,9 @@ def rotary_write_kernel(
 
 
 def rotary_write(
-    row: Tensor,
-    positions: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    heads: int,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
+    row: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, heads: int,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
     """Norms (if any) and rotates queries and keys, and writes the new keys and values into the cache.
 
     Args:
