@@ -99,14 +99,10 @@ def recurrent(
     weights = draw(heads), draw(heads), draw(value_dim, dtype=dtype)
     workspace, nbytes = StepWorkspace(), 2 * batch * keys * value_dim * 4
     sets = [
-        (
-            draw(batch, sum(sizes), dtype=dtype),
-            draw(batch, values, 4, dtype=dtype),
-            draw(batch, 3, values, dtype=dtype),
-            draw(batch, heads, key_dim, value_dim),
-        )
+        (*(draw(batch, *size, dtype=dtype) for size in ((sum(sizes),), (values, 4), (3, values))),
+         draw(batch, heads, key_dim, value_dim))
         for _ in range(sets_of(nbytes / 2))
-    ]
+    ]  # fmt: skip
 
     def step(row: Tensor, taps: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
         return recurrent_step(row, layout, state, *weights, workspace, taps, conv_state)
@@ -268,10 +264,6 @@ def line(case: Case) -> str:
     return text if math.isnan(case.pass_tb_s) else f"{text}  {case.fraction:.2f} of {case.pass_tb_s:.2f}"
 
 
-def exit_code(done: Sequence[Case]) -> int:
-    return int(any(case.ours and case.status.startswith("refused") for case in done))
-
-
 def work(options: argparse.Namespace) -> int:
     need_gpu()
     from nasbench.runtime.timing import Budget, time_cuda
@@ -299,7 +291,7 @@ def work(options: argparse.Namespace) -> int:
         print(line(case), flush=True)
     rows = [{name: value for name, value in asdict(case).items() if name != "build"} for case in done]
     write_json(options.out, {**about, "figures": rows})
-    return exit_code(done)
+    return int(any(case.ours and case.status.startswith("refused") for case in done))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
