@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")
 
-from nasbench_kernels.causal_conv import naive_causal_conv
+from nasbench_kernels.conv import naive_short_conv
 from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step, naive_mamba2
 from nasbench_kernels.mamba2.decode import StepLaunch, fused_mamba2_step
 from nasbench_kernels.mamba2.norm import gated_norm_of_groups
@@ -157,7 +157,7 @@ def naive_step(row, weight, bias, conv_state, state, a_log, dt_bias, skip, norm_
     _, heads, dim, size = state.shape
     inner = heads * dim
     z, columns, dt = row.float().split((inner, weight.shape[0], heads), -1)
-    mixed = naive_causal_conv(columns[:, None], weight.float(), conv_state.float(), bias=bias.float())
+    mixed = naive_short_conv(columns[:, None], weight.float(), conv_state.float(), bias=bias.float())
     x, b, c = mixed.split((inner, (weight.shape[0] - inner) // 2, (weight.shape[0] - inner) // 2), -1)
     dt = F.softplus(dt + dt_bias).clamp(*limit)[:, None]
     b, c = b.unflatten(-1, (-1, size)), c.unflatten(-1, (-1, size))

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nasbench_kernels.decode.card import card
-from nasbench_kernels.decode.overlap import dependent, follow
+from nasbench_kernels.common.launch import sm_limits
+from nasbench_kernels.common.pdl import pdl_launch, wait
 from nasbench_kernels.mamba2.norm import gated_norm_of_groups
 
 
@@ -82,7 +82,7 @@ def mamba2_step_kernel(
     x_bias = tl.load(conv_bias + channel, mask=in_mine, other=0.0).to(tl.float32)
     b_bias = tl.load(conv_bias + b_at, mask=in_state, other=0.0).to(tl.float32)
     c_bias = tl.load(conv_bias + c_at, mask=in_state, other=0.0).to(tl.float32)
-    follow(PDL)
+    wait(PDL)
     inputs = _inputs_of(columns, past, channel, in_mine, CHANNELS, TAPS, BLOCK_T)
     b_inputs = _inputs_of(columns, past, b_at, in_state, CHANNELS, TAPS, BLOCK_T)
     c_inputs = _inputs_of(columns, past, c_at, in_state, CHANNELS, TAPS, BLOCK_T)
@@ -128,7 +128,7 @@ class StepLaunch:
         tiles: whole heads of a group that a program takes one after the other; `block_p` is then a head's dimension.
         stages: of the loop over several tiles, s - 1 of which are on their way.
         registers: most of a thread; 0 leaves it to the compiler.
-        evict_reads, stream_writes: as of `nasbench_kernels.decode.recurrent.StepLaunch`.
+        evict_reads, stream_writes: the second-level cache need not keep lines that are read, or written.
     """
 
     block_p: int
@@ -181,7 +181,7 @@ def fused_mamba2_step(
     batch, heads, dim, size = state.shape
     taps, channels = conv_weight.shape[1], conv_weight.shape[0]
     groups = (channels - heads * dim) // (2 * size)
-    sms, _ = card(row.device)
+    sms, _ = sm_limits(row.device)
     launch = launch or step_launch(batch, heads, dim, size, sms)
     if launch.tiles > 1 and (launch.block_p != dim or heads // groups % launch.tiles):
         raise ValueError(f"{launch} does not divide {groups} groups of {heads // groups} heads of {dim}")
@@ -194,6 +194,6 @@ def fused_mamba2_step(
         BLOCK_P=launch.block_p, BLOCK_N=triton.next_power_of_2(size), TILES=launch.tiles, PARTS=parts,
         STAGES=launch.stages, READ="evict_first" if launch.evict_reads else "",
         WRITE=".cs" if launch.stream_writes else "", num_warps=launch.warps, **most_registers,
-        **dependent(row.device),
+        **pdl_launch(row.device),
     )  # fmt: skip
     return gated_norm_of_groups(y, row, norm_weight, groups, eps, torch.empty_like(y, dtype=row.dtype), conv_state)

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nasbench_kernels.gated_delta.kernel import without_wgmma
+from nasbench_kernels.gated_delta.prefill import without_wgmma
 from nasbench_kernels.mamba2.prefill_kernels import (
     mamba2_collect_kernel,
     mamba2_scan_kernel,

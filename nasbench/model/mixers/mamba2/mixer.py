@@ -6,7 +6,7 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-from nasbench_kernels.causal_conv import causal_conv, causal_conv_step
+from nasbench_kernels.conv import short_conv, short_conv_step
 from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -75,8 +75,8 @@ class Mamba2(Block):
 
     @property
     def conv_bias(self) -> Tensor:
-        assert self.conv1d.bias is not None
-        return self.conv1d.bias
+        assert self.conv_bias is not None
+        return self.conv_bias
 
     @property
     def taps(self) -> Tensor:
@@ -109,12 +109,12 @@ class Mamba2(Block):
         z, columns, dt = self.parts(row)
         if isinstance(meta, StepMeta):
             assert cache is not None
-            mixed = causal_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv_bias)
+            mixed = short_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv_bias)
             x, step, decay, b, c = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
             return self.gated(mamba2_step(x, step, decay, b, c, self.D, cache.state["state"])[:, None], z)
         conv_state, state = (cache.conv_state["xbc"], cache.state["state"]) if cache else (None, None)
         reach = None if meta.documents is None else meta.documents.reach(self.spec.conv_size)
-        mixed = causal_conv(columns, self.taps, conv_state, reach, self.conv_bias)
+        mixed = short_conv(columns, self.taps, conv_state, reach, self.conv_bias)
         y, new_state = chunked_mamba2(*self.recurrence_inputs(mixed, dt, meta), self.D, state)
         if state is not None:
             state.copy_(new_state)
@@ -133,7 +133,7 @@ class Mamba2(Block):
 
     def convolved(self, columns: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
         """Convolution and SiLU by a kernel that has a backward."""
-        from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
+        from nasbench_kernels.conv.train import triton_short_conv
 
         ages = None if meta.documents is None else meta.documents.ages
         return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv_bias)
