@@ -75,8 +75,8 @@ class Mamba2(Block):
 
     @property
     def conv_bias(self) -> Tensor:
-        assert self.conv_bias is not None
-        return self.conv_bias
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
 
     @property
     def taps(self) -> Tensor:
