@@ -130,6 +130,7 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
     head_dim = head_dim or hidden // heads
     for key in ("rope.dimension_count", "attention.value_length"):
         keys.neutral(key, head_dim)
+    keys.neutral("attention.causal", True)
     for key in ("rope.scaling.finetuned", "rope.scaling.original_context_length"):
         keys.raw(key)
     scale = keys.number("attention.scale", None)
