@@ -28,7 +28,7 @@ SENSES = (False, True)
 UNIFORM = "uniform"
 """The strategy name of the baseline's trials."""
 FILLERS = "fillers"
-"""The strategy name of the trials without full attention, of which the best gives all others their fillers."""
+"""The strategy name of the trials without full attention, of which the best gives all others their replacements."""
 TEACHER = "teacher"
 """The strategy name of the unchanged model's trial."""
 DRAWN = "random-"
