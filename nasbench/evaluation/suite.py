@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -193,8 +194,8 @@ class Suite(Task):
     def larger(self) -> Self | None:
         return type(self)(self.path) if self.limit else None
 
-    def pick(self, samples: Sequence[float]) -> Sequence[float]:
-        return [samples[i] for i in evenly(self.limit, len(samples))]
+    def pick(self, samples: NDArray[np.float64]) -> NDArray[np.float64]:
+        return samples[evenly(self.limit, len(samples))]
 
     def reading(self, decoder: Decoder, context: Context) -> Reading | None:
         items = context.once(self, self.items)

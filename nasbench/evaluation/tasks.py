@@ -8,11 +8,13 @@ placements which share their first layers share those layers' work; any other ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -113,7 +115,7 @@ class Task(ABC):
         """A task whose samples include this one's; `pick` takes them out."""
         return None
 
-    def pick(self, samples: Sequence[float]) -> Sequence[float]:
+    def pick(self, samples: NDArray[np.float64]) -> NDArray[np.float64]:
         """This task's samples out of those of `larger`."""
         return samples
 
@@ -232,8 +234,3 @@ class TeacherKL(HeldOutLoss):
 
 TASKS.register(HeldOutLoss.name, HeldOutLoss)
 TASKS.register(TeacherKL.name, TeacherKL)
-
-
-def longest_scored(tasks: Iterable[Task], context: Context) -> int:
-    """Tokens of the longest text that any of the tasks looks back over."""
-    return max(task.scored_tokens(context) for task in tasks)

@@ -138,8 +138,8 @@ class Session:
 
     @cached_property
     def base(self) -> Placement:
-        """The replacement of every layer: the one asked for, else the one that costs the layer the least, or the same in
-        all layers where that scores better: what layers cost alone does not add up."""
+        """The replacement of every layer: the one asked for, else the one that costs the layer the least, or the same
+        in all layers where that scores better: what layers cost alone does not add up."""
         if self.options.replacement:
             return (self.options.replacement,) * self.space.num_layers
         mixed = tuple(

@@ -196,8 +196,8 @@ def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
     found = []
     for row in rows:
         loss, kl = store.get(row.score_key("loss")), store.get(row.score_key("kl"))
-        known = {"loss": loss.value, "loss_stderr": loss.stderr} if loss else {}
-        found.append(replace(row, **known, **({"kl": kl.value} if kl else {})))
+        row = replace(row, loss=loss.value, loss_stderr=loss.stderr) if loss else row
+        found.append(replace(row, kl=kl.value) if kl else row)
     return found
 
 
