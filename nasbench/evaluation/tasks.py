@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
+from nasbench.core.provenance import provenance
 from nasbench.core.registry import Registry
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.data.packing import Batch, Corpus
@@ -119,8 +120,9 @@ class Task(ABC):
         """This task's samples out of those of `larger`."""
         return samples
 
-    def scores(self, samples: Tensor) -> Scores:
-        return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better)
+    def scores(self, samples: Tensor, device: object = "") -> Scores:
+        about = {"device": str(device), **provenance().cells("torch", "project")}
+        return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better, about)
 
     def score(self, decoder: Decoder, context: Context) -> Scores:
         """Measured now, and kept nowhere."""
@@ -167,7 +169,7 @@ class HeldOut(Reading):
 
     def __init__(self, context: Context, device: torch.device) -> None:
         sequences = context.corpus.held_out(context.split, context.tokens).to(device)
-        self.batches = sequences.split(max(1, BATCH_TOKENS[device.type] // context.corpus.sequence))
+        self.batches = sequences.split(max(1, BATCH_TOKENS.of(device) // context.corpus.sequence))
         self.teacher = context.teacher
         self._said: dict[int, Tensor | Distribution] = {}
 

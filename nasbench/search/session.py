@@ -9,11 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.provenance import utc_now
 from nasbench.core.registry import Registry
 from nasbench.search.objective import Measured, Objective
 from nasbench.search.trials import (
@@ -216,7 +216,7 @@ class Session:
             **vars(objective.speed(placement)),
             **vars(target),
             seconds=round(seconds, 3),
-            created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created_utc=utc_now(),
             supernet=objective.version,
             settings=objective.settings,
             eval_dtype=objective.dtype,
