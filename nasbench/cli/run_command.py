@@ -1,0 +1,108 @@
+"""`nasbench run`: a recipe from the first stage to the report, each stage the command that a person would type."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nasbench.core.errors import UserError
+
+if TYPE_CHECKING:
+    from nasbench.pipeline import Step
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (quickstart, smollm2-135m) or a TOML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ and the recipe's name.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands with time and memory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
+) -> None:
+    """Run a recipe. Stopped at any moment, the same command continues; finished stages are skipped."""
+    found = {}
+    for text in changes or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"bad --set {text!r}: write NAME=VALUE, as scale=0.1")
+        found[name.strip()] = value.strip()
+    run_recipe(recipe, out, device, found, dry_run=dry_run, as_json=as_json)
+
+
+def run_recipe(
+    name: str, out: Path | None, device: str, changes: dict[str, str], *, dry_run: bool = False, as_json: bool = False
+) -> None:
+    """What `nasbench run` and `nasbench quickstart` do. Raises typer.Exit with the code of a stage that failed."""
+    from nasbench.cli.common import log, torch_device
+    from nasbench.cli.main import parse, run
+    from nasbench.pipeline import prepare, read_recipe, run_steps
+
+    recipe = read_recipe(name)
+    out = out or Path("runs") / recipe.name
+    steps, state = prepare(recipe, out, torch_device(device), changes, write=not dry_run)
+    for step in steps:
+        parse(list(step.words))
+    if dry_run:
+        _print_plan(recipe.title, steps, out, as_json)
+        return
+    began = time.monotonic()
+    if code := run_steps(steps, state, run, log):
+        raise typer.Exit(code)
+    _summary(out)
+    log(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")
+
+
+def _print_plan(title: str, steps: list[Step], out: Path, as_json: bool) -> None:
+    from nasbench.cli.common import print_json
+
+    known = [step.seconds for step in steps if step.seconds is not None]
+    if as_json:
+        rows = [{"title": step.title, "command": step.command, "seconds": step.seconds} for step in steps]
+        print_json({"out": str(out), "steps": rows, "seconds": sum(known)})
+        return
+    print(f"# {title}")
+    for step in steps:
+        told = "time not known" if step.seconds is None else f"about {step.seconds:.0f} s"
+        print(f"\n# {step.title}, {told}\n{step.command}")
+    more = "" if len(known) == len(steps) else f", and {len(steps) - len(known)} stages of unknown length"
+    print(f"\n# in all about {sum(known) / 60:.0f} minutes{more}; measured on two CPU cores or one H200")
+
+
+def _summary(out: Path) -> None:
+    """The found placements in a table: the best of each K that was searched, between the two ends."""
+    from nasbench.cli.common import log, print_table
+    from nasbench.report.facts import collect
+    from nasbench.runs import Run
+
+    if not (out / "run.json").is_file():
+        return
+    facts = collect(Run.open(out), out / "profiles" if (out / "profiles").is_dir() else None)
+    speeds = {row.placement: f"{row.measured_tok_s:,.1f}" for row in facts.validation}
+    for target in facts.targets:
+        full, layers = target.full, facts.shape.num_layers
+        losses = {p.row.placement: (p.row.loss_test, "") for p in target.points if p.row.k == layers}
+        losses |= {p.searched.placement: (p.searched_test, _known(p.uniform_test)) for p in target.comparisons}
+        pairs = [pair.searched for pair in reversed(target.comparisons) if pair.k != layers]
+        rows = []
+        for trial in [*([full] if full else []), *pairs]:
+            loss, uniform = losses.get(trial.placement, (float("nan"), ""))
+            gain = f"{trial.decode_tok_s / full.decode_tok_s:.2f}" if full else ""
+            rows.append(
+                (trial.k, _known(loss), uniform, f"{trial.decode_tok_s:,.1f}", speeds.get(trial.placement, ""), gain,
+                 f"{trial.cache_bytes / 2**20:,.0f}", trial.placement)
+            )  # fmt: skip
+        columns = ("K", "loss", "uniform", "tok/s", "measured", "×full", "cache MiB", "placement")
+        print_table(columns, rows, f"{facts.shape.name} on {target.target}")
+    log(
+        "K layers keep full attention. Loss: nats a token on text that no search saw, beside evenly spread layers.\n"
+        "Speed: predicted from the profile, and measured end to end."
+    )
+
+
+def _known(value: float) -> str:
+    return "" if value != value else f"{value:.3f}"
