@@ -2,7 +2,7 @@
 
     title = "..."                     what the recipe does
     [settings]                        words for the commands; `--set NAME=VALUE` changes one
-    [budget]                          settings that `--set scale=X` multiplies: sizes ("16k"), counts (40), seconds (40.0)
+    [budget]                          settings that `--set scale=X` multiplies: sizes "16k", counts 40, seconds 40.0
     [training]                        settings of `nasbench distill --config`, written to OUT/training.toml
     [[stage]]
     title = "distill: ..."            what the log says
@@ -140,9 +140,10 @@ def _scaled(name: str, value: Any, like: Any, scale: float) -> str:
     """A budget times the scale: a size, a count or seconds, as the recipe's own value is one."""
     try:
         if isinstance(like, str):
-            return format_size(max(LEAST_TOKENS, int(parse_size(value) * scale))) if scale != 1 else str(value)
+            size = 0 if value == "0" else parse_size(value)
+            return str(value) if scale == 1 or not size else format_size(max(LEAST_TOKENS, int(size * scale)))
         if isinstance(like, int):
-            return str(max(LEAST_COUNT, int(int(value) * scale))) if scale != 1 else str(int(value))
+            return str(int(value) if scale == 1 else max(LEAST_COUNT, int(int(value) * scale)))
         if float(value) >= 0:
             return f"{float(value) * scale:g}"
     except (UserError, ValueError):
@@ -193,10 +194,11 @@ def _seconds(stage: dict[str, Any], values: dict[str, Any]) -> float | None:
 
 
 class State:
-    """OUT/pipeline.json: what a run of a recipe has done. Every change is on the disk at once."""
+    """OUT/pipeline.json: what a run of a recipe has done, and the settings of this one. Changes are written at once."""
 
     def __init__(self, out: Path) -> None:
         self.path = out / "pipeline.json"
+        self.settings: dict[str, Any] = {}
         self.data: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
         if not isinstance(self.data, dict) or not isinstance(self.data.setdefault("stages", {}), dict):
             raise UserError(f"{self.path} is not the state of a recipe: remove it, and every stage is checked again")
@@ -243,7 +245,7 @@ def prepare(
         check_context(resolve_shape(str(values["model"])), parse_size(values["context"]))
     if values["dtype"] == "auto":
         # The first run's choice stays: a second measurement may come out the other way on a busy machine.
-        values["dtype"] = state.data.setdefault("dtype", faster_dtype(device))
+        values["dtype"] = state.data["dtype"] = state.data.get("dtype") or faster_dtype(device)
     training = out / "training.toml"
     values |= {"out": str(out), "db": str(out / "profiles"), "device": device, "training": str(training)}
     steps = plan(recipe, values)
@@ -251,9 +253,26 @@ def prepare(
         settings = _overlaid(recipe.training, device.split(":")[0])
         # JSON's numbers, texts and lists are TOML's, too.
         write_text(training, "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-        state.data |= {"recipe": recipe.name, "settings": {k: v for k, v in values.items() if k != "training"}}
+        state.data["recipe"] = recipe.name
         state.write()
+    state.settings = values
     return steps, state
+
+
+def memory_words(values: dict[str, Any]) -> str:
+    """What the model and its cache at the target take; "" where the recipe names no target."""
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.core.dtypes import dtype_bytes
+
+    if not {"model", "context", "batch"} <= set(values):
+        return ""
+    shape, context, batch = resolve_shape(str(values["model"])), parse_size(values["context"]), int(values["batch"])
+    width = dtype_bytes(str(values["dtype"]))
+    cache = shape.num_layers * shape.mixer("A").cache_bytes(batch, context, width)
+    return (
+        f"{shape.name}: {shape.parameters() * width >> 20:,} MiB of weights, {cache >> 20:,} MiB of cache with full "
+        f"attention at context {format_size(context)}, batch {batch}"
+    )
 
 
 def run_steps(steps: Sequence[Step], state: State, execute: Execute, log: Log) -> int:
@@ -262,11 +281,11 @@ def run_steps(steps: Sequence[Step], state: State, execute: Execute, log: Log) -
     Raises UserError where another process runs a recipe in the same folder.
     """
     lock = FileLock(state.path.with_name(".pipeline.lock"))
-    try:
-        with machine_errors(f"locking {state.path.parent}"):
+    with machine_errors(f"locking {state.path.parent}"):
+        try:
             lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process runs a recipe in {state.path.parent}: choose another --out") from None
+        except Timeout:
+            raise UserError(f"another process runs a recipe in {state.path.parent}: choose another --out") from None
     try:
         for number, step in enumerate(steps):
             log(f"\n[{number + 1}/{len(steps)}] {step.title}\n      {step.command}")

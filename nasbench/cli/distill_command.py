@@ -44,8 +44,8 @@ def command(
 ) -> None:
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
 
-    Asked for more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps, with the largest
-    step that fits. Under torchrun, every process takes its rows of each batch.
+    Asked for more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps. Under
+    torchrun, every process takes its rows of each batch.
     """
     from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
@@ -88,7 +88,7 @@ def command(
             _dry_run(out, spec, settings, own, kind, as_json, workers)
             return
         if any(seconds.values()) and workers.size > 1:
-            raise UserError("seconds are measured by one process: under torchrun write --align-tokens, --supernet-tokens")
+            raise UserError("seconds are measured by one process: under torchrun write tokens")
         run, read = Run.create(out, spec), {}
         if any(seconds.values()):
             settings, read = _budgeted(run, settings, seconds, own, kind)

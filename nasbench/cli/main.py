@@ -29,7 +29,6 @@ COMMANDS = (
     "search",
     "eval",
     "finalize",
-    "reproduce",
     "report",
     "export",
     "generate",

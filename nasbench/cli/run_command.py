@@ -40,7 +40,7 @@ def run_recipe(
     """What `nasbench run` and `nasbench quickstart` do. Raises typer.Exit with the code of a stage that failed."""
     from nasbench.cli.common import log, torch_device
     from nasbench.cli.main import parse, run
-    from nasbench.pipeline import prepare, read_recipe, run_steps
+    from nasbench.pipeline import memory_words, prepare, read_recipe, run_steps
 
     recipe = read_recipe(name)
     out = out or Path("runs") / recipe.name
@@ -48,7 +48,7 @@ def run_recipe(
     for step in steps:
         parse(list(step.words))
     if dry_run:
-        _print_plan(recipe.title, steps, out, as_json)
+        _print_plan(recipe.title, steps, out, memory_words(state.settings), as_json)
         return
     began = time.monotonic()
     if code := run_steps(steps, state, run, log):
@@ -57,15 +57,15 @@ def run_recipe(
     log(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")
 
 
-def _print_plan(title: str, steps: list[Step], out: Path, as_json: bool) -> None:
+def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: bool) -> None:
     from nasbench.cli.common import print_json
 
     known = [step.seconds for step in steps if step.seconds is not None]
     if as_json:
         rows = [{"title": step.title, "command": step.command, "seconds": step.seconds} for step in steps]
-        print_json({"out": str(out), "steps": rows, "seconds": sum(known)})
+        print_json({"out": str(out), "steps": rows, "seconds": sum(known), "memory": memory})
         return
-    print(f"# {title}")
+    print(f"# {title}\n# {memory}" if memory else f"# {title}")
     for step in steps:
         told = "time not known" if step.seconds is None else f"about {step.seconds:.0f} s"
         print(f"\n# {step.title}, {told}\n{step.command}")

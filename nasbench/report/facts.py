@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,19 @@ from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
+from nasbench.core.provenance import utc_now
 from nasbench.core.sizes import format_size
+from nasbench.core.tables import read_table
 from nasbench.cost import find_profiles
+from nasbench.evaluation.importance import Importance
+from nasbench.evaluation.scores import ScoreStore
 from nasbench.model.shapes import ModelSpec
+from nasbench.report.comparison import Comparison
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
 from nasbench.search.session import compare
-from nasbench.search.table import read_columns
 from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
+from nasbench.search.validation import ValidationRow, mean_error, read_validation
 from nasbench.store import Row, block_cells
 
 
@@ -91,16 +94,6 @@ class TargetFacts:
 
 
 @dataclass(frozen=True)
-class Importance:
-    """One layer replaced by one alternative, all others full attention; nats a token."""
-
-    layer: int
-    name: str
-    loss_increase: float
-    kl: float
-
-
-@dataclass(frozen=True)
 class Curve:
     """Decode time and cache of one layer kind over the context, at one batch.
 
@@ -119,27 +112,6 @@ class Curve:
     high_us: list[float]
     cache_bytes: list[int]
     estimated: list[bool]
-
-
-@dataclass(frozen=True)
-class Validation:
-    """One placement's predicted and measured decode speed; error is (predicted - measured) / measured."""
-
-    placement: str
-    context: int
-    batch: int
-    predicted_tok_s: float
-    measured_tok_s: float
-    device: str
-    measured_utc: str
-    dtype: str = ""
-    torch: str = ""
-    driver: str = ""
-    nasbench: str = ""
-
-    @property
-    def error(self) -> float:
-        return self.predicted_tok_s / self.measured_tok_s - 1
 
 
 @dataclass(frozen=True)
@@ -164,8 +136,9 @@ class Facts:
     targets: list[TargetFacts]
     importance: list[Importance]
     curves: list[Curve]
-    validation: list[Validation]
+    validation: list[ValidationRow]
     training: list[TrainingCurve]
+    comparison: Comparison
     sources: list[Source]
     commands: list[str]
     missing: list[Missing] = field(default_factory=list)
@@ -187,8 +160,7 @@ class Facts:
     @property
     def mean_error(self) -> float:
         """Mean absolute relative error of the predicted decode speeds; NaN without validation."""
-        errors = [abs(row.error) for row in self.validation]
-        return sum(errors) / len(errors) if errors else math.nan
+        return mean_error(self.validation) if self.validation else math.nan
 
 
 def kind_title(shape: ModelSpec, name: str) -> str:
@@ -207,8 +179,10 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     shape = resolve_shape(run.spec.model)
     folder = str(run.path)
     trials, fronts = read_trials(run.trials), read_front(run.front)
-    tests = held_out_losses(run.evals)
-    validation = _validation(run.validation)
+    tests = _test_losses(run)
+    everything = read_validation(run.validation)
+    # Placements at a context that no cost model predicts stand among the speeds of the comparison.
+    validation = [row for row in everything if row.predicted_tok_s > 0 and row.measured_tok_s > 0]
     targets = [_target(target, trials, fronts, validation, tests) for target in _targets(trials)]
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
@@ -217,7 +191,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         missing.append(Missing("speed and cache of every layer kind", f"nasbench profile --model {run.spec.model}"))
     if not validation:
         missing.append(Missing("predicted against measured speed", f"nasbench validate {folder}"))
-    importance = _importance(run.path / "importance.csv")
+    importance = read_table(run.path / "importance.csv", Importance, exact=False)
     if not importance:
         missing.append(Missing("layer importance", f"nasbench search {folder} --strategy beam --full-attention 4"))
     training = _training(run.supernet / "losses.csv")
@@ -227,13 +201,14 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         run=run,
         shape=shape,
         teacher=teacher_source(classify(run.spec.model)),
-        created_utc=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created_utc=utc_now(),
         version=__version__,
         targets=targets,
         importance=importance,
         curves=curves,
         validation=validation,
         training=training,
+        comparison=Comparison(run, shape),
         sources=sources(run, trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
@@ -249,7 +224,7 @@ def _target(
     target: Target,
     trials: Sequence[Trial],
     fronts: Sequence[FrontRow],
-    validation: Sequence[Validation],
+    validation: Sequence[ValidationRow],
     tests: dict[tuple[str, str], float],
 ) -> TargetFacts:
     mine = latest(trials, target)
@@ -286,45 +261,26 @@ def _target(
     return TargetFacts(target, full, unique(mine), points, pairs)
 
 
-def held_out_losses(path: Path) -> dict[tuple[str, str], float]:
-    """(placement, supernet version) -> loss on the test split, from the most text that it was measured on."""
-    if not path.is_file():
-        return {}
-    types = {"placement": str, "task": str, "detail": str, "version": str, "value": float, "n": int}
-    found: dict[tuple[str, str], tuple[int, float]] = {}
-    for row in read_columns(path, types):
-        if row["task"] == "loss" and row["detail"].startswith("test/"):
-            key = row["placement"], row["version"]
-            found[key] = max(found.get(key, (0, math.nan)), (row["n"], row["value"]), key=lambda pair: pair[0])
-    return {key: value for key, (_, value) in found.items()}
-
-
-def _validation(path: Path) -> list[Validation]:
-    if not path.is_file():
-        return []
-    types: dict[str, type] = {"placement": str, "context": int, "batch": int}
-    types |= {"predicted_tok_s": float, "measured_tok_s": float, "device": str, "measured_utc": str}
-    optional: dict[str, type] = dict.fromkeys(("dtype", "torch", "driver", "nasbench"), str)
-    return [Validation(**row) for row in read_columns(path, types, optional) if row["measured_tok_s"] > 0]
-
-
-def _importance(path: Path) -> list[Importance]:
-    if not path.is_file():
-        return []
-    types: dict[str, type] = {"layer": int, "name": str, "loss_increase": float, "kl": float}
-    return [Importance(**row) for row in read_columns(path, types)]
+def _test_losses(run: Run) -> dict[tuple[str, str], float]:
+    """(placement, version of the weights) -> loss on the test split, from the most text that it was measured on."""
+    found = [(key, s) for key, s in ScoreStore(run.scores).find(task="loss").items() if key.settings[:5] == "test/"]
+    return {(key.placement, key.weights): s.value for key, s in sorted(found, key=lambda pair: pair[1].n)}
 
 
 def _training(path: Path) -> list[TrainingCurve]:
-    """The mean over the layers of every logged step, per stage and layer kind."""
+    """The mean over the layers of every logged step, per stage and layer kind. Raises UserError for a damaged file."""
     if not path.is_file():
         return []
-    sums: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_columns(path, {"stage": str, "tokens": int, "name": str, "loss": float}):
-        sums[row["stage"], row["name"]][row["tokens"]].append(row["loss"])
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(path, usecols=["stage", "tokens", "name", "loss"], keep_default_na=False)
+        means = rows.astype({"tokens": int, "loss": float}).groupby(["stage", "name", "tokens"], sort=False).loss.mean()
+    except ValueError as error:
+        raise UserError(f"{path} is not a table of losses: {error}") from None
     return [
-        TrainingCurve(stage, name, sorted(steps), [sum(steps[at]) / len(steps[at]) for at in sorted(steps)])
-        for (stage, name), steps in sums.items()
+        TrainingCurve(str(stage), str(name), [int(at) for _, _, at in own.index], [float(loss) for loss in own])
+        for (stage, name), own in means.groupby(level=["stage", "name"], sort=False)
     ]
 
 

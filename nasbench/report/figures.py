@@ -34,7 +34,8 @@ class Drawing:
     tips: dict[str, str] = field(default_factory=dict)
 
 
-def _figure(narrow: bool, height: float, narrow_height: float) -> Figure:
+def new_figure(narrow: bool, height: float, narrow_height: float) -> Figure:
+    """A figure as wide as its place on the page."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(NARROW_IN if narrow else WIDE_IN, narrow_height if narrow else height), layout="constrained")
@@ -62,7 +63,7 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     """Loss against decode tokens/s: trials, even spreads, the front with ranks, and its placements as strips."""
     points = shown_points(target.points, STRIPS - 4 if narrow else STRIPS)
     rows = len(points)
-    drawing = Drawing(_figure(narrow, 4.4, 3.6 + 0.24 * rows))
+    drawing = Drawing(new_figure(narrow, 4.4, 3.6 + 0.24 * rows))
     if narrow:
         plot, strips = drawing.figure.subplots(2, 1, height_ratios=[3.2, 0.24 * rows + 0.3])
     else:
@@ -156,7 +157,7 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
 
 def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
     """Searched against even spread by K, on the search split (solid) and, where known, the test split (faint)."""
-    drawing = Drawing(_figure(narrow, 3.1, 2.9))
+    drawing = Drawing(new_figure(narrow, 3.1, 2.9))
     axes = drawing.figure.subplots()
     counts = [row.k for row in rows]
     if not math.isnan(full_loss):
@@ -188,7 +189,7 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
     """KL to the full-attention model of each layer replaced alone (the loss where an older file has no KL), one small
     chart a layer kind, each with its own scale."""
     names = list(dict.fromkeys(row.name for row in facts.importance))
-    drawing = Drawing(_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
+    drawing = Drawing(new_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
     charts = drawing.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(charts, names, strict=True):
         rows = [row for row in facts.importance if row.name == name]
@@ -208,7 +209,7 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
 
 def contexts(facts: Facts, narrow: bool) -> Drawing:
     """Decode time and cache of one layer of every kind against the context."""
-    drawing = Drawing(_figure(narrow, 3.3, 5.6))
+    drawing = Drawing(new_figure(narrow, 3.3, 5.6))
     time, cache = drawing.figure.subplots(*((2, 1) if narrow else (1, 2)))
     for position, curve in enumerate(facts.curves):
         shared = {"color": style.colour(curve.name), "linestyle": style.dash(position)}
@@ -250,7 +251,7 @@ def _log_ticks(axes: Axes) -> None:
 
 def validation(facts: Facts, narrow: bool) -> Drawing:
     """Predicted against measured decode tokens/s, with the line of no error and a band of 10 %."""
-    drawing = Drawing(_figure(narrow, 3.6, 3.5))
+    drawing = Drawing(new_figure(narrow, 3.6, 3.5))
     axes = drawing.figure.subplots()
     numbers = [value for row in facts.validation for value in (row.predicted_tok_s, row.measured_tok_s)]
     low, high = 0.9 * min(numbers), 1.1 * max(numbers)
@@ -281,7 +282,7 @@ def validation(facts: Facts, narrow: bool) -> Drawing:
 def training(facts: Facts, narrow: bool) -> Drawing:
     """Logged losses by training tokens, one chart a stage."""
     stages = list(dict.fromkeys(curve.stage for curve in facts.training))
-    drawing = Drawing(_figure(narrow, 2.8, 2.5 * len(stages)))
+    drawing = Drawing(new_figure(narrow, 2.8, 2.5 * len(stages)))
     grid = (len(stages), 1) if narrow else (1, len(stages))
     charts = drawing.figure.subplots(*grid, squeeze=False).flatten()
     for axes, stage in zip(charts, stages, strict=True):

@@ -68,7 +68,7 @@ class Budget:
             known = {**known, "seconds": seconds, "tokens": steps * known["batch_tokens"]}
         write_json(self.path, {**plans, stage: known})
         self.log(
-            f"{stage}: {known['tokens']:,} tokens in steps of {known['batch_tokens']:,} at {known['tok_s']:,.0f} tokens/s"
+            f"{stage}: {known['tokens']:,} tokens in steps of {known['batch_tokens']:,}, {known['tok_s']:,.0f} tokens/s"
         )
         return dict(known)
 
