@@ -17,15 +17,14 @@ import pandas as pd
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size, parse_size
-from nasbench.evaluation.ranks import kendall
 from nasbench.evaluation.scores import Gap, Scores, ScoreStore, difference, mean_and_stderr
 from nasbench.evaluation.suite import evenly
 from nasbench.model.shapes import ModelSpec
+from nasbench.report.kendall import kendall
 from nasbench.runs import Run
 from nasbench.search.compared import (
     BEST,
     FINAL,
-    RANDOM,
     SUPERNET,
     Benchmark,
     Compared,
@@ -34,7 +33,7 @@ from nasbench.search.compared import (
     latest_trials,
     read_benchmarks,
 )
-from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
 from nasbench.search.validation import ValidationRow, read_validation
 from nasbench.supernet.budget import final_history
 from nasbench.supernet.finalize import final_folder, final_version
@@ -183,7 +182,7 @@ class Comparison:
 
     def median_random(self, count: int) -> Compared | None:
         """The random placement of K layers that is in the middle by its divergence."""
-        drawn = [row for row in self.rows if row.k == count and row.method.startswith(RANDOM)]
+        drawn = [row for row in self.rows if row.k == count and row.method.startswith(DRAWN)]
         known = [(found.value, index) for index, row in enumerate(drawn) if (found := self.scores(row, "kl"))]
         return drawn[sorted(known)[len(known) // 2][1]] if known else None
 
@@ -256,7 +255,7 @@ class Comparison:
             others = {UNIFORM: mine.get(UNIFORM), MEDIAN: self.median_random(count)}
             for method, row in mine.items():
                 for name, other in others.items():
-                    if method == UNIFORM or method.startswith(RANDOM) or other is None:
+                    if method == UNIFORM or method.startswith(DRAWN) or other is None:
                         continue
                     cells: dict[str, Any] = {"k": count, "searched": method, "against": name}
                     for task in (*SCORES, *self.tasks("retrieval")):

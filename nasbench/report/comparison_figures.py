@@ -11,14 +11,14 @@ from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.comparison import Comparison, column, length_of
 from nasbench.report.figures import Draw, Drawing, new_figure
-from nasbench.search.compared import BEST, FINAL, RANDOM, SUPERNET
-from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.search.compared import BEST, FINAL, SUPERNET
+from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "os^Dvp*PX"
-RANDOM_LABEL, FINAL_LABEL = "random", "finalised"
+DRAWN_LABEL, FINAL_LABEL = "random", "finalised"
 
 
 def comparison_drawings(found: Comparison) -> dict[str, tuple[str, Draw]]:
@@ -54,8 +54,8 @@ def _series(table: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
     if name == "suite_kept" and len(known):
         # A few items lie wider apart than placements do.
         known = known[known["suite_items"] == known["suite_items"].max()]
-    drawn = known["method"].str.startswith(RANDOM)
-    found = {RANDOM_LABEL: known[drawn]}
+    drawn = known["method"].str.startswith(DRAWN)
+    found = {DRAWN_LABEL: known[drawn]}
     searched = known[~drawn & (known["weights"] == SUPERNET)]
     for method, rows in searched.groupby("method", sort=False):
         found["evenly spread" if method == UNIFORM else str(method)] = rows
@@ -66,12 +66,12 @@ def _series(table: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
 
 def _looks(labels: list[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each label."""
-    named = [label for label in labels if label != RANDOM_LABEL]
+    named = [label for label in labels if label != DRAWN_LABEL]
     looks = {
         label: (style.PALETTE[index % len(style.PALETTE)], MARKERS[index % len(MARKERS)])
         for index, label in enumerate(named)
     }
-    return {RANDOM_LABEL: (style.SOFT, "."), **looks}
+    return {DRAWN_LABEL: (style.SOFT, "."), **looks}
 
 
 def _errors(rows: pd.DataFrame, name: str) -> list[float]:
@@ -87,9 +87,9 @@ def _by_count(table: pd.DataFrame, name: str, title: str, narrow: bool) -> Drawi
     looks = _looks(list(series))
     for label, rows in series.items():
         colour, marker = looks[label]
-        line = "none" if label.startswith((RANDOM_LABEL, FINAL_LABEL)) else "-"
+        line = "none" if label.startswith((DRAWN_LABEL, FINAL_LABEL)) else "-"
         axes.errorbar(
-            rows["k"], rows[name], yerr=None if label == RANDOM_LABEL else _errors(rows, name), color=colour,
+            rows["k"], rows[name], yerr=None if label == DRAWN_LABEL else _errors(rows, name), color=colour,
             marker=marker, linestyle=line, capsize=2, label=label, markersize=8 if label.startswith(FINAL_LABEL) else 5,
         )  # fmt: skip
     for value in table.loc[table["method"] == TEACHER, name].dropna():

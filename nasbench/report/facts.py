@@ -25,6 +25,7 @@ from nasbench.runs import Run
 from nasbench.search.session import compare
 from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
 from nasbench.search.validation import ValidationRow, mean_error, read_validation
+from nasbench.spaces.placement import Placement
 from nasbench.store import Row, block_cells
 
 
@@ -83,6 +84,12 @@ class TargetFacts:
     trials: list[Trial]
     points: list[Point]
     comparisons: list[KRow]
+
+    @property
+    def measure(self) -> str:
+        """What the front sets against the speed."""
+        objective = self.points[0].row.objective if self.points else "kl"
+        return "loss, nats a token" if objective in ("loss", "kl") else f"score of {objective}"
 
     @property
     def hypervolume(self) -> float:
@@ -183,7 +190,9 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     everything = read_validation(run.validation)
     # Placements at a context that no cost model predicts stand among the speeds of the comparison.
     validation = [row for row in everything if row.predicted_tok_s > 0 and row.measured_tok_s > 0]
-    targets = [_target(target, trials, fronts, validation, tests) for target in _targets(trials)]
+    targets = [
+        _target(target, trials, fronts, validation, tests, run.spec.space.original) for target in _targets(trials)
+    ]
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
     rows, curves = _profile(targets, shape, run, db)
@@ -226,15 +235,17 @@ def _target(
     fronts: Sequence[FrontRow],
     validation: Sequence[ValidationRow],
     tests: dict[tuple[str, str], float],
+    original: Placement,
 ) -> TargetFacts:
     mine = latest(trials, target)
-    full = next((trial for trial in mine if trial.k == len(trial.layers)), None)
+    mine = [trial for trial in mine if trial.scoring == mine[-1].scoring]
+    full = next((trial for trial in mine if trial.layers == original), None)
     measured = {
         row.placement: row
         for row in validation
         if (row.device, row.context, row.batch, row.dtype or target.dtype) == astuple(target)
     }
-    full_row = next((row for row in fronts if row.target == target and row.k == len(row.layers)), None)
+    full_row = next((row for row in fronts if row.target == target and row.layers == original), None)
     points = []
     for row in sorted((row for row in fronts if row.target == target), key=lambda row: row.rank):
         seen = measured.get(row.placement)

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from nasbench.core.sizes import format_size
 from nasbench.report import style
-from nasbench.report.facts import Facts, KRow, Point, TargetFacts
-from nasbench.search.trials import score
+from nasbench.report.facts import Facts, Point, TargetFacts
 from nasbench.spaces.placement import kind_of
 
 if TYPE_CHECKING:
@@ -72,8 +71,8 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     _front(plot, target.points, points, 9.5 if narrow else 11.5, drawing)
     cut = _limits(plot, target)
     plot.set_xlabel("decode tokens/s, predicted" + (" (~ estimated rows)" if target.estimated else ""))
-    plot.set_ylabel("loss, nats a token")
-    plot.set_title("Loss against speed")
+    plot.set_ylabel(target.measure)
+    plot.set_title("Accuracy against speed")
     plot.legend(loc="best")
     if cut:
         plot.set_title(f"{cut} more above", loc="right", fontsize=8, fontweight="normal")
@@ -84,14 +83,14 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
 def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
     others = [trial for trial in target.trials if trial.strategy != "uniform"]
     plot.plot(
-        [t.decode_tok_s for t in others], [t.loss for t in others],
+        [t.decode_tok_s for t in others], [t.front_score for t in others],
         "o", color=style.SOFT, markersize=2.6, alpha=0.75, markeredgewidth=0, label="tried", zorder=2,
     )  # fmt: skip
     label: str | None = "even spread"
     for index, trial in enumerate(t for t in target.trials if t.strategy == "uniform"):
         name = f"uniform-{index}"
         plot.plot(
-            [trial.decode_tok_s], [trial.loss],
+            [trial.decode_tok_s], [trial.front_score],
             "D", markerfacecolor=style.PAPER, markeredgecolor=style.MUTED, markersize=5, label=label, gid=name,
             zorder=3,
         )  # fmt: skip
@@ -103,17 +102,17 @@ def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
 
 def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: float, drawing: Drawing) -> None:
     """The line through the whole front; numbers at `points`, in circles of `size`."""
-    x, y = [point.row.decode_tok_s for point in front], [point.row.loss for point in front]
+    x, y = [point.row.decode_tok_s for point in front], [point.row.front_score for point in front]
     plot.plot(x, y, "-", color=style.INK, linewidth=1.2, zorder=4, label="front")
     plot.plot(x, y, "o", color=style.INK, markersize=3, zorder=4)
     for point in points:
         row, name = point.row, f"point-{point.row.rank}"
         plot.plot(
-            [row.decode_tok_s], [row.loss],
+            [row.decode_tok_s], [row.front_score],
             "o", markersize=size, color=style.INK, markeredgecolor=style.PAPER, gid=name, zorder=5,
         )  # fmt: skip
         plot.annotate(
-            str(row.rank), (row.decode_tok_s, row.loss), color=style.PAPER, ha="center", va="center_baseline",
+            str(row.rank), (row.decode_tok_s, row.front_score), color=style.PAPER, ha="center", va="center_baseline",
             fontsize=0.66 * size, fontweight="bold", zorder=6, gid=f"{name}-rank",
         )  # fmt: skip
         measured = "" if math.isnan(point.measured_tok_s) else f", measured {point.measured_tok_s:,.1f}"
@@ -127,12 +126,13 @@ def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: fl
 
 def _limits(plot: Axes, target: TargetFacts) -> int:
     """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
-    wanted = [point.row.loss for point in target.points] + [pair.uniform.loss for pair in target.comparisons]
+    wanted = [point.row.front_score for point in target.points]
+    wanted += [pair.uniform.front_score for pair in target.comparisons]
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
     top = high + 0.25 * margin
     plot.set_ylim(low - 0.07 * margin, top)
-    return sum(trial.loss > top for trial in target.trials)
+    return sum(trial.front_score > top for trial in target.trials)
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -155,8 +155,9 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_axis_off()
 
 
-def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
-    """Searched against even spread by K, on the search split (solid) and, where known, the test split (faint)."""
+def comparison(target: TargetFacts, narrow: bool) -> Drawing:
+    """Searched against even spread by K, on the search split."""
+    rows, full_loss = target.comparisons, target.full.front_score if target.full else math.nan
     drawing = Drawing(new_figure(narrow, 3.1, 2.9))
     axes = drawing.figure.subplots()
     counts = [row.k for row in rows]
@@ -167,20 +168,22 @@ def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
             color=style.MUTED, fontsize=8,
         )  # fmt: skip
     axes.plot(
-        counts, [row.uniform.loss for row in rows], "D--", color=style.MUTED, markerfacecolor=style.PAPER,
+        counts, [row.uniform.front_score for row in rows], "D--", color=style.MUTED, markerfacecolor=style.PAPER,
         linewidth=1.3, label="even spread",
     )  # fmt: skip
-    axes.plot(counts, [row.searched.loss for row in rows], "o-", color=style.INK, markersize=5.5, label="searched")
+    axes.plot(
+        counts, [row.searched.front_score for row in rows], "o-", color=style.INK, markersize=5.5, label="searched"
+    )
     for index, row in enumerate(rows):
         name = f"k-{index}"
-        axes.plot([row.k], [row.searched.loss], "o", color=style.INK, markersize=5.5, gid=name)
+        axes.plot([row.k], [row.searched.front_score], "o", color=style.INK, markersize=5.5, gid=name)
         drawing.tips[name] = (
-            f"K = {row.k}\nsearched {row.searched.loss:.4f}: {row.searched.placement}\n"
-            f"even spread {row.uniform.loss:.4f}: {row.uniform.placement}"
+            f"K = {row.k}\nsearched {row.searched.front_score:.4f}: {row.searched.placement}\n"
+            f"even spread {row.uniform.front_score:.4f}: {row.uniform.placement}"
         )
     axes.set_xticks(counts)
     axes.set_xlabel("K, layers with full attention")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel(target.measure)
     axes.legend(loc="upper right")
     return drawing
 
@@ -195,7 +198,7 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
         rows = [row for row in facts.importance if row.name == name]
         for row in rows:
             gid = f"importance-{name.replace('@', '-').replace('.', '-')}-{row.layer}"
-            height = score(row.loss_increase, row.kl)
+            height = row.loss_increase if math.isnan(row.kl) else row.kl
             axes.bar([row.layer], [height], color=style.colour(name), width=0.8, gid=gid)
             drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nKL {row.kl:.4f}, loss {row.loss_increase:+.4f}"
         axes.axhline(0, color=style.SOFT, linewidth=0.8)
@@ -315,9 +318,8 @@ def drawings(facts: Facts) -> dict[str, Draw]:
         if target.points:
             found[f"pareto{number}"] = lambda narrow, target=target: pareto(target, narrow)  # type: ignore[misc]
         if target.comparisons:
-            loss = target.full.loss if target.full else math.nan
             found[f"searched-against-uniform{number}"] = (
-                lambda narrow, rows=target.comparisons, loss=loss: comparison(rows, loss, narrow)  # type: ignore[misc]
+                lambda narrow, target=target: comparison(target, narrow)  # type: ignore[misc]
             )
     for name, draw, rows in (
         ("layer-importance", importance, facts.importance),

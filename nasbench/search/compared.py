@@ -11,12 +11,10 @@ from nasbench.core.errors import UserError
 from nasbench.core.files import read_json
 from nasbench.core.tables import read_table
 from nasbench.runs import Run
-from nasbench.search.trials import FILLERS, TEACHER, UNIFORM, Target, Trial, best_of, latest, read_trials
+from nasbench.search.trials import DRAWN, FILLERS, TEACHER, UNIFORM, Trial, best_of, latest, read_trials
 from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
 
 BEST, FINAL, SUPERNET = "best", "final", "supernet"
-RANDOM = "random-"
-"""Strategy names of random placements begin with it."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Compared:
 
     Attributes:
         k: layers with full attention.
-        method: teacher, uniform, random-N, or the strategy that found it.
+        method: teacher, uniform, random-N, or the strategy that found it, with its objective where that is not KL.
         fill: "best" where every other layer has its best alternative, or the one kind that all have.
         weights: "teacher", "supernet", "final", or "final:VARIANT".
     """
@@ -43,7 +41,7 @@ class Compared:
     @property
     def chosen(self) -> bool:
         """Whether it deserves every task: the model, what was finalised or searched, and the even spread beside it."""
-        return self.fill == BEST and not self.method.startswith(RANDOM)
+        return self.fill == BEST and not self.method.startswith(DRAWN)
 
 
 @dataclass(frozen=True)
@@ -71,11 +69,6 @@ def latest_trials(run: Run) -> list[Trial]:
     if not trials:
         raise UserError(f"{run.path} has no trials: run `nasbench search {run.path} -k 4,8`")
     return latest(trials, trials[-1].target)
-
-
-def latest_target(run: Run) -> Target:
-    """The target that was searched last. Raises UserError where there is none."""
-    return latest_trials(run)[-1].target
 
 
 def best_searched(run: Run, count: int) -> Placement:
@@ -121,10 +114,15 @@ def compared(run: Run) -> list[Compared]:
             continue  # a K that a search of all layers passed by
         rows += _even(count, even, base)
         others = [trial for trial in mine if trial not in even]
-        for strategy in dict.fromkeys(trial.strategy for trial in others):
-            found = best_of(trial for trial in others if trial.strategy == strategy)
-            rows.append(Compared(count, strategy, found.layers))
+        for method in dict.fromkeys(map(_method, others)):
+            found = best_of(trial for trial in others if _method(trial) == method)
+            rows.append(Compared(count, method, found.layers))
     return [*rows, *_finalised(run, rows, trials[-1].supernet)]
+
+
+def _method(trial: Trial) -> str:
+    baseline = trial.strategy.startswith(DRAWN) or trial.objective in ("loss", "kl")
+    return trial.strategy if baseline else f"{trial.strategy}, {trial.objective}"
 
 
 def _full(placement: Placement) -> int:
@@ -132,7 +130,7 @@ def _full(placement: Placement) -> int:
 
 
 def _searched(trial: Trial) -> bool:
-    return trial.strategy not in (TEACHER, UNIFORM, FILLERS) and not trial.strategy.startswith(RANDOM)
+    return trial.strategy not in (TEACHER, UNIFORM, FILLERS) and not trial.strategy.startswith(DRAWN)
 
 
 def _base(trials: Sequence[Trial]) -> Placement:

@@ -13,7 +13,7 @@ from nasbench.core.errors import UserError
 from nasbench.report import style
 from nasbench.report.facts import collect
 from nasbench.report.figures import drawings, shown_points
-from nasbench.report.html import headline, number, render, report, strip
+from nasbench.report.html import all_drawings, headline, number, render, report, strip
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front
 from nasbench.spaces.placement import parse_placement
@@ -74,17 +74,21 @@ def test_page_says_every_number_of_the_front(page, facts):
         assert f"{point.row.loss:,.4f}" in text
         assert f"{point.row.cache_bytes / 2**20:,.1f}" in text
     assert "made-up-cpu-2c, context 8k, batch 4, bf16" in text
-    assert "nasbench search runs/run --strategy beam --full-attention 1,2,4,8,15" in text
+    commands = html.unescape(text.partition("<pre>")[2].partition("</pre>")[0])
+    assert "nasbench profile --model default --blocks 'A W J G' --contexts 8k --batches 4 --dtype bf16" in commands
+    assert "nasbench distill --model default --names W,J,G --out runs/run --sequence 256 --seed 0" in commands
+    assert "nasbench search runs/run --strategy beam --full-attention 1,2,4,8,15" in commands
     assert "torch 2.13.0" in text
     assert "2026-01-02" in text
 
 
 def test_pngs_lie_beside_the_page(page, facts):
     names = {path.stem for path in page.parent.glob("*.png")}
-    assert names == set(drawings(facts)) == {
+    assert set(drawings(facts)) == {
         "pareto", "searched-against-uniform", "layer-importance", "speed-and-cache", "predicted-against-measured",
         "training",
     }  # fmt: skip
+    assert names == set(all_drawings(facts)) >= {"kl", "loss-above-teacher", "kl-against-speed-8k"}
     assert all(
         path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in page.parent.glob("*.png")
     )
