@@ -74,28 +74,27 @@ def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: 
 
 
 def _summary(out: Path) -> None:
-    """The found placements in a table: the best of each K that was searched, between the two ends."""
+    """The found placements in a table: the best of each K that was searched, below the model itself."""
     from nasbench.cli.common import log, print_table
     from nasbench.report.facts import collect
+    from nasbench.report.sections import best_searched
     from nasbench.runs import Run
 
     if not (out / "run.json").is_file():
         return
     facts = collect(Run.open(out), out / "profiles" if (out / "profiles").is_dir() else None)
-    speeds = {row.placement: f"{row.measured_tok_s:,.1f}" for row in facts.validation}
-    for target in facts.targets:
-        full, layers = target.full, facts.shape.num_layers
-        losses = {p.row.placement: (p.row.loss_test, "") for p in target.points if p.row.k == layers}
-        losses |= {p.searched.placement: (p.searched_test, _known(p.uniform_test)) for p in target.comparisons}
-        pairs = [pair.searched for pair in reversed(target.comparisons) if pair.k != layers]
+    found, speeds = facts.comparison, {row.placement: row.measured_tok_s for row in facts.validation}
+    for target in facts.targets[:1]:
+        trials = {trial.placement: trial for trial in target.trials}
         rows = []
-        for trial in [*([full] if full else []), *pairs]:
-            loss, uniform = losses.get(trial.placement, (float("nan"), ""))
-            gain = f"{trial.decode_tok_s / full.decode_tok_s:.2f}" if full else ""
-            rows.append(
-                (trial.k, _known(loss), uniform, f"{trial.decode_tok_s:,.1f}", speeds.get(trial.placement, ""), gain,
-                 f"{trial.cache_bytes / 2**20:,.0f}", trial.placement)
-            )  # fmt: skip
+        for best, even in best_searched(found):
+            if (trial := trials.get(best.text)) is None:
+                continue
+            losses = [score.value if score else None for score in (found.scores(row, "loss") for row in (best, even))]
+            gain = trial.decode_tok_s / target.full.decode_tok_s if target.full else None
+            cells = [_known(value, form) for value, form in zip(losses, (".3f", ".3f"), strict=True)]
+            cells += [f"{trial.decode_tok_s:,.1f}", _known(speeds.get(best.text), ",.1f"), _known(gain, ".2f")]
+            rows.append((best.k, *cells, f"{trial.cache_bytes / 2**20:,.0f}", best.text))
         columns = ("K", "loss", "uniform", "tok/s", "measured", "×full", "cache MiB", "placement")
         print_table(columns, rows, f"{facts.shape.name} on {target.target}")
     log(
@@ -104,5 +103,5 @@ def _summary(out: Path) -> None:
     )
 
 
-def _known(value: float) -> str:
-    return "" if value != value else f"{value:.3f}"
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

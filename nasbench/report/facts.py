@@ -17,12 +17,10 @@ from nasbench.core.sizes import format_size
 from nasbench.core.tables import read_table
 from nasbench.cost import find_profiles
 from nasbench.evaluation.importance import Importance
-from nasbench.evaluation.scores import ScoreStore
 from nasbench.model.shapes import ModelSpec
 from nasbench.report.comparison import Comparison
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
-from nasbench.search.session import compare
 from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
 from nasbench.search.validation import ValidationRow, mean_error, read_validation
 from nasbench.spaces.placement import Placement
@@ -60,22 +58,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class KRow:
-    """The best placement of K full-attention layers beside the best evenly spread one, and their test losses."""
-
-    k: int
-    searched: Trial
-    uniform: Trial
-    searched_test: float
-    uniform_test: float
-
-    @property
-    def found(self) -> bool:
-        """Whether a search found something better than the even spread."""
-        return self.searched.placement != self.uniform.placement
-
-
-@dataclass(frozen=True)
 class TargetFacts:
     """What was searched for one target."""
 
@@ -83,7 +65,6 @@ class TargetFacts:
     full: Trial | None
     trials: list[Trial]
     points: list[Point]
-    comparisons: list[KRow]
 
     @property
     def measure(self) -> str:
@@ -186,13 +167,11 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     shape = resolve_shape(run.spec.model)
     folder = str(run.path)
     trials, fronts = read_trials(run.trials), read_front(run.front)
-    tests = _test_losses(run)
     everything = read_validation(run.validation)
     # Placements at a context that no cost model predicts stand among the speeds of the comparison.
     validation = [row for row in everything if row.predicted_tok_s > 0 and row.measured_tok_s > 0]
-    targets = [
-        _target(target, trials, fronts, validation, tests, run.spec.space.original) for target in _targets(trials)
-    ]
+    original = run.spec.space.original
+    targets = [_target(target, trials, fronts, validation, original) for target in _targets(trials)]
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
     rows, curves = _profile(targets, shape, run, db)
@@ -203,6 +182,9 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     importance = read_table(run.path / "importance.csv", Importance, exact=False)
     if not importance:
         missing.append(Missing("layer importance", f"nasbench search {folder} --strategy beam --full-attention 4"))
+    comparison = Comparison(run, shape)
+    if not comparison.measured:
+        missing.append(Missing("placements compared item by item", f"nasbench eval {folder} --placements auto"))
     training = _training(run.supernet / "losses.csv")
     if not training:
         missing.append(Missing("training curves", f"nasbench distill --model {run.spec.model} --out {folder}"))
@@ -217,7 +199,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         curves=curves,
         validation=validation,
         training=training,
-        comparison=Comparison(run, shape),
+        comparison=comparison,
         sources=sources(run, trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
@@ -234,7 +216,6 @@ def _target(
     trials: Sequence[Trial],
     fronts: Sequence[FrontRow],
     validation: Sequence[ValidationRow],
-    tests: dict[tuple[str, str], float],
     original: Placement,
 ) -> TargetFacts:
     mine = latest(trials, target)
@@ -259,23 +240,7 @@ def _target(
                 seen.measured_utc if seen else "",
             )
         )
-    pairs = [
-        KRow(
-            pair.k,
-            pair.searched,
-            pair.uniform,
-            tests.get((pair.searched.placement, pair.searched.supernet), math.nan),
-            tests.get((pair.uniform.placement, pair.uniform.supernet), math.nan),
-        )
-        for pair in compare(mine, sorted({trial.k for trial in mine}))
-    ]
-    return TargetFacts(target, full, unique(mine), points, pairs)
-
-
-def _test_losses(run: Run) -> dict[tuple[str, str], float]:
-    """(placement, version of the weights) -> loss on the test split, from the most text that it was measured on."""
-    found = [(key, s) for key, s in ScoreStore(run.scores).find(task="loss").items() if key.settings[:5] == "test/"]
-    return {(key.placement, key.weights): s.value for key, s in sorted(found, key=lambda pair: pair[1].n)}
+    return TargetFacts(target, full, unique(mine), points)
 
 
 def _training(path: Path) -> list[TrainingCurve]:

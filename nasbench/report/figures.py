@@ -127,12 +127,17 @@ def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: fl
 def _limits(plot: Axes, target: TargetFacts) -> int:
     """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
     wanted = [point.row.front_score for point in target.points]
-    wanted += [pair.uniform.front_score for pair in target.comparisons]
+    even = {k: [t.front_score for t in target.trials if t.strategy == "uniform" and t.k == k] for k in _counts(target)}
+    wanted += [min(scores) for scores in even.values() if scores]
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
     top = high + 0.25 * margin
     plot.set_ylim(low - 0.07 * margin, top)
     return sum(trial.front_score > top for trial in target.trials)
+
+
+def _counts(target: TargetFacts) -> set[int]:
+    return {trial.k for trial in target.trials}
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -153,39 +158,6 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_ylim(len(points) - 0.4, -0.8)
     axes.set_title("Layers, first to last; speed-up")
     axes.set_axis_off()
-
-
-def comparison(target: TargetFacts, narrow: bool) -> Drawing:
-    """Searched against even spread by K, on the search split."""
-    rows, full_loss = target.comparisons, target.full.front_score if target.full else math.nan
-    drawing = Drawing(new_figure(narrow, 3.1, 2.9))
-    axes = drawing.figure.subplots()
-    counts = [row.k for row in rows]
-    if not math.isnan(full_loss):
-        axes.axhline(full_loss, color=style.SOFT, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "full attention", (1, full_loss), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            color=style.MUTED, fontsize=8,
-        )  # fmt: skip
-    axes.plot(
-        counts, [row.uniform.front_score for row in rows], "D--", color=style.MUTED, markerfacecolor=style.PAPER,
-        linewidth=1.3, label="even spread",
-    )  # fmt: skip
-    axes.plot(
-        counts, [row.searched.front_score for row in rows], "o-", color=style.INK, markersize=5.5, label="searched"
-    )
-    for index, row in enumerate(rows):
-        name = f"k-{index}"
-        axes.plot([row.k], [row.searched.front_score], "o", color=style.INK, markersize=5.5, gid=name)
-        drawing.tips[name] = (
-            f"K = {row.k}\nsearched {row.searched.front_score:.4f}: {row.searched.placement}\n"
-            f"even spread {row.uniform.front_score:.4f}: {row.uniform.placement}"
-        )
-    axes.set_xticks(counts)
-    axes.set_xlabel("K, layers with full attention")
-    axes.set_ylabel(target.measure)
-    axes.legend(loc="upper right")
-    return drawing
 
 
 def importance(facts: Facts, narrow: bool) -> Drawing:
@@ -317,10 +289,6 @@ def drawings(facts: Facts) -> dict[str, Draw]:
         number = f"-{index + 1}" if index else ""
         if target.points:
             found[f"pareto{number}"] = lambda narrow, target=target: pareto(target, narrow)  # type: ignore[misc]
-        if target.comparisons:
-            found[f"searched-against-uniform{number}"] = (
-                lambda narrow, target=target: comparison(target, narrow)  # type: ignore[misc]
-            )
     for name, draw, rows in (
         ("layer-importance", importance, facts.importance),
         ("speed-and-cache", contexts, facts.curves),

@@ -28,7 +28,6 @@ WITHIN = 0.05
 
 TITLES = {
     "pareto": "Loss against predicted decode speed, with the placement of every point of the front",
-    "searched-against-uniform": "Loss of searched and of evenly spread placements by number of full-attention layers",
     "layer-importance": "Loss increase of replacing each layer alone, by layer kind",
     "speed-and-cache": "Decode time and cache size of one layer against context, by layer kind",
     "predicted-against-measured": "Predicted against measured decode speed",

@@ -10,7 +10,7 @@ from typing import Any
 from nasbench.core.sizes import format_size
 from nasbench.evaluation.scores import Z95
 from nasbench.report.comparison import MEDIAN, Comparison, column
-from nasbench.search.compared import BEST, FINAL, Compared, composition
+from nasbench.search.compared import BEST, FINAL, SUPERNET, Compared, composition
 from nasbench.search.trials import TEACHER, UNIFORM
 
 NAMES = {TEACHER: "the model itself", UNIFORM: "evenly spread", MEDIAN: MEDIAN, "kl": "KL", "suite": "benchmarks"}
@@ -70,6 +70,18 @@ def name_of(found: Comparison, row: Compared) -> str:
     if row.method.startswith("random-"):
         return MEDIAN if row == found.median_random(row.k) else ""
     return NAMES.get(row.method, row.method)
+
+
+def best_searched(found: Comparison) -> list[tuple[Compared, Compared | None]]:
+    """The model, then the searched placement of each K with the least divergence; each beside the even spread."""
+    pairs: list[tuple[Compared, Compared | None]] = [(found.teacher, None)] if found.teacher else []
+    rows = [row for row in found.rows if row.chosen and row.weights == SUPERNET]
+    for count in dict.fromkeys(row.k for row in rows):
+        even = next((row for row in rows if row.k == count and row.method == UNIFORM), None)
+        mine = [row for row in rows if row.k == count and row.method != UNIFORM] or ([even] if even else [])
+        known = [(score.value, index) for index, row in enumerate(mine) if (score := found.scores(row, "kl"))]
+        pairs.append((mine[min(known)[1] if known else 0], even))
+    return pairs
 
 
 def _task_name(task: str) -> str:

@@ -173,7 +173,7 @@ def test_shipped_recipes_type_legal_commands(name, device, tmp_path):
 def test_dry_run_prints_and_writes_nothing(capsys, tmp_path):
     assert run(["run", "quickstart", "--dry-run", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\nnasbench ") == 6
+    assert shown.count("\nnasbench ") == 7
     assert "about 266 s" in shown
     assert "MiB" in shown
     assert not (tmp_path / "out").exists()
@@ -201,5 +201,5 @@ def test_the_quickstart_on_a_tiny_model(tiny_model, text_file, tmp_path, capsys)
     first = json.loads((out / "pipeline.json").read_text())
     assert all(stage["done"] for stage in first["stages"].values())
     assert run(["run", "quickstart", "--out", str(out), "--device", "cpu", *changes]) == 0
-    assert capsys.readouterr().err.count("done before") == 6
+    assert capsys.readouterr().err.count("done before") == 7
     assert json.loads((out / "pipeline.json").read_text()) == first

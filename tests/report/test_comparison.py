@@ -16,7 +16,7 @@ from nasbench.model.shapes import ModelSpec
 from nasbench.report.comparison import MEDIAN, Comparison, tables
 from nasbench.report.comparison_figures import comparison_drawings
 from nasbench.report.kendall import kendall
-from nasbench.report.sections import markdown, name_of, sections
+from nasbench.report.sections import best_searched, markdown, name_of, sections
 from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Benchmark, Compared, benchmarks_path, compared
 from nasbench.search.session import Options, Search, run_search
@@ -197,6 +197,15 @@ def test_sections_and_figures(found):
     shown = [name_of(found, row) for row in found.rows if row.method.startswith("random-")]
     assert sum(bool(name) for name in shown) == 3
     assert set(tables(found)) == {"table", "comparison", "ranks", "curve", "suite"}
+
+
+def test_the_best_of_each_count_stands_beside_the_even_spread(found):
+    pairs = best_searched(found)
+    assert [row.k for row, _ in pairs] == [6, 3, 2, 1, 0]
+    assert [even and even.method for _, even in pairs] == [None, *["uniform"] * 4]
+    for row, even in pairs[1:-1]:
+        assert row.method in ("beam", "kl-greedy")
+        assert even.k == row.k
 
 
 def test_a_run_without_searches_compares_nothing(tmp_path):
