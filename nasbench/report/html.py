@@ -15,6 +15,8 @@ from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.comparison import tables
 from nasbench.report.comparison_figures import comparison_drawings
+from nasbench.report.comparison import tables
+from nasbench.report.comparison_figures import comparison_drawings
 from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
 from nasbench.report.figures import Draw, drawings
 from nasbench.report.sections import markdown, sections
@@ -95,6 +97,12 @@ def strip(placement: Placement) -> Markup:
     """A placement as a row of coloured cells; full attention is taller, so that colour is not all there is."""
     cells = Markup("").join(Markup('<i class="k-{}"></i>').format(kind_of(name)) for name in placement)
     return Markup('<span class="strip" role="img" aria-label="{}">{}</span>').format(format_placement(placement), cells)
+
+
+def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
+    """(title, function) of every figure of the page, by file name."""
+    named = {name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()}
+    return named | comparison_drawings(facts.comparison)
 
 
 def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
