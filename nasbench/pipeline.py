@@ -87,7 +87,8 @@ class Recipe:
         for name in changes:
             if name not in known:
                 raise unknown("setting", name, known)
-        found = {**known, **changes}
+        told = {name: shlex.split(text) if isinstance(known[name], list) else text for name, text in changes.items()}
+        found = {**known, **told}
         try:
             scale = float(found["scale"])
         except ValueError:

@@ -15,8 +15,6 @@ from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.comparison import tables
 from nasbench.report.comparison_figures import comparison_drawings
-from nasbench.report.comparison import tables
-from nasbench.report.comparison_figures import comparison_drawings
 from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
 from nasbench.report.figures import Draw, drawings
 from nasbench.report.sections import markdown, sections

@@ -71,7 +71,7 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
         versions = _distinct([trial.supernet for trial in trials])
         found.append(
             Source(
-                "losses, KL, searched placements", "trials.csv, front.csv, evals.csv", "",
+                "losses, KL, searched placements", "trials.csv, front.csv, scores/", "",
                 span([trial.created_utc for trial in trials]), f"supernet {versions}", f"{len(trials)} trials",
             )
         )  # fmt: skip

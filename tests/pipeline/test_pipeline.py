@@ -1,8 +1,10 @@
 """Recipes: what they say, the commands that come out, and that a stopped run continues."""
 
 import json
+import string
 import tomllib
 
+import pandas as pd
 import pytest
 
 from nasbench.cli.main import run
@@ -192,7 +194,7 @@ def test_the_quickstart_on_a_tiny_model(tiny_model, text_file, tmp_path, capsys)
     sizes = {"contexts": "128", "context": "128", "batches": "1", "batch": "1", "chunk": "64", "sequence": "32"}
     sizes |= {"full_attention": "1,2", "align_tokens": "1k", "supernet_tokens": "1k", "align_batch": "128"}
     sizes |= {"supernet_batch": "128", "names": "W8,J", "blocks": "A W8 J", "model": str(tiny_model), "dtype": "fp32"}
-    sizes |= {"row_seconds": "0.001", "validated": "3"}
+    sizes |= {"row_seconds": "0.001", "validated": "3", "calibrate": "--in-process"}
     changes = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
     assert run(["run", "quickstart", "--out", str(out), "--device", "cpu", *changes]) == 0
     shown = capsys.readouterr()
@@ -203,3 +205,42 @@ def test_the_quickstart_on_a_tiny_model(tiny_model, text_file, tmp_path, capsys)
     assert run(["run", "quickstart", "--out", str(out), "--device", "cpu", *changes]) == 0
     assert capsys.readouterr().err.count("done before") == 7
     assert json.loads((out / "pipeline.json").read_text()) == first
+
+
+def test_smollm2_on_a_tiny_model(tiny_model, text_file, tmp_path):
+    """Training, three searches, finalising twice, speeds beyond the model's context, everything measured, one report."""
+    out, suite = tmp_path / "run", tmp_path / "suite"
+    suite.mkdir()
+    choices = [{"query": "the layer", "choices": ["holds", "a key"], "gold": i % 2} for i in range(6)]
+    written = [{"query": "the state of each", "answers": list(string.printable.strip())} for _ in range(3)]
+    for name, items in (("choices", choices), ("written", written)):
+        (suite / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
+    values = {"model": tiny_model, "data": text_file, "suite": suite, "names": "W8,J", "blocks": "A W8 J"}
+    values |= {"sequence": "32", "full_attention": "1,2", "finalize": "1", "random": "2", "dtype": "fp32"}
+    values |= {"context": "128", "batch": "2", "long_context": "1k", "retrieval": "128", "questions": "2"}
+    values |= {"tasks": "agreement@128,retrieval@96:2,retrieval@128:2", "brief_tasks": "retrieval@96:2"}
+    values |= {"curve_tasks": "retrieval@96:2", "brief_items": "2", "search_tokens": "256", "test_tokens": "256"}
+    values |= {f"{name}_seconds": "0.3" for name in ("align", "supernet", "search", "first_finalize")}
+    values |= {"calibrate": "", "finalize_seconds": "0.6", "speed_seconds": "60", "measure_seconds": "120", "row_seconds": "0.001"}
+    changes = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    assert run(["run", "smollm2-135m", "--out", str(out), "--device", "cpu", *changes]) == 0
+
+    table = pd.read_csv(out / "report" / "table.csv", keep_default_na=False)
+    methods = {(row.k, row.method, row.fill) for row in table.itertuples() if row.weights == "supernet"}
+    for count in (1, 2):
+        names = ("uniform", "random-0", "random-1", "beam", "kl-greedy", "greedy-swap, kl+retrieval-kl@128:2")
+        assert methods >= {(count, name, "best") for name in names}
+    assert set(table["weights"]) == {"teacher", "supernet", "final", "final:average"}
+    teacher = table[table["method"] == "teacher"].iloc[0]
+    assert float(teacher["kl"]) == pytest.approx(0, abs=1e-5)
+    assert float(teacher["suite_kept"]) == 1
+    final = table[table["weights"] == "final"].iloc[0]
+    assert final["suite_items"] == 9
+    assert float(final["decode_tok_s_1k"]) > 0
+    curve = pd.read_csv(out / "report" / "curve.csv")
+    tokens = curve[curve["weights"] == "final"]["tokens"].tolist()
+    assert len(tokens) == 3
+    assert tokens == sorted(tokens)
+    assert set(pd.read_csv(out / "report" / "comparison.csv")["against"]) == {"uniform", "median random"}
+    assert "| the model itself |" in (out / "report" / "summary.md").read_text()
+    assert "final:average" in (out / "report" / "table.csv").read_text()
