@@ -17,10 +17,10 @@ import pandas as pd
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size, parse_size
+from nasbench.evaluation.ranks import kendall
 from nasbench.evaluation.scores import Gap, Scores, ScoreStore, difference, mean_and_stderr
 from nasbench.evaluation.suite import evenly
 from nasbench.model.shapes import ModelSpec
-from nasbench.report.kendall import kendall
 from nasbench.runs import Run
 from nasbench.search.compared import (
     BEST,

@@ -1,12 +1,9 @@
 """The comparison of placements: its tables are those of the scores, item by item."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from search.synthetic import SyntheticObjective
 
 from nasbench.core.files import write_json
@@ -15,7 +12,6 @@ from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.model.shapes import ModelSpec
 from nasbench.report.comparison import MEDIAN, Comparison, tables
 from nasbench.report.comparison_figures import comparison_drawings
-from nasbench.report.kendall import kendall
 from nasbench.report.sections import best_searched, markdown, name_of, sections
 from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Benchmark, Compared, benchmarks_path, compared
@@ -35,36 +31,6 @@ class Objective(SyntheticObjective):
 
         step_ms = 1.0 + sum({"A": 1.0, "W8": 0.5, "J": 0.3}[name] for name in placement)
         return Speed(4 / step_ms * 1e3, 9000.0, step_ms, 1000 * placement.count("A"), "measured")
-
-
-def pair_by_pair(x, y, groups):
-    """Tau-b by its definition."""
-    signs = [
-        (np.sign(x[i] - x[j]), np.sign(y[i] - y[j]))
-        for i, j in itertools.combinations(range(len(x)), 2)
-        if groups[i] == groups[j]
-    ]
-    whole = math.sqrt(sum(a**2 for a, _ in signs) * sum(b**2 for _, b in signs))
-    return sum(a * b for a, b in signs) / whole if whole else math.nan
-
-
-@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), min_size=2, max_size=12))
-def test_tau_is_that_of_its_definition(rows):
-    x, y, groups = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    tau, low, high = kendall(x, y, groups)
-    assert tau == pytest.approx(pair_by_pair(x, y, groups), nan_ok=True)
-    assert math.isnan(tau) or -1 <= low <= high <= 1
-
-
-def test_a_sure_order_and_none():
-    x = np.arange(30.0)
-    one = np.zeros(30)
-    assert kendall(x, x**3, one) == pytest.approx((1, 1, 1))
-    assert kendall(x, -x, one) == pytest.approx((-1, -1, -1))
-    tau, low, high = kendall(x, np.random.default_rng(1).permutation(x), one)
-    assert low < tau < high
-    assert low < 0 < high
-    assert all(math.isnan(value) for value in kendall(x, np.ones(30), one))
 
 
 @pytest.fixture(scope="module")
