@@ -7,14 +7,16 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import nasbench.core.provenance
 from nasbench.core.errors import MachineError, NasbenchError
+from nasbench.devices import detect
 
 # In a script's own folder, kernels.py is what other libraries take for the package of that name.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
@@ -48,12 +50,9 @@ def need_gpu() -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """Device, versions and time of a measurement on the GPU."""
-    from nasbench.devices import detect
-
+    """Device, versions, command and time of a measurement on the GPU."""
     info = detect("cuda")
-    stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"device": info.slug, "torch": torch.__version__, "driver": info.driver, "measured_utc": stamp}
+    return asdict(nasbench.core.provenance.provenance(info.slug, info.driver))
 
 
 def write_json(path: Path | None, value: object) -> None:

@@ -2,12 +2,9 @@
 
     python benchmarks/kernels.py [--out FILE.json] [--seconds 40] [--only PART]
 
-Parts: the recurrent decode step of the 2B shape; decode attention over a static cache, beside SDPA by cuDNN; the
-chunked gated delta rule, forward and backward, beside fla-core where it is installed. Times are medians of CUDA-graph
-replays over sets of buffers that exceed the L2 cache together.
-
-Every kernel is first compared with its naive form. One that differs has no speed; if it is ours, the exit code is 1.
-fla tunes itself at its first call, so it runs last, and not at all once --seconds are over.
+Parts: the recurrent decode step of the 2B shape; decode attention, beside SDPA by cuDNN; the chunked gated delta rule,
+forward and backward, beside fla-core where it is installed. Times are medians of CUDA-graph replays over buffers that
+exceed the L2 cache together. A kernel that differs from its naive form has no speed; if it is ours, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -92,8 +89,8 @@ def recurrent(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Work:  # fmt: skip
     """JetBlock's decode step between the projections; its traffic is nearly all state."""
-    from nasbench_kernels.decode import RowLayout, StepWorkspace, recurrent_step
-    from nasbench_kernels.decode.naive import naive_recurrent_step
+    from nasbench_kernels.gated_delta.decode import StepWorkspace, recurrent_step
+    from nasbench_kernels.gated_delta.naive import RowLayout, naive_recurrent_step
 
     keys, values = heads * key_dim, heads * value_dim
     sizes = (keys, keys, values, values, values // 8, heads, heads)  # q, k, v, gate, generator, decay, beta
@@ -102,14 +99,10 @@ def recurrent(
     weights = draw(heads), draw(heads), draw(value_dim, dtype=dtype)
     workspace, nbytes = StepWorkspace(), 2 * batch * keys * value_dim * 4
     sets = [
-        (
-            draw(batch, sum(sizes), dtype=dtype),
-            draw(batch, values, 4, dtype=dtype),
-            draw(batch, 3, values, dtype=dtype),
-            draw(batch, heads, key_dim, value_dim),
-        )
+        (*(draw(batch, *size, dtype=dtype) for size in ((sum(sizes),), (values, 4), (3, values))),
+         draw(batch, heads, key_dim, value_dim))
         for _ in range(sets_of(nbytes / 2))
-    ]
+    ]  # fmt: skip
 
     def step(row: Tensor, taps: Tensor, conv_state: Tensor, state: Tensor) -> Tensor:
         return recurrent_step(row, layout, state, *weights, workspace, taps, conv_state)
@@ -138,8 +131,8 @@ def attention(
     Args:
         form: "ours", or how SDPA is called: "enable_gqa", or "rows", a group's query heads as rows of one product.
     """
-    from nasbench_kernels.decode import decode_attention
-    from nasbench_kernels.decode.naive import naive_decode_attention
+    from nasbench_kernels.attention.decode import decode_attention
+    from nasbench_kernels.attention.naive import naive_decode_attention
 
     lengths = torch.linspace(slots / 2, slots, batch).long() if mixed else torch.full((batch,), slots)
     everywhere, one = lengths.to(device) - 1, 2 * kv_heads * dim * dtype.itemsize
@@ -180,7 +173,7 @@ def rule(
     from nasbench_kernels.gated_delta import naive_gated_delta
 
     if library == "ours":
-        from nasbench_kernels.prefill import triton_gated_delta as fast
+        from nasbench_kernels.gated_delta.prefill import triton_gated_delta as fast
     else:
         from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
@@ -271,25 +264,8 @@ def line(case: Case) -> str:
     return text if math.isnan(case.pass_tb_s) else f"{text}  {case.fraction:.2f} of {case.pass_tb_s:.2f}"
 
 
-def speedups(done: Sequence[Case]) -> list[str]:
-    """How many times as fast ours is as the fastest other implementation of each case."""
-    lines = []
-    for ours in done:
-        others = [c for c in done if (c.part, c.name) == (ours.part, ours.name) and not c.ours and c.status == "ok"]
-        if ours.ours and ours.status == "ok" and others:
-            best = min(others, key=lambda case: case.us)
-            lines.append(f"{ours.part}, {ours.name}: {best.us / ours.us:.2f} times as fast as {best.implementation}")
-    return lines
-
-
-def exit_code(done: Sequence[Case]) -> int:
-    return int(any(case.ours and case.status.startswith("refused") for case in done))
-
-
 def work(options: argparse.Namespace) -> int:
     need_gpu()
-    import triton
-
     from nasbench.runtime.timing import Budget, time_cuda
 
     began, budget = time.monotonic(), Budget(seconds=0.15, least=15, most=40)
@@ -300,7 +276,7 @@ def work(options: argparse.Namespace) -> int:
 
     ceilings = measure_ceilings("cuda", free_bytes("cuda"), torch.bfloat16)
     rates = {RECURRENT: ceilings.in_place_gb_s / 1e3, ATTENTION: ceilings.read_gb_s / 1e3}
-    about = {**provenance(), "triton": triton.__version__, **asdict(ceilings)}
+    about = {**provenance(), **asdict(ceilings)}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     done: list[Case] = []
     for case in cases():
@@ -313,10 +289,9 @@ def work(options: argparse.Namespace) -> int:
         done.append(case)
         torch.cuda.empty_cache()
         print(line(case), flush=True)
-    print(*speedups(done), f"{time.monotonic() - began:.0f} s", sep="\n")
     rows = [{name: value for name, value in asdict(case).items() if name != "build"} for case in done]
     write_json(options.out, {**about, "figures": rows})
-    return exit_code(done)
+    return int(any(case.ours and case.status.startswith("refused") for case in done))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

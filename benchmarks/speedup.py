@@ -66,8 +66,7 @@ class Point:
 
 def prompt_flops(shape: ModelSpec, context: int) -> int:
     """FLOPs of one prompt without the output matrix, which only the last token needs."""
-    mixers = sum(config.flops(context, 0) for config in shape.mixers(shape.placement))
-    return mixers + 2 * context * shape.num_layers * shape.mlp_parameters()
+    return sum(spec.flops(context, 0) for spec in (*shape.mixers(shape.placement), *shape.ffns()))
 
 
 def wanted(name: str, context: int, points: Sequence[Point], prompt_tokens: int) -> dict[str, list[Any]]:

@@ -3,11 +3,10 @@
     python benchmarks/train.py [--model default] [--names W256,J] [--align 64k,128k] [--supernet 32k] [--recompute]
     torchrun --nproc-per-node 2 benchmarks/train.py --model qwen2.5-1.5b [--shard]
 
-A figure covers whole steps, as training runs them, on random tokens: copy to the device, teacher, losses, gradients,
-clipping, AdamW. Model FLOP/s counts the mathematics, not the kernels: the teacher's forward pass, the student's from
-its first replaced layer on, the gradients of activations behind it and of the trained mixers' weights, three products
-with the head. The utilisation compares it with a large product that the same run measures. A built-in shape gets random
-weights. Under torchrun the processes share the rows of a step; memory and profile are those of the first process.
+A figure covers whole steps on random tokens, from the copy to the device to AdamW. Model FLOP/s counts the mathematics:
+the teacher's forward pass, the student's from its first replaced layer on, gradients of activations and of the trained
+mixers' weights, three products with the head. The utilisation compares it with a large product of the same run. Under
+torchrun the processes share the rows of a step; memory and profile are those of the first process.
 """
 
 from __future__ import annotations
@@ -88,17 +87,17 @@ def step_flops(
         spec = shape.mixer(name)
         return rows * spec.flops(sequence, 0), 2.0 * rows * sequence * spec.parameters()
 
-    mlp = 6.0 * rows * sequence * shape.hidden_size * shape.intermediate_size
+    ffns = [rows * spec.flops(sequence, 0) for spec in shape.ffns()]
     head = 2.0 * rows * sequence * shape.hidden_size * shape.vocab_size
-    total = shape.num_layers * (mixer("A")[0] + mlp)
+    total = shape.num_layers * mixer("A")[0] + sum(ffns)
     if placements is None:
         return total + shape.num_layers * sum(3 * forward - projections for forward, projections in map(mixer, trained))
     for placement in placements:
         total += 3 * head
         first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
-        for name in placement[first:]:
+        for name, ffn in zip(placement[first:], ffns[first:], strict=True):
             forward, projections = mixer(name)
-            total += 2 * (forward + mlp) + (projections if name in trained else 0)
+            total += 2 * (forward + ffn) + (projections if name in trained else 0)
     return total
 
 

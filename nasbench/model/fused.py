@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from nasbench_kernels.decode import StepWorkspace
+    from nasbench_kernels.gated_delta.decode import StepWorkspace
 
 
 @cache
@@ -31,24 +31,8 @@ def autograd_kernels(x: Tensor) -> bool:
 
 @cache
 def ops() -> Any:
-    """The module `nasbench_kernels.decode`, imported when it is first needed: triton takes a second."""
-    import nasbench_kernels.decode as module
-
-    return module
-
-
-@cache
-def prompt_ops() -> Any:
-    """The module `nasbench_kernels.prefill`, imported when it is first needed."""
-    import nasbench_kernels.prefill as module
-
-    return module
-
-
-@cache
-def distill_ops() -> Any:
-    """The module `nasbench_kernels.distill`, whose kernels have a backward, imported when it is first needed."""
-    import nasbench_kernels.distill as module
+    """The module `nasbench_kernels.ops`, imported when it is first needed: triton takes a second."""
+    import nasbench_kernels.ops as module
 
     return module
 
@@ -63,20 +47,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [B, C] -> [B, N]: a matrix-vector kernel for one row, for more whichever of our kernel and cuBLAS is faster."""
     if x.shape[0] == 1:
         return ops().gemv(x, weight, bias)
-    return ops().batch_product(x, weight, bias) if ops().streams(x, weight) else F.linear(x, weight, bias)
+    return ops().gemm(x, weight, bias) if ops().prefer_skinny_gemm(x, weight) else F.linear(x, weight, bias)
 
 
-def left_over(x: Tensor, weight: Tensor) -> Tensor:
+def partial_sums(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C], B above 1 -> what `add_norm` adds to the residual: [B, N], or parts of it in fp32, [S, B, N]."""
-    if ops().streams(x, weight, divided=True):
-        return ops().batch_product(x, weight, divided=True)
+    if ops().prefer_skinny_gemm(x, weight, split_k=True):
+        return ops().gemm(x, weight, split_k=True)
     return F.linear(x, weight)
 
 
 def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x [B, C], weight [2 F, C], gate over up -> SiLU(gate) * up, [B, F]: one kernel for up to 128 sequences."""
-    if ops().fits(x):
-        return ops().swiglu_product(x, weight)
+    if ops().skinny_gemm_supported(x):
+        return ops().swiglu_gemm(x, weight)
     return ops().swiglu(F.linear(x, weight))
 
 

@@ -110,7 +110,7 @@ class TrainStream(ReferenceStream):
         if not isinstance(epilogue, Gate):
             return row
         row = row[..., : sum(packed.sizes)]
-        return fused.distill_ops().swiglu(row) if epilogue.activation == "silu" else _gated(row, epilogue)
+        return fused.ops().swiglu(row) if epilogue.activation == "silu" else _gated(row, epilogue)
 
     def core(self, block: Block, row: Tensor, meta: Meta, cache: BlockCache | None) -> Tensor:
         assert isinstance(meta, SequenceMeta)
@@ -194,15 +194,15 @@ class DecodeManyStream(_DecodeStream):
             if epilogue.activation == "silu" and bias is None:
                 return fused.swiglu_linear(hidden, weight)
             return _gated(fused.linear(hidden, weight, bias), epilogue)
-        if epilogue is not None and fused.ops().streams(hidden, weight):
-            row, self.active = fused.ops().product_and_silu(hidden, weight, bias, epilogue.begin, epilogue.size)
+        if epilogue is not None and fused.ops().prefer_skinny_gemm(hidden, weight):
+            row, self.active = fused.ops().gemm_and_silu(hidden, weight, bias, epilogue.begin, epilogue.size)
             return row
         return fused.linear(hidden, weight, bias)
 
     def write(self, y: Tensor, out: nn.Linear, post_norm: nn.Module | None = None) -> None:
         if post_norm is None and out.bias is None and self.residual:
             super().content()
-            self.pending = fused.left_over(y, out.weight)
+            self.pending = fused.partial_sums(y, out.weight)
         else:
             self.add(fused.linear(y, out.weight, out.bias), post_norm)
 

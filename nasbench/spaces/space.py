@@ -126,7 +126,7 @@ class Space:
         """The name in every layer where it is legal, each layer's original elsewhere."""
         return tuple(name if name in names else names[0] for names in self.choices)
 
-    def pure(self, names: tuple[str, ...]) -> list[Placement]:
+    def without_full(self, names: tuple[str, ...]) -> list[Placement]:
         """For each name that every layer may have: all layers have it, none has full attention."""
         return [(n,) * self.num_layers for n in names if n != FULL and all(n in legal for legal in self.choices)]
 

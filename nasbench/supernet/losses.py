@@ -28,7 +28,7 @@ class _ChunkedKL(torch.autograd.Function):
         gradient = torch.empty_like(student)
         total = torch.zeros((), device=student.device, dtype=torch.float32)
         if fused.autograd_kernels(student):
-            from nasbench_kernels.distill import divergence_rows
+            from nasbench_kernels.loss.divergence import divergence_rows
 
             for start in range(0, len(student), chunk):
                 part = slice(start, start + chunk)
@@ -121,7 +121,7 @@ def token_losses(
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
         if reference is not None and fused.autograd_kernels(flat):
-            from nasbench_kernels.distill import divergence_rows
+            from nasbench_kernels.loss.divergence import divergence_rows
 
             logits = F.linear(flat[part], weight)
             apart, whole = divergence_rows(logits, F.linear(reference[part], weight))

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from nasbench_kernels import decode
+from nasbench_kernels.attention import decode as attention
+from nasbench_kernels.gated_delta import decode as recurrent
 from nasbench_kernels.gated_delta import naive_gated_delta
 
 import benchmarks.kernels as bench
@@ -62,14 +63,15 @@ def test_sound_kernels_pass():
 
 
 def test_wrong_kernels_do_not(monkeypatch):
-    right = decode.recurrent_step
-    monkeypatch.setattr(decode, "recurrent_step", lambda row, *rest: right(row * 1.1, *rest))
+    right = recurrent.recurrent_step
+    monkeypatch.setattr(recurrent, "recurrent_step", lambda row, *rest: right(row * 1.1, *rest))
     assert set(bench.wrong(bench.recurrent(2, **TINY_STEP).errors())) == {"output", "state", "conv state"}
-    attend = decode.decode_attention
-    monkeypatch.setattr(decode, "decode_attention", lambda q, k, v, at, span: attend(q, k, v, at.clamp_min(1), span))
+    attend = attention.decode_attention
+    monkeypatch.setattr(attention, "decode_attention", lambda q, k, v, at, span: attend(q, k, v, at.clamp_min(1), span))
     assert bench.wrong(bench.attention(5, 70, 4, 2, **TINY_CACHE).errors())  # one sequence of one key sees two
     monkeypatch.setattr(
-        "nasbench_kernels.prefill.triton_gated_delta", lambda *x: [y * math.nan for y in naive_gated_delta(*x)]
+        "nasbench_kernels.gated_delta.prefill.triton_gated_delta",
+        lambda *x: [y * math.nan for y in naive_gated_delta(*x)],
     )
     assert set(bench.wrong(bench.rule("ours", False, **TINY_RULE).errors())) == {"output", "final state"}
 
@@ -89,21 +91,19 @@ def test_a_wrong_kernel_has_no_speed(error):
     found = measured(error=error)
     assert math.isnan(found.us)
     assert "refused: gradient (q) is" in bench.line(found)
-    assert bench.exit_code([found]) == 1
     theirs = measured(implementation="fla", error=error)
     assert "refused" in theirs.status
-    assert bench.exit_code([theirs]) == 0
+    assert not theirs.ours
 
 
 def test_a_kernel_that_does_not_run():
-    assert bench.exit_code([measured(raises=RuntimeError("does not compile\nat all"))]) == 1
+    assert measured(raises=RuntimeError("does not compile\nat all")).status == "refused: does not compile"
     for options in (
         {"raises": torch.OutOfMemoryError("no room")},
         {"implementation": "fla", "raises": ModuleNotFoundError("No module named 'fla'")},
     ):
         found = measured(**options)
         assert found.status.startswith("left out")
-        assert bench.exit_code([found]) == 0
     assert "No module named 'fla'" in bench.line(found)
 
 
@@ -111,9 +111,6 @@ def test_speeds_and_fractions():
     found = measured(part=bench.RECURRENT)
     assert (found.us, found.tb_s) == (2.0, pytest.approx(1.0))
     assert "0.50 of 2.00" in bench.line(found)
-    read, slow, slower = (measured(part=bench.ATTENTION, implementation=name) for name in ("ours", "SDPA", "another"))
-    slow.us, slower.us = 5.0, 9.0
-    assert bench.speedups([read, slow, slower]) == ["decode attention, tiny: 2.50 times as fast as SDPA"]
     assert "of" not in bench.line(measured()).split("TB/s")[1]
 
 
@@ -123,7 +120,7 @@ def test_every_case_is_there():
     assert (bench.ATTENTION, "16/8 heads, 18 x 64k, half to full", "ours") in names
 
 
-@pytest.mark.parametrize("script", ["decode", "kernels", "speedup"])
+@pytest.mark.parametrize("script", ["decode", "kernels", "launches", "speedup"])
 def test_without_a_gpu(script, monkeypatch, capsys):
     module = __import__(f"benchmarks.{script}", fromlist=["main"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

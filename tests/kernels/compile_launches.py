@@ -15,17 +15,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from nasbench_kernels import decode, distill, prefill
-from nasbench_kernels.decode import product_launch as choices
-from nasbench_kernels.decode.recurrent import StepLaunch
-from nasbench_kernels.dynamic_conv.kernel import triton_short_conv
+from nasbench_kernels import ops
+from nasbench_kernels.common import pdl
+from nasbench_kernels.gated_delta import RowLayout
+from nasbench_kernels.gated_delta.decode import StepLaunch
+from nasbench_kernels.linear import launch as choices
+from nasbench_kernels.linear.gemm import run_gemm
 from nasbench_kernels.mamba2.decode import StepLaunch as Mamba2Launch
 from nasbench_kernels.mamba2.decode import fused_mamba2_step
 from nasbench_kernels.mamba2.prefill import triton_mamba2
@@ -65,14 +67,14 @@ def recurrent(
 ) -> None:
     keys, values = heads * key_dim, heads * value_dim
     at = (0, keys, 2 * keys, 2 * keys + values, 2 * keys + 2 * values, 2 * keys + 2 * values + heads)
-    decode.recurrent_step(
+    ops.recurrent_step(
         nothing(batch, at[-1] + heads),
-        decode.RowLayout(*at),
+        RowLayout(*at),
         nothing(batch, heads, key_dim, value_dim, dtype=state),
         nothing(heads, dtype=FP32),
         nothing(heads, dtype=FP32),
         nothing(value_dim),
-        decode.StepWorkspace(),
+        ops.StepWorkspace(),
         nothing(batch, values, 4),
         nothing(batch, 3, values),
         launch=launch,
@@ -84,63 +86,59 @@ def attention(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype
     positions, weight = nothing(batch, dtype=torch.int64), nothing(dim, dtype=dtype) if norm else None
     table = nothing(batch, dim, dtype=FP32)
     row = nothing(batch, (heads + 2 * kv_heads) * dim, dtype=dtype)
-    q = decode.rotary_write(row, positions, table, table, keys, keys, heads, weight, weight)
-    decode.decode_attention(q, keys, keys, positions, slots)
+    q = ops.rotary_write(row, positions, table, table, keys, keys, heads, weight, weight)
+    ops.decode_attention(q, keys, keys, positions, slots)
 
 
 def between_products(batch: int, hidden: int, inner: int) -> None:
     x = nothing(batch, hidden)
-    decode.add_norm(x, x, nothing(hidden), 1e-6)
-    decode.swiglu(nothing(batch, 2 * inner))
-    decode.silu_part(nothing(batch, 2 * hidden), hidden, 384)
-    decode.conv_step(nothing(batch, 3 * hidden), nothing(2 * hidden, 4), nothing(batch, 3, 2 * hidden))
+    ops.add_norm(x, x, nothing(hidden), 1e-6)
+    ops.swiglu(nothing(batch, 2 * inner))
+    ops.silu_part(nothing(batch, 2 * hidden), hidden, 384)
+    ops.conv_step(nothing(batch, 3 * hidden), nothing(2 * hidden, 4), nothing(batch, 3, 2 * hidden))
 
 
-def batched_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+def skinny_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
     x = nothing(batch, hidden, dtype=dtype)
     for sequences in {16, batch}:
-        decode.swiglu_product(nothing(sequences, hidden, dtype=dtype), nothing(2 * inner, hidden, dtype=dtype))
-    decode.batch_product(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
-    turned_products(batch, hidden, inner, dtype)
+        ops.swiglu_gemm(nothing(sequences, hidden, dtype=dtype), nothing(2 * inner, hidden, dtype=dtype))
+    ops.gemm(x, nothing(inner - 8, hidden, dtype=dtype), nothing(inner - 8, dtype=dtype))
+    swap_ab_products(batch, hidden, inner, dtype)
     inner_row = nothing(batch, inner, dtype=dtype)
-    parts = decode.batch_product(inner_row, nothing(hidden, inner, dtype=dtype), divided=True)
-    decode.add_norm(x, parts, nothing(hidden, dtype=dtype), 1e-6)
-    decode.argmax(nothing(batch, 151936, dtype=dtype))
+    parts = ops.gemm(inner_row, nothing(hidden, inner, dtype=dtype), split_k=True)
+    ops.add_norm(x, parts, nothing(hidden, dtype=dtype), 1e-6)
+    ops.argmax(nothing(batch, 151936, dtype=dtype))
 
 
-def turned_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
-    """In one and in two programs for each multiprocessor."""
-    module = sys.modules["nasbench_kernels.decode.product"]
-    x, size = nothing(batch, hidden, dtype=dtype), dtype.itemsize
-    for each in (1, 2):
-        launch = partial(choices.turned_launch, batch, inner, size, *module.card(x.device), each)
-        module.launch_swiglu_product(x, nothing(2 * inner, hidden, dtype=dtype), launch(swiglu=True))
-        weight, bias = nothing(inner, hidden, dtype=dtype), nothing(inner, dtype=dtype)
-        module.launch_batch_product(x, weight, bias, False, replace(launch(), hints=each == 2))
+def swap_ab_products(batch: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    x, weight = nothing(batch, hidden, dtype=dtype), nothing(2 * inner, hidden, dtype=dtype)
+    launch = partial(choices.swap_ab_launch, batch, inner, dtype.itemsize, *choices.sm_limits(x.device))
+    run_gemm(x, weight, None, launch(swiglu=True), swiglu=True)
+    run_gemm(x, weight[:inner], nothing(inner, dtype=dtype), launch())
 
 
 def products(hidden: int, inner: int, vocabulary: int) -> None:
     x, norm = nothing(1, hidden), {"before": "norm", "norm_weight": nothing(hidden), "eps": 1e-6}
-    decode.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
-    decode.gemv(nothing(1, inner), nothing(hidden, inner), add_to=x)
-    decode.gemv(x, nothing(vocabulary, hidden), **norm)
-    decode.gemv(x, nothing(2048, hidden), nothing(2048), **norm)
-    decode.gemv(nothing(1, 384), nothing(12288, 384), nothing(12288), before="silu")
+    ops.gemv(x, nothing(2 * inner, hidden), swiglu=True, **norm)
+    ops.gemv(nothing(1, inner), nothing(hidden, inner), add_to=x)
+    ops.gemv(x, nothing(vocabulary, hidden), **norm)
+    ops.gemv(x, nothing(2048, hidden), nothing(2048), **norm)
+    ops.gemv(nothing(1, 384), nothing(12288, 384), nothing(12288), before="silu")
 
 
 def convolutions(channels: int) -> None:
     x = nothing(2, 2048, channels).requires_grad_()
     for shape in ((2, 2048, channels, 4), (channels, 4)):
-        y = triton_short_conv(x, nothing(*shape), age=nothing(2, 2048, dtype=torch.int32))
+        y = ops.triton_short_conv(x, nothing(*shape), position_ids=nothing(2, 2048, dtype=torch.int32))
         y.backward(nothing(*y.shape))
-    triton_short_conv(x.detach(), nothing(2, 2048, channels, 4), nothing(2, 3, channels))
+    ops.triton_short_conv(x.detach(), nothing(2, 2048, channels, 4), nothing(2, 3, channels))
 
 
 def rule(heads: int, key_dim: int, value_dim: int, train: bool) -> None:
     keys = (2, 2048, heads, key_dim)
     q, k, v = (nothing(*size).requires_grad_(train) for size in (keys, keys, (2, 2048, heads, value_dim)))
     gates = nothing(2, 2048, heads, dtype=FP32).requires_grad_(train)
-    out, state = prefill.triton_gated_delta(q, k, v, gates, gates)
+    out, state = ops.triton_gated_delta(q, k, v, gates, gates)
     if train:
         (out.sum() + state.sum()).backward()
 
@@ -150,26 +148,26 @@ def around_the_rule(heads: int, key_dim: int, value_dim: int) -> None:
     at = (0, keys, 2 * keys, 2 * keys + values, 2 * keys + 2 * values, 2 * keys + 2 * values + heads)
     row, gates = nothing(2, 2048, at[-1] + heads), nothing(heads, dtype=FP32)
     for mixed in (None, nothing(2, 2048, 2 * keys + values)):
-        prefill.rule_inputs(row, decode.RowLayout(*at), key_dim, gates, gates, mixed)
-    prefill.gated_norm(nothing(2, 2048, heads, value_dim), row, at[3], nothing(value_dim))
-    prefill.conv_part(row, at[2], nothing(2, 2048, values, 4), nothing(2, 3, values))
+        ops.recurrence_inputs(row, RowLayout(*at), key_dim, gates, gates, mixed)
+    ops.gated_norm(nothing(2, 2048, heads, value_dim), row[..., at[3] : at[4]], nothing(value_dim))
+    ops.triton_short_conv(row[..., at[2] : at[3]], nothing(2, 2048, values, 4), nothing(2, 3, values))
 
 
 def distillation(tokens: int, inner: int, heads: int, kv_heads: int, dim: int, vocabulary: int) -> None:
     logits = nothing(tokens, vocabulary)
-    distill.divergence_rows(logits, logits)
-    distill.divergence_rows(logits, logits, gradient=True)
+    ops.divergence_rows(logits, logits)
+    ops.divergence_rows(logits, logits, gradient=True)
     inner_row = nothing(2, tokens, 2 * inner).requires_grad_()
-    distill.swiglu(inner_row).backward(nothing(2, tokens, inner))
+    ops.swiglu(inner_row).backward(nothing(2, tokens, inner))
     table = nothing(tokens, dim, dtype=FP32)
     row = nothing(2, tokens, (heads + 2 * kv_heads) * dim).requires_grad_()
-    q, k, v = distill.rotary(row, table, table, heads, kv_heads)
+    q, k, v = ops.rotary(row, table, table, heads, kv_heads)
     (q.sum() + k.sum() + v.sum()).backward()
     row = nothing(2, tokens, 4 * heads * dim + 72 + 2 * heads).requires_grad_()
     gates = nothing(heads, dtype=FP32).requires_grad_()
     sizes = (heads * dim, heads * dim, 72)
-    q, k, g, beta, v, gate, further = distill.rule_inputs(row, gates, gates, heads, dim, sizes)
-    out = distill.gated_norm(v.unflatten(-1, (heads, dim)), gate, nothing(dim).requires_grad_())
+    q, k, g, beta, v, gate, further = ops.training_inputs(row, gates, gates, heads, dim, sizes)
+    out = ops.gated_norm(v.unflatten(-1, (heads, dim)), gate, nothing(dim).requires_grad_())
     (q.sum() + k.sum() + g.sum() + beta.sum() + further.sum() + out.sum()).backward()
 
 
@@ -203,7 +201,7 @@ CASES: dict[str, Callable[[], None]] = {
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
     "attention 2B": lambda: attention(128, 12, 2, 65536, 128, BF16, False),
     "between products": lambda: between_products(128, 1536, 8960),
-    "products of 128 sequences": lambda: batched_products(128, 1536, 8960, BF16),
+    "products of 128 sequences": lambda: skinny_products(128, 1536, 8960, BF16),
     "products": lambda: products(1536, 8960, 151936),
     "convolutions": lambda: convolutions(3072),
     "gated delta rule 2B": lambda: rule(12, 96, 256, False),
@@ -212,8 +210,7 @@ CASES: dict[str, Callable[[], None]] = {
     "distillation smollm2": lambda: distillation(2048, 1536, 9, 3, 64, 49152),
 }
 for tried in (
-    StepLaunch(32, 8, 1, 2, 3, registers=128),
-    StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
+    StepLaunch(64, 1, 4, 4, 1),
     StepLaunch(32, 1, 8, 1, 1),
 ):
     CASES[f"recurrent 2B as {tried}"] = partial(recurrent, 128, 12, 96, 256, FP32, tried)
@@ -223,8 +220,8 @@ MORE: dict[str, Callable[[], None]] = {
     "attention 96": lambda: attention(1, 32, 32, 4096, 96, torch.float16, False),
     "attention fp32": lambda: attention(4, 12, 2, 4096, 128, FP32, False),
     "between products, 4B": lambda: between_products(64, 2048, 11008),
-    "products of 64 sequences, 4B": lambda: batched_products(64, 2048, 11008, BF16),
-    "products of 16 sequences": lambda: batched_products(16, 576, 1536, BF16),
+    "products of 64 sequences, 4B": lambda: skinny_products(64, 2048, 11008, BF16),
+    "products of 16 sequences": lambda: skinny_products(16, 576, 1536, BF16),
     "products, 4B": lambda: products(2048, 11008, 151936),
 }
 MORE |= {
@@ -303,9 +300,10 @@ def registers(cubin: bytes) -> tuple[int, int]:
 def pretend(arch: int) -> None:
     """Makes the wrappers choose for a card of this architecture."""
     card = CARDS[arch]
-    for name in ("decode.attention", "decode.recurrent", "decode.product", "mamba2.decode"):
-        sys.modules[f"nasbench_kernels.{name}"].card = lambda device: (card.sms, card.shared)
-    sys.modules["nasbench_kernels.decode.overlap"].capability = lambda device: arch // 10
+    for name, module in sys.modules.items():
+        if name.startswith("nasbench_kernels.") and hasattr(module, "sm_limits"):
+            module.sm_limits = lambda device: (card.sms, card.shared)
+    pdl.capability = lambda device: arch // 10
 
 
 def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None:
@@ -321,7 +319,7 @@ def main(architectures: list[int], cases: dict[str, Callable[[], None]]) -> None
                 row = {"arch": arch, "case": name, "kernel": kernel.fn.__name__, "warps": compiled.metadata.num_warps}
                 row |= {"shared": compiled.metadata.shared, "registers": count, "stack": stack}
                 row["wgmma"] = "wgmma" in compiled.asm["ptx"]
-                row["step"] = "PDL" in kernel.arg_names or kernel.fn.__module__.startswith("nasbench_kernels.decode")
+                row["step"] = "PDL" in kernel.arg_names
                 row["waits"] = options.get("launch_pdl", False) and "griddepcontrol.wait" in compiled.asm["ptx"]
                 row["overlap"] = "griddepcontrol" in compiled.asm["ptx"]
                 print(json.dumps(row), flush=True)

@@ -1,4 +1,4 @@
-"""The decode step's Triton kernels against plain PyTorch: on a GPU where there is one, else under the interpreter."""
+"""The decode step's Triton kernels against plain PyTorch: on a GPU, or else under the interpreter."""
 
 from dataclasses import replace
 
@@ -11,33 +11,28 @@ pytest.importorskip("triton")
 
 # ruff: noqa: E402
 import triton
-from nasbench_kernels.causal_conv import causal_conv_step
-from nasbench_kernels.decode import (
-    RowLayout,
+from nasbench_kernels.attention.naive import naive_decode_attention
+from nasbench_kernels.common.pdl import pdl_launch, without_pdl
+from nasbench_kernels.conv import short_conv_step
+from nasbench_kernels.gated_delta.decode import StepLaunch
+from nasbench_kernels.gated_delta.naive import RowLayout, naive_recurrent_step
+from nasbench_kernels.linear.gemm import run_gemm, swap_ab_gemm_kernel
+from nasbench_kernels.linear.launch import GemmLaunch, gemm_launch, swap_ab_launch
+from nasbench_kernels.ops import (
     StepWorkspace,
     add_norm,
     argmax,
-    batch_product,
     conv_step,
     decode_attention,
+    gemm,
+    gemm_and_silu,
     gemv,
     recurrent_step,
     rotary_write,
     silu_part,
     swiglu,
-    swiglu_product,
+    swiglu_gemm,
 )
-from nasbench_kernels.decode.naive import naive_decode_attention, naive_recurrent_step
-from nasbench_kernels.decode.overlap import dependent, without_overlap
-from nasbench_kernels.decode.product import (
-    launch_batch_product,
-    launch_swiglu_product,
-    launch_turned_product,
-    product_and_silu,
-    turned_product_kernel,
-)
-from nasbench_kernels.decode.product_launch import ProductLaunch, batch_launch, turned_launch
-from nasbench_kernels.decode.recurrent import StepLaunch
 from tolerances import relative_rmse
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -53,7 +48,7 @@ def draw(*size: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
 
 
 def check_step(sizes, dynamic, dtype, state_dtype=torch.float32, launch=None):
-    """Two steps of sizes (B, H, K, V): the second finds state, history and counters that the first left."""
+    """Two steps of sizes (B, H, K, V): the second finds state, conv_state and counters that the first left."""
     batch, heads, key_dim, value_dim = sizes
     values = heads * value_dim
     widths = [heads * key_dim, heads * key_dim, values, values, 5, heads, heads]
@@ -61,24 +56,24 @@ def check_step(sizes, dynamic, dtype, state_dtype=torch.float32, launch=None):
     layout = RowLayout(*(starts[i] for i in (0, 1, 2, 3, 5, 6)))
     row = draw(batch, sum(widths), dtype=dtype)
     a_log, dt_bias, weight = draw(heads), draw(heads, seed=1), draw(value_dim, dtype=dtype)
-    kernels = draw(batch, values, 4, dtype=dtype) if dynamic else None
-    history = draw(batch, 3, values, dtype=dtype) if dynamic else None
+    conv_weight = draw(batch, values, 4, dtype=dtype) if dynamic else None
+    conv_state = draw(batch, 3, values, dtype=dtype) if dynamic else None
     ours_state = draw(batch, heads, key_dim, value_dim, dtype=state_dtype)
-    state, ours_history = ours_state.float().clone(), None if history is None else history.clone()
-    theirs_history = None if history is None else history.float().clone()
+    state, ours_conv_state = ours_state.float().clone(), None if conv_state is None else conv_state.clone()
+    theirs_conv_state = None if conv_state is None else conv_state.float().clone()
     close, state_close = (CLOSE[dtype], 1e-5) if state_dtype == torch.float32 else (1e-2, 1e-2)
     workspace = StepWorkspace()
     for _ in range(2):
         ours = recurrent_step(
-            row, layout, ours_state, a_log, dt_bias, weight, workspace, kernels, ours_history, launch=launch
+            row, layout, ours_state, a_log, dt_bias, weight, workspace, conv_weight, ours_conv_state, launch=launch
         )
-        theirs, state, theirs_history = naive_recurrent_step(
-            row, layout, state, a_log, dt_bias, weight, kernels, theirs_history
+        theirs, state, theirs_conv_state = naive_recurrent_step(
+            row, layout, state, a_log, dt_bias, weight, conv_weight, theirs_conv_state
         )
         assert relative_rmse(ours.float(), theirs) < close
         assert relative_rmse(ours_state.float(), state) < state_close
-    if ours_history is not None:
-        assert torch.equal(ours_history.float(), theirs_history)
+    if ours_conv_state is not None:
+        assert torch.equal(ours_conv_state.float(), theirs_conv_state)
     assert workspace.counters is not None
     assert not workspace.counters.any()
 
@@ -98,18 +93,15 @@ def test_recurrent_step_with_a_bf16_state(dynamic):
 @pytest.mark.parametrize(
     "launch",
     [
-        StepLaunch(64, 4, 1, 2, 2, evict_reads=True, stream_writes=True),
+        StepLaunch(64, 4, 1, 2, 2),
         StepLaunch(64, 4, 1, 2, 1),
-        StepLaunch(32, 8, 1, 2, 3, registers=128),
+        StepLaunch(32, 8, 1, 2, 3),
         StepLaunch(16, 16, 1, 1, 3),
         StepLaunch(64, 2, 2, 4, 2),
-        StepLaunch(32, 4, 2, 2, 2, stream_writes=True),
         StepLaunch(32, 2, 4, 2, 2),
         StepLaunch(32, 1, 8, 1, 1),
-        StepLaunch(64, 1, 4, 2, 1),
-        StepLaunch(64, 1, 4, 4, 1, registers=128, evict_reads=True, stream_writes=True),
-        StepLaunch(128, 1, 2, 4, 1),
-        StepLaunch(256, 1, 1, 8, 1, evict_reads=True),
+        StepLaunch(64, 1, 4, 4, 1),
+        StepLaunch(256, 1, 1, 8, 1),
     ],
     ids=str,
 )
@@ -135,10 +127,10 @@ def test_decode_attention(heads, kv_heads, dim, lengths, dtype):
     q = draw(3, heads, dim, dtype=dtype)
     keys, values = draw(3, kv_heads, slots, dim, dtype=dtype), draw(3, kv_heads, slots, dim, dtype=dtype, seed=1)
     positions = torch.tensor(lengths, device=DEVICE) - 1
-    for span in (max(lengths), slots):
-        ours = decode_attention(q, keys, values, positions, span)
+    for max_seqlen in (max(lengths), slots):
+        ours = decode_attention(q, keys, values, positions, max_seqlen)
         for b, theirs in enumerate(naive_decode_attention(q, keys, values, positions)):
-            assert relative_rmse(ours[b].float(), theirs) < CLOSE[dtype], (b, span)
+            assert relative_rmse(ours[b].float(), theirs) < CLOSE[dtype], (b, max_seqlen)
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -185,7 +177,7 @@ def test_pointwise(dtype):
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_norm_of_a_divided_product(parts, dtype):
+def test_add_norm_of_partial_sums(parts, dtype):
     x, delta, weight = draw(3, 70, dtype=dtype), draw(parts, 3, 70), draw(70, dtype=dtype)
     summed = (x.float() + delta.sum(0)).to(dtype)
     wanted = F.rms_norm(summed.float(), (70,), weight.float(), 1e-5)
@@ -195,23 +187,23 @@ def test_add_norm_of_a_divided_product(parts, dtype):
 
 def test_launches_overlap_only_where_the_card_can(monkeypatch):
     early = GPU and torch.cuda.get_device_capability()[0] >= 9
-    assert dependent(torch.device(DEVICE)) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
-    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 9)
-    assert dependent(torch.device(DEVICE)) == {"PDL": True, "launch_pdl": True}
-    with without_overlap():
-        assert dependent(torch.device(DEVICE)) == {"PDL": False}
-    monkeypatch.setattr("nasbench_kernels.decode.overlap.capability", lambda device: 8)
-    assert dependent(torch.device(DEVICE)) == {"PDL": False}
+    assert pdl_launch(torch.device(DEVICE)) == ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+    monkeypatch.setattr("nasbench_kernels.common.pdl.capability", lambda device: 9)
+    assert pdl_launch(torch.device(DEVICE)) == {"PDL": True, "launch_pdl": True}
+    with without_pdl():
+        assert pdl_launch(torch.device(DEVICE)) == {"PDL": False}
+    monkeypatch.setattr("nasbench_kernels.common.pdl.capability", lambda device: 8)
+    assert pdl_launch(torch.device(DEVICE)) == {"PDL": False}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_step(dtype):
-    row, weight, history = draw(2, 320, dtype=dtype), draw(300, 4, dtype=dtype), draw(2, 3, 300, dtype=dtype)
-    rest, wide = row[:, 300:].clone(), history.float().clone()
-    wanted = causal_conv_step(row[:, None, :300].float(), weight.float(), wide)[:, 0]
-    conv_step(row, weight, history)
+    row, weight, conv_state = draw(2, 320, dtype=dtype), draw(300, 4, dtype=dtype), draw(2, 3, 300, dtype=dtype)
+    rest, wide = row[:, 300:].clone(), conv_state.float().clone()
+    wanted = short_conv_step(row[:, None, :300].float(), weight.float(), wide)[:, 0]
+    conv_step(row, weight, conv_state)
     assert relative_rmse(row[:, :300].float(), wanted) < CLOSE[dtype]
-    assert torch.equal(history.float(), wide)
+    assert torch.equal(conv_state.float(), wide)
     assert torch.equal(row[:, 300:], rest)
 
 
@@ -239,79 +231,79 @@ def test_gemv(rows, columns, dtype):
 
 @pytest.mark.parametrize(("batch", "hidden", "inner"), [(2, 72, 100), (17, 64, 64), (100, 136, 200)])
 @pytest.mark.parametrize("dtype", PRODUCTS)
-def test_swiglu_product(batch, hidden, inner, dtype):
+def test_swiglu_gemm(batch, hidden, inner, dtype):
     x, weight = draw(batch, hidden, dtype=dtype), draw(2 * inner, hidden, dtype=dtype)
     gate, up = (part.to(dtype).float() for part in F.linear(x.float(), weight.float()).chunk(2, -1))
-    assert relative_rmse(swiglu_product(x, weight).float(), F.silu(gate) * up) < CLOSE[dtype]
+    assert relative_rmse(swiglu_gemm(x, weight).float(), F.silu(gate) * up) < CLOSE[dtype]
 
 
 @pytest.mark.parametrize(("batch", "columns", "rows"), [(2, 72, 100), (3, 700, 37), (17, 64, 64), (100, 1100, 72)])
 @pytest.mark.parametrize("dtype", PRODUCTS)
-def test_batch_product(batch, columns, rows, dtype):
+def test_gemm(batch, columns, rows, dtype):
     wide, weight = draw(batch, 2 * columns, dtype=dtype), draw(rows, columns, dtype=dtype)
     x, bias = wide[:, columns:], draw(rows, dtype=dtype)
     wanted = x.float() @ weight.float().T
-    assert relative_rmse(batch_product(x, weight).float(), wanted) < CLOSE[dtype]
-    assert relative_rmse(batch_product(x, weight, bias).float(), wanted + bias.float()) < CLOSE[dtype]
-    parts = batch_product(x, weight, divided=True)
+    assert relative_rmse(gemm(x, weight).float(), wanted) < CLOSE[dtype]
+    assert relative_rmse(gemm(x, weight, bias).float(), wanted + bias.float()) < CLOSE[dtype]
+    parts = gemm(x, weight, split_k=True)
     assert parts.dtype == torch.float32
     assert parts.shape[1:] == (batch, rows)
     assert relative_rmse(parts.sum(0), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("early", [0, 3])
+@pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_products_of_any_launch(parts, early):
+def test_products_of_any_launch(parts, prefetch):
     """Uneven shares, and parts that lie beyond the columns."""
     x, weight, both = draw(5, 200), draw(70, 200), draw(140, 200)
-    launch = ProductLaunch(64, 16, 32, 4, 2, parts, early, hints=early > 0)
-    ours = launch_batch_product(x, weight, None, True, launch)
+    launch = GemmLaunch(64, 16, 32, 4, 2, parts, prefetch)
+    ours = run_gemm(x, weight, None, launch, split_k=True)
     assert relative_rmse(ours.sum(0), x @ weight.T) < 1e-5
     gate, up = (x @ both.T).chunk(2, -1)
-    assert relative_rmse(launch_swiglu_product(x, both, launch), F.silu(gate) * up) < 1e-5
+    assert relative_rmse(run_gemm(x, both, None, launch, swiglu=True), F.silu(gate) * up) < 1e-5
 
 
-TURNED = {
-    "one block": ProductLaunch(32, 16, 32, 4, 2, turned=True),
-    "two blocks": ProductLaunch(64, 16, 32, 4, 2, early=3, turned=True, more=16),
-    "a part of a block": ProductLaunch(64, 16, 64, 4, 3, early=2, turned=True, taken=23),
-    "a part of two": ProductLaunch(32, 16, 64, 4, 3, turned=True, more=16, taken=21, hints=True),
+SWAPPED = {
+    "one block": GemmLaunch(32, 16, 32, 4, 2, swap_ab=True),
+    "two blocks": GemmLaunch(64, 16, 32, 4, 2, prefetch=3, swap_ab=True, block_n2=16),
+    "a part of a block": GemmLaunch(64, 16, 64, 4, 3, prefetch=2, swap_ab=True, outputs=23),
+    "a part of two": GemmLaunch(32, 16, 64, 4, 3, swap_ab=True, block_n2=16, outputs=21),
 }
 """Outputs of a plain product; of SwiGLU, where each has two rows, half as many."""
 
 
-@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("name", SWAPPED)
 @pytest.mark.parametrize(("batch", "columns", "rows"), [(3, 200, 71), (17, 128, 64), (41, 72, 100), (100, 136, 72)])
 @pytest.mark.parametrize("dtype", PRODUCTS)
-def test_turned_products(name, batch, columns, rows, dtype):
+def test_swap_ab_gemm(name, batch, columns, rows, dtype):
     """Odd batches, rows that fill no tile, columns that do and do not fill their blocks, with and without a bias."""
-    launch = replace(TURNED[name], sequences=max(16, triton.next_power_of_2(batch)))
+    launch = replace(SWAPPED[name], block_m=max(16, triton.next_power_of_2(batch)))
     wide, weight = draw(batch, 2 * columns, dtype=dtype), draw(2 * rows, columns, dtype=dtype)
     x, bias = wide[:, columns:], draw(rows, dtype=dtype)
     wanted = x.float() @ weight.float().T
     for offset in (None, bias):
-        ours = launch_batch_product(x, weight[:rows], offset, False, launch)
+        ours = run_gemm(x, weight[:rows], offset, launch)
         assert ours.dtype == dtype
         added = 0 if offset is None else offset.float()
         assert relative_rmse(ours.float(), wanted[:, :rows] + added) < CLOSE[dtype]
     gate, up = (part.to(dtype).float() for part in wanted.chunk(2, -1))
-    ours = launch_swiglu_product(x, weight, replace(launch, taken=launch.taken // 2))
+    ours = run_gemm(x, weight, None, replace(launch, outputs=launch.outputs // 2), swiglu=True)
     assert ours.dtype == dtype
     assert relative_rmse(ours.float(), F.silu(gate) * up) < CLOSE[dtype]
     for parts in (1, 2, 3, 7):
-        ours = launch_batch_product(x, weight, None, True, replace(launch, parts=parts))
+        ours = run_gemm(x, weight, None, replace(launch, split_k=parts), split_k=True)
         assert ours.shape == (parts, batch, 2 * rows)
         assert relative_rmse(ours.sum(0), wanted) < CLOSE[dtype]
 
 
-@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("name", SWAPPED)
 def test_silu_of_some_outputs_beside_all(name):
     x, weight, bias = (draw(*size, dtype=torch.float16) for size in ((3, 64), (100, 64), (100,)))
-    launch = TURNED[name]
-    wanted = launch_batch_product(x, weight, bias, False, launch)
+    launch = SWAPPED[name]
+    wanted = run_gemm(x, weight, bias, launch)
     for at, size in ((0, 100), (30, 41), (63, 2), (90, 10)):
         active = torch.full((3, size), torch.nan, device=DEVICE, dtype=torch.float16)
-        ours = launch_turned_product(x, weight, bias, False, launch, also=active, also_at=at)
+        ours = run_gemm(x, weight, bias, launch, activated=active, activated_at=at)
         assert torch.equal(ours, wanted)
         assert relative_rmse(active.float(), F.silu(wanted[:, at : at + size].float())) < CLOSE[torch.float16]
 
@@ -319,7 +311,7 @@ def test_silu_of_some_outputs_beside_all(name):
 @pytest.mark.parametrize("batch", [3, 40, 100])
 def test_the_product_with_silu_is_the_product_without(batch):
     x, weight = draw(batch, 1536, dtype=torch.float16), 0.1 * draw(200, 1536, dtype=torch.float16)
-    row, active = product_and_silu(x, weight, None, 50, 64)
+    row, active = gemm_and_silu(x, weight, None, 50, 64)
     assert relative_rmse(row.float(), x.float() @ weight.float().T) < CLOSE[torch.float16]
     assert (active is None) == (batch != 40)
     if active is not None:
@@ -327,15 +319,15 @@ def test_the_product_with_silu_is_the_product_without(batch):
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
-def test_a_turned_program_writes_its_own_outputs_only(swiglu):
+def test_a_swap_ab_program_writes_its_own_outputs_only(swiglu):
     """Its blocks reach into those of the next one, and the two run at once."""
     x, weight, taken = draw(3, 64), draw(2 * 40, 64), 11
-    launch = ProductLaunch(16, 16, 32, 4, 2, turned=True, more=16, taken=taken)
+    launch = GemmLaunch(16, 16, 32, 4, 2, swap_ab=True, block_n2=16, outputs=taken)
     rows = 40 if swiglu else 80
     out = torch.full((3, rows), torch.nan, device=DEVICE)
-    turned_product_kernel[(2,)](
-        x, weight, x, out, out, 3, rows, 64, 64, taken, 64, 0, MORE=16, EVEN=True, SWIGLU=swiglu, BIAS=False, ALSO=0,
-        **launch.constants(x),
+    swap_ab_gemm_kernel[(2,)](
+        x, weight, x, out, out, 3, rows, 64, 64, taken, 64, 0, BLOCK_N2=16, EVEN=True, SWIGLU=swiglu, BIAS=False,
+        ACTIVATED=0, **launch.constants(x),
     )  # fmt: skip
     gate, up = (x @ weight.T).chunk(2, -1)
     wanted = F.silu(gate) * up if swiglu else x @ weight.T
@@ -347,31 +339,30 @@ def test_a_turned_program_writes_its_own_outputs_only(swiglu):
 @pytest.mark.parametrize("outputs", [8960, 11008, 8856, 151936, 7])
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize(("sms", "shared"), [(132, 228 << 10), (16, 164 << 10), (82, 100 << 10), (1, 100 << 10)])
-def test_turned_launches_share_the_outputs_out(batch, outputs, swiglu, sms, shared):
+def test_swap_ab_launches_divide_the_outputs_evenly(batch, outputs, swiglu, sms, shared):
     width = 2 if swiglu else 1
-    for each, most in ((1, 0), (2, 0), (2, 128)):
-        launch = turned_launch(batch, outputs, 2, sms, shared, each, swiglu, most)
-        programs = triton.cdiv(outputs, launch.taken)
-        assert launch.taken * width <= launch.rows + launch.more <= 192
-        assert launch.more < launch.rows
-        assert launch.sequences >= batch
-        assert launch.stages * (launch.rows + launch.more + launch.sequences) * 128 < shared
-        # Whole rounds of programs, none of them nearly empty.
-        rounds = triton.cdiv(programs, sms * each)
-        assert (programs - 1) * launch.taken < outputs <= rounds * sms * each * launch.taken
-        assert outputs == 7 or programs > 0.94 * rounds * sms * each
+    launch = swap_ab_launch(batch, outputs, 2, sms, shared, swiglu)
+    programs = triton.cdiv(outputs, launch.outputs)
+    assert launch.outputs * width <= launch.block_n + launch.block_n2 <= 192
+    assert launch.block_n2 < launch.block_n
+    assert launch.block_m >= batch
+    assert launch.stages * (launch.block_n + launch.block_n2 + launch.block_m) * 128 < shared
+    # Whole rounds of programs, none of them nearly empty.
+    rounds = triton.cdiv(programs, sms)
+    assert (programs - 1) * launch.outputs < outputs <= rounds * sms * launch.outputs
+    assert outputs == 7 or programs > 0.94 * rounds * sms
 
 
 @pytest.mark.parametrize("batch", [2, 16, 64, 100, 128])
 @pytest.mark.parametrize(("columns", "rows"), [(1536, 8856), (3072, 1536), (8960, 1536), (384, 12288), (64, 7)])
-@pytest.mark.parametrize("divided", [False, True])
-def test_parts_of_a_product_cover_its_columns(batch, columns, rows, divided):
-    launch = batch_launch(batch, rows, columns, 2, 132, 228 << 10, divided)
+@pytest.mark.parametrize("split_k", [False, True])
+def test_parts_of_a_product_cover_its_columns(batch, columns, rows, split_k):
+    launch = gemm_launch(batch, rows, columns, 2, 132, 228 << 10, split_k)
     share = launch.share(columns)
-    assert share % launch.columns == 0
-    assert (launch.parts - 1) * share < columns <= launch.parts * share
-    assert launch.sequences >= batch
-    assert launch.parts == 1 or divided
+    assert share % launch.block_k == 0
+    assert (launch.split_k - 1) * share < columns <= launch.split_k * share
+    assert launch.block_m >= batch
+    assert launch.split_k == 1 or split_k
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 3), (3, 4096), (5, 10_001)])

@@ -36,7 +36,7 @@ def outcome(form, case):
 @pytest.mark.parametrize(("tokens", "key_dim", "value_dim"), [(1, 16, 16), (63, 24, 40), (64, 24, 40), (130, 96, 72)])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_rule_forward_and_gradients(tokens, key_dim, value_dim, with_state):
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     case = make(tokens, key_dim=key_dim, value_dim=value_dim)[: 6 if with_state else 5]
     results = zip(outcome(triton_gated_delta, case), outcome(naive_gated_delta, case), strict=True)
@@ -45,7 +45,7 @@ def test_rule_forward_and_gradients(tokens, key_dim, value_dim, with_state):
 
 
 def test_rule_without_a_gradient_is_the_same():
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     case = make(130)
     output, state, *_ = outcome(triton_gated_delta, case)
@@ -57,7 +57,7 @@ def test_rule_without_a_gradient_is_the_same():
 
 @pytest.mark.parametrize("decay", [0.0, 30.0, 1000.0])
 def test_strong_decays_stay_finite(decay):
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     case = make(100, decay=decay)
     fast, expected = outcome(triton_gated_delta, case), outcome(naive_gated_delta, case)
@@ -68,7 +68,7 @@ def test_strong_decays_stay_finite(decay):
 
 def test_one_key_over_and_over_stays_stable():
     """Every token writes to the same key at full strength: the hardest triangular system that can occur."""
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     q, k, v, g, beta, state = make(130)
     case = (q, k[:, :1].expand_as(k), v, torch.zeros_like(g), torch.ones_like(beta), state)
@@ -77,7 +77,7 @@ def test_one_key_over_and_over_stays_stable():
 
 
 def test_mixed_dtypes_are_refused():
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     q, k, v, *rest = make(4)
     with pytest.raises(TypeError, match="share a dtype"):
@@ -90,7 +90,7 @@ def test_mixed_dtypes_are_refused():
 def test_rule_in_bf16_is_as_close_as_the_plain_form(tokens, key_dim, value_dim):
     """Sizes of tiles choose the GPU's instructions, and the interpreter knows none of them."""
     from nasbench_kernels.gated_delta import chunked_gated_delta
-    from nasbench_kernels.prefill import triton_gated_delta
+    from nasbench_kernels.ops import triton_gated_delta
 
     case = make(tokens, heads=6, key_dim=key_dim, value_dim=value_dim)
     exact = outcome(naive_gated_delta, case)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mixer_cases import SHAPES, build, chunk, inputs, names, whole
-from nasbench_kernels.causal_conv import causal_conv, naive_causal_conv
+from nasbench_kernels.conv import naive_short_conv, short_conv
 from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
 from nasbench.model import documents as module
@@ -88,7 +88,7 @@ def test_no_document_reads_another(name):
 def test_convolution_with_reach_equals_the_naive_form():
     torch.manual_seed(0)
     x, weight, reach = torch.randn(2, TOKENS, 5), torch.randn(5, 4), packed().reach(4)
-    assert relative_rmse(causal_conv(x, weight, reach=reach), naive_causal_conv(x, weight, reach=reach)) < CHUNKED_FP32
+    assert relative_rmse(short_conv(x, weight, reach=reach), naive_short_conv(x, weight, reach=reach)) < CHUNKED_FP32
 
 
 @pytest.mark.gpu

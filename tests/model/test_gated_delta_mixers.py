@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mixer_cases import PLAIN, build, inputs, whole
-from nasbench_kernels.dynamic_conv import naive_dynamic_conv
+from nasbench_kernels.conv import naive_short_conv
 from nasbench_kernels.gated_delta import naive_gated_delta
 from tolerances import CACHE_FP32, relative_rmse
 from torch.nn import functional as F
@@ -74,7 +74,7 @@ def test_jet_block_is_the_formula_of_the_design(args, shape):
 
     generator = mixer.dynamic_conv1d.kernel_generator
     kernels = (F.silu(x @ generator.w1.weight.T) @ generator.w2.weight.T + generator.w2.bias).unflatten(-1, (-1, taps))
-    v = naive_dynamic_conv(x @ mixer.v_proj.weight.T, kernels).unflatten(-1, (heads, -1))
+    v = naive_short_conv(x @ mixer.v_proj.weight.T, kernels).unflatten(-1, (heads, -1))
     g = -mixer.A_log.exp() * F.softplus(x @ mixer.a_proj.weight.T + mixer.dt_bias)
     beta = torch.sigmoid(x @ mixer.b_proj.weight.T)
     o, _ = naive_gated_delta(head_vectors(mixer.q_proj.weight), head_vectors(mixer.k_proj.weight), v, g, beta)

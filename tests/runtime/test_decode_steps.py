@@ -74,7 +74,7 @@ def test_launches_that_overlap_change_nothing(batch):
     """Bit by bit over captured steps, each of the token that the one before chose."""
     from contextlib import nullcontext
 
-    from nasbench_kernels.decode.overlap import without_overlap
+    from nasbench_kernels.common.pdl import without_pdl
 
     decoder = random_decoder(SHAPES[0], parse_placement("A W J G", 4), dtype=torch.bfloat16, device="cuda", seed=3)
     text = torch.randint(SHAPES[0].vocab_size, (batch, 77), generator=torch.Generator().manual_seed(2)).cuda()
@@ -90,4 +90,4 @@ def test_launches_that_overlap_change_nothing(batch):
             kept.append(logits.clone())
         return torch.stack(kept)
 
-    assert torch.equal(written(nullcontext()), written(without_overlap()))
+    assert torch.equal(written(nullcontext()), written(without_pdl()))

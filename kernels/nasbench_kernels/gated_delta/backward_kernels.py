@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nasbench_kernels.gated_delta.tile import decays, matrix
+from nasbench_kernels.common.tile import decays, matrix
 
 
 @triton.jit
-def unscan_kernel(
+def bwd_state_kernel(
     q, k, totals, reads, scores, dout, dstate_out, dstate_in, dstates, dupdates, T, HEADS, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     STATE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -56,7 +56,7 @@ def unscan_kernel(
 
 
 @triton.jit
-def collect_outputs_kernel(
+def bwd_qk_kernel(
     q, k, totals, states, updates, dout, dstates, dq, dkeys, dg, T, HEADS, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -128,7 +128,7 @@ def _later(dtotal, in_rows):
 
 
 @triton.jit
-def collect_updates_kernel(
+def bwd_kv_kernel(
     k, v, beta, totals, inverses, states, dupdates, dkeys, dk, dv, dg, dbeta, T, HEADS,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -144,13 +144,13 @@ def collect_updates_kernel(
     kind = k.dtype.element_ty
     gates = first + rows * HEADS
     total = tl.load(totals + gates, mask=in_rows, other=0.0)
-    strength = tl.load(beta + gates, mask=in_rows, other=0.0).to(tl.float32)
+    b_beta = tl.load(beta + gates, mask=in_rows, other=0.0).to(tl.float32)
     flipped = tl.trans(matrix(inverses + first * CHUNK, rows, rows, HEADS * CHUNK, in_rows, rows < CHUNK))
 
     # Sums over the value channels.
     dreads = tl.zeros((CHUNK, BLOCK_K), tl.float32)  # du S^T, negative
     dinverse = tl.zeros((CHUNK, CHUNK), tl.float32)  # du (beta v)^T
-    dstrength = tl.zeros((CHUNK,), tl.float32)
+    b_dbeta = tl.zeros((CHUNK,), tl.float32)
     chunk_state = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * KEY * VALUE
     for tile in range(0, VALUE, BLOCK_V):
         channels = tile + tl.arange(0, BLOCK_V)
@@ -161,11 +161,11 @@ def collect_updates_kernel(
         dupdate = tl.load(dupdates + here, mask=in_values, other=0.0)
         values = tl.load(v + here, mask=in_values, other=0.0).to(tl.float32)
         dreads = tl.dot(dupdate, tl.trans(state), dreads, input_precision=PRECISION)
-        weighted = (values * strength[:, None]).to(kind)
+        weighted = (values * b_beta[:, None]).to(kind)
         dinverse = tl.dot(dupdate, tl.trans(weighted), dinverse, input_precision=PRECISION)
         dweighted = tl.dot(flipped, dupdate, input_precision=PRECISION)
-        dstrength += tl.sum(dweighted * values, 1)
-        tl.store(dv + here, (dweighted * strength[:, None]).to(dv.dtype.element_ty), mask=in_values)
+        b_dbeta += tl.sum(dweighted * values, 1)
+        tl.store(dv + here, (dweighted * b_beta[:, None]).to(dv.dtype.element_ty), mask=in_values)
 
     keys = matrix(k + first * KEY, rows, columns, HEADS * KEY, in_rows, in_columns)
     at = first * KEY + rows[:, None] * (HEADS * KEY) + columns[None, :]
@@ -173,7 +173,7 @@ def collect_updates_kernel(
     grown = tl.where(in_rows, tl.exp(total), 0.0)
 
     # The inverse: dA = -X^T dX X^T below the diagonal.
-    factor = (strength * grown)[:, None]
+    factor = (b_beta * grown)[:, None]
     reads = (-dreads).to(kind)
     weighted = (keys.to(tl.float32) * factor).to(kind)
     dinverse = tl.dot(reads, tl.trans(weighted), dinverse, input_precision=PRECISION)
@@ -181,19 +181,19 @@ def collect_updates_kernel(
     dcoupling = -tl.dot(dcoupling.to(kind), flipped, input_precision=PRECISION)
     dcoupling *= decays(total, rows, in_rows, True)
     change = dcoupling * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    dstrength += tl.sum(change, 1)
-    change *= strength[:, None]
+    b_dbeta += tl.sum(change, 1)
+    change *= b_beta[:, None]
     dtotal = tl.sum(change, 1) - tl.sum(change, 0)
-    small = (dcoupling * strength[:, None]).to(kind)
+    small = (dcoupling * b_beta[:, None]).to(kind)
 
     # Reads: (I + A)^-1 beta exp(G) k.
     dsum = tl.dot(flipped, reads, input_precision=PRECISION)
     along = tl.sum(dsum * keys.to(tl.float32), 1) * grown
-    dstrength += along
-    dtotal += along * strength
+    b_dbeta += along
+    dtotal += along * b_beta
     dsum = tl.load(dkeys + at, mask=in_keys, other=0.0) + dsum * factor
     dsum = tl.dot(small, keys, dsum, input_precision=PRECISION)
     dsum = tl.dot(tl.trans(small), keys, dsum, input_precision=PRECISION)
     tl.store(dk + at, dsum.to(dk.dtype.element_ty), mask=in_keys)
-    tl.store(dbeta + gates, dstrength, mask=in_rows)
+    tl.store(dbeta + gates, b_dbeta, mask=in_rows)
     tl.store(dg + gates, tl.load(dg + gates, mask=in_rows, other=0.0) + _later(dtotal, in_rows), mask=in_rows)

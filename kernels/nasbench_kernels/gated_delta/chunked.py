@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: within a chunk everything is matrix products, only the state goes chunk by chunk."""
+"""The gated delta rule in plain PyTorch: in chunks, where only the state goes chunk by chunk, and one decode step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ from torch.nn import functional as F
 
 
 def chunked_gated_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor | None = None,
-    scale: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, scale: float | None = None,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Same arguments and results as `naive_gated_delta`; T is any size, the last chunk is padded with empty tokens.
 
     `chunk` defaults to 64, on a CPU to 32, which is a third faster there. Computes in fp32. Decays enter only as exp
@@ -65,3 +59,25 @@ def _split(x: Tensor, chunk: int) -> Tensor:
     log decay are zero changes nothing."""
     x = F.pad(x.float(), (0, 0, 0, 0, 0, -x.shape[1] % chunk))
     return x.transpose(1, 2).reshape(-1, chunk, x.shape[-1])
+
+
+def gated_delta_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float | None = None
+) -> Tensor:
+    """One token: q, k [B, H, K], v [B, H, V], g, beta [B, H], state [B, H, K, V] -> [B, H, V] fp32.
+
+    The state is fp32, or bf16: then it is widened for the step and rounded when it is written.
+
+    Reads the state once for key and query together: q^T S_t = exp(g) q^T S_{t-1} + (q . k) u, so that the output does
+    not wait for the written state.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = q.float() * scale, k.float(), v.float()
+    decay = g.float().exp()[..., None]
+    old = state.float()  # itself where it is fp32
+    key_read, query_read = (torch.stack((k, q), dim=-2) @ old * decay[..., None]).unbind(-2)
+    write = (v - key_read) * beta.float()[..., None]
+    old.mul_(decay[..., None]).addcmul_(k[..., None], write[..., None, :])
+    if old is not state:
+        state.copy_(old)
+    return query_read + (q * k).sum(-1, keepdim=True) * write

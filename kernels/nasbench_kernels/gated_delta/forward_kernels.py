@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nasbench_kernels.gated_delta.tile import decays, matrix
+from nasbench_kernels.common.tile import decays, matrix
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _inverse(lower, rows, CHUNK: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def prepare_kernel(
+def fwd_prepare_kernel(
     q, k, v, g, beta, totals, inverses, writes, reads, scores, T, HEADS, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -44,7 +44,7 @@ def prepare_kernel(
     gates = first + rows * HEADS
     total = tl.cumsum(tl.load(g + gates, mask=in_rows, other=0.0).to(tl.float32), 0)
     tl.store(totals + gates, total, mask=in_rows)
-    strength = tl.load(beta + gates, mask=in_rows, other=0.0).to(tl.float32)
+    b_beta = tl.load(beta + gates, mask=in_rows, other=0.0).to(tl.float32)
     columns = tl.arange(0, BLOCK_K)
     keys = matrix(k + first * KEY, rows, columns, HEADS * KEY, in_rows, columns < KEY)
     queries = matrix(q + first * KEY, rows, columns, HEADS * KEY, in_rows, columns < KEY)
@@ -54,24 +54,24 @@ def prepare_kernel(
     tl.store(scores + square, score.to(kind), mask=in_rows[:, None])
 
     coupling = tl.dot(keys, tl.trans(keys), input_precision=PRECISION) * decays(total, rows, in_rows, True)
-    inverse = _inverse(coupling * strength[:, None], rows, CHUNK, PRECISION).to(kind)
+    inverse = _inverse(coupling * b_beta[:, None], rows, CHUNK, PRECISION).to(kind)
     if KEEP:
         tl.store(inverses + square, inverse, mask=in_rows[:, None])
-    weighted = (keys.to(tl.float32) * (strength * tl.exp(total))[:, None]).to(kind)
+    weighted = (keys.to(tl.float32) * (b_beta * tl.exp(total))[:, None]).to(kind)
     read = tl.dot(inverse, weighted, input_precision=PRECISION)
     at = first * KEY + rows[:, None] * (HEADS * KEY) + columns[None, :]
     tl.store(reads + at, read.to(kind), mask=in_rows[:, None] & (columns < KEY)[None, :])
     for tile in range(0, VALUE, BLOCK_V):
         channels = tile + tl.arange(0, BLOCK_V)
         values = matrix(v + first * VALUE, rows, channels, HEADS * VALUE, in_rows, channels < VALUE)
-        values = (values.to(tl.float32) * strength[:, None]).to(kind)
+        values = (values.to(tl.float32) * b_beta[:, None]).to(kind)
         write = tl.dot(inverse, values, input_precision=PRECISION)
         place = first * VALUE + rows[:, None] * (HEADS * VALUE) + channels[None, :]
         tl.store(writes + place, write.to(kind), mask=in_rows[:, None] & (channels < VALUE)[None, :])
 
 
 @triton.jit
-def scan_kernel(
+def fwd_state_kernel(
     q, k, totals, writes, reads, scores, state_in, state_out, states, updates, out, T, HEADS, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     STATE: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,

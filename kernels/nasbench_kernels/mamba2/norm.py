@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nasbench_kernels.decode.overlap import dependent, follow
+from nasbench_kernels.common.pdl import pdl_launch, wait
 
 BLOCK = 4096
 """Channels that a program holds at once."""
@@ -57,7 +57,7 @@ def gated_norm_of_groups_kernel(
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    follow(PDL)
+    wait(PDL)
     index = (tl.program_id(0) // GROUPS).to(tl.int64)
     group = tl.program_id(0) % GROUPS
     base = row + index * row_stride
@@ -92,6 +92,6 @@ def gated_norm_of_groups(
         y, row, weight, out, row if conv_state is None else conv_state, row.stride(0),
         GROUPS=groups, SIZE=size, BLOCK_C=block, EPS=eps, SHIFT=conv_state is not None,
         WIDTH=width, CHANNELS=channels, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
-        BLOCK_S=triton.next_power_of_2(width), num_warps=min(8, max(1, block // 256)), **dependent(row.device),
+        BLOCK_S=triton.next_power_of_2(width), num_warps=min(8, max(1, block // 256)), **pdl_launch(row.device),
     )  # fmt: skip
     return out

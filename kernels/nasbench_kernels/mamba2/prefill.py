@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nasbench_kernels.gated_delta.kernel import without_wgmma
+from nasbench_kernels.gated_delta.prefill import without_wgmma
 from nasbench_kernels.mamba2.prefill_kernels import (
     mamba2_collect_kernel,
     mamba2_scan_kernel,
@@ -100,7 +100,8 @@ class _ChunkedMamba2(torch.autograd.Function):
         db, dc = (torch.empty(batch, tokens, heads, size, device=x.device, dtype=b.dtype) for _ in range(2))
         mamba2_collect_kernel[(triton.cdiv(tokens, sizes["CHUNK"]), batch * heads)](
             x, x.stride(1), dt, decay, b, b.stride(1), c, c.stride(1), scores, factor, states, dstates, dout,
-            dx, ddt, ddecay, db, dc, dskip, tokens, **sizes | {"num_warps": 8, "BLOCK_P": COLLECT_P}, SKIP=ctx.skip is not None,
+            dx, ddt, ddecay, db, dc, dskip, tokens,
+            **sizes | {"num_warps": 8, "BLOCK_P": COLLECT_P}, SKIP=ctx.skip is not None,
         )  # fmt: skip
         if groups < heads:
             db, dc = (part.unflatten(2, (groups, -1)).sum(3, dtype=torch.float32).to(b.dtype) for part in (db, dc))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nasbench_kernels.gated_delta.tile import decays, matrix
+from nasbench_kernels.common.tile import decays, matrix
 
 
 @triton.jit

@@ -100,7 +100,7 @@ class FullAttention(Block):
         """row [B, T, P] -> q [B, T, H, D], k and v [B, T, Hkv, D]. With torch's own eight launches rotation took 3.9 of
         the 8.6 s that an H200 spent on SmolLM2-135M's benchmarks."""
         cos, sin = meta.rotary(self.spec.shape)
-        return fused.distill_ops().rotary(row, cos, sin, self.num_heads, self.num_kv_heads)
+        return fused.ops().rotary(row, cos, sin, self.num_heads, self.num_kv_heads)
 
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
         if torch.is_grad_enabled() and (self.spec.shape.qk_norm or not self._takes_flash(row, meta)):

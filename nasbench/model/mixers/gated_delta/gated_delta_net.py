@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from nasbench_kernels.causal_conv import causal_conv, causal_conv_step
+from nasbench_kernels.conv import short_conv, short_conv_step
 from torch import Tensor, nn
 
 from nasbench.model import fused
@@ -61,17 +61,17 @@ class GatedDeltaNet(GatedDeltaMixer):
         # One convolution over the channels of all three: a third of the small operations.
         projected, weight = torch.cat((q, k, v), dim=-1), self.all_taps()
         if single and conv_state is not None:
-            mixed = causal_conv_step(projected, weight, conv_state["qkv"])
+            mixed = short_conv_step(projected, weight, conv_state["qkv"])
         else:
             reach = documents.reach(self.spec.conv_size) if documents is not None else None
-            mixed = causal_conv(projected, weight, conv_state["qkv"] if conv_state else None, reach)
+            mixed = short_conv(projected, weight, conv_state["qkv"] if conv_state else None, reach)
         both, values = mixed.split((2 * self.spec.keys, self.spec.values), dim=-1)
         return both, values
 
     def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
         q, k, v, gate, decay, beta = self.packed.split(row)
         ages = None if meta.documents is None else meta.documents.ages
-        mixed = fused.prompt_ops().triton_short_conv(torch.cat((q, k, v), dim=-1), self.all_taps(), None, ages)
+        mixed = fused.ops().triton_short_conv(torch.cat((q, k, v), dim=-1), self.all_taps(), None, ages)
         both, v = mixed.split((2 * self.spec.keys, self.spec.values), dim=-1)
         q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).to(v.dtype).chunk(2, dim=2)
         return q, k, v.unflatten(-1, (self.heads, -1)), *self.gates(decay, beta, meta), gate
@@ -89,7 +89,8 @@ class GatedDeltaNet(GatedDeltaMixer):
         return None, None
 
     def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        mixed = fused.prompt_ops().conv_part(row, 0, self.taps(), conv_state["qkv"] if conv_state else None)
+        taps = self.taps()
+        mixed = fused.ops().triton_short_conv(row[..., : len(taps)], taps, conv_state["qkv"] if conv_state else None)
         return mixed, mixed[..., 2 * self.spec.keys :].contiguous()
 
     @classmethod

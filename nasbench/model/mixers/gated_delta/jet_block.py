@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
-from nasbench_kernels.dynamic_conv import dynamic_conv, dynamic_conv_step
+from nasbench_kernels.conv import short_conv, short_conv_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,21 +81,21 @@ class JetBlock(GatedDeltaMixer):
         if documents is not None:
             weight.mul_(documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
         if single and conv_state is not None:
-            values = dynamic_conv_step(v, weight, conv_state["values"])
+            values = short_conv_step(v, weight, conv_state["values"])
         else:
-            values = dynamic_conv(v, weight, conv_state["values"] if conv_state else None)
+            values = short_conv(v, weight, conv_state["values"] if conv_state else None)
         return F.silu(torch.cat((q, k), dim=-1)), values
 
     def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
         values = self.spec.values
-        q, k, decay, beta, v, gate, middle = fused.distill_ops().rule_inputs(
+        q, k, decay, beta, v, gate, middle = fused.ops().training_inputs(
             row, self.A_log, self.dt_bias, self.heads, self.key_dim, (values, values, self.spec.generator_size)
         )
         ages = None
         if meta.documents is not None:
             ages = meta.documents.ages
             decay = decay.masked_fill(meta.documents.first[..., None], RESET_LOG_DECAY)
-        v = fused.prompt_ops().triton_short_conv(v, self.dynamic_conv1d.kernel_generator(middle), None, ages)
+        v = fused.ops().triton_short_conv(v, self.dynamic_conv1d.kernel_generator(middle), None, ages)
         return q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, gate
 
     def decode_convolve(self, row: Tensor, cache: BlockCache, active: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,8 @@ class JetBlock(GatedDeltaMixer):
         at, size = self.epilogue.begin, self.epilogue.size
         weight = self.dynamic_conv1d.kernel_generator(row[..., at : at + size])
         past = conv_state["values"] if conv_state else None
-        return None, fused.prompt_ops().conv_part(row, self.row_layout.v, weight, past)
+        values = row[..., self.row_layout.v : self.row_layout.v + self.spec.values]
+        return None, fused.ops().triton_short_conv(values, weight, past)
 
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:

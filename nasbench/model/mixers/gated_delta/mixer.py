@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
-from nasbench_kernels.gated_delta import chunked_gated_delta, gated_delta_step
+from nasbench_kernels.gated_delta import RowLayout, chunked_gated_delta, gated_delta_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,22 +156,22 @@ class GatedDeltaMixer(Block):
         if meta.documents is None and not torch.is_grad_enabled():
             return self.prefill_core(row, meta)
         q, k, v, decay, beta, gate = self.train_inputs(row, meta)
-        mixed, _ = fused.prompt_ops().triton_gated_delta(q, k, v, decay, beta, None)
-        return fused.distill_ops().gated_norm(mixed, gate, self.o_norm.weight)
+        mixed, _ = fused.ops().triton_gated_delta(q, k, v, decay, beta, None)
+        return fused.ops().gated_norm(mixed, gate, self.o_norm.weight)
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
         if meta.documents is not None and cache is None and self.key_dim <= WIDEST_TRAINED_KEY:
             return self.train_core(row, meta)
         if meta.documents is not None or self.key_dim > WIDEST_KEY:
             return self.core(row, meta, cache)
-        ops, layout = fused.prompt_ops(), self.row_layout
+        ops, layout = fused.ops(), self.row_layout
         conv_state, state = (cache.conv_state, cache.state["state"]) if cache else (None, None)
         mixed, v = self.prefill_convolve(row, conv_state)
-        q, k, decay, beta = ops.rule_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
+        q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
         output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
         if state is not None:
             state.copy_(new_state)
-        return ops.gated_norm(output, row, layout.gate, self.o_norm.weight)
+        return ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
 
     @abstractmethod
     def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
@@ -186,11 +186,11 @@ class GatedDeltaMixer(Block):
         returns the dynamic convolution weights [B, H * V, W] and the values' conv state for the kernel to do it."""
 
     @cached_property
-    def row_layout(self) -> Any:
+    def row_layout(self) -> RowLayout:
         """Where the parts of the packed projections' rows begin."""
         keys, values = self.spec.keys, self.spec.values
         end = sum(self.packed.sizes)
-        return fused.ops().RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
+        return RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         assert cache is not None

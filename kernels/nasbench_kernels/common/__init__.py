@@ -1,0 +1,1 @@
+"""What the operations share: programmatic dependent launch, launch choices, helpers of tiles."""

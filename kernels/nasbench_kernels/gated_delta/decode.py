@@ -1,0 +1,271 @@
+"""One decode step of the gated delta rule in one launch: convolution, activations, norms, gates, state, output norm.
+
+The state is nearly all of the traffic: it is read and written once, in place. A program owns one head of one sequence
+(or, where there are few heads, a part of its value channels) and goes through tiles of value channels; the next tiles
+are on their way through shared memory while one is computed. Values after the convolution, and outputs before the norm,
+stay in a scratch buffer of a hundredth of the state's size. The norm needs all tiles of a head: where several programs
+share a head, the last one to finish, by a counter in memory, normalises it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nasbench_kernels.common.launch import launch_for, sm_limits
+from nasbench_kernels.common.pdl import pdl_launch, wait
+from nasbench_kernels.common.tile import silu
+from nasbench_kernels.gated_delta.naive import L2_EPS, RowLayout
+from nasbench_kernels.norm.naive import NORM_EPS
+
+
+@triton.jit
+def recurrent_step_kernel(
+    row, conv_weight, conv_state, state, a_log, dt_bias, norm_weight, scratch, counters, out,
+    row_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at, scale,
+    HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, L2_EPS_: tl.constexpr,
+    NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    part = program % PARTS
+    head_of_batch = (program // PARTS).to(tl.int64)
+    sequence = head_of_batch // HEADS
+    head = head_of_batch % HEADS
+    base = row + sequence * row_stride
+    outputs = scratch + head_of_batch * VALUE
+
+    own_state = state + head_of_batch * KEY * VALUE
+    rate = tl.load(a_log + head)
+    shift = tl.load(dt_bias + head)
+    # Keys in two blocks of powers of two: 96 = 64 + 32 leaves no lane idle.
+    first = tl.arange(0, BLOCK_A)
+    second = BLOCK_A + tl.arange(0, BLOCK_B)
+    in_first = first < KEY
+    in_second = second < KEY
+    # The state is the only thing read here that a launch writes: the last step of this layer did. The launch just ahead
+    # is a product or a convolution, and it let this one begin when all before it were done.
+    if TILES == 1:
+        tile_at = part * BLOCK_V + tl.arange(0, BLOCK_V)
+        in_tile = tile_at < VALUE
+        old_a = tl.load(
+            own_state + first[:, None] * VALUE + tile_at[None, :], mask=in_first[:, None] & in_tile[None, :], other=0.0,
+        )  # fmt: skip
+        old_b = tl.load(
+            own_state + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :],
+            other=0.0,
+        )  # fmt: skip
+    wait(PDL)
+    # Everything else that is read before the state, asked for at once.
+    from_q = base + q_at + head * KEY
+    from_k = base + k_at + head * KEY
+    q_a = tl.load(from_q + first, mask=in_first, other=0.0).to(tl.float32)
+    k_a = tl.load(from_k + first, mask=in_first, other=0.0).to(tl.float32)
+    q_b = tl.load(from_q + second, mask=in_second, other=0.0).to(tl.float32)
+    k_b = tl.load(from_k + second, mask=in_second, other=0.0).to(tl.float32)
+    step = tl.load(base + decay_at + head).to(tl.float32) + shift
+    beta_logit = tl.load(base + beta_at + head).to(tl.float32)
+    BLOCK_P: tl.constexpr = BLOCK_V * TILES
+    mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_mine = mine < VALUE
+    channel = head * VALUE + mine
+    v = tl.load(base + v_at + channel, mask=in_mine, other=0.0).to(tl.float32)
+
+    # Values of this part, after the convolution, into the scratch buffer.
+    if DYNAMIC:
+        width: tl.constexpr = HEADS * VALUE
+        tap = tl.arange(0, BLOCK_T)[:, None]
+        taps = tl.load(
+            conv_weight + (sequence * width + channel[None, :]) * TAPS + tap,
+            mask=in_mine[None, :] & (tap < TAPS), other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        past = conv_state + (sequence * (TAPS - 1) + tap) * width + channel[None, :]
+        earlier = tl.load(past, mask=in_mine[None, :] & (tap < TAPS - 1), other=0.0)
+        inputs = tl.where(tap == TAPS - 1, v[None, :], earlier.to(tl.float32))
+        v = silu(tl.sum(inputs * taps, 0))
+        q_a = silu(q_a)
+        k_a = silu(k_a)
+        q_b = silu(q_b)
+        k_b = silu(k_b)
+        # Several threads may hold one element: all must have read before any writes.
+        tl.debug_barrier()
+        tl.store(past - width, inputs.to(conv_state.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS))
+    tl.store(outputs + mine, v, mask=in_mine)
+
+    q_factor = tl.rsqrt(tl.sum(q_a * q_a) + tl.sum(q_b * q_b) + L2_EPS_) * scale
+    k_factor = tl.rsqrt(tl.sum(k_a * k_a) + tl.sum(k_b * k_b) + L2_EPS_)
+    q_a *= q_factor
+    q_b *= q_factor
+    k_a *= k_factor
+    k_b *= k_factor
+    q_k = tl.sum(q_a * k_a) + tl.sum(q_b * k_b)
+    softplus = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+    decay = tl.exp(-tl.exp(rate) * softplus)
+    beta = 1.0 / (1.0 + tl.exp(-beta_logit))
+    every = tl.arange(0, BLOCK_ALL)
+    in_head = every < VALUE
+    # On their way during the tiles.
+    gate = tl.load(base + gate_at + head * VALUE + every, mask=in_head, other=0.0)
+    weight = tl.load(norm_weight + every, mask=in_head, other=0.0)
+    tl.debug_barrier()
+
+    kind = state.dtype.element_ty
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        at = (part * TILES + tile) * BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = at < VALUE
+        at_a = own_state + first[:, None] * VALUE + at[None, :]
+        at_b = own_state + second[:, None] * VALUE + at[None, :]
+        if TILES == 1:
+            a = old_a.to(tl.float32)
+            b = old_b.to(tl.float32)
+        else:
+            a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        value = tl.load(outputs + at, mask=inside, other=0.0)
+        # The output from the old state, S_t^T q = decay S^T q + (q . k) u: no second pass over what was written.
+        read_k = tl.sum(a * k_a[:, None], 0) + tl.sum(b * k_b[:, None], 0)
+        read_q = tl.sum(a * q_a[:, None], 0) + tl.sum(b * q_b[:, None], 0)
+        write = beta * (value - decay * read_k)
+        a = a * decay + k_a[:, None] * write[None, :]
+        b = b * decay + k_b[:, None] * write[None, :]
+        tl.store(at_a, a.to(kind), mask=in_first[:, None] & inside[None, :])
+        tl.store(at_b, b.to(kind), mask=in_second[:, None] & inside[None, :])
+        tl.store(outputs + at, decay * read_q + q_k * write, mask=inside)
+
+    tl.debug_barrier()
+    last = True
+    if PARTS > 1:
+        last = tl.atomic_add(counters + head_of_batch, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        # Past the first-level cache, which does not see what other multiprocessors wrote.
+        whole = tl.load(outputs + every, mask=in_head, other=0.0, cache_modifier=".cg")
+        if PARTS > 1:
+            tl.store(counters + head_of_batch, 0)
+        normed = whole * tl.rsqrt(tl.sum(whole * whole) / VALUE + NORM_EPS_) * weight.to(tl.float32)
+        at = out + head_of_batch * VALUE + every
+        tl.store(at, (normed * silu(gate.to(tl.float32))).to(out.dtype.element_ty), mask=in_head)
+
+
+def key_blocks(key_dim: int) -> tuple[int, int]:
+    """Two powers of two that hold the keys with least padding: 96 -> 64 and 32, 64 -> 32 and 32."""
+    block_a = max(16, triton.next_power_of_2(-(-key_dim // 2)))
+    return block_a, max(16, triton.next_power_of_2(max(1, key_dim - block_a)))
+
+
+@dataclass(frozen=True)
+class StepLaunch:
+    """How a head's value channels are split: `parts` programs of `tiles` tiles of `block_v` channels each.
+
+    Attributes:
+        block_v, tiles: powers of two. A single tile is held in registers and asked for before anything else.
+        stages: of the loop over several tiles, s - 1 of which are on their way.
+    """
+
+    block_v: int
+    tiles: int
+    parts: int
+    warps: int
+    stages: int
+
+    def stages_for(self, element_size: int, key_dim: int, shared_memory: int) -> int:
+        """The stages that leave room for two programs in a multiprocessor's shared memory; at least one."""
+        tile = sum(key_blocks(key_dim)) * self.block_v * element_size
+        return max(1, min(self.stages, shared_memory // 2 // tile))
+
+
+def step_launch(heads: int, key_dim: int, value_dim: int, sms: int) -> StepLaunch:
+    """Few heads are split over programs, so that every multiprocessor reads; many heads are left whole.
+
+    Args:
+        heads: of all sequences together.
+        sms: multiprocessors of the card.
+    """
+    whole = triton.next_power_of_2(value_dim)
+    if heads < 4 * sms:
+        block_v = min(8, whole)
+        return StepLaunch(block_v, 1, whole // block_v, 1, 1)
+    # Tiles of 24 KB for 96 x 256.
+    block_v = 64
+    while block_v > 8 and block_v * key_dim > 8192:
+        block_v //= 2
+    block_v = min(block_v, whole)
+    # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512; four at 64
+    # sequences, 61 against 65. Slower in whole steps: a tile for each program in registers (by 2 %, though 3 % faster
+    # alone), and prefetching the state into the second-level cache.
+    return StepLaunch(block_v, whole // block_v, 1, 2, 4 if heads < 8 * sms else 3)
+
+
+class StepWorkspace:
+    """Scratch of one batch of heads, shared by all layers: steps of one stream follow one another.
+
+    Grown when a larger batch comes; what was handed out before stays alive, since captured graphs write to it.
+    """
+
+    def __init__(self) -> None:
+        self.scratch: Tensor | None = None
+        self.counters: Tensor | None = None
+        self._handed_out: list[Tensor] = []
+
+    def of(self, heads: int, value_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(scratch fp32 [heads * value_dim], counters int32 [heads], zero)."""
+        size = heads * value_dim
+        if self.scratch is None or self.scratch.numel() < size or self.scratch.device != device:
+            self.scratch = torch.empty(size, device=device, dtype=torch.float32)
+            self._handed_out.append(self.scratch)
+        if self.counters is None or self.counters.numel() < heads or self.counters.device != device:
+            self.counters = torch.zeros(heads, device=device, dtype=torch.int32)
+            self._handed_out.append(self.counters)
+        return self.scratch, self.counters
+
+
+def recurrent_step(
+    row: Tensor, layout: RowLayout, state: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
+    workspace: StepWorkspace, conv_weight: Tensor | None = None, conv_state: Tensor | None = None, *,
+    launch: StepLaunch | None = None,
+) -> Tensor:  # fmt: skip
+    """A whole JetBlock or Gated DeltaNet step between the input and the output projection.
+
+    y = RMSNorm(S_t^T q / sqrt(K)) * SiLU(gate) per head (arXiv 2412.06464 equation 10, arXiv 2508.15884 for JetBlock).
+
+    Args:
+        row: packed projections [B, P], contiguous rows.
+        state: [B, H, K, V] fp32 or bf16, written in place. Not by the launch just before this one, which need not be
+            done when the state is first read: between two steps on one state stands another launch.
+        a_log, dt_bias: [H] fp32.
+        norm_weight: [V].
+        conv_weight: JetBlock's taps per token [B, H * V, W], with conv_state [B, W-1, H * V], shifted in place; then q,
+            k and v pass SiLU here. None: row holds q, k and v after convolution and SiLU.
+        launch: default: the tuner's or `step_launch`'s.
+
+    Returns:
+        [B, H * V] in row's dtype.
+    """
+    batch, heads, key_dim, value_dim = state.shape
+    sms, shared_memory = sm_limits(row.device)
+    launch = launch or launch_for(
+        "recurrent step", str(state.dtype), (batch, heads, key_dim, value_dim),
+        lambda: step_launch(batch * heads, key_dim, value_dim, sms),
+    )  # fmt: skip
+    if launch.block_v * launch.tiles * launch.parts < value_dim:
+        raise ValueError(f"{launch} leaves some of {value_dim} value channels out")
+    stages = launch.stages_for(state.element_size(), key_dim, shared_memory)
+    block_a, block_b = key_blocks(key_dim)
+    scratch, counters = workspace.of(batch * heads, value_dim, row.device)
+    out = torch.empty(batch, heads * value_dim, device=row.device, dtype=row.dtype)
+    taps = conv_weight.shape[-1] if conv_weight is not None else 2
+    recurrent_step_kernel[(batch * heads * launch.parts,)](
+        row, row if conv_weight is None else conv_weight, row if conv_state is None else conv_state, state, a_log,
+        dt_bias, norm_weight, scratch, counters, out,
+        row.stride(0), layout.q, layout.k, layout.v, layout.gate, layout.decay, layout.beta, key_dim**-0.5,
+        HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps,
+        BLOCK_T=triton.next_power_of_2(taps), BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v,
+        TILES=launch.tiles, PARTS=launch.parts, BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages,
+        DYNAMIC=conv_weight is not None, L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps,
+        **pdl_launch(row.device),
+    )  # fmt: skip
+    return out

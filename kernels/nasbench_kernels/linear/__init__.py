@@ -1,0 +1,1 @@
+"""Products of a decode step: for one sequence (gemv) and for 2 to 128 (skinny gemm)."""

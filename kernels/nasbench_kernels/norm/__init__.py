@@ -1,0 +1,1 @@
+"""RMSNorm after a residual addition, and times an output gate."""

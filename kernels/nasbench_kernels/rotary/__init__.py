@@ -1,0 +1,1 @@
+"""Rotary embedding; in a decode step together with the write into the KV cache."""
