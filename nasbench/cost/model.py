@@ -35,7 +35,7 @@ INTERVAL_SD = 1.645
 
 @dataclass(frozen=True)
 class Cost:
-    """What a placement costs. A speed is None where it was not asked for or has no rows.
+    """What a placement costs. A speed without rows is None.
 
     Attributes:
         placement: canonical string.
@@ -223,7 +223,7 @@ class CostModel:
         )
 
     def cache(self, placement: Placement, context: int, batch: int) -> Cost:
-        """The part that needs no rows: cache and history bytes. Raises UserError for a context beyond the model's."""
+        """The part without rows: bytes, and whether they fit. Raises UserError for a context beyond the model's."""
         check_context(self.shape, context)
         if batch < 1:
             raise UserError(f"batch {batch}: choose at least 1")
@@ -296,7 +296,7 @@ class CostModel:
         return us, (stderr_us**2 + scatter) ** 0.5
 
     def _features_of(self, row: CalibrationRow) -> Features | None:
-        """Of an end-to-end measurement; None where the rows do not cover it."""
+        """The features of an end-to-end measurement; None where the rows do not cover it."""
         costs = self._others.get(row.model)
         if costs is None:
             return None
