@@ -91,8 +91,11 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
         backend.no_truncation()
         backend.no_padding()
         begin = backend.encode("", add_special_tokens=True).ids
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer: {error}") from None
+        backend.encode("a\u0001é日🙂")  # A vocabulary without its own unknown token fails at the first unknown character.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics of its own class
+        raise UserError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
     # Configurations name a begin-of-text id even where the model was trained without one (Qwen): the tokenizer knows.
     return Tokenizer(backend, begin[0] if begin and begin[0] not in eos_ids else None, eos_ids, embedding_rows)
 
