@@ -58,10 +58,11 @@ GGUF_MODULES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it."""
+    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it.
+    An index begins with a number."""
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    index: tuple[Any, ...] = ()
     shift: float = 0.0
 
 
@@ -212,7 +213,7 @@ class Family:
         if ours is None or leaf not in ("weight", "bias"):
             return
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(layer[2] if layer else "")
-        if heads and self.gguf_interleaved:
+        if heads and self.gguf_interleaved and values.shape[0] % (2 * config[heads]) == 0:
             values = _half_split_rows(values, config[heads])
         if self.norm_shift and module.endswith("norm"):
             values = values - self.norm_shift
