@@ -22,7 +22,7 @@ from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Compared, compared, read_benchmarks
 from nasbench.search.measuring import Measurer, choose, local_part, measure_all, queue
 from nasbench.search.objective import RunObjective, Speed
-from nasbench.search.session import Options, Search, run_search
+from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import Target
 from nasbench.spaces.placement import parse_placement
@@ -52,7 +52,7 @@ def measured(tiny_model, text_file, tmp_path_factory):
     speed = lambda p: Speed(1e3 / (1 + p.count("A")), math.nan, 1.0 + p.count("A"), 1000, "measured")  # noqa: E731
     objective = RunObjective(Target("test", 128, 1, "fp32"), evaluator, speed)
     assert "beam" in STRATEGIES
-    run_search(Search(run.path, objective, Options((1,), evaluations=6, random=1)), "beam")
+    run_search(Session(run.path, objective, Options((1,), evaluations=6, random=1)), "beam")
     final = next(row for row in compared(run) if row.method == "beam")
     finalize(run, final.placement, config, 128, dtype=FP32)
     evaluate_many(run.path, options(suite=str(folder / "suite")), "cpu")
