@@ -20,8 +20,8 @@ help: ## list the targets
 quickstart: $(VENV)/.installed ## profile, distil, search and report on SmolLM2-135M
 	$(BIN)/nasbench quickstart $(ARGS)
 
-reproduce-smollm2: $(VENV)/.installed ## train, search, finalise and measure SmolLM2-135M's hybrids (one GPU, about half an hour)
-	$(BIN)/nasbench reproduce --out runs/smollm2-135m $(if $(DATA),--data $(DATA)) $(if $(SUITE),--suite $(SUITE)) $(ARGS)
+reproduce-smollm2: $(VENV)/.installed ## the recipe smollm2-135m: train, search, finalise and measure its hybrids (one GPU, half an hour)
+	$(BIN)/nasbench run smollm2-135m --out runs/smollm2-135m $(if $(DATA),--set data=$(DATA)) $(if $(SUITE),--set suite=$(SUITE)) $(ARGS)
 
 test: $(VENV)/.installed-dev ## the test suite (CPU, 8 to 9 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not gpu and not hub and not slow" -n $(JOBS) --dist worksteal $(ARGS)

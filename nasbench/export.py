@@ -1,8 +1,8 @@
 """A placement of a run as a model folder that other engines load: config.json, safetensors, tokenizer.
 
 `hf` writes the family's own format where that can express the placement (transformers loads it), and model_type
-`nasbench` for other hybrids (nasbench loads it). `jet-nemotron` writes `JetNemotronForCausalLM`, the format of the published
-Jet-Nemotron checkpoints, for placements of A, W and J.
+`nasbench` for other hybrids (nasbench loads it). `jet-nemotron` writes `JetNemotronForCausalLM`, the format of the
+published Jet-Nemotron checkpoints, for placements of A, W and J.
 """
 
 from __future__ import annotations

@@ -150,7 +150,8 @@ def block_cells(shape: ModelSpec, block: str, args: str = "") -> dict[str, Any]:
     """
     name = f"{block}@{args}" if args else block
     spec, model = block_spec(shape, name), {name: getattr(shape, name) for name in SIZE_COLUMNS}
-    relevant, cells = _MIXER_SIZES, {"block": block, "args": "", "variant": ""}
+    relevant: tuple[str, ...] = _MIXER_SIZES
+    cells = {"block": block, "args": "", "variant": ""}
     if spec is None:
         relevant = _PART_SIZES[name]
     elif not is_shared(name):

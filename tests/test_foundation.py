@@ -132,7 +132,7 @@ def test_help_answers_at_once():
         ),
         # Every measuring process and every command would pay seconds for them.
         (
-            "import nasbench.model.mixers.attention.mixer, nasbench.supernet.train, nasbench.reproduce.worker",
+            "import nasbench.model.mixers.attention.mixer, nasbench.supernet.train, nasbench.search.measuring",
             ("torch._dynamo", "torch.distributed.tensor"),
         ),
     ],

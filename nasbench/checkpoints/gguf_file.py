@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nasbench.checkpoints.families import FAMILIES, Family
+from nasbench.checkpoints.families.family import read_heads
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_header, read_tensor
 from nasbench.core.errors import UserError
@@ -122,14 +123,11 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
     descriptive = ("general.", "split.", "quantize.", "imatrix.")
     fields = Fields({key: value for key, value in header.keys.items() if not key.startswith(descriptive)}, where)
     keys = fields.under(f"{architecture}.")
-    heads = keys.integer("attention.head_count", most=1 << 16)
-    hidden = keys.integer("embedding_length", most=1 << 20)
-    head_dim = keys.integer("attention.key_length", None, most=1 << 16)
-    if head_dim is None and hidden % heads:
-        raise UserError(f"{where}: {architecture}.embedding_length {hidden} is no multiple of head_count {heads}")
-    head_dim = head_dim or hidden // heads
+    names = ("attention.head_count", "embedding_length", "attention.key_length")
+    heads, hidden, head_dim = read_heads(keys, *names, None)
     for key in ("rope.dimension_count", "attention.value_length"):
         keys.neutral(key, head_dim)
+    keys.neutral("attention.causal", True)
     for key in ("rope.scaling.finetuned", "rope.scaling.original_context_length"):
         keys.raw(key)
     scale = keys.number("attention.scale", None)

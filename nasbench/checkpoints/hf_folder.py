@@ -93,56 +93,20 @@ def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _has_other_head(folder: Path) -> bool:
     """Whether the weights hold an output matrix that differs from the embedding: transformers then unties the two."""
-    places = {}
-    for path in _existing_files(folder):
-        for name, entry in _safetensors_header(path).items():
-            if name in ("lm_head.weight", "model.embed_tokens.weight"):
-                places[name] = (path, entry)
-    if len(places) < 2:
-        return False
-    (head_path, head), (path, embedding) = places["lm_head.weight"], places["model.embed_tokens.weight"]
-    if (head["dtype"], head["shape"]) != (embedding["dtype"], embedding["shape"]):
-        return True
-    return _bytes_differ(head_path, head["start"], path, embedding["start"], head["size"])
+    from safetensors import SafetensorError, safe_open
 
-
-def _existing_files(folder: Path) -> list[Path]:
-    """The weight files if they are all there; a folder may hold its configuration alone."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    places: dict[str, Path] = {}
     try:
-        return weight_files(folder)
-    except UserError:
-        return []
-
-
-def _safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """By tensor: dtype, shape, and the bytes it takes in the file. Empty for a damaged file: reading it will tell."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(path.stat().st_size, 100_000_000):
-                return {}
-            entries = json.loads(file.read(length))
-        result = {}
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                result[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "start": 8 + length + first}
-                result[name]["size"] = last - first
-        return result
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
-
-
-def _bytes_differ(path: Path, start: int, other: Path, other_start: int, size: int) -> bool:
-    with path.open("rb") as one, other.open("rb") as two:
-        one.seek(start)
-        two.seek(other_start)
-        while size > 0:
-            step = min(size, 1 << 22)
-            first = one.read(step)
-            if first != two.read(step):
-                return True
-            if not first:
-                return False
-            size -= step
-    return False
+        for path in weight_files(folder):
+            with safe_open(path, framework="np") as file:
+                places |= {name: path for name in names if name in file.keys()}  # noqa: SIM118 -- not a dictionary
+        if len(places) < len(names):
+            return False
+        matrices = []
+        for name in names:
+            with safe_open(places[name], framework="pt") as file:
+                matrices.append(file.get_tensor(name))
+    except (UserError, SafetensorError):
+        return False  # A folder may hold its configuration alone; who reads a damaged file will tell.
+    return not matrices[0].equal(matrices[1])

@@ -9,8 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, unknown
+from nasbench.core.sizes import format_size
+
+
+def chunk_help() -> str:
+    """What the help of `--chunk` says, by the one constant."""
+    cpu, cuda = (format_size(PREFILL_CHUNK.of(kind)) for kind in ("cpu", "cuda"))
+    return f"Prefill tokens of a sequence at a time; default: {cpu} on a CPU, {cuda} on a GPU."
 
 
 def print_json(data: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nasbench.cli.training_options import Shard, TensorBoard, with_given
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_settings, with_given
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
@@ -26,6 +26,9 @@ def command(
         str | None, typer.Option(help="Tokens of block-wise alignment, as 16k; 0 for none.")
     ] = None,
     supernet_tokens: Annotated[str | None, typer.Option(help="Tokens of random sub-networks; 0 for none.")] = None,
+    align_seconds: Annotated[float, typer.Option(help="Instead of tokens: time of alignment.")] = 0.0,
+    supernet_seconds: Annotated[float, typer.Option(help="Instead of tokens: time of random sub-networks.")] = 0.0,
+    changes: Settings = None,
     align_batch: Annotated[str | None, typer.Option(help="Tokens of an alignment step.")] = None,
     supernet_batch: Annotated[str | None, typer.Option(help="Tokens of a supernet step.")] = None,
     sequence: Annotated[str, typer.Option(help="Tokens of a training sequence.")] = "256",
@@ -41,26 +44,41 @@ def command(
 ) -> None:
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
 
-    Asked for more tokens, a finished run goes on. Under torchrun, every process takes its rows of each batch.
+    Asked for more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps. Under
+    torchrun, every process takes its rows of each batch.
     """
     from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.parallel.context import workers_of
     from nasbench.parallel.fsdp import check
     from nasbench.runs import Run, RunSpec
-    from nasbench.supernet.settings import DistillConfig
+    from nasbench.spaces.space import original_of
     from nasbench.supernet.train import distill
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
-    settings = DistillConfig.read(config) if config else DistillConfig()
+    settings = read_settings(config, changes)
+    seconds = {"align": align_seconds, "supernet": supernet_seconds}
+    for stage, value in seconds.items():
+        if not value >= 0:
+            raise UserError(f"bad --{stage}-seconds {value}: at least 0")
+        if value and (align_tokens if stage == "align" else supernet_tokens) is not None:
+            raise UserError(f"--{stage}-seconds and --{stage}-tokens exclude each other: leave one out")
     budgets = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
     batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
-    changes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
-    changes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    settings = with_given(settings.updated(changes), shard=shard, tensorboard=tensorboard)
+    sizes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
+    sizes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
+    settings = with_given(settings.updated(sizes), shard=shard, tensorboard=tensorboard)
     shape = resolve_shape(model)
-    spec = RunSpec(model, parse_names(names, shape), shape.num_layers, data, parse_size(sequence), seed)
+    spec = RunSpec(
+        model,
+        parse_names(names, shape),
+        shape.num_layers,
+        data,
+        parse_size(sequence),
+        seed,
+        original_of(shape.placement),
+    )
     if spec.sequence > shape.max_context:
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)
@@ -69,9 +87,13 @@ def command(
         if dry_run:
             _dry_run(out, spec, settings, own, kind, as_json, workers)
             return
-        run = Run.create(out, spec)
+        if any(seconds.values()) and workers.size > 1:
+            raise UserError("seconds are measured by one process: under torchrun write tokens")
+        run, read = Run.create(out, spec), {}
+        if any(seconds.values()):
+            settings, read = _budgeted(run, settings, seconds, own, kind)
         with progress_bar() as progress:
-            net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers)
+            net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers, **read)
         source, version = net.source, net.version
         del net  # before the processes part
     if not workers.leads:
@@ -79,6 +101,19 @@ def command(
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {source}")
     if as_json:
         print_json({"run": str(out), "names": list(run.spec.space.names), "version": version})
+
+
+def _budgeted(run, settings, seconds: dict[str, float], device: str, dtype):  # type: ignore[no-untyped-def]
+    """The settings with tokens that fill the seconds, and the model and text that were read for it."""
+    from nasbench.checkpoints.load import load_model
+    from nasbench.cli.common import log
+    from nasbench.data.packing import Corpus
+    from nasbench.supernet.budget import Budget
+
+    loaded = load_model(run.spec.model, dtype=dtype, device=device)
+    corpus = Corpus.load(run.spec.data, loaded.tokenizer, run.spec.sequence)
+    budget = Budget(run, settings, lambda: (loaded, corpus), device, log)
+    return budget.settings(seconds), {"loaded": loaded, "corpus": corpus}
 
 
 def _dry_run(  # type: ignore[no-untyped-def]

@@ -21,6 +21,26 @@ def command(
         str, typer.Option(help="With settings, as loss,retrieval@2k,suite:FILE.jsonl; `list` names all tasks.")
     ] = "loss",
     placement: Annotated[str | None, typer.Option(help="Of a run: default full attention.")] = None,
+    placements: Annotated[
+        str,
+        typer.Option(help="Several of a run: auto (all that a report compares), searched, final, or a file of them."),
+    ] = "",
+    suite: Annotated[str, typer.Option(help="With --placements: folder of benchmark files, .jsonl.")] = "",
+    brief_tasks: Annotated[
+        str, typer.Option(help="With --placements: tasks of random placements, before they get all.")
+    ] = "",
+    brief_items: Annotated[int, typer.Option(help="Items of each benchmark among the brief tasks.")] = 50,
+    test_tokens: Annotated[str, typer.Option(help="With --placements: held-out tokens; default: all.")] = "",
+    seconds: Annotated[
+        float, typer.Option(help="With --placements: time; the same command continues. 0: no limit.")
+    ] = 0.0,
+    workers: Annotated[
+        str,
+        typer.Option(help="With --placements: devices that measure at once, cuda:0,cuda:1; the first is this one's."),
+    ] = "",
+    share: Annotated[
+        str, typer.Option(help="With --placements: measure share N of OF, as 1/2, and nothing else.")
+    ] = "",
     split: Annotated[str, typer.Option(help="Held-out text: test, or search (what searches see).")] = "test",
     data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",
     sequence: Annotated[str, typer.Option(help="Tokens of a held-out sequence for a checkpoint.")] = "256",
@@ -28,10 +48,22 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score a placement of a run (kept in its score store), or a checkpoint, on tasks."""
+    """Score a placement of a run, or a checkpoint, on tasks. Scores of a run are kept in its folder.
+
+    With --placements, many placements are scored, finalised ones with their own weights: first loss and KL of all, then
+    the tasks of the searched ones, then those of all others.
+    """
     from nasbench.cli.common import print_json, print_table, torch_device, torch_dtype
     from nasbench.evaluation.tasks import parse_tasks
 
+    if placements:
+        from nasbench.cli.eval_many import ManyOptions, evaluate_many
+
+        options = ManyOptions(
+            placements, tasks, brief_tasks, suite, brief_items, test_tokens, seconds, workers, share, dtype
+        )
+        evaluate_many(Path(target), options, torch_device(device))
+        return
     parsed = parse_tasks(tasks)
     if split not in ("search", "test"):
         raise unknown("split", split, ("search", "test"))

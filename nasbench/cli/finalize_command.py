@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.training_options import Shard, TensorBoard, with_given
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_settings, with_given
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
+
+if TYPE_CHECKING:
+    from nasbench.runs import Run
+    from nasbench.spaces.placement import Placement
 
 
 def command(
     run: Annotated[Path, typer.Argument(help="A run folder with a supernet.")],
-    placement: Annotated[str, typer.Option(help="One letter per layer, as 14J A 4J A 2W 6J.")],
+    placement: Annotated[str, typer.Option(help="One letter per layer, as 14J A 4J A 2W 6J.")] = "",
+    full_attention: Annotated[
+        int | None, typer.Option("--full-attention", "-k", help="Instead: the best searched placement of K layers.")
+    ] = None,
     tokens: Annotated[str, typer.Option(help="Tokens to distil, as 64k; 0 takes the supernet's weights.")] = "16k",
+    seconds: Annotated[float, typer.Option(help="Instead of tokens: time in all, also of earlier calls.")] = 0.0,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
+    changes: Settings = None,
     sequence: Annotated[str, typer.Option(help="Tokens of a training row, as 2k; default: the run's.")] = "",
     batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
+    data: Annotated[str, typer.Option(help="Other text than the run's, e.g. of nasbench corpus.")] = "",
+    variant: Annotated[str, typer.Option(help="Name of this training, where a placement gets several.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
     average: Annotated[
@@ -33,47 +44,96 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
-    from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.parallel.context import workers_of
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
-    from nasbench.supernet.finalize import AVERAGE, average_final, finalize
-    from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.budget import note_final
+    from nasbench.supernet.finalize import AVERAGE, average_final, final_folder, finalize
 
     if dtype == "fp16":
         raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
     if not 0 <= average <= 1:
         raise UserError(f"bad --average {average}: choose 0 to 1")
+    if not seconds >= 0:
+        raise UserError(f"bad --seconds {seconds}: at least 0")
     opened = Run.open(run)
-    chosen = opened.spec.space.check(resolve_shape(opened.spec.model).parse(placement))
-    settings = DistillConfig.read(config) if config else DistillConfig()
+    chosen = _chosen(opened, placement, full_attention)
+    settings = read_settings(config, changes)
     budget = 0 if tokens == "0" else parse_size(tokens)
     where = torch_device(device)
     if batch:
         settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
     settings = with_given(settings, shard=shard, tensorboard=tensorboard)
+    kind, rows = torch_dtype(dtype), parse_size(sequence) if sequence else None
+    folder = final_folder(opened, chosen, variant)
     with workers_of(where) as (workers, own), progress_bar() as progress:
-        folder = finalize(
-            opened,
-            chosen,
-            settings,
-            budget,
-            sequence=parse_size(sequence) if sequence else None,
-            device=own,
-            dtype=torch_dtype(dtype),
-            workers=workers,
-            progress=progress,
-            notice=log,
-        )
+        if seconds and workers.size > 1:
+            raise UserError("--seconds is measured by one process: under torchrun write --tokens")
+        read = _read(opened, data, rows, own, kind) if data or seconds else {}
+        known = _budget(opened, settings, folder, read, own) if seconds else None
+        if known is not None:
+            settings, budget = known[0], known[1].tokens(seconds)
+            log(f"{format_placement(chosen)}: {budget:,} tokens in all")
+
+        def train() -> Path:
+            return finalize(
+                opened, chosen, settings, budget, sequence=rows, device=own, dtype=kind, workers=workers,
+                progress=progress, notice=log, name=variant, **read,
+            )  # fmt: skip
+
+        if known is not None:
+            known[1].timed(budget, train)
+        else:
+            train()
     if not workers.leads:
         return
+    note_final(folder, budget)
     log(f"finalised {format_placement(chosen)} in {folder}")
     mean = None
     if average:
-        # On the CPU: of a model that is shared out, no GPU holds the whole.
-        mean = average_final(opened, chosen, AVERAGE, share=average, dtype=torch_dtype(dtype))
+        # On the CPU: of a model that is sharded, no GPU holds the whole.
+        name = f"{variant}-{AVERAGE}" if variant else AVERAGE
+        mean = average_final(opened, chosen, name, of=variant, share=average, dtype=kind)
+        note_final(mean, budget)
         log(f"mean with the weights before in {mean}")
     if as_json:
         found = {"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget}
         print_json(found | ({} if mean is None else {"average": str(mean)}))
+
+
+def _chosen(run: Run, placement: str, count: int | None) -> Placement:
+    """The placement that was named, or the best that the latest search found with so many full-attention layers."""
+    from nasbench.checkpoints.load import resolve_shape
+    from nasbench.search.compared import best_searched
+
+    if bool(placement) == (count is not None):
+        raise UserError("write either --placement or --full-attention K")
+    if count is not None:
+        return best_searched(run, count)
+    return run.spec.space.check(resolve_shape(run.spec.model).parse(placement))
+
+
+def _read(run: Run, data: str, sequence: int | None, device: str, dtype: Any) -> dict[str, Any]:
+    """The run's model and the text in rows."""
+    from nasbench.checkpoints.load import load_model
+    from nasbench.data.packing import Corpus
+
+    loaded = load_model(run.spec.model, dtype=dtype, device=device)
+    corpus = Corpus.load(data or run.spec.data, loaded.tokenizer, sequence or run.spec.sequence)
+    return {"loaded": loaded, "corpus": corpus}
+
+
+def _budget(run: Run, settings: Any, folder: Path, read: dict[str, Any], device: str) -> tuple[Any, Any]:
+    """The settings with the supernet's step, and the budget of the placement."""
+    from nasbench.cli.common import log
+    from nasbench.supernet import checkpoint
+    from nasbench.supernet.budget import Budget, FinalBudget
+
+    saved = checkpoint.latest(run.supernet)
+    if saved is None:
+        raise UserError(f"{run.path} has no supernet: make one with `nasbench distill --out {run.path}`")
+    known = Budget(run, settings, lambda: (read["loaded"], read["corpus"]), device, log).stage("supernet", 0.0)
+    step = max(int(known["batch_tokens"]), read["corpus"].sequence)
+    settings = settings.updated({"supernet_batch_tokens": step, "graphs": bool(known["graphs"])})
+    return settings, FinalBudget(folder, saved.version, float(known["tok_s"]), step)

@@ -16,6 +16,7 @@ from nasbench.core.errors import NasbenchError
 
 COMMANDS = (
     "quickstart",
+    "run",
     "devices",
     "models",
     "profile",
@@ -28,7 +29,6 @@ COMMANDS = (
     "search",
     "eval",
     "finalize",
-    "reproduce",
     "report",
     "export",
     "generate",
@@ -66,6 +66,14 @@ for _name in COMMANDS:
         app.add_typer(_command, name=_name)
     else:
         app.command(_name)(_command)
+
+
+def parse(args: list[str]) -> None:
+    """Checks the options of one command line and runs nothing. Raises the parser's error for wrong ones."""
+    group = typer.main.get_command(app)
+    parent = group.make_context("nasbench", list(args), resilient_parsing=True)
+    name, found, rest = group.resolve_command(parent, list(args))  # type: ignore[attr-defined]
+    found.make_context(name, rest, parent=parent)
 
 
 def _fail(message: str, code: int) -> int:

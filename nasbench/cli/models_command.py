@@ -51,4 +51,4 @@ def command(
     ]
     print_table(("name", "layers", "hidden", "heads", "params", "context", "placement"), rows)
     print(f"\n`default` is {DEFAULT_MODEL}, with its weights. The other shapes serve speed alone, with random weights.")
-    print("--model also takes a local Hugging Face folder, a .gguf file of the llama architecture, or a hub name.")
+    print("--model also takes a local Hugging Face folder, a .gguf file of one of the families, or a hub name.")

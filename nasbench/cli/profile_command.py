@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.cli.common import chunk_help
 from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
@@ -20,12 +21,12 @@ from nasbench.core.sizes import parse_size, parse_sizes
 if TYPE_CHECKING:
     from nasbench.cost.holdout import Holdout
     from nasbench.model.shapes import ModelSpec
-    from nasbench.profiling.sweep import SweepResult, Todo
+    from nasbench.profiling.sweep import SweepPlan, SweepResult
 
 
 def command(
     model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
-    blocks: Annotated[str, typer.Option(help="Layer kinds, with arguments where wanted: AWJG, 'A W2048'.")] = "AWJG",
+    blocks: Annotated[str, typer.Option(help="Mixers, with arguments where wanted, as 'A W2048'; default: all.")] = "",
     contexts: Annotated[
         str, typer.Option(help="Contexts, e.g. 4k,64k; default: powers of two from 1k (CPU) or 4k.")
     ] = "",
@@ -36,7 +37,7 @@ def command(
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: fp32 on a CPU, bf16 on a GPU.")] = "",
-    chunk: Annotated[str, typer.Option(help="Tokens of a prefill chunk; default: 512 on a CPU, 8k on a GPU.")] = "",
+    chunk: Annotated[str, typer.Option(help=chunk_help())] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,
@@ -77,18 +78,19 @@ def command(
     from nasbench.profiling.sweep import prepare
 
     shape = resolve_shape(model)
+    names = _names(blocks)
     if estimate:
         if calibrate or holdout or device != "auto":
             raise UserError("--estimate measures nothing: leave out --calibrate, --holdout and --device")
         gpu_contexts = context_list or default_contexts(shape.max_context, True)
-        asked = Asked(shape, blocks, gpu_contexts, batch_list or ["auto"], mode_list, chunk_tokens, dtype or "bf16")
+        asked = Asked(shape, names, gpu_contexts, batch_list or ["auto"], mode_list, chunk_tokens, dtype or "bf16")
         _print_summary(_estimate(asked, estimate, db, dry_run), as_json)
         return
     name = torch_device(device)
     on_gpu = name.startswith("cuda")
     todo = prepare(
         shape,
-        blocks,
+        names,
         context_list or default_contexts(shape.max_context, on_gpu),
         batch_list or (["auto"] if on_gpu else [1, 4]),
         mode_list,
@@ -99,7 +101,7 @@ def command(
         force=force,
         seconds_per_row=budget or None,
         isolate=not in_process,
-        patience_s=timeout or None,
+        timeout_s=timeout or None,
         limit_s=limit or None,
     )
     if dry_run:
@@ -121,15 +123,20 @@ def command(
         "seconds": round(time.monotonic() - began, 1),
     }
     if calibrate or holdout:
-        from nasbench.spaces.placement import parse_placement
-
-        names = list(dict.fromkeys(parse_placement(blocks)))
         contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)
         summary |= _whole_models(todo, names, contexts_asked, chunk_tokens, calibrate, holdout)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
         raise MachineError(f"{result.count('failed')} rows failed: {reasons[:300]}")
+
+
+def _names(blocks: str) -> list[str]:
+    """The mixers of `--blocks`, without repeats; every registered kind for none."""
+    from nasbench.model import MIXERS
+    from nasbench.spaces.placement import parse_placement
+
+    return list(dict.fromkeys(parse_placement(blocks))) if blocks else list(MIXERS)
 
 
 def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
@@ -146,7 +153,7 @@ class Asked:
     """What of a sweep does not depend on a device that is here."""
 
     shape: ModelSpec
-    blocks: str
+    names: list[str]
     contexts: list[int]
     batches: list[int | str]
     modes: list[str]
@@ -160,7 +167,6 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     from nasbench.devices import DEVICES
     from nasbench.profiling.estimate import Estimator
     from nasbench.profiling.plan import plan
-    from nasbench.spaces.placement import parse_placement
     from nasbench.store import Database, db_path
 
     spec, shape = DEVICES[device], asked.shape
@@ -168,9 +174,8 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
     places = [None, *([db] if db is not None and db.is_dir() else [])]
     known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
     estimator = Estimator({row.key: row for row in known}.values(), asked.dtype)
-    names = parse_placement(asked.blocks)
     chunk = asked.chunk or PREFILL_CHUNK.of("cuda")
-    groups = plan(shape, names, asked.contexts, asked.batches, asked.modes, chunk, spec.memory_bytes, 2)
+    groups = plan(shape, asked.names, asked.contexts, asked.batches, asked.modes, chunk, spec.memory_bytes, 2)
     rows = estimator.rows(spec, shape, [point for group in groups for point in group])
     path = db_path(spec.slug, db)
     measured = {row.key for row in Database(path).read() if row.source == "measured"}
@@ -183,7 +188,7 @@ def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict
 
 
 def _whole_models(
-    todo: Todo, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
+    todo: SweepPlan, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
 ) -> dict[str, Any]:
     """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them."""
     from nasbench.cli.common import log
@@ -224,7 +229,7 @@ def default_contexts(max_context: int, on_gpu: bool) -> list[int]:
     return contexts or [max_context]
 
 
-def _print_plan(todo: Todo, as_json: bool) -> None:
+def _print_plan(todo: SweepPlan, as_json: bool) -> None:
     from nasbench.cli.common import print_json
 
     points = [str(point) for point in todo.points]
@@ -240,7 +245,7 @@ def _print_plan(todo: Todo, as_json: bool) -> None:
     )
 
 
-def _run(todo: Todo) -> SweepResult:
+def _run(todo: SweepPlan) -> SweepResult:
     """Runs the sweep under a progress bar on standard error."""
     from rich.console import Console
     from rich.progress import (

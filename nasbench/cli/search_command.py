@@ -24,12 +24,14 @@ def command(
     full_attention: Annotated[
         str, typer.Option("--full-attention", "-k", help="Layers with full attention, e.g. 4 or 4,8,15.")
     ] = "",
-    device: Annotated[str, typer.Option(help="Device to be fast on; default: the one found here.")] = "",
+    profile: Annotated[
+        str, typer.Option(help="Profile database of the device to be fast on; default: this one's.")
+    ] = "",
     context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "4k",
     batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the speeds; default: what was profiled.")] = "",
     eval_dtype: Annotated[str, typer.Option(help="fp32 or bf16, in which the supernet is scored.")] = "bf16",
-    filler: Annotated[
+    replacement: Annotated[
         str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
     ] = "",
     evaluations: Annotated[int, typer.Option(help="Placements that the strategy may look at.")] = 120,
@@ -41,7 +43,9 @@ def command(
     storage: Annotated[str, typer.Option(help="Optuna storage URL; default: a journal file in the run.")] = "",
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement.")] = "2k",
     test_tokens: Annotated[str, typer.Option(help="Other held-out tokens for what was found; 0: none.")] = "4k",
-    on: Annotated[str, typer.Option(help="Where the losses are measured: auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option("--device", "--on", help="Where scores are measured: auto, cpu or cuda.")
+    ] = "auto",
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -66,7 +70,7 @@ def command(
         random=random,
         beam_width=beam_width,
         candidates=candidates,
-        filler=filler,
+        replacement=replacement,
         seed=seed,
         step_ms=step_ms,
         storage=storage,
@@ -80,12 +84,12 @@ def command(
     from nasbench.search.run_folder import choose_dtype, search_run
     from nasbench.search.trials import Target
 
-    torch_name = torch_device(on)
+    torch_name = torch_device(device)
     shape = resolve_shape(opened.spec.model)
     check_context(shape, sizes[0])
-    device = device or _device_here(torch_name)
-    target = Target(device, sizes[0], sizes[1], choose_dtype(find_profiles(device, db), dtype, device))
-    cost = load_cost_model(device, shape, target.dtype, db)
+    profile = profile or _device_here(torch_name)
+    target = Target(profile, sizes[0], sizes[1], choose_dtype(find_profiles(profile, db), dtype, profile))
+    cost = load_cost_model(profile, shape, target.dtype, db)
 
     from nasbench.evaluation.evaluator import Evaluator
 

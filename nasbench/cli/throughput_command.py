@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from nasbench.cli.common import chunk_help
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
@@ -21,7 +22,7 @@ def command(
     prefill_context: Annotated[
         str | None, typer.Option(help="Prompt tokens of the prefill measurement; default: the context.")
     ] = None,
-    chunk: Annotated[str | None, typer.Option(help="Prefill tokens at a time; default: 512, 8k on a GPU.")] = None,
+    chunk: Annotated[str | None, typer.Option(help=chunk_help())] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
 ) -> None:
     """Measure decode and prefill of a whole model with random weights, and how near the memory's limit it is."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
     from nasbench.supernet.settings import DistillConfig
@@ -17,6 +21,21 @@ TensorBoard = Annotated[
     bool | None,
     typer.Option("--tensorboard/--no-tensorboard", help="Losses and speed for TensorBoard, beside the CSVs."),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change one setting of the training, as whole=true; may repeat."),
+]
+
+
+def read_settings(config: Path | None, changes: list[str] | None) -> DistillConfig:
+    """The settings of a TOML file, or the defaults, with the changes of --set. Raises UserError."""
+    from nasbench.supernet.settings import DistillConfig
+
+    settings = DistillConfig.read(config) if config else DistillConfig()
+    try:
+        return settings.updated(tomllib.loads("\n".join(changes or [])))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"bad --set {' '.join(changes or [])!r}: {error}") from None
 
 
 def with_given(settings: DistillConfig, **options: object) -> DistillConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -17,19 +18,27 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as searched.")] = "",
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda.")] = "auto",
     placements: Annotated[int, typer.Option(help="How many placements to measure at most.")] = 12,
+    compared: Annotated[
+        bool, typer.Option("--compared", help="Instead: one placement of every composition that a report compares.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Time for all; the same command measures the rest. 0: no limit.")
+    ] = 0.0,
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure the front and the uniform placements end to end against the cost model's predictions.
 
-    Writes runs/NAME/validation.csv; what was measured there before is not measured again.
+    Writes runs/NAME/validation.csv; what was measured there before is not measured again. With --compared, the context
+    may be beyond the model's own: speeds are then measured with a longer cache, and not predicted.
     """
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import print_json, print_table, progress_bar, torch_device
+    from nasbench.cli.common import log, print_json, print_table, progress_bar, torch_device
     from nasbench.core.errors import UserError
     from nasbench.cost import find_profiles, load_cost_model
     from nasbench.devices import detect
     from nasbench.runs import Run
+    from nasbench.search.compared import compositions
     from nasbench.search.run_folder import choose_dtype
     from nasbench.search.trials import Target
     from nasbench.search.validation import choose, mean_error, validate
@@ -37,34 +46,35 @@ def command(
     opened = Run.open(run)
     if placements < 1:
         raise UserError(f"bad --placements {placements}: choose 1 or more")
+    if not seconds >= 0:
+        raise UserError(f"bad --seconds {seconds}: at least 0")
     where = torch_device(device)
     name = detect(where).slug
     width = choose_dtype(find_profiles(name, db), dtype, name)
     target = Target(name, parse_size(context), parse_size(batch), width)
     shape = resolve_shape(opened.spec.model)
-    chosen = choose(opened, target, placements)
+    chosen = compositions(opened) if compared else choose(opened, target, placements)
+    beyond = target.context > shape.max_context
     with progress_bar() as bar:
         found = validate(
-            opened,
-            chosen,
-            target,
-            load_cost_model(name, shape, width, db),
-            where,
-            progress=lambda done, total: bar("end to end", done, total),
-        )
+            opened, chosen, target, None if beyond else load_cost_model(name, shape, width, db), shape, where,
+            limit_s=seconds or math.inf, progress=lambda done, total: bar("end to end", done, total), log=log,
+        )  # fmt: skip
     if as_json:
-        print_json({"mean_error": mean_error(found), "rows": [row.__dict__ for row in found]})
+        rows = [{key: value if value == value else None for key, value in vars(row).items()} for row in found]
+        print_json({"mean_error": None if beyond else mean_error(found), "rows": rows})
         return
     table = [
         (
             row.placement,
-            f"{row.predicted_tok_s:.1f}",
+            "" if beyond else f"{row.predicted_tok_s:.1f}",
             f"{row.measured_tok_s:.1f}",
-            f"{row.error:+.1%}",
+            "" if beyond else f"{row.error:+.1%}",
             f"{row.floor_fraction:.0%}",
         )
         for row in sorted(found, key=lambda row: row.measured_tok_s)
     ]
     columns = ("placement", "predicted tok/s", "measured tok/s", "error", "of the memory's limit")
     print_table(columns, table, f"Predicted against measured ({target})")
-    print(f"\nmean error {mean_error(found):.1%} over {len(found)} placements")
+    if not beyond:
+        print(f"\nmean error {mean_error(found):.1%} over {len(found)} placements")

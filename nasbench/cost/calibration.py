@@ -1,14 +1,15 @@
-"""What a whole step costs beyond the sum of its rows: launch gaps, a warm L2, fused norms. Fitted per device from a few
-end-to-end measurements that are kept apart from those that judge the model.
+"""What a whole step costs beyond the sum of its rows: launch gaps, a warm L2, fused norms. A few end-to-end
+measurements of the device calibrate it.
 
-    time = constant * layers + shared * (embedding, norms, MLPs, head) + sum over kinds of scale[kind] * (its mixers)
+    time = overhead * layers + shared * (embedding, norms, FFNs, head) + sum over kinds of scale[kind] * (its mixers)
 
-In decode steps of one sequence `alone` takes the constant's place: on a GPU they are other kernels, about half as many.
-Chunks of a prompt that the host takes longer to launch than the device to run are a feature of their own, `host`.
-The fit is linear regression on relative errors with a prior, constant 0 and every scale 1, so that few measurements
-move little: a kind that none of them contains keeps its scale. The posterior's covariance and the fit's residual are
-part of every prediction's uncertainty. Measurements lie in `calibration/<device>.csv` beside the profile database, with
-their provenance; the fit is done anew whenever a model is loaded, so it always belongs to the rows at hand.
+A decode step of one sequence has an overhead of its own, `bs1_overhead`: a GPU runs other kernels there, about half as
+many. `launch` scales the chunks of a prompt that the host takes longer to launch than the device to run.
+
+The fit is a linear regression on relative errors. Its prior, overhead 0 and every scale 1, lets few measurements move
+little: a kind that no measurement contains keeps its scale. Every prediction's uncertainty holds the covariance of the
+posterior and the residual of the fit. The measurements lie in `calibration/<device>.csv` beside the profile database.
+Every load fits anew, so that the fit always belongs to the rows at hand.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from nasbench.core.tables import columns, read_table, write_table
 
 SCHEMA = 1
 PRIOR_SD = {"overhead": 3.0, "bs1_overhead": 3.0, "launch": 0.3}
-"""Standard deviations of the prior: microseconds a layer for the constants, of the host's scale, which depends on what
-else it does ..."""
+"""Standard deviations of the prior: microseconds a layer for overheads, a share for the launch scale, which depends on
+what else the host does ..."""
 PRIOR_SCALE_SD = 0.1
 """... and of every other scale around 1."""
 RESIDUAL = 0.02
-"""Relative error that the fit expects of a measurement before it has seen any."""
+"""Relative error that the fit expects of a measurement at first."""
 LEAST_RESIDUAL = 0.01
 """Few measurements may agree by chance."""
 LEAST_FREEDOM = 0.2
-"""A measurement that the fit follows alone says little of its error: no more than so much counts."""
+"""The left-out error of a measurement is its error over 1 - leverage, and 1 - leverage counts as at least this."""
 FOREIGN = 3.0
-"""Measurements of another model of the same device count as so much less precise."""
+"""How much less precise measurements of another model on the device count."""
 OVERHEAD, BS1_OVERHEAD, SHARED, LAUNCH = "overhead", "bs1_overhead", "shared", "launch"
 
 Features = Mapping[str, float]
@@ -117,7 +118,7 @@ def _prior_sd(name: str) -> float:
 
 
 def fit(measured: Sequence[tuple[Features, float, float]]) -> Calibration:
-    """The calibration that a set of measurements asks for.
+    """Fits a calibration to measurements.
 
     Args:
         measured: (features in microseconds, measured microseconds, weight of its expected error: 1, or FOREIGN).

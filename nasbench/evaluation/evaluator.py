@@ -122,7 +122,7 @@ class Evaluator:
             self.supernet.space.check(placement)
         task.check(context)
         for placement, measures in self._samples(task, missing, context, progress):
-            new = {title: task.scores(samples) for title, samples in measures.items()}
+            new = {title: task.scores(samples, self.supernet.teacher.device) for title, samples in measures.items()}
             self.store.put({self.key(placement, task, context, title): scores for title, scores in new.items()})
             found[placement] = new[task.title]
         return {placement: scores for placement, scores in found.items() if scores is not None}

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nasbench.core.by_device import ByDevice
 from nasbench.data.packing import Batch
 from nasbench.model.decoder import Decoder
 from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import CHUNK
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = ByDevice(cpu=4096, cuda=32768)
 """Tokens of one forward, padding included: enough to keep the device busy. Scoring many placements at once keeps the
 residual stream behind every layer: layers x these x hidden size."""
 ANY_SHAPE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -127,7 +128,7 @@ class Ends(Reading):
         self.counts = np.minimum([text.count for text in texts], lengths - 1)
         order = lengths.argsort(kind="stable")
         self.batches, self.places = [], []
-        for part in batches_of(lengths[order], tokens or BATCH_TOKENS[device.type]):
+        for part in batches_of(lengths[order], tokens or BATCH_TOKENS.of(device)):
             chosen = order[part]
             self.batches.append(Batch(padded([rows[i] for i in chosen], device)))
             self.places.append(end_places(lengths[chosen], self.counts[chosen], device))

@@ -22,16 +22,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import ArrayLike, NDArray
 
 from nasbench.core.errors import MachineError
-from nasbench.core.files import machine_errors
+from nasbench.core.files import locked, machine_errors
+from nasbench.core.provenance import utc_now
 from nasbench.spaces.placement import Placement, format_placement
 
 if TYPE_CHECKING:
@@ -169,11 +168,9 @@ class ScoreStore:
         if not scores:
             return
         lines = "".join(_line(key, found) for key, found in scores.items())
-        with machine_errors(f"writing {self.file}"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / f".{FILE}.lock"), self.file.open("a+b") as file:
-                _cut_torn_line(file)
-                file.write(lines.encode())
+        with locked(self.file), machine_errors(f"writing {self.file}"), self.file.open("a+b") as file:
+            _cut_torn_line(file)
+            file.write(lines.encode())
         self.refresh()
 
     def refresh(self) -> None:
@@ -220,7 +217,7 @@ def _check_finite(key: ScoreKey, scores: Scores) -> None:
 
 
 def _line(key: ScoreKey, scores: Scores) -> str:
-    about = {"utc": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **scores.about}
+    about = {"utc": utc_now(), **scores.about}
     row = {**asdict(key), "metric": scores.metric, "higher_is_better": scores.higher_is_better, "about": about}
     if scores.samples is None:
         row |= {"value": scores.value, "stderr": None if math.isnan(scores.stderr) else scores.stderr, "n": scores.n}

@@ -21,9 +21,11 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.core.files import machine_errors
 from nasbench.evaluation.reading import Ends, Reading, Text
@@ -33,7 +35,7 @@ from nasbench.runtime.generate import generate
 
 ANSWER_TOKENS = 24
 """Longest line that is written as an answer."""
-PROMPTS = {"cpu": 32, "cuda": 256}
+PROMPTS = ByDevice(cpu=32, cuda=256)
 """Answers that are written at once. Reading all lines again with guesses for their tokens (Jacobi decoding) took 218 s
 where this took 83, 24 prompts of SmolLM2-135M on a CPU core, and 43 with every guess right."""
 FORMS = ({"query", "choices", "gold"}, {"prefixes", "suffix", "gold"}, {"query", "answers"})
@@ -193,8 +195,8 @@ class Suite(Task):
     def larger(self) -> Self | None:
         return type(self)(self.path) if self.limit else None
 
-    def pick(self, samples: Sequence[float]) -> Sequence[float]:
-        return [samples[i] for i in evenly(self.limit, len(samples))]
+    def pick(self, samples: NDArray[np.float64]) -> NDArray[np.float64]:
+        return samples[evenly(self.limit, len(samples))]
 
     def reading(self, decoder: Decoder, context: Context) -> Reading | None:
         items = context.once(self, self.items)
@@ -228,7 +230,7 @@ class Suite(Task):
         queries = context.once((self, "queries"), lambda: tokenizer.encode_batch([item.query for item in items]))
         prompts = [ids[-longest:] or [tokenizer.eos_id or 0] for ids in queries]
         # Prompts of one length are read at once.
-        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), PROMPTS[decoder.device.type]
+        order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), PROMPTS.of(decoder.device)
         hits = torch.zeros(len(items))
         for part in (order[start : start + size] for start in range(0, len(order), size)):
             lines = generate(decoder, [prompts[i] for i in part], max_new_tokens=ANSWER_TOKENS, eos_ids=ends)

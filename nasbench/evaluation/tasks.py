@@ -8,15 +8,18 @@ placements which share their first layers share those layers' work; any other ta
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
+from nasbench.core.provenance import provenance
 from nasbench.core.registry import Registry
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.data.packing import Batch, Corpus
@@ -113,12 +116,13 @@ class Task(ABC):
         """A task whose samples include this one's; `pick` takes them out."""
         return None
 
-    def pick(self, samples: Sequence[float]) -> Sequence[float]:
+    def pick(self, samples: NDArray[np.float64]) -> NDArray[np.float64]:
         """This task's samples out of those of `larger`."""
         return samples
 
-    def scores(self, samples: Tensor) -> Scores:
-        return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better)
+    def scores(self, samples: Tensor, device: object = "") -> Scores:
+        about = {"device": str(device), **provenance().cells("torch", "project")}
+        return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better, about)
 
     def score(self, decoder: Decoder, context: Context) -> Scores:
         """Measured now, and kept nowhere."""
@@ -165,7 +169,7 @@ class HeldOut(Reading):
 
     def __init__(self, context: Context, device: torch.device) -> None:
         sequences = context.corpus.held_out(context.split, context.tokens).to(device)
-        self.batches = sequences.split(max(1, BATCH_TOKENS[device.type] // context.corpus.sequence))
+        self.batches = sequences.split(max(1, BATCH_TOKENS.of(device) // context.corpus.sequence))
         self.teacher = context.teacher
         self._said: dict[int, Tensor | Distribution] = {}
 
@@ -232,8 +236,3 @@ class TeacherKL(HeldOutLoss):
 
 TASKS.register(HeldOutLoss.name, HeldOutLoss)
 TASKS.register(TeacherKL.name, TeacherKL)
-
-
-def longest_scored(tasks: Iterable[Task], context: Context) -> int:
-    """Tokens of the longest text that any of the tasks looks back over."""
-    return max(task.scored_tokens(context) for task in tasks)

@@ -7,10 +7,11 @@ import nasbench.model.kernel_path  # noqa: F401  (the blocks import nasbench_ker
 from nasbench.model.ffn.spec import GatedFFNSpec, MixtureSpec, NoFFNSpec
 from nasbench.model.mixers.attention.spec import FullAttentionSpec
 from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec, JetBlockSpec
+from nasbench.model.mixers.mamba2.spec import Mamba2Spec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
 from nasbench.model.spec import FFNS, MIXERS, LayerShape, MixerSpec, mixer_spec
 
-for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec):
+for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec, Mamba2Spec):
     MIXERS.register(_mixer.kind, _mixer)
 for _ffn in (GatedFFNSpec, MixtureSpec, NoFFNSpec):
     FFNS.register(_ffn.kind, _ffn)

@@ -128,6 +128,8 @@ class MixerSpec(BlockSpec):
 
     shape: LayerShape
 
+    is_attention: ClassVar[bool] = False
+    """Whether other kinds can start from its weights."""
     starts_trained: ClassVar[bool] = False
     """Whether the attention's own weights serve unchanged, so that a supernet need not train them."""
 

@@ -4,9 +4,8 @@ with the efficiencies that measured devices reach.
     time = launch + max(bytes / (bandwidth * memory efficiency), operations / (rate * compute efficiency))
 
 Launch, memory and compute efficiency are learned for each block and mode from the measured rows of GPUs whose data
-sheets are known; which of the three binds a row is its regime. The error bar of a row is what the same rule errs, in
-this regime, on groups of measured rows that it was not shown: whole devices where several were measured, else one batch
-size of one model at a time, which says nothing of how another device differs.
+sheets are known. The error bar is the rule's error on groups of measured rows that it was not shown: whole devices
+where several were measured, else one batch size of one model at a time, which says nothing of how devices differ.
 
 Estimates carry the source `estimated` wherever they go and never take the place of a measurement.
 """
@@ -14,7 +13,7 @@ Estimates carry the source `estimated` wherever they go and never take the place
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -37,10 +36,8 @@ LEAST_ERROR = 0.05
 """Left-out groups may agree by chance."""
 UNTESTED_ERROR = 0.5
 """Relative error of a rule that no group could be left out of."""
-FEWEST = 4
-"""Left-out rows that a regime's own error needs; with fewer it has that of all."""
-ROUNDS = 12
-"""Times that rows are assigned to a regime and the efficiencies fitted anew."""
+FITS = 12
+"""Times that rows are assigned to a bound and the efficiencies fitted anew."""
 CEILING_BYTES = 1 << 30
 """What a ceiling's estimated time is for."""
 
@@ -65,26 +62,20 @@ class Roofline:
         memory, compute: efficiencies, shares of the data sheet's figures.
         error: relative, of left-out groups.
         rows, devices: what it was learned from.
-        regimes: (regime, its own error), where enough left-out rows were of it.
     """
 
     launch_us: float
     memory: float
     compute: float
-    error: float
-    rows: int
-    devices: tuple[str, ...]
-    regimes: tuple[tuple[str, float], ...] = ()
-
-    def error_of(self, regime: str) -> float:
-        return dict(self.regimes).get(regime, self.error)
+    error: float = UNTESTED_ERROR
+    rows: int = 0
+    devices: tuple[str, ...] = ()
 
     def time_us(self, memory_us: float, compute_us: float) -> tuple[float, str]:
-        """(microseconds, regime) for the least times by the data sheet."""
+        """(microseconds, what binds: memory, compute or launch) for the least times by the data sheet."""
         bound = {"memory": memory_us / self.memory, "compute": compute_us / self.compute}
         largest = max(bound, key=lambda name: bound[name])
-        regime = "launch" if self.launch_us > bound[largest] else largest
-        return self.launch_us + bound[largest], regime
+        return self.launch_us + bound[largest], "launch" if self.launch_us > bound[largest] else largest
 
 
 def samples(rows: Iterable[Row], dtype: str) -> dict[tuple[str, str], list[Sample]]:
@@ -95,10 +86,8 @@ def samples(rows: Iterable[Row], dtype: str) -> dict[tuple[str, str], list[Sampl
         if not usable or row.device not in DEVICES or not row.p50_us or row.gb_s is None or row.tflop_s is None:
             continue
         spec = DEVICES[row.device]
-        memory_us = row.gb_s * row.p50_us / spec.bandwidth_gb_s
-        compute_us = row.tflop_s * row.p50_us / spec.tflop_s
-        group = (row.device, row.hidden_size, row.batch)
-        sample = Sample(group, row.device, memory_us, compute_us, row.p50_us)
+        memory_us, compute_us = row.gb_s * row.p50_us / spec.bandwidth_gb_s, row.tflop_s * row.p50_us / spec.tflop_s
+        sample = Sample((row.hidden_size, row.batch), row.device, memory_us, compute_us, row.p50_us)
         found.setdefault((row.block, row.mode), []).append(sample)
     return found
 
@@ -117,44 +106,33 @@ def _solve(x: np.ndarray) -> np.ndarray:
     return best
 
 
-def _learn(found: Sequence[Sample]) -> tuple[float, float, float]:
-    """(launch_us, memory efficiency, compute efficiency); an efficiency that no row shows is that of the other."""
+def _fit(found: Sequence[Sample]) -> Roofline:
+    """Launch and efficiencies; an efficiency that no row shows is that of the other."""
     us = np.array([sample.us for sample in found])
     memory = np.array([sample.memory_us for sample in found])
     compute = np.array([sample.compute_us for sample in found])
     inverse = np.array([1.5, 1.5])
     weights = np.zeros(3)
-    for _ in range(ROUNDS):
+    for _ in range(FITS):
         in_memory = memory * inverse[0] >= compute * inverse[1]
         x = np.stack([np.ones(len(us)), np.where(in_memory, memory, 0), np.where(in_memory, 0, compute)], axis=1)
         weights = _solve(x / us[:, None])
         shown = weights[1:] > 0
-        fallback = weights[1:][shown].max() if shown.any() else 1.0
-        inverse = np.where(shown, weights[1:], fallback)
-    return float(weights[0]), float(1 / inverse[0]), float(1 / inverse[1])
+        inverse = np.where(shown, weights[1:], weights[1:][shown].max() if shown.any() else 1.0)
+    return Roofline(float(weights[0]), float(1 / inverse[0]), float(1 / inverse[1]))
 
 
 def learn(found: Sequence[Sample]) -> Roofline:
     """The rule of these rows, with the error that it has on groups it was not shown."""
     devices = tuple(sorted({sample.device for sample in found}))
-    by_device = len(devices) > 1
-    groups = {sample.device if by_device else sample.group for sample in found}
-    errors: list[tuple[str, float]] = []
-    for group in groups if len(groups) > 1 else ():
-        shown = [sample for sample in found if (sample.device if by_device else sample.group) != group]
-        rule = Roofline(*_learn(shown), 0.0, 0, ())
-        for sample in found:
-            if (sample.device if by_device else sample.group) == group:
-                us, regime = rule.time_us(sample.memory_us, sample.compute_us)
-                errors.append((regime, us / sample.us - 1))
-
-    def size(chosen: list[float]) -> float:
-        return max(LEAST_ERROR, float(np.sqrt(np.mean(np.square(chosen)))))
-
-    error = size([value for _, value in errors]) if errors else UNTESTED_ERROR
-    by_regime = {name: [value for regime, value in errors if regime == name] for name, _ in errors}
-    regimes = tuple((name, size(chosen)) for name, chosen in by_regime.items() if len(chosen) >= FEWEST)
-    return Roofline(*_learn(found), error, len(found), devices, regimes)
+    group_of = [sample.device if len(devices) > 1 else sample.group for sample in found]
+    errors: list[float] = []
+    for group in set(group_of) if len(set(group_of)) > 1 else ():
+        rule = _fit([sample for sample, own in zip(found, group_of, strict=True) if own != group])
+        left_out = [sample for sample, own in zip(found, group_of, strict=True) if own == group]
+        errors += [rule.time_us(sample.memory_us, sample.compute_us)[0] / sample.us - 1 for sample in left_out]
+    error = max(LEAST_ERROR, float(np.sqrt(np.mean(np.square(errors))))) if errors else UNTESTED_ERROR
+    return replace(_fit(found), error=error, rows=len(found), devices=devices)
 
 
 class Estimator:
@@ -206,15 +184,14 @@ class Estimator:
         rule = self.rule(cells["block"], point.mode)
         if (point.block, point.mode, point.batch) == ("norm", "decode", 1):
             return Row(**cells, **_times(0.0, 0.0), reason=NO_CALL, **_provenance())
-        us, regime = rule.time_us(moved / spec.bandwidth_gb_s / 1e3, flops / spec.tflop_s / 1e6)
+        us, bound = rule.time_us(moved / spec.bandwidth_gb_s / 1e3, flops / spec.tflop_s / 1e6)
         caches: dict[str, Any] = {}
         if block is not None and not point.shared:
             caches["cache_formula_bytes"] = block.cache_bytes(point.batch, point.context, width)
             caches["conv_state_bytes"] = block.conv_state_bytes(point.batch, width)
-        error = rule.error_of(regime)
-        reason = f"{regime}-bound, +-{error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
+        reason = f"{bound}-bound, +-{rule.error:.0%}, from {rule.rows} rows of {', '.join(rule.devices)}"
         return Row(
-            **cells, **_times(us, error), **caches,
+            **cells, **_times(us, rule.error), **caches,
             gb_s=moved / us / 1e3, tflop_s=flops / us / 1e6, reason=reason, **_provenance(),
         )  # fmt: skip
 

@@ -23,35 +23,32 @@ from nasbench.profiling.telemetry import Telemetry
 from nasbench.profiling.worker import START_S, Worker
 from nasbench.profiling.workload import Bench, most_instances
 from nasbench.runtime.timing import Budget
-from nasbench.spaces.placement import parse_placement
-from nasbench.store import KEY, Database, Row, db_path
+from nasbench.store import CEILINGS, KEY, Database, Row, db_path
 
 ROW_BUDGET_S = ByDevice(cpu=0.6, cuda=0.25)
 """Seconds of timing for a row. A CPU is noisier, and a GPU's rows are more."""
-
 ROUNDS = ByDevice(cpu=3, cuda=1)
 """Times that every row is measured, in rounds over the whole sweep, each with its part of the row's budget; the fastest
-is kept. The speed of a shared CPU drifts by a fifth over tens of seconds, so that rows measured one after another in a
-slow spell would look dear beside the others; what else runs can only add time."""
+is kept. The speed of a shared CPU drifts by a fifth over tens of seconds, and what else runs can only add time."""
 NOISY = ByDevice(cpu=0.3, cuda=SPREAD)
-"""Rows whose p80 - p20 still exceeds this share of p50, and those measured while the device was throttled or shared,
-are measured once more at the end."""
-SECOND_LOOKS = 0.1
-"""At most this share of the rows is, each with LONGER times its budget on a GPU."""
-LONGER = 4
+"""Rows whose p80 - p20 exceeds this share of p50, and those measured while the device was throttled or shared, are
+measured once more at the end."""
+RETRIES = 0.1
+"""At most this share of the rows is, each with RETRY_SCALE times its budget on a GPU."""
+RETRY_SCALE = 4
 KEEP_S = 2.0
 """Rows are merged into the database this often: what a kill -9 can lose."""
-PATIENCE_S = 180.0
+TIMEOUT_S = 180.0
 """Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
 hung."""
 ROW_S = 0.25
 """About what a row takes besides its timing: weights, caches, capture, the watch on power."""
-CALM = ByDevice(cpu=1.0, cuda=0.4)
+SETTLED = ByDevice(cpu=1.0, cuda=0.4)
 """Share of its budget that a row takes: a GPU's percentiles are close together long before its end."""
 GUESSED_TFLOP_S = ByDevice(cpu=0.1, cuda=100.0)
 """Matrix-product rate of a device without a data sheet, before it is measured, 10^12 operations per second."""
 REACHED = 0.45
-"""Share of the rate that a chunk of a prompt comes to."""
+"""Share of the rate that a chunk of a prompt reaches."""
 LEAST_SECONDS, WATCHED = 0.02, 0.3
 """A sweep with a limit gives a row less time where it must, at least the first; a GPU's power is watched only while a
 row has the second."""
@@ -68,7 +65,7 @@ class SweepResult:
 
     Attributes:
         path: the database file.
-        rows: measured now, ceilings included, in the order of measurement.
+        rows: measured now, ceilings included.
         skipped: points that the database had already.
         left: points that the limit left for the next sweep.
     """
@@ -84,7 +81,7 @@ class SweepResult:
 
 
 @dataclass(frozen=True)
-class Todo:
+class SweepPlan:
     """A sweep before it runs: everything that --dry-run prints."""
 
     path: Path
@@ -95,7 +92,7 @@ class Todo:
     ceilings: bool
     rounds: int = 1
     isolate: bool = True
-    patience_s: float = PATIENCE_S
+    timeout_s: float = TIMEOUT_S
     limit_s: float | None = None
 
     @property
@@ -106,29 +103,27 @@ class Todo:
     def seconds(self) -> float:
         """Rough time: what every row takes, and what stands around them."""
         kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
-        total = self.rounds * sum(self.group_seconds(group) for group in self.groups)
+        total = self.rounds * sum(map(self.group_seconds, self.groups))
         total += self.ceilings * (4 * (budget_s + ROW_S) + self.isolate * START_S.of(kind))
-        return total + (0.0 if kind == "cpu" else SECOND_LOOKS / 2 * len(self.points) * LONGER * budget_s)
+        return total + (0.0 if kind == "cpu" else RETRIES / 2 * len(self.points) * RETRY_SCALE * budget_s)
 
     def group_seconds(self, points: Sequence[Point]) -> float:
         """Rough time of points that one child measures once."""
-        kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
-        known = (
-            DEVICES[self.machine.info.slug].tflop_s if self.machine.info.slug in DEVICES else GUESSED_TFLOP_S.of(kind)
-        )
+        info, budget_s = self.machine.info, self.machine.budget.seconds
+        known = DEVICES[info.slug].tflop_s if info.slug in DEVICES else GUESSED_TFLOP_S.of(info.kind)
         rate = self.machine.matmul_tflop_s.get(dtype_name(self.bench.dtype)) or known
 
         def row_s(point: Point) -> float:
             flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
             runs_s = FEWEST_RUNS * most_instances(point) * flops / (REACHED * rate) / 1e12
-            return max(CALM.of(kind) * budget_s, runs_s) + ROW_S
+            return max(SETTLED.of(info.kind) * budget_s, runs_s) + ROW_S
 
-        return sum(map(row_s, points)) + (START_S.of(kind) if self.isolate else 0.0)
+        return sum(map(row_s, points)) + (START_S.of(info.kind) if self.isolate else 0.0)
 
 
 def prepare(
     model: str | ModelSpec,
-    blocks: str | Sequence[str],
+    blocks: Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],
     modes: Sequence[str] = ("decode", "prefill"),
@@ -140,31 +135,30 @@ def prepare(
     force: bool = False,
     seconds_per_row: float | None = None,
     isolate: bool = True,
-    patience_s: float | None = None,
+    timeout_s: float | None = None,
     limit_s: float | None = None,
-) -> Todo:
+) -> SweepPlan:
     """Plans a sweep and takes away what the database has: rows measured as ok, oom or unsupported.
 
     Args:
-        blocks: layer-kind names, as a placement string ("AWJG", "A W99") or a sequence.
+        blocks: names of mixers, as in placements.
         batches: numbers, or "max" for the largest that fits at each context.
         device: torch device.
         db: folder of the database; None for the default one.
-        chunk: tokens of a prefill chunk; None for what the engine uses on the device, 512 on a CPU and 8192 on a GPU.
+        chunk: tokens of a prefill chunk; None for the device's.
         force: measure again what is there.
         seconds_per_row: cap on the timing of one row, all rounds together.
         isolate: measure every group in a child process of its own; a script that asks for that needs the guard
             `if __name__ == "__main__"`.
-        patience_s: a row that takes longer than this is given up.
+        timeout_s: a row that takes longer than this is given up.
         limit_s: about how long the sweep may take. Rows get less time where that is not enough for all, every group
-            its part of it, and what does not fit is left: second looks first, then the rows that take longest.
+            its part of it, and what does not fit is left: retries first, then the rows that take longest.
 
     Raises:
         UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
     """
     shape = resolve_shape(model) if isinstance(model, str) else model
-    info = detect(device)
-    kind = torch_dtype(dtype)
+    info, kind = detect(device), torch_dtype(dtype)
     rounds = ROUNDS.of(info.kind)
     budget = Budget((seconds_per_row or ROW_BUDGET_S.of(info.kind)) / rounds)
     machine = Machine(info, device, Telemetry(device), budget)
@@ -172,28 +166,24 @@ def prepare(
     free = Jetson().available_bytes() if info.unified_memory else None
     usable = int(USABLE_MEMORY * min(info.memory_bytes, free or info.memory_bytes))
     bench = Bench(shape, device, kind, info.llc_bytes or 32 << 20, usable)
-    names = parse_placement(blocks) if isinstance(blocks, str) else blocks
-    width = kind.itemsize
     chunk = chunk or PREFILL_CHUNK.of(info.kind)
-    groups = plan(shape, names, contexts, batches, modes, chunk, info.memory_bytes, width)
+    groups = plan(shape, blocks, contexts, batches, modes, chunk, info.memory_bytes, kind.itemsize)
     path = db_path(info.slug, db)
     rows = Database(path).read()
     known = known_ceilings(rows, dtype)
     use_ceilings(machine, known)
-    done = {row.key for row in rows if row.source == "measured" and row.status != "failed"}
-    left = (
-        groups if force else [[point for point in group if _key(bench, machine, point) not in done] for group in groups]
-    )
+    done = {row.key for row in rows if row.source == "measured" and row.status != "failed" and not force}
+
+    def key(point: Point) -> tuple[object, ...]:
+        cells = point_cells(bench, machine.info, point)
+        return tuple(cells[name] for name in KEY)
+
+    left = [[point for point in group if key(point) not in done] for group in groups]
     skipped = sum(map(len, groups)) - sum(map(len, left))
     left = [group for group in left if group]
-    ceilings = bool(left) and (force or len(known) < 4)
-    patience_s = patience_s or PATIENCE_S + 20 * budget.seconds
-    return Todo(path, machine, bench, left, skipped, ceilings, rounds, isolate, patience_s, limit_s)
-
-
-def _key(bench: Bench, machine: Machine, point: Point) -> tuple[object, ...]:
-    cells = point_cells(bench, machine.info, point)
-    return tuple(cells[name] for name in KEY)
+    ceilings = bool(left) and (force or len(known) < len(CEILINGS))
+    timeout_s = timeout_s or TIMEOUT_S + 20 * budget.seconds
+    return SweepPlan(path, machine, bench, left, skipped, ceilings, rounds, isolate, timeout_s, limit_s)
 
 
 class InProcess:
@@ -218,124 +208,127 @@ class InProcess:
         """Nothing to start."""
 
 
-class Pace:
+class TimeBudget:
     """How much time the next row may take, so that as many as possible fit into a limit."""
 
-    def __init__(self, limit_s: float | None, kind: str) -> None:
+    def __init__(self, limit_s: float | None) -> None:
         self.end = None if limit_s is None else time.monotonic() + limit_s
         self.group_end = self.end
-        self.kind = kind
 
     def new_group(self, share: float) -> None:
-        """The next rows may take this share of what is left: the dearest rows of one kind leave time for the next."""
+        """The next rows may take this share of what is left: the slowest rows of one kind leave time for the next."""
         if self.end is not None:
             now = time.monotonic()
             self.group_end = now + share * (self.end - now)
 
-    def budget(self, wanted: Budget, rows: int) -> Budget | None:
+    def of_row(self, wanted: Budget, rows: int) -> Budget | None:
         """Of the next of so many rows; None when the time is up."""
         if self.end is None or self.group_end is None:
             return wanted
         now = time.monotonic()
         if now >= self.group_end:
             return None
-        left = self.end - now
-        spare = left / rows - ROW_S
-        if spare >= wanted.seconds:
+        each_s = (self.end - now) / rows
+        if each_s - ROW_S >= wanted.seconds:
             return wanted
-        return replace(wanted, seconds=max(LEAST_SECONDS, spare), watch=wanted.watch if left / rows > WATCHED else 0.0)
+        return replace(
+            wanted, seconds=max(LEAST_SECONDS, each_s - ROW_S), watch=wanted.watch if each_s > WATCHED else 0.0
+        )
 
 
-def run(todo: Todo, progress: Progress | None = None) -> SweepResult:
+def run(todo: SweepPlan, progress: Progress | None = None) -> SweepResult:
     """Measures what is left, ceilings first. Rows are merged every KEEP_S seconds, after each group, and when the sweep
     is stopped: a kill loses no more than that.
 
     Raises MachineError when the database cannot be written.
     """
     machine, bench = todo.machine, todo.bench
-    measurer = Worker(machine, bench, todo.patience_s) if todo.isolate else InProcess(machine, bench)
+    measurer = Worker(machine, bench, todo.timeout_s) if todo.isolate else InProcess(machine, bench)
     try:
-        return _run(todo, measurer, progress)
+        return _Sweep(todo, measurer, progress or (lambda done, total, row: None)).run()
     finally:
         measurer.close()
 
 
-def _run(todo: Todo, measurer: Worker | InProcess, progress: Progress | None) -> SweepResult:
-    result = SweepResult(todo.path, skipped=todo.skipped)
-    database, machine = Database(todo.path), todo.machine
-    total = todo.rounds * len(todo.points) + 4 * todo.ceilings
-    pace = Pace(todo.limit_s, machine.info.kind)
-    done = 0
+class _Sweep:
+    """A running sweep. `best` has the fastest row of every point so far."""
 
-    def tell(row: Row) -> None:
-        nonlocal done
-        done += 1
-        if progress:
-            progress(done, total, row)
+    def __init__(self, todo: SweepPlan, measurer: Worker | InProcess, progress: Progress) -> None:
+        self.todo, self.measurer, self.progress = todo, measurer, progress
+        self.database = Database(todo.path)
+        self.time = TimeBudget(todo.limit_s)
+        self.best: dict[Point, Row] = {}
+        self.done, self.total = 0, todo.rounds * len(todo.points) + len(CEILINGS) * todo.ceilings
 
-    if todo.ceilings:
-        result.rows = measurer.ceilings()
-        measurer.new_group()
-        for row in result.rows:
-            tell(row)
-        use_ceilings(machine, result.rows)
-        database.merge(result.rows)
-    best: dict[Point, Row] = {}
+    def run(self) -> SweepResult:
+        todo, budget = self.todo, self.todo.machine.budget
+        result = SweepResult(todo.path, skipped=todo.skipped)
+        if todo.ceilings:
+            result.rows = self.measurer.ceilings()
+            self.measurer.new_group()
+            for row in result.rows:
+                self.report(row)
+            use_ceilings(todo.machine, result.rows)
+            self.database.merge(result.rows)
+        waiting_s = todo.rounds * sum(map(todo.group_seconds, todo.groups))
+        for turn in range(todo.rounds):
+            for group in todo.groups:
+                # What does not fit or does not run will not do so the next time either.
+                again = [point for point in group if point in self.best and self.best[point].p50_us is not None]
+                seconds = todo.group_seconds(group)
+                self.time.new_group(seconds / max(waiting_s, seconds))
+                waiting_s -= seconds
+                self.measure(again if turn else group, budget)
+                self.done += len(group) - len(again) if turn else 0
+        self.time.new_group(1.0)
+        for group in todo.groups:
+            # Rows that were too slow for their group's part, where others took less than theirs.
+            self.measure([point for point in group if point not in self.best], budget)
+        result.left = len(todo.points) - len(self.best)
+        self.retry(budget)
+        result.rows += self.best.values()
+        return result
 
-    def look(points: Iterable[Point], budget: Budget) -> None:
+    def retry(self, budget: Budget) -> None:
+        """Measures the noisiest rows once more, at most a share of all."""
+        kind = self.todo.machine.info.kind
+        noisy = sorted((point for point in self.best if noise(self.best[point]) > NOISY.of(kind)), key=self._calm)
+        again = noisy[: ceil(RETRIES * len(self.best))]
+        self.total = self.done + len(again)
+        if kind == "cuda":
+            budget = replace(budget, seconds=RETRY_SCALE * budget.seconds, most=RETRY_SCALE * budget.most)
+        for block in dict.fromkeys(point.block for point in again):
+            self.measure([point for point in again if point.block == block], budget)
+
+    def _calm(self, point: Point) -> float:
+        return -noise(self.best[point])
+
+    def measure(self, points: Iterable[Point], budget: Budget) -> None:
+        """Measures points of one group, as far as the time goes."""
         faster: list[Row] = []
         kept = time.monotonic()
         try:
             for point in points:
-                some = pace.budget(budget, max(1, total - done))
+                some = self.time.of_row(budget, max(1, self.total - self.done))
                 if some is None:
                     break
-                row = measurer.measure(point, some)
-                measurer.start_ahead()
-                if point not in best or _faster(row, best[point]):
-                    best[point] = row
+                row = self.measurer.measure(point, some)
+                self.measurer.start_ahead()
+                if point not in self.best or _faster(row, self.best[point]):
+                    self.best[point] = row
                     faster.append(row)
-                tell(row)
+                self.report(row)
                 if time.monotonic() - kept > KEEP_S:
-                    database.merge(faster)
+                    self.database.merge(faster)
                     faster, kept = [], time.monotonic()
         finally:
             # Ctrl-C in the middle of a group keeps what the group has.
-            database.merge(faster)
-            measurer.new_group()
+            self.database.merge(faster)
+            self.measurer.new_group()
 
-    waiting = todo.rounds * sum(map(todo.group_seconds, todo.groups))
-    for turn in range(todo.rounds):
-        for group in todo.groups:
-            # What does not fit or does not run will not do so the next time either.
-            again = [point for point in group if point in best and best[point].p50_us is not None]
-            seconds = todo.group_seconds(group)
-            pace.new_group(seconds / max(waiting, seconds))
-            waiting -= seconds
-            look(again if turn else group, machine.budget)
-            done += len(group) - len(again) if turn else 0
-    pace.new_group(1.0)
-    for group in todo.groups:
-        # What was too dear for its group's part, where others took less than theirs.
-        look([point for point in group if point not in best], machine.budget)
-    again = _second_looks(best, machine.info.kind)
-    result.left = len(todo.points) - len(best)
-    total = done + len(again)
-    budget = machine.budget
-    if machine.info.kind == "cuda":
-        budget = replace(budget, seconds=LONGER * budget.seconds, most=LONGER * budget.most)
-    for block in dict.fromkeys(point.block for point in again):
-        look([point for point in again if point.block == block], budget)
-    result.rows += best.values()
-    return result
-
-
-def _second_looks(best: dict[Point, Row], kind: str) -> list[Point]:
-    """The noisiest points, at most a share of all."""
-    noisy = sorted(
-        (point for point in best if noise(best[point]) > NOISY.of(kind)), key=lambda point: -noise(best[point])
-    )
-    return noisy[: ceil(SECOND_LOOKS * len(best))]
+    def report(self, row: Row) -> None:
+        self.done += 1
+        self.progress(self.done, self.total, row)
 
 
 def _faster(new: Row, old: Row) -> bool:

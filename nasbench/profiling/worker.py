@@ -37,7 +37,7 @@ START_S = ByDevice(cpu=0.5, cuda=3.0)
 """About what a group waits for its child, for the plan."""
 LONGEST_START_S = 300.0
 CEILINGS_S = 120.0
-"""The device's own limits may take this long whatever the patience with a row: a slow CPU needs seconds."""
+"""The device's own limits may take this long whatever the timeout of a row: a slow CPU needs seconds."""
 DEATHS = 3
 """After this many deaths in a row the rest of a group is not tried: it would take a time-out each."""
 _BROKEN = ("CUDA error", "AcceleratorError")
@@ -65,13 +65,13 @@ class Worker:
     """Measures in a child process, which the first point starts.
 
     Args:
-        patience_s: seconds without an answer after which the child counts as hung.
+        timeout_s: seconds without an answer after which the child counts as hung.
     """
 
-    def __init__(self, machine: Machine, bench: Bench, patience_s: float) -> None:
+    def __init__(self, machine: Machine, bench: Bench, timeout_s: float) -> None:
         self.machine = machine
         self.bench = bench
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self._process: Any = None
         self._connection: Connection | None = None
         self._deaths = 0
@@ -79,7 +79,7 @@ class Worker:
 
     def ceilings(self) -> list[Row]:
         """The device's own limits. Raises MachineError where the child does not survive that."""
-        answer = self._ask("ceilings", None, None, max(self.patience_s, CEILINGS_S))
+        answer = self._ask("ceilings", None, None, max(self.timeout_s, CEILINGS_S))
         if isinstance(answer, str):
             raise MachineError(f"measuring {self.machine.info.title}'s bandwidth: {answer.partition(' ')[2]}")
         return answer
@@ -88,7 +88,7 @@ class Worker:
         """The row of a point, of whatever status."""
         if self._deaths >= DEATHS:
             return self._problem(point, "failed", f"not tried: {DEATHS} points of this block before it ended so")
-        answer = self._ask("point", point, budget, self.patience_s)
+        answer = self._ask("point", point, budget, self.timeout_s)
         if isinstance(answer, str):
             self._deaths += 1
             status, _, reason = answer.partition(" ")
@@ -132,7 +132,7 @@ class Worker:
         cells = point_cells(self.bench, self.machine.info, point)
         return Row(**cells, status=status, reason=reason, **stamp(self.machine))
 
-    def _ask(self, what: str, point: Point | None, budget: Budget | None, patience_s: float) -> Any:
+    def _ask(self, what: str, point: Point | None, budget: Budget | None, timeout_s: float) -> Any:
         """The child's answer; where it died or hung, a status and the reason as one string."""
         if self._process is None:
             self._start()
@@ -142,9 +142,9 @@ class Worker:
         answer: Any = None
         try:
             connection.send((what, point, budget))
-            if not wait([connection, process.sentinel], patience_s):
+            if not wait([connection, process.sentinel], timeout_s):
                 self._kill()
-                return f"failed hung: no answer for {patience_s:.0f} s"
+                return f"failed hung: no answer for {timeout_s:.0f} s"
             answer = connection.recv() if connection.poll() else None
         except (EOFError, OSError):
             answer = None

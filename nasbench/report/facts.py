@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,18 @@ from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
+from nasbench.core.provenance import utc_now
 from nasbench.core.sizes import format_size
+from nasbench.core.tables import read_table
 from nasbench.cost import find_profiles
+from nasbench.evaluation.importance import Importance
 from nasbench.model.shapes import ModelSpec
+from nasbench.report.comparison import Comparison
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
-from nasbench.search.session import compare
-from nasbench.search.table import read_columns
 from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
+from nasbench.search.validation import ValidationRow, mean_error, read_validation
+from nasbench.spaces.placement import Placement
 from nasbench.store import Row, block_cells
 
 
@@ -56,22 +58,6 @@ class Point:
 
 
 @dataclass(frozen=True)
-class KRow:
-    """The best placement of K full-attention layers beside the best evenly spread one, and their test losses."""
-
-    k: int
-    searched: Trial
-    uniform: Trial
-    searched_test: float
-    uniform_test: float
-
-    @property
-    def found(self) -> bool:
-        """Whether a search found something better than the even spread."""
-        return self.searched.placement != self.uniform.placement
-
-
-@dataclass(frozen=True)
 class TargetFacts:
     """What was searched for one target."""
 
@@ -79,7 +65,12 @@ class TargetFacts:
     full: Trial | None
     trials: list[Trial]
     points: list[Point]
-    comparisons: list[KRow]
+
+    @property
+    def measure(self) -> str:
+        """What the front sets against the speed."""
+        objective = self.points[0].row.objective if self.points else "kl"
+        return "loss, nats a token" if objective in ("loss", "kl") else f"score of {objective}"
 
     @property
     def hypervolume(self) -> float:
@@ -88,16 +79,6 @@ class TargetFacts:
     @property
     def estimated(self) -> bool:
         return any(trial.source == "estimated" for trial in self.trials)
-
-
-@dataclass(frozen=True)
-class Importance:
-    """One layer replaced by one alternative, all others full attention; nats a token."""
-
-    layer: int
-    name: str
-    loss_increase: float
-    kl: float
 
 
 @dataclass(frozen=True)
@@ -122,27 +103,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """One placement's predicted and measured decode speed; error is (predicted - measured) / measured."""
-
-    placement: str
-    context: int
-    batch: int
-    predicted_tok_s: float
-    measured_tok_s: float
-    device: str
-    measured_utc: str
-    dtype: str = ""
-    torch: str = ""
-    driver: str = ""
-    nasbench: str = ""
-
-    @property
-    def error(self) -> float:
-        return self.predicted_tok_s / self.measured_tok_s - 1
-
-
-@dataclass(frozen=True)
 class TrainingCurve:
     """Mean logged loss of one stage and layer kind; "" is the whole network."""
 
@@ -164,8 +124,9 @@ class Facts:
     targets: list[TargetFacts]
     importance: list[Importance]
     curves: list[Curve]
-    validation: list[Validation]
+    validation: list[ValidationRow]
     training: list[TrainingCurve]
+    comparison: Comparison
     sources: list[Source]
     commands: list[str]
     missing: list[Missing] = field(default_factory=list)
@@ -187,8 +148,7 @@ class Facts:
     @property
     def mean_error(self) -> float:
         """Mean absolute relative error of the predicted decode speeds; NaN without validation."""
-        errors = [abs(row.error) for row in self.validation]
-        return sum(errors) / len(errors) if errors else math.nan
+        return mean_error(self.validation) if self.validation else math.nan
 
 
 def kind_title(shape: ModelSpec, name: str) -> str:
@@ -207,9 +167,11 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     shape = resolve_shape(run.spec.model)
     folder = str(run.path)
     trials, fronts = read_trials(run.trials), read_front(run.front)
-    tests = held_out_losses(run.evals)
-    validation = _validation(run.validation)
-    targets = [_target(target, trials, fronts, validation, tests) for target in _targets(trials)]
+    everything = read_validation(run.validation)
+    # Placements at a context that no cost model predicts stand among the speeds of the comparison.
+    validation = [row for row in everything if row.predicted_tok_s > 0 and row.measured_tok_s > 0]
+    original = run.spec.space.original
+    targets = [_target(target, trials, fronts, validation, original) for target in _targets(trials)]
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
     rows, curves = _profile(targets, shape, run, db)
@@ -217,9 +179,12 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         missing.append(Missing("speed and cache of every layer kind", f"nasbench profile --model {run.spec.model}"))
     if not validation:
         missing.append(Missing("predicted against measured speed", f"nasbench validate {folder}"))
-    importance = _importance(run.path / "importance.csv")
+    importance = read_table(run.path / "importance.csv", Importance, exact=False)
     if not importance:
         missing.append(Missing("layer importance", f"nasbench search {folder} --strategy beam --full-attention 4"))
+    comparison = Comparison(run, shape)
+    if not comparison.measured:
+        missing.append(Missing("placements compared item by item", f"nasbench eval {folder} --placements auto"))
     training = _training(run.supernet / "losses.csv")
     if not training:
         missing.append(Missing("training curves", f"nasbench distill --model {run.spec.model} --out {folder}"))
@@ -227,13 +192,14 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         run=run,
         shape=shape,
         teacher=teacher_source(classify(run.spec.model)),
-        created_utc=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        created_utc=utc_now(),
         version=__version__,
         targets=targets,
         importance=importance,
         curves=curves,
         validation=validation,
         training=training,
+        comparison=comparison,
         sources=sources(run, trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
@@ -249,17 +215,18 @@ def _target(
     target: Target,
     trials: Sequence[Trial],
     fronts: Sequence[FrontRow],
-    validation: Sequence[Validation],
-    tests: dict[tuple[str, str], float],
+    validation: Sequence[ValidationRow],
+    original: Placement,
 ) -> TargetFacts:
     mine = latest(trials, target)
-    full = next((trial for trial in mine if trial.k == len(trial.layers)), None)
+    mine = [trial for trial in mine if trial.scoring == mine[-1].scoring]
+    full = next((trial for trial in mine if trial.layers == original), None)
     measured = {
         row.placement: row
         for row in validation
         if (row.device, row.context, row.batch, row.dtype or target.dtype) == astuple(target)
     }
-    full_row = next((row for row in fronts if row.target == target and row.k == len(row.layers)), None)
+    full_row = next((row for row in fronts if row.target == target and row.layers == original), None)
     points = []
     for row in sorted((row for row in fronts if row.target == target), key=lambda row: row.rank):
         seen = measured.get(row.placement)
@@ -273,58 +240,23 @@ def _target(
                 seen.measured_utc if seen else "",
             )
         )
-    pairs = [
-        KRow(
-            pair.k,
-            pair.searched,
-            pair.uniform,
-            tests.get((pair.searched.placement, pair.searched.supernet), math.nan),
-            tests.get((pair.uniform.placement, pair.uniform.supernet), math.nan),
-        )
-        for pair in compare(mine, sorted({trial.k for trial in mine}))
-    ]
-    return TargetFacts(target, full, unique(mine), points, pairs)
-
-
-def held_out_losses(path: Path) -> dict[tuple[str, str], float]:
-    """(placement, supernet version) -> loss on the test split, from the most text that it was measured on."""
-    if not path.is_file():
-        return {}
-    types = {"placement": str, "task": str, "detail": str, "version": str, "value": float, "n": int}
-    found: dict[tuple[str, str], tuple[int, float]] = {}
-    for row in read_columns(path, types):
-        if row["task"] == "loss" and row["detail"].startswith("test/"):
-            key = row["placement"], row["version"]
-            found[key] = max(found.get(key, (0, math.nan)), (row["n"], row["value"]), key=lambda pair: pair[0])
-    return {key: value for key, (_, value) in found.items()}
-
-
-def _validation(path: Path) -> list[Validation]:
-    if not path.is_file():
-        return []
-    types: dict[str, type] = {"placement": str, "context": int, "batch": int}
-    types |= {"predicted_tok_s": float, "measured_tok_s": float, "device": str, "measured_utc": str}
-    optional: dict[str, type] = dict.fromkeys(("dtype", "torch", "driver", "nasbench"), str)
-    return [Validation(**row) for row in read_columns(path, types, optional) if row["measured_tok_s"] > 0]
-
-
-def _importance(path: Path) -> list[Importance]:
-    if not path.is_file():
-        return []
-    types: dict[str, type] = {"layer": int, "name": str, "loss_increase": float, "kl": float}
-    return [Importance(**row) for row in read_columns(path, types)]
+    return TargetFacts(target, full, unique(mine), points)
 
 
 def _training(path: Path) -> list[TrainingCurve]:
-    """The mean over the layers of every logged step, per stage and layer kind."""
+    """The mean over the layers of every logged step, per stage and layer kind. Raises UserError for a damaged file."""
     if not path.is_file():
         return []
-    sums: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in read_columns(path, {"stage": str, "tokens": int, "name": str, "loss": float}):
-        sums[row["stage"], row["name"]][row["tokens"]].append(row["loss"])
+    import pandas as pd
+
+    try:
+        rows = pd.read_csv(path, usecols=["stage", "tokens", "name", "loss"], keep_default_na=False)
+        means = rows.astype({"tokens": int, "loss": float}).groupby(["stage", "name", "tokens"], sort=False).loss.mean()
+    except ValueError as error:
+        raise UserError(f"{path} is not a table of losses: {error}") from None
     return [
-        TrainingCurve(stage, name, sorted(steps), [sum(steps[at]) / len(steps[at]) for at in sorted(steps)])
-        for (stage, name), steps in sums.items()
+        TrainingCurve(str(stage), str(name), [int(at) for _, _, at in own.index], [float(loss) for loss in own])
+        for (stage, name), own in means.groupby(level=["stage", "name"], sort=False)
     ]
 
 

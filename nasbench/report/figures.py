@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from nasbench.core.sizes import format_size
 from nasbench.report import style
-from nasbench.report.facts import Facts, KRow, Point, TargetFacts
-from nasbench.search.trials import score
+from nasbench.report.facts import Facts, Point, TargetFacts
 from nasbench.spaces.placement import kind_of
 
 if TYPE_CHECKING:
@@ -34,7 +33,8 @@ class Drawing:
     tips: dict[str, str] = field(default_factory=dict)
 
 
-def _figure(narrow: bool, height: float, narrow_height: float) -> Figure:
+def new_figure(narrow: bool, height: float, narrow_height: float) -> Figure:
+    """A figure as wide as its place on the page."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(NARROW_IN if narrow else WIDE_IN, narrow_height if narrow else height), layout="constrained")
@@ -62,7 +62,7 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     """Loss against decode tokens/s: trials, even spreads, the front with ranks, and its placements as strips."""
     points = shown_points(target.points, STRIPS - 4 if narrow else STRIPS)
     rows = len(points)
-    drawing = Drawing(_figure(narrow, 4.4, 3.6 + 0.24 * rows))
+    drawing = Drawing(new_figure(narrow, 4.4, 3.6 + 0.24 * rows))
     if narrow:
         plot, strips = drawing.figure.subplots(2, 1, height_ratios=[3.2, 0.24 * rows + 0.3])
     else:
@@ -71,8 +71,8 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     _front(plot, target.points, points, 9.5 if narrow else 11.5, drawing)
     cut = _limits(plot, target)
     plot.set_xlabel("decode tokens/s, predicted" + (" (~ estimated rows)" if target.estimated else ""))
-    plot.set_ylabel("loss, nats a token")
-    plot.set_title("Loss against speed")
+    plot.set_ylabel(target.measure)
+    plot.set_title("Accuracy against speed")
     plot.legend(loc="best")
     if cut:
         plot.set_title(f"{cut} more above", loc="right", fontsize=8, fontweight="normal")
@@ -83,14 +83,14 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
 def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
     others = [trial for trial in target.trials if trial.strategy != "uniform"]
     plot.plot(
-        [t.decode_tok_s for t in others], [t.loss for t in others],
+        [t.decode_tok_s for t in others], [t.front_score for t in others],
         "o", color=style.SOFT, markersize=2.6, alpha=0.75, markeredgewidth=0, label="tried", zorder=2,
     )  # fmt: skip
     label: str | None = "even spread"
     for index, trial in enumerate(t for t in target.trials if t.strategy == "uniform"):
         name = f"uniform-{index}"
         plot.plot(
-            [trial.decode_tok_s], [trial.loss],
+            [trial.decode_tok_s], [trial.front_score],
             "D", markerfacecolor=style.PAPER, markeredgecolor=style.MUTED, markersize=5, label=label, gid=name,
             zorder=3,
         )  # fmt: skip
@@ -102,17 +102,17 @@ def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
 
 def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: float, drawing: Drawing) -> None:
     """The line through the whole front; numbers at `points`, in circles of `size`."""
-    x, y = [point.row.decode_tok_s for point in front], [point.row.loss for point in front]
+    x, y = [point.row.decode_tok_s for point in front], [point.row.front_score for point in front]
     plot.plot(x, y, "-", color=style.INK, linewidth=1.2, zorder=4, label="front")
     plot.plot(x, y, "o", color=style.INK, markersize=3, zorder=4)
     for point in points:
         row, name = point.row, f"point-{point.row.rank}"
         plot.plot(
-            [row.decode_tok_s], [row.loss],
+            [row.decode_tok_s], [row.front_score],
             "o", markersize=size, color=style.INK, markeredgecolor=style.PAPER, gid=name, zorder=5,
         )  # fmt: skip
         plot.annotate(
-            str(row.rank), (row.decode_tok_s, row.loss), color=style.PAPER, ha="center", va="center_baseline",
+            str(row.rank), (row.decode_tok_s, row.front_score), color=style.PAPER, ha="center", va="center_baseline",
             fontsize=0.66 * size, fontweight="bold", zorder=6, gid=f"{name}-rank",
         )  # fmt: skip
         measured = "" if math.isnan(point.measured_tok_s) else f", measured {point.measured_tok_s:,.1f}"
@@ -126,12 +126,18 @@ def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: fl
 
 def _limits(plot: Axes, target: TargetFacts) -> int:
     """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
-    wanted = [point.row.loss for point in target.points] + [pair.uniform.loss for pair in target.comparisons]
+    wanted = [point.row.front_score for point in target.points]
+    even = {k: [t.front_score for t in target.trials if t.strategy == "uniform" and t.k == k] for k in _counts(target)}
+    wanted += [min(scores) for scores in even.values() if scores]
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
     top = high + 0.25 * margin
     plot.set_ylim(low - 0.07 * margin, top)
-    return sum(trial.loss > top for trial in target.trials)
+    return sum(trial.front_score > top for trial in target.trials)
+
+
+def _counts(target: TargetFacts) -> set[int]:
+    return {trial.k for trial in target.trials}
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -154,47 +160,17 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
     axes.set_axis_off()
 
 
-def comparison(rows: Sequence[KRow], full_loss: float, narrow: bool) -> Drawing:
-    """Searched against even spread by K, on the search split (solid) and, where known, the test split (faint)."""
-    drawing = Drawing(_figure(narrow, 3.1, 2.9))
-    axes = drawing.figure.subplots()
-    counts = [row.k for row in rows]
-    if not math.isnan(full_loss):
-        axes.axhline(full_loss, color=style.SOFT, linewidth=1, linestyle=(0, (1, 2)))
-        axes.annotate(
-            "full attention", (1, full_loss), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-            color=style.MUTED, fontsize=8,
-        )  # fmt: skip
-    axes.plot(
-        counts, [row.uniform.loss for row in rows], "D--", color=style.MUTED, markerfacecolor=style.PAPER,
-        linewidth=1.3, label="even spread",
-    )  # fmt: skip
-    axes.plot(counts, [row.searched.loss for row in rows], "o-", color=style.INK, markersize=5.5, label="searched")
-    for index, row in enumerate(rows):
-        name = f"k-{index}"
-        axes.plot([row.k], [row.searched.loss], "o", color=style.INK, markersize=5.5, gid=name)
-        drawing.tips[name] = (
-            f"K = {row.k}\nsearched {row.searched.loss:.4f}: {row.searched.placement}\n"
-            f"even spread {row.uniform.loss:.4f}: {row.uniform.placement}"
-        )
-    axes.set_xticks(counts)
-    axes.set_xlabel("K, layers with full attention")
-    axes.set_ylabel("loss, nats a token")
-    axes.legend(loc="upper right")
-    return drawing
-
-
 def importance(facts: Facts, narrow: bool) -> Drawing:
     """KL to the full-attention model of each layer replaced alone (the loss where an older file has no KL), one small
     chart a layer kind, each with its own scale."""
     names = list(dict.fromkeys(row.name for row in facts.importance))
-    drawing = Drawing(_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
+    drawing = Drawing(new_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
     charts = drawing.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(charts, names, strict=True):
         rows = [row for row in facts.importance if row.name == name]
         for row in rows:
             gid = f"importance-{name.replace('@', '-').replace('.', '-')}-{row.layer}"
-            height = score(row.loss_increase, row.kl)
+            height = row.loss_increase if math.isnan(row.kl) else row.kl
             axes.bar([row.layer], [height], color=style.colour(name), width=0.8, gid=gid)
             drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nKL {row.kl:.4f}, loss {row.loss_increase:+.4f}"
         axes.axhline(0, color=style.SOFT, linewidth=0.8)
@@ -208,7 +184,7 @@ def importance(facts: Facts, narrow: bool) -> Drawing:
 
 def contexts(facts: Facts, narrow: bool) -> Drawing:
     """Decode time and cache of one layer of every kind against the context."""
-    drawing = Drawing(_figure(narrow, 3.3, 5.6))
+    drawing = Drawing(new_figure(narrow, 3.3, 5.6))
     time, cache = drawing.figure.subplots(*((2, 1) if narrow else (1, 2)))
     for position, curve in enumerate(facts.curves):
         shared = {"color": style.colour(curve.name), "linestyle": style.dash(position)}
@@ -250,7 +226,7 @@ def _log_ticks(axes: Axes) -> None:
 
 def validation(facts: Facts, narrow: bool) -> Drawing:
     """Predicted against measured decode tokens/s, with the line of no error and a band of 10 %."""
-    drawing = Drawing(_figure(narrow, 3.6, 3.5))
+    drawing = Drawing(new_figure(narrow, 3.6, 3.5))
     axes = drawing.figure.subplots()
     numbers = [value for row in facts.validation for value in (row.predicted_tok_s, row.measured_tok_s)]
     low, high = 0.9 * min(numbers), 1.1 * max(numbers)
@@ -281,7 +257,7 @@ def validation(facts: Facts, narrow: bool) -> Drawing:
 def training(facts: Facts, narrow: bool) -> Drawing:
     """Logged losses by training tokens, one chart a stage."""
     stages = list(dict.fromkeys(curve.stage for curve in facts.training))
-    drawing = Drawing(_figure(narrow, 2.8, 2.5 * len(stages)))
+    drawing = Drawing(new_figure(narrow, 2.8, 2.5 * len(stages)))
     grid = (len(stages), 1) if narrow else (1, len(stages))
     charts = drawing.figure.subplots(*grid, squeeze=False).flatten()
     for axes, stage in zip(charts, stages, strict=True):
@@ -313,11 +289,6 @@ def drawings(facts: Facts) -> dict[str, Draw]:
         number = f"-{index + 1}" if index else ""
         if target.points:
             found[f"pareto{number}"] = lambda narrow, target=target: pareto(target, narrow)  # type: ignore[misc]
-        if target.comparisons:
-            loss = target.full.loss if target.full else math.nan
-            found[f"searched-against-uniform{number}"] = (
-                lambda narrow, rows=target.comparisons, loss=loss: comparison(rows, loss, narrow)  # type: ignore[misc]
-            )
     for name, draw, rows in (
         ("layer-importance", importance, facts.importance),
         ("speed-and-cache", contexts, facts.curves),

@@ -13,8 +13,11 @@ from markupsafe import Markup
 from nasbench.core.files import atomic_path, machine_errors, write_text
 from nasbench.core.sizes import format_size
 from nasbench.report import style
+from nasbench.report.comparison import tables
+from nasbench.report.comparison_figures import comparison_drawings
 from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
-from nasbench.report.figures import drawings
+from nasbench.report.figures import Draw, drawings
+from nasbench.report.sections import markdown, sections
 from nasbench.report.svg import inline_svg, png
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, kind_of
@@ -25,7 +28,6 @@ WITHIN = 0.05
 
 TITLES = {
     "pareto": "Loss against predicted decode speed, with the placement of every point of the front",
-    "searched-against-uniform": "Loss of searched and of evenly spread placements by number of full-attention layers",
     "layer-importance": "Loss increase of replacing each layer alone, by layer kind",
     "speed-and-cache": "Decode time and cache size of one layer against context, by layer kind",
     "predicted-against-measured": "Predicted against measured decode speed",
@@ -95,18 +97,26 @@ def strip(placement: Placement) -> Markup:
     return Markup('<span class="strip" role="img" aria-label="{}">{}</span>').format(format_placement(placement), cells)
 
 
-def figure_markup(facts: Facts) -> dict[str, Markup]:
-    """Every figure as two inline SVGs, of which the page shows the one that fits."""
-    found = {}
-    for name, draw in drawings(facts).items():
-        title = TITLES[name.rstrip("-0123456789")]
-        found[name] = Markup("").join(
-            Markup('<div class="{}">').format(width)
-            + Markup(inline_svg(draw, name, title, width == "narrow"))
-            + Markup("</div>")
-            for width in ("wide", "narrow")
-        )
-    return found
+def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
+    """(title, function) of every figure of the page, by file name."""
+    named = {name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()}
+    return named | comparison_drawings(facts.comparison)
+
+
+def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
+    """(title, function) of every figure of the page, by file name."""
+    named = {name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()}
+    return named | comparison_drawings(facts.comparison)
+
+
+def figure_markup(name: str, title: str, draw: Draw) -> Markup:
+    """A figure as two inline SVGs, of which the page shows the one that fits."""
+    return Markup("").join(
+        Markup('<div class="{}">').format(width)
+        + Markup(inline_svg(draw, name, title, width == "narrow"))
+        + Markup("</div>")
+        for width in ("wide", "narrow")
+    )
 
 
 def render(facts: Facts) -> str:
@@ -118,11 +128,15 @@ def render(facts: Facts) -> str:
     environment.globals |= {"speed": speed, "within": WITHIN, "isnan": math.isnan}
     kinds = sorted({kind_of(name) for name, _ in facts.kinds})
     colours = "".join(f".k-{kind}{{background:{style.colour(kind)}}}" for kind in kinds)
+    drawn = all_drawings(facts)
     return environment.get_template("page.html").render(
         facts=facts,
         main=facts.main,
         headline=headline(facts.main) if facts.main else None,
-        figures=figure_markup(facts),
+        figures={name: figure_markup(name, title, draw) for name, (title, draw) in drawn.items()},
+        compared={name: title for name, (title, _) in comparison_drawings(facts.comparison).items()},
+        sections=sections(facts.comparison) if facts.comparison.measured else [],
+        tables=sorted(tables(facts.comparison)) if facts.comparison.measured else [],
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         introduction=introduction(facts),
@@ -131,7 +145,7 @@ def render(facts: Facts) -> str:
 
 
 def report(run: Run, db: Path | None = None) -> Path:
-    """Writes runs/NAME/report/index.html and a PNG of every figure; returns the page's path.
+    """Writes runs/NAME/report/: index.html, a PNG of every figure, a CSV of every table of the comparison, summary.md.
 
     Args:
         db: folder or file of profile databases; None for the shipped and the user's.
@@ -143,9 +157,13 @@ def report(run: Run, db: Path | None = None) -> Path:
     page = render(facts)
     with machine_errors(f"writing {run.report}"):
         run.report.mkdir(parents=True, exist_ok=True)
-    for name, draw in drawings(facts).items():
+    for name, (_, draw) in all_drawings(facts).items():
         with atomic_path(run.report / f"{name}.png") as temporary:
             temporary.write_bytes(png(draw, name))
+    if facts.comparison.measured:
+        for name, table in tables(facts.comparison).items():
+            write_text(run.report / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+        write_text(run.report / "summary.md", markdown(sections(facts.comparison)))
     path = run.report / "index.html"
     write_text(path, page)
     return path

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
 
 from nasbench.checkpoints.resolve import ModelName
+from nasbench.core.files import read_json
 from nasbench.core.sizes import format_size
 from nasbench.runs import Run
-from nasbench.search.trials import TEACHER, UNIFORM, Trial
+from nasbench.search.strategies import STRATEGIES
+from nasbench.search.trials import UNIFORM, Trial
+from nasbench.search.validation import ValidationRow
 from nasbench.store import Row
+from nasbench.supernet import checkpoint
+from nasbench.supernet.settings import DistillConfig
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+"""How --dtype writes what torch calls a type."""
 
 
 @dataclass(frozen=True)
@@ -23,21 +32,6 @@ class Source:
     dates: str
     versions: str
     note: str
-
-
-class Validated(Protocol):
-    """What this module reads of a row of validation.csv."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def measured_utc(self) -> str: ...
-    @property
-    def torch(self) -> str: ...
-    @property
-    def driver(self) -> str: ...
-    @property
-    def nasbench(self) -> str: ...
 
 
 def teacher_source(model: ModelName) -> str:
@@ -65,7 +59,7 @@ def _versions(**named: Sequence[str]) -> str:
     return ", ".join(f"{name} {_distinct(values)}" for name, values in named.items() if _distinct(values))
 
 
-def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[Validated]) -> list[Source]:
+def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
     """One entry per group of numbers that the report has.
 
     Args:
@@ -77,7 +71,7 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
         versions = _distinct([trial.supernet for trial in trials])
         found.append(
             Source(
-                "losses, KL, searched placements", "trials.csv, front.csv, evals.csv", "",
+                "losses, KL, searched placements", "trials.csv, front.csv, scores/", "",
                 span([trial.created_utc for trial in trials]), f"supernet {versions}", f"{len(trials)} trials",
             )
         )  # fmt: skip
@@ -123,23 +117,41 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
 
 
 def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
-    """The command lines that make such a run again; budgets are not written in the run's files and left out."""
+    """The command lines that make such a run again: those of the recipe that made it, or from what the files say."""
+    path = run.path / "pipeline.json"
+    if path.is_file():
+        return list(read_json(path)["stages"])
     spec, folder = run.spec, f"runs/{run.path.resolve().name}"
-    model = f"--model {spec.model}"
-    data = f" --data {spec.data}" if spec.data else ""
-    lines = [f"nasbench distill {model} --out {folder}{data}"]
-    blocks = "".join(name for name in spec.names if len(name) == 1)
+    lines = []
+    for target in dict.fromkeys(trial.target for trial in trials):
+        words = ["profile", "--model", spec.model, "--blocks", " ".join(spec.names)]
+        words += ["--contexts", format_size(target.context), "--batches", str(target.batch), "--dtype", target.dtype]
+        lines.append(f"{_command(words)}    # on {target.device}")
+    words = ["distill", "--model", spec.model, "--names", ",".join(name for name in spec.names if name != "A")]
+    words += ["--out", folder, *(["--data", spec.data] if spec.data else [])]
+    words += ["--sequence", format_size(spec.sequence), "--seed", str(spec.seed)]
+    lines.append(_command([*words, *_settings(run)]))
     for target in dict.fromkeys(trial.target for trial in trials):
         mine = [trial for trial in trials if trial.target == target]
-        context = format_size(target.context)
-        lines.insert(
-            0,
-            f"nasbench profile {model} --blocks {blocks} --contexts {context} --batches {target.batch} "
-            f"--dtype {target.dtype}    # on {target.device}",
-        )
         counts = ",".join(str(k) for k in sorted({trial.k for trial in mine if trial.strategy == UNIFORM}))
+        goal = ["--device", target.device, "--context", format_size(target.context), "--batch", str(target.batch)]
         for strategy in dict.fromkeys(trial.strategy for trial in mine):
-            if strategy not in (TEACHER, UNIFORM):
-                goal = f"--device {target.device} --context {context} --batch {target.batch} --dtype {target.dtype}"
-                lines.append(f"nasbench search {folder} --strategy {strategy} --full-attention {counts} {goal}")
-    return [*lines, f"nasbench validate {folder}", f"nasbench report {folder}"]
+            if strategy in STRATEGIES and strategy != UNIFORM:
+                words = ["search", folder, "--strategy", strategy, "--full-attention", counts, *goal]
+                tried = sum(trial.strategy == strategy for trial in mine)
+                lines.append(_command([*words, "--dtype", target.dtype, "--evaluations", str(tried)]))
+    return [*lines, _command(["validate", folder]), _command(["report", folder])]
+
+
+def _settings(run: Run) -> list[str]:
+    """`--set` for every setting of the training that is not the default, as the newest checkpoint has them."""
+    saved = checkpoint.latest(run.supernet)
+    known = {} if saved is None else saved.state.get("settings", {})
+    defaults = asdict(DistillConfig())
+    changed = {n: v for n, v in known.items() if n in defaults and v != json.loads(json.dumps(defaults[n]))}
+    words = [word for name, value in changed.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    return [*words, *(["--dtype", DTYPES[known["dtype"]]] if known.get("dtype") in DTYPES else [])]
+
+
+def _command(words: Sequence[str]) -> str:
+    return shlex.join(["nasbench", *words])

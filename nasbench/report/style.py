@@ -6,21 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from nasbench.model import MIXERS
 from nasbench.spaces.placement import kind_of
 
 # Okabe and Ito's palette, told apart with every common colour blindness, on light and on dark paper.
-_KIND_COLOURS = {
-    "A": "#0072b2",
-    "W": "#e69f00",
-    "J": "#009e73",
-    "G": "#cc79a7",
-    "D": "#56b4e9",
-    "M": "#d55e00",
-    "L": "#b3a800",
-    "R": "#8c6bb1",
-    "T": "#a6761d",
-    "K": "#7f8c8d",
-}
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b3a800", "#8c6bb1", "#a6761d")
 _OTHER = "#999999"
 
 # Stand-ins that the SVG text is searched for: the page replaces them by its own light and dark colours.
@@ -31,8 +21,9 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 
 
 
 def colour(name: str) -> str:
-    """The colour of a layer name's kind; the same in every figure, strip and legend."""
-    return _KIND_COLOURS.get(kind_of(name), _OTHER)
+    """The colour of a layer name's kind, by its place among the registered ones; grey for a kind that is not."""
+    kinds = list(MIXERS)
+    return PALETTE[kinds.index(kind_of(name)) % len(PALETTE)] if kind_of(name) in kinds else _OTHER
 
 
 def dash(position: int) -> object:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from nasbench.search.full_sets import FullSets, Layers
-from nasbench.search.session import STRATEGIES, Search
+from nasbench.search.session import STRATEGIES, Session
 from nasbench.search.trials import Trial, best_of, read_trials
 from nasbench.spaces.space import full_layers
 
@@ -62,20 +62,20 @@ class Growth(FullSets):
         return sorted(guesses, key=lambda child: (guesses[child], sorted(child)))
 
 
-def beam(search: Search) -> None:
+def beam(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run, options = Growth(search, BEAM), search.options
     run.grow(max(run.counts), options.beam_width, options.candidates, GROWTH_SHARE)
     run.refine_all(dict.fromkeys(run.counts, ()))
 
 
-def kl_greedy(search: Search) -> None:
+def kl_greedy(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run = Growth(search, GREEDY)
     run.grow(max(run.counts), 1, search.space.num_layers, 1.0)
 
 
-def greedy_swap(search: Search) -> None:
+def greedy_swap(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run = Growth(search, GREEDY_SWAP)
     # Its own earlier trials are no starts: a search that goes on takes the same way again.

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from nasbench.core.errors import MachineError, UserError
-from nasbench.search.session import STRATEGIES, Search
+from nasbench.search.session import STRATEGIES, Session
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space, is_full
 
@@ -75,7 +75,7 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def layer_times(search: Search) -> tuple[dict[tuple[int, str], float], float]:
+def layer_times(search: Session) -> tuple[dict[tuple[int, str], float], float]:
     """(milliseconds that each name adds to a step in each layer, step of the model itself)."""
     space, speed = search.space, search.objective.speed
     full_ms = speed(space.original).step_ms
@@ -90,7 +90,7 @@ def layer_times(search: Search) -> tuple[dict[tuple[int, str], float], float]:
     return times, full_ms
 
 
-def exact(search: Search) -> None:
+def exact(search: Session) -> None:
     """The strategy. Raises UserError if neither K nor a step time was asked for, or nothing satisfies them."""
     options = search.options
     if not options.full_attention and not options.step_ms:

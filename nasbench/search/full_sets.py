@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from nasbench.core.errors import UserError
-from nasbench.search.session import BATCH, Search
+from nasbench.search.session import BATCH, Session
 from nasbench.search.surrogate import Surrogate
 
 Layers = frozenset[int]
 
 
 class FullSets:
-    """Sets of full layers, with the base's fillers elsewhere.
+    """Sets of full layers, with the base elsewhere.
 
     Attributes:
         scores: of every set that this strategy has seen.
         surrogate: a guess that learns from them; it orders candidates.
     """
 
-    def __init__(self, search: Search, strategy: str) -> None:
+    def __init__(self, search: Session, strategy: str) -> None:
         self.search, self.strategy = search, strategy
         self.scores: dict[Layers, float] = {}
-        self.surrogate = Surrogate(search.worth)
+        self.surrogate = Surrogate(search.layer_importance)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -45,9 +45,9 @@ class FullSets:
         return self.best(layers for layers in self.scores if len(layers) == count)
 
     def even_and_important(self, count: int) -> list[Layers]:
-        """Where a search of K layers starts from at least: evenly spread, and those that are worth most alone."""
+        """Where a search of K layers starts from at least: evenly spread, and the most important layers."""
         search = self.search
-        important = sorted(search.space.may_be_full, key=lambda layer: (-search.worth[layer], layer))[:count]
+        important = sorted(search.space.may_be_full, key=lambda layer: (-search.layer_importance[layer], layer))[:count]
         return [search.space.evenly(count), frozenset(important)]
 
     def refine_all(self, starts: Mapping[int, Sequence[Layers]]) -> None:

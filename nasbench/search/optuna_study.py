@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nasbench.core.errors import MachineError, UserError
-from nasbench.search.session import BATCH, STRATEGIES, Search
+from nasbench.search.session import BATCH, STRATEGIES, Session
 from nasbench.search.trials import best_of, front_rows
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import full_layers, is_full
@@ -36,33 +36,33 @@ def _layer(index: int) -> str:
     return f"layer_{index:03d}"
 
 
-def distributions(search: Search) -> dict[str, optuna.distributions.BaseDistribution]:
-    """One categorical a layer: its original and its useful fillers."""
+def distributions(search: Session) -> dict[str, optuna.distributions.BaseDistribution]:
+    """One categorical a layer: its original and its replacements."""
     from optuna.distributions import CategoricalDistribution
 
     return {
-        _layer(index): CategoricalDistribution(tuple(dict.fromkeys((own, *search.fillers(index)))))
+        _layer(index): CategoricalDistribution(tuple(dict.fromkeys((own, *search.replacements(index)))))
         for index, own in enumerate(search.space.original)
     }
 
 
-def decode(search: Search, names: Placement) -> Placement:
+def decode(search: Session, names: Placement) -> Placement:
     """The placement that a trial's names stand for: itself, or the nearest one with a wanted K."""
     counts = search.options.full_attention
     full = set(full_layers(names))
     if not counts or len(full) in counts:
         return names
     wanted = min(counts, key=lambda count: (abs(count - len(full)), count))
-    by_worth = sorted(search.space.may_be_full, key=lambda layer: (search.worth[layer], layer))
+    by_importance = sorted(search.space.may_be_full, key=lambda layer: (search.layer_importance[layer], layer))
     while len(full) > wanted:
-        full.remove(next(layer for layer in by_worth if layer in full))
+        full.remove(next(layer for layer in by_importance if layer in full))
     while len(full) < wanted:
-        full.add(next(layer for layer in reversed(by_worth) if layer not in full))
-    fillers = tuple(search.base[layer] if is_full(name) else name for layer, name in enumerate(names))
-    return search.space.with_full_attention(fillers, frozenset(full))
+        full.add(next(layer for layer in reversed(by_importance) if layer not in full))
+    others = tuple(search.base[layer] if is_full(name) else name for layer, name in enumerate(names))
+    return search.space.with_full_attention(others, frozenset(full))
 
 
-def open_study(search: Search) -> optuna.Study:
+def open_study(search: Session) -> optuna.Study:
     """The study of this target, these weights and this space: opened again if the storage has it.
 
     Raises UserError for a storage that cannot be opened.
@@ -72,7 +72,7 @@ def open_study(search: Search) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     options, objective = search.options, search.objective
     scored = objective.text, objective.settings, objective.dtype, objective.version
-    identity = repr((*scored, objective.target, search.space, options.full_attention, search.useful))
+    identity = repr((*scored, objective.target, search.space, options.full_attention, search.faster))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     try:
         if options.storage:
@@ -122,20 +122,20 @@ def _is_record(line: bytes) -> bool:
         return False
 
 
-def seeds(search: Search) -> list[Placement]:
+def seeds(search: Session) -> list[Placement]:
     """Placements that the study starts from: the front of all trials so far, and the best of every wanted K."""
     trials = search.trials()
     best = [row.layers for row in front_rows(trials, search.objective.reference)]
     for count in search.options.full_attention:
-        best.extend(search.uniforms(count))
+        best.extend(search.evenly_spread(count))
         mine = [trial for trial in trials if trial.k == count]
         best.extend([best_of(mine).layers] if mine else [])
-    legal = [{name, *search.fillers(layer)} for layer, name in enumerate(search.space.original)]
+    legal = [{name, *search.replacements(layer)} for layer, name in enumerate(search.space.original)]
     usable = [p for p in dict.fromkeys(best) if all(name in names for name, names in zip(p, legal, strict=True))]
     return usable[:POPULATION]
 
 
-def optuna_study(search: Search) -> None:
+def optuna_study(search: Session) -> None:
     """The strategy: asks a batch of trials, evaluates the placements, tells their score and speed."""
     import optuna
 

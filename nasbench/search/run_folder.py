@@ -13,7 +13,7 @@ from nasbench.cost import CostModel
 from nasbench.runs import Run
 from nasbench.search import strategies
 from nasbench.search.objective import RunObjective, model_speed
-from nasbench.search.session import Comparison, Options, Progress, Search, compare, run_search
+from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
 from nasbench.search.trials import FrontRow, Target, front_rows, unique, write_front
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
@@ -74,7 +74,7 @@ def search_run(
     for name in evaluator.supernet.space.names:
         cost.decode(evaluator.supernet.space.homogeneous(name), target.context, target.batch)
     world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress)
-    search = Search(run.path, world, options, progress)
+    search = Session(run.path, world, options, progress)
     run_search(search, strategy)
     trials = search.trials()
     comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))

@@ -5,21 +5,21 @@ from __future__ import annotations
 import random
 
 from nasbench.core.errors import UserError
-from nasbench.search.session import STRATEGIES, Search
+from nasbench.search.session import STRATEGIES, Session
 from nasbench.search.trials import UNIFORM
 from nasbench.spaces.placement import Placement
 
 RANDOM = "random"
 
 
-def uniform(search: Search) -> None:
+def uniform(search: Session) -> None:
     """Evaluates the uniform placements of every wanted K; all of 0..layers if none is named."""
     counts = search.options.full_attention or range(len(search.space.may_be_full))
-    search.evaluate([placement for count in counts for placement in search.uniforms(count)], UNIFORM)
+    search.evaluate([placement for count in counts for placement in search.evenly_spread(count)], UNIFORM)
 
 
-def random_placements(search: Search) -> None:
-    """Evaluates random placements: full layers drawn evenly for every wanted K, each filler drawn for its layer."""
+def random_placements(search: Session) -> None:
+    """Evaluates random placements: full layers drawn evenly for every wanted K, and each replacement."""
     if search.options.evaluations > 100_000:
         raise UserError(f"{search.options.evaluations} evaluations are too many: choose at most 100000")
     source, space = random.Random(search.options.seed), search.space
@@ -27,7 +27,7 @@ def random_placements(search: Search) -> None:
 
     def draw(count: int) -> Placement:
         full = frozenset(source.sample(space.may_be_full, count))
-        fill = tuple(source.choice(search.fillers(layer)) for layer in range(space.num_layers))
+        fill = tuple(source.choice(search.replacements(layer)) for layer in range(space.num_layers))
         return space.with_full_attention(fill, full)
 
     wanted: dict[Placement, None] = {}

@@ -9,11 +9,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.provenance import utc_now
 from nasbench.core.registry import Registry
 from nasbench.search.objective import Measured, Objective
 from nasbench.search.trials import (
@@ -51,8 +51,8 @@ class Options:
         seconds: time for the strategy, from which `evaluations` follow; 0 to take these as they are.
         random: random placements of every wanted K among the baselines.
         beam_width, candidates: of the beam: sets of layers kept a level, layers tried for each.
-        filler: the name in every layer without full attention; "" for each layer's best of those that are faster than
-            full attention on the target.
+        replacement: the name in every layer without full attention; "" for each layer's best of those that are faster
+            than full attention on the target.
         step_ms: longest decode step, for the exact strategy; 0 for no limit.
         storage: Optuna storage URL; "" for a journal file in the run folder.
     """
@@ -63,17 +63,19 @@ class Options:
     random: int = 0
     beam_width: int = 4
     candidates: int = 8
-    filler: str = ""
+    replacement: str = ""
     seed: int = 0
     step_ms: float = 0.0
     storage: str = ""
 
     def check(self, space: Space) -> None:
-        """Raises UserError for a K or a filler that the space does not have, and for sizes below 1."""
+        """Raises UserError for a K or a replacement that the space does not have, and for sizes below 1."""
         for count in self.full_attention:
             space.check_full_attention(count)
-        if self.filler and any(self.filler not in space.efficient(layer) for layer in range(space.num_layers)):
-            raise unknown("filler", self.filler, space.efficient_names)
+        if self.replacement and any(
+            self.replacement not in space.efficient(layer) for layer in range(space.num_layers)
+        ):
+            raise unknown("replacement", self.replacement, space.efficient_names)
         for name, unit in (("step_ms", "milliseconds"), ("seconds", "seconds"), ("random", "placements")):
             if not 0 <= getattr(self, name) < math.inf:
                 option = name.replace("_", "-")
@@ -88,7 +90,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass
-class Search:
+class Session:
     """What a strategy works with. It proposes placements to `evaluate`, and reads the answers."""
 
     folder: Path
@@ -111,68 +113,69 @@ class Search:
 
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
-        """What each (layer, useful name) costs alone; a layer's original costs nothing."""
+        """What each (layer, replacement) costs alone; a layer's original costs nothing."""
         originals = dict.fromkeys(enumerate(self.space.original), 0.0)
-        return {**originals, **self.objective.importance(self.useful)}
+        return {**originals, **self.objective.importance(self.faster)}
 
     @cached_property
-    def useful(self) -> tuple[str, ...]:
-        """The filler asked for, or the names that are faster than the model itself on the target (all, if none is).
+    def faster(self) -> tuple[str, ...]:
+        """The replacement asked for, or the names that are faster than the model itself on the target; all, if none is.
 
         A layer that is slower than the attention it replaces can only lose: on a short context or without a fast
         kernel that is what linear attention does.
         """
-        if self.options.filler:
-            return (self.options.filler,)
+        if self.options.replacement:
+            return (self.options.replacement,)
         names = self.space.efficient_names
         full_ms = self.objective.speed(self.space.original).step_ms
         fast = [name for name in names if self.objective.speed(self.space.homogeneous(name)).step_ms < full_ms]
         return tuple(fast or names)
 
-    def fillers(self, layer: int) -> tuple[str, ...]:
-        """The useful names of a layer; all that are not full attention where none of them is."""
+    def replacements(self, layer: int) -> tuple[str, ...]:
+        """The replacements of a layer: those that are faster, all that are not full attention where none is."""
         legal = self.space.efficient(layer)
-        return tuple(name for name in legal if name in self.useful) or legal
+        return tuple(name for name in legal if name in self.faster) or legal
 
     @cached_property
     def base(self) -> Placement:
-        """The filler of every layer: the one asked for, or the one that costs the layer the least, or the same in all
-        layers where that scores better: what layers cost alone does not add up."""
-        if self.options.filler:
-            return (self.options.filler,) * self.space.num_layers
+        """The replacement of every layer: the one asked for, else the one that costs the layer the least, or the same
+        in all layers where that scores better: what layers cost alone does not add up."""
+        if self.options.replacement:
+            return (self.options.replacement,) * self.space.num_layers
         mixed = tuple(
-            min(self.fillers(layer), key=lambda name: self.importance.get((layer, name), math.inf))
+            min(self.replacements(layer), key=lambda name: self.importance.get((layer, name), math.inf))
             for layer in range(self.space.num_layers)
         )
-        scores = self.evaluate(dict.fromkeys([mixed, *self.pure]), FILLERS, free=True)
+        scores = self.evaluate(dict.fromkeys([mixed, *self.homogeneous]), FILLERS, free=True)
         return min(scores, key=lambda placement: (scores[placement], placement != mixed, placement))
 
     @property
-    def pure(self) -> list[Placement]:
-        """No full attention, one useful filler in all layers."""
-        return self.space.pure(self.useful)
+    def homogeneous(self) -> list[Placement]:
+        """No full attention, one replacement in all layers."""
+        return self.space.without_full(self.faster)
 
     def with_full(self, layers: Iterable[int]) -> Placement:
-        """Full attention at `layers`, the filler elsewhere."""
+        """Full attention at `layers`, the base elsewhere."""
         return self.space.with_full_attention(self.base, frozenset(layers))
 
     @cached_property
-    def worth(self) -> tuple[float, ...]:
+    def layer_importance(self) -> tuple[float, ...]:
         """What full attention in a layer saves, measured alone."""
         return tuple(self.importance.get((layer, name), 0.0) for layer, name in enumerate(self.base))
 
-    def uniforms(self, count: int) -> list[Placement]:
-        """Evenly spread placements of K full layers: with the base's fillers, and with every useful filler alone."""
+    def evenly_spread(self, count: int) -> list[Placement]:
+        """Evenly spread placements of K full layers: with the base elsewhere, and with every replacement alone."""
         even = self.space.evenly(count)
-        return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in (self.base, *self.pure)))
+        return list(
+            dict.fromkeys(self.space.with_full_attention(fill, even) for fill in (self.base, *self.homogeneous))
+        )
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
         return self.options.evaluations - len(self.visited.get(strategy, ()))
 
     def evaluate(self, placements: Iterable[Placement], strategy: str, free: bool = False) -> dict[Placement, float]:
-        """Scores of the placements, as far as the strategy's budget goes; trials are written as they
-        come.
+        """Scores of the placements, as far as the strategy's budget goes; trials are written as they come.
 
         Args:
             free: charge no budget (baselines).
@@ -213,7 +216,7 @@ class Search:
             **vars(objective.speed(placement)),
             **vars(target),
             seconds=round(seconds, 3),
-            created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            created_utc=utc_now(),
             supernet=objective.version,
             settings=objective.settings,
             eval_dtype=objective.dtype,
@@ -225,7 +228,7 @@ class Search:
         return latest(read_trials(self.path, self.objective.store), self.objective.target, ours)
 
 
-Strategy = Callable[[Search], None]
+Strategy = Callable[[Session], None]
 """Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try. One that keeps
 `Options.step_ms` says so by its attribute `keeps_step_ms`."""
 
@@ -241,19 +244,19 @@ class Comparison:
     uniform: Trial
 
 
-def baselines(search: Search) -> None:
+def baselines(search: Session) -> None:
     """The teacher, and the evenly spread and random placements of every wanted K: trials of every search, at no
     charge."""
     space, options = search.space, search.options
     search.evaluate([space.original], TEACHER, free=True)
     for count in options.full_attention:
-        search.evaluate(search.uniforms(count), UNIFORM, free=True)
+        search.evaluate(search.evenly_spread(count), UNIFORM, free=True)
         for number in range(options.random if 0 < count < len(space.may_be_full) else 0):
             drawn = random.Random(f"{options.seed}/{number}/{count}").sample(space.may_be_full, count)
             search.evaluate([search.with_full(drawn)], f"{DRAWN}{number}", free=True)
 
 
-def affordable(search: Search) -> int:
+def affordable(search: Session) -> int:
     """Evaluations for `Options.seconds`, by the time that the baselines took when they were measured. They stand in
     trials.csv: a search that goes on gets the same number."""
     known = [t.seconds for t in search.trials() if t.seconds > 0 and t.strategy.startswith((FILLERS, UNIFORM, DRAWN))]
@@ -263,7 +266,7 @@ def affordable(search: Search) -> int:
     return min(MOST, max(least, int(search.options.seconds / statistics.median(known))))
 
 
-def run_search(search: Search, strategy: str) -> list[Comparison]:
+def run_search(search: Session, strategy: str) -> list[Comparison]:
     """Runs one strategy after the baselines. Returns, for every wanted K, the best trial so far beside the uniform one.
 
     Raises:

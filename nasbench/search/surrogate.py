@@ -16,12 +16,12 @@ class Surrogate:
     the losses seen; each evaluation moves them. It only orders candidates, so that being wrong costs evaluations.
 
     Args:
-        worth: loss that full attention in each layer saves, measured alone.
+        importance: what full attention in each layer saves, measured alone.
         strength: how many evaluations the prior weighs against.
     """
 
-    def __init__(self, worth: Iterable[float], strength: float = 2.0) -> None:
-        self.prior = np.maximum(np.array(list(worth), dtype=np.float64), 0.0)
+    def __init__(self, importance: Iterable[float], strength: float = 2.0) -> None:
+        self.prior = np.maximum(np.array(list(importance), dtype=np.float64), 0.0)
         self.strength = strength
         self.gains: Floats = self.prior
 

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from filelock import FileLock
-
 from nasbench.core.errors import UserError
-from nasbench.core.files import machine_errors
+from nasbench.core.files import locked
 from nasbench.core.tables import read_table, write_table
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.search.pareto import front as pareto_front
@@ -28,7 +25,7 @@ SENSES = (False, True)
 UNIFORM = "uniform"
 """The strategy name of the baseline's trials."""
 FILLERS = "fillers"
-"""The strategy name of the trials without full attention, of which the best gives all others their fillers."""
+"""The strategy name of the trials without full attention, of which the best gives all others their replacements."""
 TEACHER = "teacher"
 """The strategy name of the unchanged model's trial."""
 DRAWN = "random-"
@@ -149,18 +146,6 @@ class FrontRow(Trial):
     reference_tok_s: float = 0.0
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with machine_errors(f"locking {path}"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / f".{path.name}.lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _check(row: TrialRow) -> str:
     try:
         parse_placement(row.placement)
@@ -196,14 +181,14 @@ def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
     found = []
     for row in rows:
         loss, kl = store.get(row.score_key("loss")), store.get(row.score_key("kl"))
-        known = {"loss": loss.value, "loss_stderr": loss.stderr} if loss else {}
-        found.append(replace(row, **known, **({"kl": kl.value} if kl else {})))
+        row = replace(row, loss=loss.value, loss_stderr=loss.stderr) if loss else row
+        found.append(replace(row, kl=kl.value) if kl else row)
     return found
 
 
 def add_trials(path: Path, fresh: Iterable[TrialRow]) -> None:
     """Adds trials that the file does not hold, numbered. Writers in other processes wait."""
-    with _locked(path):
+    with locked(path):
         rows: list[TrialRow] = list(_read_rows(path))
         old = [row for row in rows if isinstance(row, Trial) and math.isfinite(row.loss)]
         _move_losses(path, old)
@@ -289,7 +274,7 @@ def read_front(path: Path) -> list[FrontRow]:
 
 def write_front(path: Path, target: Target, rows: Sequence[FrontRow]) -> None:
     """Replaces the front of one target and keeps those of the others."""
-    with _locked(path):
+    with locked(path):
         others = [row for row in read_front(path) if row.target != target]
         merged = sorted([*others, *rows], key=lambda row: (row.device, row.context, row.batch, row.dtype, row.rank))
         write_table(path, merged, FrontRow)

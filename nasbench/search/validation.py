@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import torch_dtype
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
+from nasbench.core.tables import read_table, write_table
 from nasbench.cost import CostModel
 from nasbench.cost.holdout import WholePoint, compare_point
+from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run
 from nasbench.search.session import compare
-from nasbench.search.table import read_rows, write_rows
 from nasbench.search.trials import Target, latest, read_front, read_trials
-from nasbench.spaces.placement import Placement, format_placement
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
 
 MOST = 12
 """Placements that are measured if not told otherwise."""
@@ -26,12 +29,13 @@ ROUNDS = ByDevice(cpu=3, cuda=1)
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ValidationRow:
-    """One placement on one target: a row of runs/NAME/validation.csv.
+    """One placement on one target: a row of runs/NAME/validation.csv. Older files lack the columns with a default.
 
     Attributes:
-        predicted_tok_s, measured_tok_s: decode, all sequences together; the cost model's and the median of the repeats.
+        predicted_tok_s, measured_tok_s: decode, all sequences together; the cost model's (NaN where it has no rows) and
+            the median of the repeats.
         error: predicted / measured - 1.
         floor_fraction: least time of the step (nasbench.runtime.roofline) over the time it took.
         source: of the prediction: measured or estimated rows.
@@ -40,25 +44,29 @@ class ValidationRow:
     placement: str
     context: int
     batch: int
-    dtype: str
+    dtype: str = ""
     predicted_tok_s: float
     measured_tok_s: float
     error: float
-    step_p20_ms: float
-    step_ms: float
-    step_p80_ms: float
-    repeats: int
-    floor_fraction: float
+    step_p20_ms: float = math.nan
+    step_ms: float = math.nan
+    step_p80_ms: float = math.nan
+    repeats: int = 0
+    floor_fraction: float = math.nan
     device: str
-    source: str
-    torch: str
-    driver: str
-    nasbench: str
+    source: str = "measured"
+    torch: str = ""
+    driver: str = ""
+    nasbench: str = ""
     measured_utc: str
 
     @property
     def target(self) -> Target:
         return Target(self.device, self.context, self.batch, self.dtype)
+
+    @property
+    def layers(self) -> Placement:
+        return parse_placement(self.placement)
 
 
 def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
@@ -87,15 +95,24 @@ def validate(
     run: Run,
     placements: Sequence[Placement],
     target: Target,
-    cost: CostModel,
+    cost: CostModel | None,
+    shape: ModelSpec,
     torch_device: str,
     *,
     seconds: float = SECONDS,
+    limit_s: float = math.inf,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Callable[[str], None] = print,
 ) -> list[ValidationRow]:
     """Measures the placements that validation.csv does not hold yet; returns the rows of all of them.
 
     Speed does not depend on the weights: they are random. Each row is written when it is measured.
+
+    Args:
+        cost: None for a context that has no predictions: one beyond the model's own, whose cache is then longer than
+            any that the model was trained for.
+        seconds: of decoding for one placement. limit_s: of all; what is left over, the next call measures.
+        log: told which placements do not fit in memory.
     """
 
     from nasbench.cost.end_to_end import Decoders
@@ -106,46 +123,55 @@ def validate(
     dtype = torch_dtype(target.dtype)
     rounds = ROUNDS.of(torch_device)
     path = run.validation
-    known = {row.placement for row in read_rows(path, ValidationRow) if row.target == target}
+    known = {row.placement for row in read_validation(path) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]
-    for placement in left:  # a point that the profile does not cover is told before work begins
+    for placement in left if cost is not None else ():  # a point without profile rows is told before work begins
         cost.decode(placement, target.context, target.batch)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
-    decoders = Decoders(cost.shape, torch_device, dtype) if left else None
+    shape = replace(shape, max_context=max(shape.max_context, target.context))
+    decoders = Decoders(shape, torch_device, dtype) if left else None
     ceilings = measure_ceilings(torch_device, free_bytes(torch_device), dtype) if left else None
     best: dict[Placement, float] = {}
+    ends = time.monotonic() + limit_s
     for placement in left * rounds:
         assert decoders is not None
-        result = measure(
-            cost.shape,
-            placement,
-            context=target.context,
-            batch=target.batch,
-            decoder=decoders.of(placement),
-            prefill_context=None,
-            seconds=seconds / rounds,
-            ceilings=ceilings,
-        )
+        if time.monotonic() > ends:
+            log(f"time is up: {len(best)} of {len(left)} placements measured")
+            break
+        try:
+            result = measure(
+                shape,
+                placement,
+                context=target.context,
+                batch=target.batch,
+                decoder=decoders.of(placement),
+                prefill_context=None,
+                seconds=seconds / rounds,
+                ceilings=ceilings,
+            )
+        except MachineError as error:
+            log(f"left out {format_placement(placement)}: {error}")
+            continue
         if result.decode_tok_s > best.get(placement, 0.0):
             best[placement] = result.decode_tok_s
             point = WholePoint("decode", placement, target.context, target.batch)
-            seen = compare_point(cost, point, result.decode_tok_s)
+            seen = compare_point(cost, point, result.decode_tok_s) if cost is not None else None
             row = ValidationRow(
                 placement=result.placement,
                 context=target.context,
                 batch=target.batch,
                 dtype=target.dtype,
-                predicted_tok_s=seen.predicted_tok_s,
+                predicted_tok_s=seen.predicted_tok_s if seen else math.nan,
                 measured_tok_s=result.decode_tok_s,
-                error=seen.error,
+                error=seen.error if seen else math.nan,
                 step_p20_ms=result.step_p20_ms,
                 step_ms=result.step_ms,
                 step_p80_ms=result.step_p80_ms,
                 repeats=result.repeats,
                 floor_fraction=result.floor_fraction,
                 device=result.device,
-                source=seen.source,
+                source=seen.source if seen else "",
                 torch=result.torch,
                 driver=result.driver,
                 nasbench=result.nasbench,
@@ -155,16 +181,21 @@ def validate(
         done += 1
         progress(done, total)
     names = {format_placement(placement) for placement in placements}
-    return [row for row in read_rows(path, ValidationRow) if row.target == target and row.placement in names]
+    return [row for row in read_validation(path) if row.target == target and row.placement in names]
+
+
+def read_validation(path: Path) -> list[ValidationRow]:
+    """The rows of a validation.csv, older ones too; none where there is no file."""
+    return read_table(path, ValidationRow, exact=False)
 
 
 def _add(path: Path, row: ValidationRow) -> None:
-    others = [
-        old for old in read_rows(path, ValidationRow) if (old.placement, old.target) != (row.placement, row.target)
-    ]
-    write_rows(path, ValidationRow, [*others, row])
+    key = row.placement, row.target
+    others = [old for old in read_validation(path) if (old.placement, old.target) != key]
+    write_table(path, [*others, row])
 
 
 def mean_error(rows: Sequence[ValidationRow]) -> float:
-    """Mean absolute relative error of the predictions."""
-    return sum(abs(row.error) for row in rows) / len(rows)
+    """Mean absolute relative error of the predictions; NaN where there are none."""
+    errors = [abs(row.error) for row in rows if not math.isnan(row.error)]
+    return sum(errors) / len(errors) if errors else math.nan

@@ -28,6 +28,11 @@ def count_full(placement: Placement) -> int:
     return len(full_layers(placement))
 
 
+def original_of(placement: Placement) -> str:
+    """A model's own placement as a run keeps it: "" where every layer is full attention."""
+    return "" if all(name == FULL for name in placement) else format_placement(placement)
+
+
 @dataclass(frozen=True)
 class Space:
     """What a search may choose.
@@ -86,6 +91,15 @@ class Space:
             raise UserError(f"{count} full-attention layers asked of {most}: choose 0 to {most}")
         return count
 
+    def is_original(self, layer: int, name: str) -> bool:
+        """Whether a layer keeps what the model has there."""
+        return name == self.choices[layer][0]
+
+    def first_changed(self, placement: Placement) -> int:
+        """The first layer that differs from the model's own; the number of layers where none does."""
+        changed = (i for i, name in enumerate(placement) if not self.is_original(i, name))
+        return next(changed, self.num_layers)
+
     def alternatives(self, layer: int) -> tuple[str, ...]:
         """The names of a layer that are not its original."""
         return self.choices[layer][1:]
@@ -112,7 +126,7 @@ class Space:
         """The name in every layer where it is legal, each layer's original elsewhere."""
         return tuple(name if name in names else names[0] for names in self.choices)
 
-    def pure(self, names: tuple[str, ...]) -> list[Placement]:
+    def without_full(self, names: tuple[str, ...]) -> list[Placement]:
         """For each name that every layer may have: all layers have it, none has full attention."""
         return [(n,) * self.num_layers for n in names if n != FULL and all(n in legal for legal in self.choices)]
 

@@ -23,7 +23,7 @@ from nasbench.data.packing import Batch, Corpus
 from nasbench.parallel import fsdp as sharding
 from nasbench.parallel.context import ALONE, Workers
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet import checkpoint
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import (
@@ -197,10 +197,10 @@ def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int] | N
 def own_layers(net: Supernet, placement: Placement) -> None:
     """Gives the hybrid its own copies of MLP and norms, and of the attention that stays, from the first replaced layer
     on. The layers before it read what they read in the teacher, and stay as they are."""
-    first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
+    first = net.space.first_changed(placement)
     for i, name in enumerate(placement[first:], first):
         layer = net.teacher.layers[i]
-        mixer = copy.deepcopy(layer.self_attn) if kind_of(name) == "A" else net.mixer(i, name)
+        mixer = copy.deepcopy(layer.self_attn) if net.space.is_original(i, name) else net.mixer(i, name)
         own = copy.deepcopy(layer.with_mixer(mixer), {id(mixer): mixer})
         net.own[i, name] = own.train(net.teacher.training)
 
@@ -211,7 +211,7 @@ def trained_parts(net: Supernet, placement: Placement) -> dict[str, dict[str, nn
     parts = {}
     for i, name in enumerate(placement):
         own = net.own.get((i, name))
-        if own is not None or kind_of(name) != "A":
+        if own is not None or not net.space.is_original(i, name):
             mixer = net.mixer(i, name) if own is None else own.self_attn
             parts[f"layers.{i}.{name}"] = dict(mixer.named_parameters())
         if own is not None:
@@ -329,10 +329,11 @@ def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     mixers = []
     for i, name in enumerate(placement):
         layer, own = loaded.decoder.layers[i], _part(weights, f"layers.{i}.{name}.")
-        mixer = layer.self_attn if kind_of(name) == "A" else loaded.shape.mixer(name, i).build()
+        original = name == loaded.decoder.placement[i]
+        mixer = layer.self_attn if original else loaded.shape.mixer(name, i).build()
         mixer = mixer.to(device=device, dtype=dtype)
         try:
-            if own or kind_of(name) != "A":
+            if own or not original:
                 mixer.load_state_dict(own)
             # The model was read for this hybrid alone: its layers may be changed.
             found = layer.load_state_dict(_part(weights, f"layers.{i}.{REST}."), strict=False)

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from nasbench.data.packing import Batch
 from nasbench.model.meta import SequenceMeta
-from nasbench.spaces.placement import kind_of
 from nasbench.supernet.forward import meta_of
 from nasbench.supernet.supernet import Supernet
 
@@ -93,7 +92,7 @@ class GraphedLayerCalls(LayerCalls):
 
     def _key(self, layer: int, name: str) -> tuple[int, str]:
         """One graph for the teacher's layer and a sub-network's where they are the same."""
-        same = name == TEACHER or (kind_of(name) == "A" and (layer, name) not in self.net.own)
+        same = name == TEACHER or (self.net.space.is_original(layer, name) and (layer, name) not in self.net.own)
         return layer, TEACHER if same else name
 
     def keep(self, x: Tensor) -> Tensor:

@@ -41,13 +41,13 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, 
         most = round(most - (most - least) * done)
     smallest = bool(config.smallest_every) and step % config.smallest_every == 0
     count = least if smallest else generator.randint(least, most)
-    full = frozenset(generator.sample(range(layers), count))
-    trained = [name for name in space.names if kind_of(name) not in ("A", *config.frozen)]
+    full = frozenset(generator.sample(space.may_be_full, min(count, len(space.may_be_full))))
+    trained = [name for name in space.efficient_names if kind_of(name) not in config.frozen]
     common = generator.choice(trained) if trained and generator.random() < 0.5 else None
     drawn = []
     for layer in range(layers):
-        fillers = space.alternatives(layer)
-        drawn.append(common if common in fillers else generator.choice(fillers) if fillers else "A")
+        names = space.efficient(layer)
+        drawn.append(common if common in names else generator.choice(names) if names else space.original[layer])
     return space.with_full_attention(tuple(str(name) for name in drawn), full)
 
 
@@ -97,7 +97,7 @@ def distill_step(
     """
     teacher, layers = net.teacher, net.teacher.layers
     calls = calls or LayerCalls(net, config.recompute)
-    firsts = [next((i for i, name in enumerate(p) if kind_of(name) != "A"), len(p)) for p in placements]
+    firsts = [net.space.first_changed(placement) for placement in placements]
     meta = meta_of(teacher, batch)
     with torch.no_grad():
         shared = {0: teacher.embed(batch.tokens)}

@@ -90,7 +90,8 @@ class Supernet:
 
     def mixer(self, layer: int, name: str) -> Block:
         """The mixer that stands for `name` in a layer; the teacher's own for full attention."""
-        return self.teacher.layers[layer].self_attn if kind_of(name) == "A" else self._mixers[layer, name]
+        own = self.space.is_original(layer, name)
+        return self.teacher.layers[layer].self_attn if own else self._mixers[layer, name]
 
     def layer(self, index: int, name: str) -> DecoderLayer:
         """A layer of a sub-network: the teacher's with the mixer `name`, or the finalised hybrid's own."""
@@ -179,11 +180,24 @@ class Supernet:
 
 
 def check_teacher(teacher: Decoder, space: Space) -> None:
-    """Raises UserError unless the teacher is a full-attention model of the space's depth."""
-    if set(map(kind_of, teacher.placement)) != {"A"}:
-        raise UserError(f"{teacher.shape.name} is no full-attention model: it is {format_placement(teacher.placement)}")
+    """Raises UserError unless the teacher's layers are attention, full or windowed, and the space's originals."""
+    linear = {name for name, mixer in zip(teacher.placement, teacher.mixers, strict=True) if not _is_attention(mixer)}
+    if linear:
+        raise UserError(
+            f"{teacher.shape.name} cannot be a teacher: it is {format_placement(teacher.placement)}, and its layers "
+            f"{', '.join(sorted(linear))} are no attention that others can start from"
+        )
     if len(teacher.layers) != space.num_layers:
         raise UserError(f"{teacher.shape.name} has {len(teacher.layers)} layers, the space {space.num_layers}")
+    if teacher.placement != space.original:
+        raise UserError(
+            f"{teacher.shape.name} is {format_placement(teacher.placement)}, the run's model was "
+            f"{format_placement(space.original)}: choose another folder"
+        )
+
+
+def _is_attention(mixer: Block) -> bool:
+    return isinstance(mixer.spec, MixerSpec) and mixer.spec.is_attention
 
 
 def _alternative(attention: nn.Module, spec: MixerSpec, transfer: bool) -> Block:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, make_tokenizer
 from tolerances import LOGITS_FP32, relative_rmse
 
-from nasbench.checkpoints.hf_folder import hf_config, jet_nemotron_config, shape_from_config
+from nasbench.checkpoints.families import read_spec, write_config
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import MachineError, UserError
@@ -39,14 +39,14 @@ def edit(folder, **fields):
 @pytest.mark.parametrize("name", TINY)
 def test_config_round_trip(name, tiny):
     shape = resolve_shape(str(tiny(name)[0]))
-    again = shape_from_config(hf_config(shape, shape.placement), shape.name, "x")
+    again = read_spec(write_config(shape, shape.placement)[0], shape.name, "x")
     assert again == shape
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_built_in_shapes_survive_their_config(name):
     shape = MODELS[name]
-    again = shape_from_config(hf_config(shape, shape.placement), name, "x")
+    again = read_spec(write_config(shape, shape.placement)[0], name, "x")
     assert again.mixers(again.placement) == shape.mixers(shape.placement)
     assert again.parameters() == shape.parameters()
 
@@ -54,9 +54,9 @@ def test_built_in_shapes_survive_their_config(name):
 def test_hybrids_keep_their_arguments():
     shape = MODELS["smollm2-135m"]
     placement = shape.parse("A 2W 10J 3W512 14G")
-    config = hf_config(shape, placement)
+    config, _ = write_config(shape, placement)
     assert config["model_type"] == "nasbench"
-    again = shape_from_config(config, shape.name, "x")
+    again = read_spec(config, shape.name, "x")
     assert again.mixers(again.placement) == shape.mixers(placement)
 
 
@@ -71,12 +71,12 @@ def test_old_rope_fields_are_read(folder):
 
 def test_published_jet_nemotron_config():
     shape = MODELS["jet-nemotron-2b"]
-    config = jet_nemotron_config(shape, shape.placement)
+    config, _ = write_config(shape, shape.placement, "jet-nemotron")
     assert config["layer_types"][14] == config["layer_types"][19] == "attn"
     assert config["layer_types"].count("swa") == 2
     jet = config["efficient_attention_config"]["jet"]
     jet["expand_v"] = 2.6666666667  # as published: not the exact quotient
-    again = shape_from_config(config, "jet", "x")
+    again = read_spec(config, "jet", "x")
     assert again.mixer("J").args == "12x96x256"
     assert again.mixer("W").args == "1152"
 
@@ -84,17 +84,17 @@ def test_published_jet_nemotron_config():
 def test_jet_format_refuses_what_it_has_no_place_for():
     shape = MODELS["smollm2-135m"]
     with pytest.raises(UserError, match="no layer kind G"):
-        jet_nemotron_config(shape, shape.parse("29A G"))
-    with pytest.raises(UserError, match="one size for all W layers, not 128 and 256"):
-        jet_nemotron_config(shape, shape.parse("28A W W256"))
-    with pytest.raises(UserError, match="query and key norms"):
-        jet_nemotron_config(MODELS["qwen3-1.7b"], MODELS["qwen3-1.7b"].placement)
+        write_config(shape, shape.parse("29A G"), "jet-nemotron")
+    with pytest.raises(UserError, match="W layers of 128 and 256"):
+        write_config(shape, shape.parse("28A W W256"), "jet-nemotron")
+    with pytest.raises(UserError, match="no place for qk_norm = True of qwen3"):
+        write_config(MODELS["qwen3-1.7b"], MODELS["qwen3-1.7b"].placement, "jet-nemotron")
 
 
 def test_a_hybrid_checkpoint_loads_as_it_was_saved(tmp_path):
     decoder = random_decoder(SMALL_JET, SMALL_JET.placement, seed=4)
     save_file(decoder.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(hf_config(SMALL_JET, SMALL_JET.placement)))
+    (tmp_path / "config.json").write_text(json.dumps(write_config(SMALL_JET, SMALL_JET.placement)[0]))
     make_tokenizer(tmp_path)
     loaded = load_model(str(tmp_path), dtype=torch.float32).decoder
     ids = torch.arange(40)[None]
@@ -130,9 +130,11 @@ def test_shards_equal_one_file(tiny, folder):
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
+        ({"residual_multiplier": 0.22}, r"the field residual_multiplier = 0\.22 is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "short_mscale": 2.0}}, "short_mscale"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"num_experts": 8}, "num_experts"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_act": "gelu"}, "unknown hidden_act 'gelu'"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "unknown rope_type 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import make_tokenizer
 
-from nasbench.checkpoints.tokenizer import byte_level_bpe, tokenizer_from_json
+from nasbench.checkpoints.tokenizer import byte_level_bpe, sentencepiece_bpe, tokenizer_from_json
 
 TOKENS = ["<s>", "</s>", "<tool>", "a", "b", "1", "2", "Ġ", "Ċ", "ab", "12", "ĊĊ"]
 KINDS = [3, 3, 4, *[1] * 9]
@@ -46,3 +46,26 @@ def test_no_end_of_text(tmp_path):
     make_tokenizer(tmp_path)
     tokenizer = tokenizer_from_json(tmp_path / "tokenizer.json", ())
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (None, None, ())
+
+
+PIECES = ["<unk>", "<bos>", "<0xC3>", "<0xA9>", "<0x0A>", "▁", "a", "b", "▁a", "ab", "▁ab", "bb"]
+PIECE_KINDS = [2, 3, 6, 6, 6, *[1] * 7]
+SCORES = [0.0, 0.0, 0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -1.0, -2.0, -3.0, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("text", "prefix", "expected"),
+    [
+        ("ab", False, [9]),
+        ("ab", True, [10]),
+        (" ab", False, [10]),
+        ("abb", False, [6, 11]),  # the pair of the higher score goes first, wherever it stands
+        ("aé\n", False, [6, 2, 3, 4]),  # bytes of what no token covers
+        ("<bos>a", False, [1, 6]),
+    ],
+)
+def test_sentencepiece(text, prefix, expected):
+    backend = sentencepiece_bpe(PIECES, PIECE_KINDS, SCORES, prefix, bos_id=1)
+    assert backend.encode(text, add_special_tokens=False).ids == expected
+    assert backend.decode(expected, skip_special_tokens=True) == text.removeprefix("<bos>")
+    assert backend.encode(text).ids == [1, *expected]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 from tolerances import LOGITS_FP32, relative_rmse
 
-from nasbench.checkpoints.hf_folder import shape_from_config
+from nasbench.checkpoints.families import read_spec, write_config
 from nasbench.checkpoints.load import load_model
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import UserError
@@ -129,8 +129,8 @@ def test_heads_that_do_not_divide_the_hidden_size_are_refused():
     sizes = {"hidden_size": 130, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
     config = sizes | {"intermediate_size": 128, "vocab_size": 367, "max_position_embeddings": 2048}
     with pytest.raises(UserError, match="hidden_size = 130 is no multiple of num_attention_heads = 4"):
-        shape_from_config({"model_type": "llama"} | config, "x", "c.json")
-    assert shape_from_config({"model_type": "llama", "head_dim": 32} | config, "x", "c.json").head_dim == 32
+        read_spec({"model_type": "llama"} | config, "x", "c.json")
+    assert read_spec({"model_type": "llama", "head_dim": 32} | config, "x", "c.json").head_dim == 32
 
 
 @pytest.mark.parametrize(
@@ -184,13 +184,12 @@ def test_a_git_lfs_pointer_is_named(folder):
 
 
 def test_the_published_jet_nemotron_writes_an_epsilon_as_text():
-    from nasbench.checkpoints.hf_folder import jet_nemotron_config
     from nasbench.model.shapes import MODELS
 
     shape = MODELS["jet-nemotron-2b"]
-    config = jet_nemotron_config(shape, shape.placement)
+    config, _ = write_config(shape, shape.placement)
     config["efficient_attention_config"]["jet"]["norm_eps"] = "1e-5"
-    assert shape_from_config(config, "jet", "x").mixer("J") == shape.mixer("J")
+    assert read_spec(config, "jet", "x").mixer("J") == shape.mixer("J")
     config["efficient_attention_config"]["jet"]["norm_eps"] = "1e-6"
     with pytest.raises(UserError, match="norm_eps = '1e-6'"):
-        shape_from_config(config, "jet", "x")
+        read_spec(config, "jet", "x")

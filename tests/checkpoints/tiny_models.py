@@ -36,6 +36,38 @@ TINY = {
     "qwen3-untied": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 16, "rope_parameters": DEFAULT_ROPE}),
 }
 
+LINEAR = {"rope_type": "linear", "rope_theta": 9000.0, "factor": 4.0}
+WINDOWS = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 13}
+MOE = {
+    "moe_intermediate_size": 24,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+GEMMA = {"num_key_value_heads": 2, "num_hidden_layers": 7, "sliding_window": 9, "head_dim": 16}
+GEMMA |= {"query_pre_attn_scalar": 16}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 90_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+TINY |= {
+    "llama-linear-rope": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LINEAR}),
+    "mistral-windows": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 17}),
+    "mistral-full": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "qwen2-windows": ("Qwen2", WINDOWS | {"max_window_layers": 1}),
+    "qwen3-windows": (
+        "Qwen3",
+        WINDOWS | {"layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding")]},
+    ),
+    "qwen3-moe": ("Qwen3Moe", MOE | {"norm_topk_prob": True}),
+    "qwen3-moe-mixed": ("Qwen3Moe", MOE | WINDOWS | {"decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "gemma3": ("Gemma3", GEMMA),
+    "gemma3-ropes": ("Gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "max_position_embeddings": 512}),
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+"""Names of configuration classes that are not the family's own."""
+
 
 def make_tokenizer(folder, vocab_size=211):
     """A byte-level tokenizer of `vocab_size` ids, enough for a model folder to be whole."""
@@ -54,12 +86,12 @@ def save_tiny(name, folder):
 
     family, extra = TINY[name]
     torch.manual_seed(sum(name.encode()))
-    config = getattr(transformers, f"{family}Config")(**SIZES, **extra)
+    config = getattr(transformers, CONFIGS.get(family, f"{family}Config"))(**SIZES | extra)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5, 1.5).sub_(1.0 if family == "Gemma3" else 0.0)
             if parameter_name.endswith("bias"):
                 parameter.normal_(std=0.5)
     model.save_pretrained(folder)

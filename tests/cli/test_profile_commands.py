@@ -259,3 +259,10 @@ def test_merge_writes_only_into_its_folder(tmp_path, capsys):
     assert run(["db", "merge", str(path), "--db", str(tmp_path / "a" / "b")]) == 2
     assert "line 2 column device: bad device name '../escaped'" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*.csv")) == ["one.csv"]
+
+
+@pytest.mark.parametrize("command", ["profile", "throughput"])
+def test_help_says_the_default_chunk(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run([command, "--help"]) == 0
+    assert "default: 512 on a CPU, 8k on a GPU" in " ".join(capsys.readouterr().out.split())

@@ -56,9 +56,10 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
 
     final = json.loads(nas("finalize", run, "--placement", "2J W8 A", "--tokens", "512", *common).out)
     assert final["tokens"] == 512
-    args = ("--data", distill_args[10], "--sequence", "32", "--tasks", "loss,kl")
+    args = ("--data", distill_args[10], "--sequence", "32", "--tasks", "loss,kl,agreement@6")
     again = json.loads(nas("eval", final["folder"], *args, *common).out)
     assert again["placement"] == "2J W8 A"
+    assert 0 <= again["scores"]["agreement@6"]["value"] <= 1
     assert again["scores"]["kl"]["value"] < scored["scores"]["kl"]["value"]
     assert "average" not in final
     args_again = ("--placement", "2J W8 A", "--tokens", "512", "--average", "0.5")
@@ -110,6 +111,7 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         (("eval", run, "--split", "train"), "unknown split"),
         (("eval", run, "--data", text_file), "run's own"),
         (("eval", tiny_model, "--placement", "4J", "--data", text_file), "others need a run folder"),
+        (("eval", tiny_model, "--tasks", "loss,agreement", "--data", text_file), "agreement needs a teacher"),
         (("eval", tmp_path / "absent"), "absent"),
         (("finalize", tmp_path / "absent", "--placement", "4J"), "not a run folder"),
         (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),

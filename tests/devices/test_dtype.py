@@ -2,9 +2,9 @@
 
 import pytest
 
-from nasbench.cli import quickstart_command
 from nasbench.devices import dtype as dtype_module
 from nasbench.devices.dtype import faster_dtype
+from nasbench.pipeline import prepare, read_recipe
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [((2.0, 1.0), "bf16"), ((1.0, 2.0), "fp32")])
@@ -22,4 +22,5 @@ def test_a_gpu_takes_bf16_without_trying(monkeypatch):
 def test_a_second_run_goes_on_with_the_firsts(monkeypatch, tmp_path):
     answers = iter(["fp32", "bf16"])
     monkeypatch.setattr(dtype_module, "faster_dtype", lambda device: next(answers))
-    assert [quickstart_command._dtype(tmp_path / "run", "cpu") for _ in range(2)] == ["fp32", "fp32"]
+    recipe = read_recipe("quickstart")
+    assert [prepare(recipe, tmp_path, "cpu", {})[1].settings["dtype"] for _ in range(2)] == ["fp32", "fp32"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Corpus
 from nasbench.evaluation import suite
@@ -51,7 +52,7 @@ def test_choices_and_prefixes(context, tmp_path):
 @pytest.mark.parametrize("size", [1, 32])
 def test_a_written_line_holds_the_answer(context, tmp_path, monkeypatch, size):
     """Of prompts of several lengths in any order, one longer than the context leaves room for."""
-    monkeypatch.setitem(suite.PROMPTS, "cpu", size)
+    monkeypatch.setattr(suite, "PROMPTS", ByDevice(size))
     decoder = random_decoder(replace(context.teacher.shape, max_context=60), parse_placement("A J W8 J"), seed=3)
     torch.manual_seed(0)
     with torch.no_grad():

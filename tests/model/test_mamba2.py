@@ -71,6 +71,17 @@ def test_starts_from_values_keys_and_queries():
 
 
 @torch.no_grad()
+def test_calibration_opens_the_gates_and_leaves_the_rest():
+    mixer = build("M")
+    before = mixer.in_proj.weight.clone()
+    constant = torch.linspace(-1, 1, 48, dtype=torch.float64)
+    after = mixer.calibration(constant)["in_proj.weight"]
+    assert relative_rmse(after[:48] @ constant.float(), torch.full((48,), 2 * float(constant @ constant))) < 1e-5
+    assert torch.equal(after[48:], before[48:])
+    assert torch.equal(mixer.in_proj.weight, before)
+
+
+@torch.no_grad()
 def test_half_precision_leaves_the_decays_alone():
     mixer = build("M").to(torch.bfloat16)
     kept = {name for name, parameter in mixer.named_parameters() if parameter.dtype == torch.float32}

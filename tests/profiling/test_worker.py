@@ -21,7 +21,7 @@ from nasbench.profiling.worker import Worker, _ending, _oom_kills, _uninterrupte
 from nasbench.store import read_db
 
 TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5, defaults=(("W", "32"),))
-ASKED = {"contexts": [64, 256], "batches": [1], "modes": ("decode",), "seconds_per_row": 0.002, "patience_s": 3.0}
+ASKED = {"contexts": [64, 256], "batches": [1], "modes": ("decode",), "seconds_per_row": 0.002, "timeout_s": 3.0}
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def by_point(path: Path) -> dict[tuple[str, str, int], store.Row]:
 
 
 def test_a_sweep_survives_killed_crashed_and_hung_processes(dangerous, tmp_path):
-    result = run(prepare(TINY, "Z2 Z3 Z4 Z5 Z6 Z1", db=tmp_path / "db", **ASKED))
+    result = run(prepare(TINY, ["Z2", "Z3", "Z4", "Z5", "Z6", "Z1"], db=tmp_path / "db", **ASKED))
     rows = by_point(result.path)
     ended = {args: rows["Z", args, 64] for args in "23456"}
     assert {args: row.status for args, row in ended.items()} == {
@@ -60,7 +60,7 @@ def test_a_sweep_survives_killed_crashed_and_hung_processes(dangerous, tmp_path)
     assert {rows["Z", args, 256].status for args in "123456"} == {"ok"}
     assert rows["Z", "1", 64].status == "ok"
     # A resumed sweep tries the failed points again, and only those.
-    again = prepare(TINY, "Z2 Z3 Z4 Z5 Z6 Z1", db=tmp_path / "db", **ASKED)
+    again = prepare(TINY, ["Z2", "Z3", "Z4", "Z5", "Z6", "Z1"], db=tmp_path / "db", **ASKED)
     assert {(point.block, point.context) for point in again.points} == {(f"Z{i}", 64) for i in (2, 3, 4, 5)}
 
 

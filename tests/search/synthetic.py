@@ -7,7 +7,7 @@ import numpy as np
 
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.search.objective import Measured, Speed
-from nasbench.search.session import Options, Search
+from nasbench.search.session import Options, Session
 from nasbench.search.trials import Target
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space
@@ -76,8 +76,8 @@ class SyntheticObjective:
         }
 
 
-def search(folder, objective=None, **options) -> Search:
+def search(folder, objective=None, **options) -> Session:
     """A search whose scores are kept in the folder."""
     objective = objective or SyntheticObjective()
     objective.store = ScoreStore(folder / "scores")
-    return Search(folder, objective, Options(**options))
+    return Session(folder, objective, Options(**options))

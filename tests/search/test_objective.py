@@ -11,7 +11,7 @@ from nasbench.core.errors import UserError
 from nasbench.data.packing import Corpus
 from nasbench.evaluation.evaluator import Evaluator
 from nasbench.search.objective import RunObjective, Speed, parse_objective
-from nasbench.search.session import Options, Search, run_search
+from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import Target, read_trials
 from nasbench.spaces.placement import parse_placement
@@ -103,7 +103,7 @@ def test_a_window_as_long_as_the_scored_text_is_left_out(make_run, caplog, text)
     world = objective(evaluator, text)
     assert world.space.names == ("A", "W8", "J")
     assert "W32 cannot be told from full attention on scored text of 32 tokens" in caplog.text
-    search = Search(evaluator.run.path, world, Options(full_attention=(1,), evaluations=4))
+    search = Session(evaluator.run.path, world, Options(full_attention=(1,), evaluations=4))
     run_search(search, "beam")
     assert not any("W32" in trial.layers for trial in search.trials())
     assert objective(evaluator_of(make_run("other", names=("A", "W31"))), text).space.names == ("A", "W31")
@@ -132,7 +132,7 @@ def test_scores_of_other_text_are_never_taken_for_these(make_run):
     run = make_run()
 
     def searched(**tokens):
-        search = Search(run.path, objective(evaluator_of(run, **tokens)), Options(full_attention=(1,), evaluations=4))
+        search = Session(run.path, objective(evaluator_of(run, **tokens)), Options(full_attention=(1,), evaluations=4))
         run_search(search, "uniform")
         return search.trials()
 
@@ -150,7 +150,7 @@ def test_retrieval_moves_what_a_search_finds(evaluator):
     assert "greedy-swap" in STRATEGIES
     path, found = evaluator.run.path, {}
     for text in ("kl", "kl+20*retrieval-kl@160:6"):
-        search = Search(path, objective(evaluator, text), Options(full_attention=(1, 2), evaluations=24))
+        search = Session(path, objective(evaluator, text), Options(full_attention=(1, 2), evaluations=24))
         pairs = run_search(search, "greedy-swap")
         for pair in pairs:
             assert pair.searched.objective == text

@@ -54,11 +54,11 @@ def prepared(tmp_path_factory):
     return run, db
 
 
-def search(prepared, *arguments, device="test-device"):
+def search(prepared, *arguments, profile="test-device"):
     from nasbench.cli.main import run
 
     folder, db = prepared
-    shared = ["--device", device, "--db", str(db), "--context", "128", "--batch", "2", "--on", "cpu"]
+    shared = ["--profile", profile, "--db", str(db), "--context", "128", "--batch", "2", "--device", "cpu"]
     sizes = ["--search-tokens", "256", "--test-tokens", "256"]
     return run(["search", str(folder.path), *shared, *sizes, *arguments])
 
@@ -88,7 +88,7 @@ def test_beam_then_optuna(prepared, capsys):
 
 
 def test_estimated_rows_are_marked(prepared, capsys):
-    assert search(prepared, "--strategy", "uniform", "-k", "2", device="guess") == 0
+    assert search(prepared, "--strategy", "uniform", "-k", "2", profile="guess") == 0
     text = capsys.readouterr().out
     assert "~" in text
     assert "estimated" in text
@@ -103,8 +103,8 @@ def test_estimated_rows_are_marked(prepared, capsys):
         (["-k", "x"], "bad --full-attention 'x'"),
         ([], "needs the number of full-attention layers"),
         (["-k", "1", "--strategy", "beems"], "did you mean 'beam'"),
-        (["-k", "1", "--filler", "W9"], "unknown filler 'W9': choose from J, W8"),
-        (["-k", "1", "--device", "test-devise"], "did you mean 'test-device'"),
+        (["-k", "1", "--replacement", "W9"], "unknown replacement 'W9': choose from J, W8"),
+        (["-k", "1", "--profile", "test-devise"], "did you mean 'test-device'"),
         (["-k", "1", "--context", "1k"], "context 1024 is not of tiny"),
         (["-k", "1", "--context", "512"], "nasbench profile"),
         (["-k", "1", "--dtype", "fp16"], "no decode rows of dtype fp16"),

@@ -169,8 +169,8 @@ def test_exact_keeps_the_step_time(tmp_path):
     ("options", "message"),
     [
         ({"full_attention": (13,)}, "13 full-attention layers asked of 12"),
-        ({"filler": "X"}, "unknown filler 'X': choose from J, W"),
-        ({"filler": "A"}, "unknown filler"),
+        ({"replacement": "X"}, "unknown replacement 'X': choose from J, W"),
+        ({"replacement": "A"}, "unknown replacement"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"beam_width": 0}, "beam width is 0"),
         ({"step_ms": math.nan}, "bad --step-ms nan"),
@@ -195,7 +195,7 @@ def test_unknown_strategy_and_missing_k(tmp_path):
 
 def test_a_filler_asked_for_is_the_only_one(tmp_path):
     for strategy in ("beam", "optuna", "exact", "random"):
-        run = search(tmp_path / strategy, full_attention=(3,), filler="J", evaluations=15)
+        run = search(tmp_path / strategy, full_attention=(3,), replacement="J", evaluations=15)
         run_search(run, strategy)
         assert {name for t in run.trials() for name in t.layers} == {"A", "J"}
 
@@ -229,11 +229,11 @@ def test_a_kind_that_is_slower_than_full_attention_is_no_filler(tmp_path, monkey
         run = search(tmp_path / strategy, full_attention=(3,), evaluations=12)
         run_search(run, strategy)
         assert {name for t in run.trials() for name in t.layers} == {"A", "W"}
-    asked = search(tmp_path / "asked", full_attention=(3,), evaluations=12, filler="J")
+    asked = search(tmp_path / "asked", full_attention=(3,), evaluations=12, replacement="J")
     run_search(asked, "beam")
     assert {name for t in asked.trials() for name in t.layers} == {"A", "J"}
     monkeypatch.setitem(synthetic.MS, "W", 1.5)
-    assert search(tmp_path / "none").useful == ("W", "J")
+    assert search(tmp_path / "none").faster == ("W", "J")
 
 
 @pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "uniform", "random", "exact"])

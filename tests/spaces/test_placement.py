@@ -96,7 +96,7 @@ def test_a_space_around_a_model_with_windows():
     assert [space.evenly(k) for k in range(3)] == [frozenset(), frozenset({4}), frozenset({2, 4})]
     assert count_full(space.original) == 2
     assert space.homogeneous("J") == ("J",) * 5
-    assert space.pure(("J", "W512")) == [("J",) * 5, ("W512",) * 5]
+    assert space.without_full(("J", "W512")) == [("J",) * 5, ("W512",) * 5]
     assert space.without(["W512"]).choices == (("W512", "J"), ("W512", "J"), ("A", "J"), ("W512", "J"), ("A", "J"))
     with pytest.raises(UserError, match="3 full-attention layers asked of 2"):
         space.check_full_attention(3)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tolerances import relative_rmse
 from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import MachineError, UserError
 from nasbench.data.packing import Batch, Corpus
+from nasbench.model import mixer_spec
 from nasbench.model.block import features_of
 from nasbench.spaces.placement import kind_of
 from nasbench.supernet import checkpoint
@@ -290,8 +292,11 @@ def test_model_with_other_layers_is_no_teacher(tiny_model, make_run):
     loaded = load_model(str(tiny_model))
     space = make_run().spec.space
     loaded.decoder.placement = ("A", "W8", "A", "A")
-    with pytest.raises(UserError, match="no full-attention model"):
+    with pytest.raises(UserError, match="A W8 2A, the run's model was 4A"):
         Supernet.build(loaded, space)
+    linear = mixer_spec("J", loaded.shape.layer()).build()
+    with pytest.raises(UserError, match=r"cannot be a teacher.*no attention"):
+        Supernet.build(replace(loaded, decoder=loaded.decoder.with_mixers([linear] * 4, ("J",) * 4)), space)
 
 
 def test_settings_from_toml(tmp_path):
@@ -406,7 +411,9 @@ def test_graphed_layers_are_the_layers(make_run, tiny_model, monkeypatch):
     def gradients(graphed):
         net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
         batch = Corpus.load(make_run().spec.data, net.tokenizer, 32).batch(0, 4, 0)
-        calls = GraphedLayerCalls(net, [("A", *net.space.fillers(i)) for i in range(4)], batch) if graphed else None
+        calls = (
+            GraphedLayerCalls(net, [("A", *net.space.alternatives(i)) for i in range(4)], batch) if graphed else None
+        )
         sums = LossSums(["", *net.trained()])
         placements = [("J", "A", "W8", "J"), ("A", "A", "J", "W8")]
         distill_step(net, placements, batch, sums, CONFIG, calls=calls)

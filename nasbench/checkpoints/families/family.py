@@ -36,7 +36,6 @@ INERT = frozenset(_INERT.split())
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _TEXT_OF = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(\w+)(\..+)")
 
 GGUF_MODULES = {
@@ -95,13 +94,7 @@ class Family:
 
     def from_config(self, fields: Fields, name: str) -> ModelSpec:
         """The specification that a config.json describes, its published placement included. Raises UserError."""
-        heads = fields.integer("num_attention_heads", most=1 << 16)
-        hidden = fields.integer("hidden_size", most=1 << 20)
-        head_dim = fields.integer("head_dim", self.head_dim, most=1 << 16)
-        if head_dim is None and hidden % heads:
-            raise UserError(
-                f"{fields.where}: hidden_size = {hidden} is no multiple of num_attention_heads = {heads}: set head_dim"
-            )
+        heads, hidden, head_dim = read_heads(fields, "num_attention_heads", "hidden_size", "head_dim", self.head_dim)
         layers = fields.integer("num_hidden_layers", most=4096)
         sizes: dict[str, Any] = {
             "num_layers": layers,
@@ -109,7 +102,7 @@ class Family:
             "intermediate_size": fields.integer("intermediate_size", most=1 << 24),
             "num_heads": heads,
             "num_kv_heads": fields.integer("num_key_value_heads", heads, most=1 << 16),
-            "head_dim": head_dim or hidden // heads,
+            "head_dim": head_dim,
             "vocab_size": fields.integer("vocab_size", most=1 << 26),
             "max_context": fields.integer("max_position_embeddings"),
             "rms_eps": fields.number("rms_norm_eps", 1e-6),
@@ -154,20 +147,15 @@ class Family:
         """
         config = self.own_config(spec, placement)
         again = self.from_config(Fields(config, f"the {self.model_type} format"), spec.name)
-        ours, theirs = spec.mixers(placement), again.mixers(again.placement)
-        for layer, (one, other) in enumerate(zip(ours, theirs, strict=True)):
-            rotates = kind_of(placement[layer]) in "AW"
-            if rotates and one.shape.rotary != other.shape.rotary:
-                raise self.no_place(spec, f"the rotary base of layer {layer}, {placement[layer]}")
-            if (one.kind, one.args) != (other.kind, other.args):
+        for layer, (one, other) in enumerate(
+            zip(_layers(spec, placement), _layers(again, again.placement), strict=True)
+        ):
+            if one != other:
                 raise self.no_place(spec, f"layer {layer}, {placement[layer]}")
-        if [(ffn.kind, ffn.args) for ffn in spec.ffns()] != [(ffn.kind, ffn.args) for ffn in again.ffns()]:
-            raise self.no_place(spec, "the FFNs")
         for field in dataclass_fields(ModelSpec):
             value, back = getattr(spec, field.name), getattr(again, field.name)
-            # Biases that a model lacks are written as zeros.
-            added = field.name == "qkv_bias" and back
-            if value != back and not added and field.name not in _CHECKED:
+            added = field.name == "qkv_bias" and back  # biases that a model lacks are written as zeros
+            if value != back and not added and field.name not in _IN_LAYERS:
                 raise self.no_place(spec, f"{field.name} = {value!r}")
         return config
 
@@ -233,7 +221,15 @@ class Family:
 
 FAMILIES: Registry[type[Family]] = Registry("model_type", group="nasbench.families")
 
-_CHECKED = ("name", "family", "published_placement", "defaults", "ffn", "window_rope_theta")
+_IN_LAYERS = ("name", "family", "published_placement", "defaults", "ffn", "window_rope_theta")
+
+
+def _layers(spec: ModelSpec, placement: Placement) -> list[tuple[object, ...]]:
+    """What each layer computes: its mixer, with the rotary base where it has one, and its FFN."""
+    return [
+        (mixer.kind, mixer.args, mixer.shape.rotary if mixer.kind in "AW" else None, ffn.kind, ffn.args)
+        for mixer, ffn in zip(spec.mixers(placement), spec.ffns(), strict=True)
+    ]
 
 
 def _renamed(name: str, modules: dict[str, str]) -> str:
@@ -251,56 +247,68 @@ def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-_ROPES = ("default", "linear", "llama3")
+def read_heads(fields: Fields, heads: str, hidden: str, dim: str, default: int | None) -> tuple[int, int, int]:
+    """(query heads, hidden size, head size) from the fields of these names; an absent head size is the quotient."""
+    count, size = fields.integer(heads, most=1 << 16), fields.integer(hidden, most=1 << 20)
+    found = fields.integer(dim, default, most=1 << 16)
+    if found is None and size % count:
+        raise UserError(f"{fields.where}: {hidden} = {size} is no multiple of {heads} = {count}: set {dim}")
+    return count, size, found or size // count
+
+
+_TRAINED = "original_max_position_embeddings"
+_SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _TRAINED),
+}
 
 
 def read_rope(rope: Fields, fields: Fields, default: float) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a specification, from one object of rotary parameters."""
-    theta = rope.number("rope_theta", None)
-    outer = fields.number("rope_theta", default)
+    theta, outer = rope.number("rope_theta", None), fields.number("rope_theta", default)
     kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in _ROPES:
-        raise UserError(f"{rope.where}: {unknown('rope_type', kind, _ROPES)}")
+    if kind not in _SCALINGS:
+        raise UserError(f"{rope.where}: {unknown('rope_type', kind, _SCALINGS)}")
     rope.neutral("partial_rotary_factor", 1.0, 1)
-    scaling: tuple[str | float, ...] = ()
-    if kind == "linear":
-        scaling = (kind, rope.number("factor"))
-    if kind == "llama3":
-        trained = fields.number("original_max_position_embeddings", None)
-        if trained is None:
-            trained = rope.number("original_max_position_embeddings", fields.number("max_position_embeddings"))
-        rope.raw("original_max_position_embeddings")
-        scaling = (kind, *(rope.number(name) for name in _LLAMA3), trained)
+    inner = rope.number(_TRAINED, None)
+    trained = fields.number(_TRAINED, None) or inner or fields.number("max_position_embeddings")
+    numbers = [trained if name == _TRAINED else rope.number(name) for name in _SCALINGS[kind]]
     rope.finish(())
-    return {"rope_theta": theta or outer, "rope_scaling": scaling}
+    return {"rope_theta": theta or outer, "rope_scaling": (kind, *numbers) if numbers else ()}
 
 
 def write_scaling(scaling: tuple[str | float, ...]) -> dict[str, Any]:
     """The object of rotary parameters of a scaling, {} for none."""
-    if not scaling:
-        return {}
-    result: dict[str, Any] = {"rope_type": scaling[0]} | dict(zip(_LLAMA3, scaling[1:4], strict=False))
-    if len(scaling) == 5:
-        result["original_max_position_embeddings"] = int(scaling[4])
-    return result
+    names = _SCALINGS[str(scaling[0])] if scaling else ()
+    numbers = {name: int(value) if name == _TRAINED else value for name, value in zip(names, scaling[1:], strict=True)}
+    return {"rope_type": scaling[0]} | numbers if scaling else {}
 
 
 _KINDS = {"full_attention": "A", "sliding_attention": "W"}
 
 
-def read_windows(fields: Fields, layers: int, window: int | None, first: int = 0) -> dict[str, Any]:
-    """The published placement from `layer_types`; without it, layers from `first` on are windows if there is one."""
-    types = fields.items("layer_types", str, layers)
-    if types is None:
-        types = ["full_attention" if window is None or i < first else "sliding_attention" for i in range(layers)]
-    for kind in types:
+def layer_kinds(layers: int, window: int | None, first: int = 0) -> list[str]:
+    """Windows from layer `first` on, if there is a window."""
+    return ["full_attention" if window is None or i < first else "sliding_attention" for i in range(layers)]
+
+
+def placed(fields: Fields, kinds: list[str], window: int | None) -> dict[str, Any]:
+    """The published placement of layers of these kinds. Raises UserError."""
+    for kind in kinds:
         if kind not in _KINDS or (kind == "sliding_attention" and window is None):
             reason = f"choose from {', '.join(_KINDS)}" if kind not in _KINDS else "the model has no sliding_window"
             raise UserError(f"{fields.where}: layer_types holds {kind!r}: {reason}")
-    if "sliding_attention" not in types:
+    if "sliding_attention" not in kinds:
         return {}
-    names = tuple("A" if kind == "full_attention" else f"W{window}" for kind in types)
+    names = tuple("A" if kind == "full_attention" else f"W{window}" for kind in kinds)
     return {"published_placement": format_placement(names), "defaults": (("W", str(window)),)}
+
+
+def read_window(fields: Fields, used: bool = True) -> int | None:
+    """Mistral's and Qwen's `sliding_window`: 4096 where it is absent, none where it is null or not to be used."""
+    window: int | None = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
+    return window if fields.flag("use_sliding_window", used) else None
 
 
 def write_windows(family: Family, spec: ModelSpec, placement: Placement) -> tuple[list[str], int | None]:

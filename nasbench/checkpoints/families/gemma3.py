@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, read_rope, read_windows, write_scaling, write_windows
+from nasbench.checkpoints.families.family import Family, placed, read_rope, write_scaling, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader
 from nasbench.model.shapes import ModelSpec
@@ -42,19 +42,17 @@ class Gemma3(Family):
             raise fields.wrong("query_pre_attn_scalar", f"head_dim = {sizes['head_dim']}, the only one supported")
         layers, window = sizes["num_layers"], fields.integer("sliding_window", 4096)
         every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
-        if fields.raw("layer_types") is None:
-            types = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(layers)]
-            fields = Fields({"layer_types": types}, fields.where)
-        return read_windows(fields, layers, window) | {
-            "post_norms": True,
-            "embedding_scale": float(sizes["hidden_size"] ** 0.5),
-        }
+        kinds = fields.items("layer_types", str, layers) or [
+            "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
+        ]
+        scale = float(sizes["hidden_size"] ** 0.5)
+        return placed(fields, kinds, window) | {"post_norms": True, "embedding_scale": scale}
 
     def rope(self, fields: Fields) -> dict[str, Any]:
         ropes = fields.object("rope_parameters")
         full, local = ropes.object("full_attention"), ropes.object("sliding_attention")
         if fields.raw("rope_scaling"):
-            full = Fields(full.data | fields.object("rope_scaling").data, full.where)
+            full = Fields({**full.data, **fields.object("rope_scaling").data}, full.where)
         base = fields.number("rope_local_base_freq", 10_000.0)
         local.neutral("rope_type", "default")
         ropes.finish(())

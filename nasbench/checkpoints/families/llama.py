@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, write_scaling, write_windows
+from nasbench.checkpoints.families.family import Family, placed, write_scaling, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_tensor
 from nasbench.core.errors import UserError
@@ -25,7 +25,7 @@ class Llama(Family):
         fields.neutral("attention_bias", False)
         fields.neutral("mlp_bias", False)
         fields.neutral("pretraining_tp", 1, 0)
-        return {}
+        return placed(fields, fields.items("layer_types", str, sizes["num_layers"]) or [], None)
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         _, window = write_windows(self, spec, placement)

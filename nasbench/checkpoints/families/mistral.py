@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, read_windows, write_windows
+from nasbench.checkpoints.families.family import Family, layer_kinds, placed, read_window, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
@@ -17,8 +17,8 @@ class Mistral(Family):
     architecture: ClassVar[str] = "MistralForCausalLM"
 
     def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
-        window = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
-        return read_windows(fields, sizes["num_layers"], window)
+        window = read_window(fields)
+        return placed(fields, layer_kinds(sizes["num_layers"], window), window)
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         _, window = write_windows(self, spec, placement)

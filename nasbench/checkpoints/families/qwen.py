@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, read_windows, write_windows
+from nasbench.checkpoints.families.family import Family, layer_kinds, placed, read_window, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
@@ -21,9 +21,9 @@ class Qwen2(Family):
     def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
         fields.neutral("attention_bias", self.qkv_bias)
         fields.neutral("use_mrope", False)
-        window = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
-        first = fields.integer("max_window_layers", 28, least=0)
-        return read_windows(fields, sizes["num_layers"], window if fields.flag("use_sliding_window") else None, first)
+        window = read_window(fields, used=False)
+        first, layers = fields.integer("max_window_layers", 28, least=0), sizes["num_layers"]
+        return placed(fields, fields.items("layer_types", str, layers) or layer_kinds(layers, window, first), window)
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         types, window = write_windows(self, spec, placement)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, Place, read_windows, write_windows
+from nasbench.checkpoints.families.family import Family, Place, layer_kinds, placed, read_window, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader
 from nasbench.core.errors import UserError
@@ -36,7 +36,7 @@ class Qwen3Moe(Family):
     def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
         fields.neutral("attention_bias", False)
         fields.raw("max_window_layers")
-        window = fields.integer("sliding_window", None if "sliding_window" in fields.data else 4096)
+        window = read_window(fields, used=False)
         experts = fields.integer("num_experts", fields.integer("num_local_experts", None), most=1 << 16)
         if experts is None:
             raise UserError(f"{fields.where} lacks the field num_experts")
@@ -47,8 +47,7 @@ class Qwen3Moe(Family):
         step = fields.integer("decoder_sparse_step", 1)
         layers = sizes["num_layers"]
         ffn = tuple("gated" if i in plain or (i + 1) % step else mixture for i in range(layers))
-        windows = read_windows(fields, layers, window if fields.flag("use_sliding_window") else None)
-        return windows | {"ffn": ffn}
+        return placed(fields, layer_kinds(layers, window), window) | {"ffn": ffn}
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         _, window = write_windows(self, spec, placement)
@@ -71,11 +70,11 @@ class Qwen3Moe(Family):
         match = _EXPERT.fullmatch(name)
         if match is None:
             return super().place(name, spec)
+        layer, expert = match[1], int(match[2])
         if match[3] == "down":
-            return Place(f"{match[1]}.down", (int(match[2]),))
-        width = _width(spec)
-        rows = slice(0, width) if match[3] == "gate" else slice(width, 2 * width)
-        return Place(f"{match[1]}.gate_up", (int(match[2]), rows))
+            return Place(f"{layer}.down", (expert,))
+        width = next(ffn.width for ffn in spec.ffns() if isinstance(ffn, MixtureSpec))
+        return Place(f"{layer}.gate_up", (expert, slice(0, width) if match[3] == "gate" else slice(width, 2 * width)))
 
     def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
         module, _, leaf = name.rpartition(".")
@@ -83,11 +82,9 @@ class Qwen3Moe(Family):
             yield from super().split(name, tensor, spec, placement)
             return
         for number, matrix in enumerate(tensor):
-            parts = {"down": matrix}
-            if leaf == "gate_up":
-                parts = {"gate": matrix[: _width(spec)], "up": matrix[_width(spec) :]}
-            for part, values in parts.items():
-                yield f"{module}.experts.{number}.{part}_proj.weight", values.contiguous()
+            parts = ("down",) if leaf == "down" else ("gate", "up")
+            for part, values in zip(parts, matrix.chunk(len(parts)), strict=True):
+                yield f"{module}.experts.{number}.{part}_proj.weight", values
 
     def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
         return {
@@ -104,7 +101,3 @@ class Qwen3Moe(Family):
                 yield ours, found
             else:
                 yield from ((f"{module}.experts.{i}.{leaf}", matrix) for i, matrix in enumerate(found))
-
-
-def _width(spec: ModelSpec) -> int:
-    return next(ffn.width for ffn in spec.ffns() if isinstance(ffn, MixtureSpec))

@@ -36,6 +36,7 @@ class FullAttentionSpec(MixerSpec):
 
     kind: ClassVar[str] = "A"
     title: ClassVar[str] = "full attention"
+    is_attention: ClassVar[bool] = True
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:

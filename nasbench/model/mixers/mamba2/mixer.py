@@ -11,7 +11,7 @@ from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.model.block import Block, BlockCache
+from nasbench.model.block import Block, BlockCache, with_weights
 from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
@@ -26,8 +26,16 @@ SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE, STEP_SIZE = 1.0, 256.0, 0.1
 START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
 """What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
 and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
+START_GATE, START_NORM = 2.0, 0.1
+"""Where z starts on the layer's inputs, and the norm's weight. A random z gives every channel a random sign. With a
+norm of 1, features are larger than the attention's: its output projection on them is worse than zeros. On
+SmolLM2-135M with output projections solved (mean of 3 layers), the relative error was 1.20 with neither, 0.77 with the
+norm alone and 0.74 with both; G's was 0.76."""
 WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
+
+
+RecurrenceInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class Mamba2(Block):
@@ -66,6 +74,11 @@ class Mamba2(Block):
         return BlockCache(context, {"state": torch.zeros(size, device=device, dtype=kind)}, {"xbc": conv_state})
 
     @property
+    def conv_bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        return self.conv1d.bias
+
+    @property
     def taps(self) -> Tensor:
         """The convolution's weight, [I + 2 G N, W]."""
         return self.conv1d.weight[:, 0]
@@ -75,7 +88,7 @@ class Mamba2(Block):
         spec = self.spec
         return row[..., : spec.projected].split((spec.inner, spec.channels, spec.num_heads), dim=-1)
 
-    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> tuple[Tensor, ...]:
+    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> RecurrenceInputs:
         """After the convolution: x [B, T, H, P], step size and log decay [B, T, H] fp32, B and C [B, T, G, N]."""
         spec = self.spec
         shared = spec.groups * spec.state_size
@@ -96,12 +109,12 @@ class Mamba2(Block):
         z, columns, dt = self.parts(row)
         if isinstance(meta, StepMeta):
             assert cache is not None
-            mixed = short_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv1d.bias)
-            inputs = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
-            return self.gated(mamba2_step(*inputs, self.D, cache.state["state"])[:, None], z)
+            mixed = short_conv_step(columns, self.taps, cache.conv_state["xbc"], self.conv_bias)
+            x, step, decay, b, c = (part[:, 0] for part in self.recurrence_inputs(mixed, dt, meta))
+            return self.gated(mamba2_step(x, step, decay, b, c, self.D, cache.state["state"])[:, None], z)
         conv_state, state = (cache.conv_state["xbc"], cache.state["state"]) if cache else (None, None)
         reach = None if meta.documents is None else meta.documents.reach(self.spec.conv_size)
-        mixed = short_conv(columns, self.taps, conv_state, reach, self.conv1d.bias)
+        mixed = short_conv(columns, self.taps, conv_state, reach, self.conv_bias)
         y, new_state = chunked_mamba2(*self.recurrence_inputs(mixed, dt, meta), self.D, state)
         if state is not None:
             state.copy_(new_state)
@@ -123,7 +136,7 @@ class Mamba2(Block):
         from nasbench_kernels.conv.train import triton_short_conv
 
         ages = None if meta.documents is None else meta.documents.ages
-        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv1d.bias)
+        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv_bias)
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
         if self.spec.state_size > WIDEST_STATE:
@@ -147,9 +160,15 @@ class Mamba2(Block):
 
         assert cache is not None
         return fused_mamba2_step(
-            row, self.taps, self.conv1d.bias, cache.conv_state["xbc"], cache.state["state"],
+            row, self.taps, self.conv_bias, cache.conv_state["xbc"], cache.state["state"],
             self.A_log, self.dt_bias, self.D, self.norm.weight, eps=NORM_EPS,
         )  # fmt: skip
+
+    def calibration(self, constant: Tensor) -> dict[str, Tensor]:
+        """The rows of z, such that it is about START_GATE on the layer's inputs."""
+        weight = with_weights(self, lambda mixer: mixer.in_proj.weight.detach().clone())
+        weight[: self.spec.inner] = START_GATE * constant
+        return {"in_proj.weight": weight}
 
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
@@ -173,9 +192,10 @@ class Mamba2(Block):
             copy_heads(c.view(spec.groups, spec.state_size, -1), q[::each])
             output = mixer.out_proj.weight.zero_().view(-1, spec.num_heads, spec.head_dim).permute(1, 2, 0)
             copy_heads(output, attention.o_proj.weight.view(-1, attention.num_heads, dim).permute(1, 2, 0))
-            mixer.conv1d.bias.zero_()
+            mixer.conv_bias.zero_()
             last = mixer.conv1d.weight.zero_()[..., -1]
             last[: spec.inner] = START_VALUE_SCALE
             last[spec.inner :] = START_SHARPNESS
             mixer.D.zero_()
+            mixer.norm.weight.fill_(START_NORM)
         return mixer

@@ -23,6 +23,7 @@ class SlidingWindowSpec(MixerSpec):
 
     kind: ClassVar[str] = "W"
     title: ClassVar[str] = "sliding window"
+    is_attention: ClassVar[bool] = True
     starts_trained: ClassVar[bool] = True
 
     @classmethod

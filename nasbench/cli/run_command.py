@@ -1,0 +1,107 @@
+"""`nasbench run`: a recipe from the first stage to the report, each stage the command that a person would type."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nasbench.core.errors import UserError
+
+if TYPE_CHECKING:
+    from nasbench.pipeline import Step
+
+
+def command(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (quickstart, smollm2-135m) or a TOML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/ and the recipe's name.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands with time and memory.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
+) -> None:
+    """Run a recipe. Stopped at any moment, the same command continues; finished stages are skipped."""
+    found = {}
+    for text in changes or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"bad --set {text!r}: write NAME=VALUE, as scale=0.1")
+        found[name.strip()] = value.strip()
+    run_recipe(recipe, out, device, found, dry_run=dry_run, as_json=as_json)
+
+
+def run_recipe(
+    name: str, out: Path | None, device: str, changes: dict[str, str], *, dry_run: bool = False, as_json: bool = False
+) -> None:
+    """What `nasbench run` and `nasbench quickstart` do. Raises typer.Exit with the code of a stage that failed."""
+    from nasbench.cli.common import log, torch_device
+    from nasbench.cli.main import parse, run
+    from nasbench.pipeline import memory_words, prepare, read_recipe, run_steps
+
+    recipe = read_recipe(name)
+    out = out or Path("runs") / recipe.name
+    steps, state = prepare(recipe, out, torch_device(device), changes, write=not dry_run)
+    for step in steps:
+        parse(list(step.words))
+    if dry_run:
+        _print_plan(recipe.title, steps, out, memory_words(state.settings), as_json)
+        return
+    began = time.monotonic()
+    if code := run_steps(steps, state, run, log):
+        raise typer.Exit(code)
+    _summary(out)
+    log(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")
+
+
+def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: bool) -> None:
+    from nasbench.cli.common import print_json
+
+    known = [step.seconds for step in steps if step.seconds is not None]
+    if as_json:
+        rows = [{"title": step.title, "command": step.command, "seconds": step.seconds} for step in steps]
+        print_json({"out": str(out), "steps": rows, "seconds": sum(known), "memory": memory})
+        return
+    print(f"# {title}\n# {memory}" if memory else f"# {title}")
+    for step in steps:
+        told = "time not known" if step.seconds is None else f"about {step.seconds:.0f} s"
+        print(f"\n# {step.title}, {told}\n{step.command}")
+    more = "" if len(known) == len(steps) else f", and {len(steps) - len(known)} stages of unknown length"
+    print(f"\n# in all about {sum(known) / 60:.0f} minutes{more}; measured on two CPU cores or one H200")
+
+
+def _summary(out: Path) -> None:
+    """The found placements in a table: the best of each K that was searched, below the model itself."""
+    from nasbench.cli.common import log, print_table
+    from nasbench.report.facts import collect
+    from nasbench.report.sections import best_searched
+    from nasbench.runs import Run
+
+    if not (out / "run.json").is_file():
+        return
+    facts = collect(Run.open(out), out / "profiles" if (out / "profiles").is_dir() else None)
+    found, speeds = facts.comparison, {row.placement: row.measured_tok_s for row in facts.validation}
+    for target in facts.targets[:1]:
+        trials = {trial.placement: trial for trial in target.trials}
+        rows = []
+        for best, even in best_searched(found):
+            if (trial := trials.get(best.text)) is None:
+                continue
+            losses = [score.value if score else None for score in (found.scores(row, "loss") for row in (best, even))]
+            gain = trial.decode_tok_s / target.full.decode_tok_s if target.full else None
+            cells = [_known(value, form) for value, form in zip(losses, (".3f", ".3f"), strict=True)]
+            cells += [f"{trial.decode_tok_s:,.1f}", _known(speeds.get(best.text), ",.1f"), _known(gain, ".2f")]
+            rows.append((best.k, *cells, f"{trial.cache_bytes / 2**20:,.0f}", best.text))
+        columns = ("K", "loss", "uniform", "tok/s", "measured", "×full", "cache MiB", "placement")
+        print_table(columns, rows, f"{facts.shape.name} on {target.target}")
+    log(
+        "K layers keep full attention. Loss: nats a token on text that no search saw, beside evenly spread layers.\n"
+        "Speed: predicted from the profile, and measured end to end."
+    )
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

@@ -1,0 +1,176 @@
+"""Training budgets in seconds: a few timed steps on this device turn them into tokens.
+
+runs/NAME/supernet/budget.json       of every stage: tokens of a step, tokens/s, whether CUDA graphs are used, tokens
+runs/NAME/final/<slug>/budget.json   of a finalised placement: tokens by seconds, seconds spent, tokens/s
+
+A budget is decided once, so that a run that is stopped continues with the same one. More seconds give more tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nasbench.checkpoints.load import LoadedModel
+from nasbench.core.errors import MachineError
+from nasbench.core.files import read_json, write_json
+from nasbench.data.packing import Corpus
+from nasbench.runs import Run
+from nasbench.runtime.memory import free_bytes, ran_out
+from nasbench.supernet.estimate import time_steps
+from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.train import STAGES, Distiller
+
+FILE, HISTORY = "budget.json", "history.json"
+GRAPHS_GAIN = 1.05
+"""Least speed-up for which layers are replayed from CUDA graphs: they take memory."""
+TRUSTED_S = 5.0
+"""A finalisation that took less says nothing about the speed of the next."""
+
+Log = Callable[[str], None]
+
+
+class Budget:
+    """Turns seconds into tokens for one run.
+
+    Args:
+        loaded, corpus: the run's model, and its text in rows; only steps that must be timed need them.
+    """
+
+    def __init__(
+        self, run: Run, config: DistillConfig, load: Callable[[], tuple[LoadedModel, Corpus]], device: str, log: Log
+    ) -> None:
+        self.run, self.config, self.device, self.log = run, config, device, log
+        self.path = run.supernet / FILE
+        self._load = load
+
+    def settings(self, seconds: dict[str, float]) -> DistillConfig:
+        """The settings with the steps and the tokens that fill the seconds of each stage; 0 leaves a stage as it is."""
+        changes: dict[str, Any] = {}
+        for stage, known in {name: self.stage(name, value) for name, value in seconds.items() if value}.items():
+            changes |= {f"{stage}_tokens": int(known["tokens"]), f"{stage}_batch_tokens": int(known["batch_tokens"])}
+            if stage == "supernet":
+                changes["graphs"] = bool(known["graphs"])
+        return self.config.updated(changes)
+
+    def stage(self, stage: str, seconds: float) -> dict[str, Any]:
+        """The budget of a training stage: step, tokens/s and tokens. Times steps where none were timed before."""
+        plans = read_json(self.path) if self.path.is_file() else {}
+        known = plans.get(stage) or {**self._largest_step(stage), "seconds": 0.0, "tokens": 0}
+        if seconds > known["seconds"]:
+            steps = max(1, int(seconds * known["tok_s"] / known["batch_tokens"]))
+            known = {**known, "seconds": seconds, "tokens": steps * known["batch_tokens"]}
+        write_json(self.path, {**plans, stage: known})
+        self.log(
+            f"{stage}: {known['tokens']:,} tokens in steps of {known['batch_tokens']:,}, {known['tok_s']:,.0f} tokens/s"
+        )
+        return dict(known)
+
+    def _largest_step(self, stage: str) -> dict[str, Any]:
+        """The largest step up to the settings' that fits; batches are halved until one does. On a GPU, sub-networks
+        are also timed from CUDA graphs, which are faster where the host launches more slowly than the GPU computes."""
+        size = self.config.align_batch_tokens if stage == STAGES[0] else self.config.supernet_batch_tokens
+        while (found := self._timed_step(stage, {f"{stage}_batch_tokens": size})) is None:
+            if size <= self.run.spec.sequence:
+                raise MachineError(f"not one row of {self.run.spec.sequence} tokens fits into a step of {stage}")
+            size //= 2
+        if stage == STAGES[0] or not self.device.startswith("cuda") or self.config.graphs or self.config.recompute:
+            return found
+        # A step keeps the activations of one kind in each layer, graphs those of all kinds; finalising whole layers
+        # takes up to one more. Memory that runs out within a capture breaks torch's allocator: so never try.
+        needed = found["peak_bytes"] * (1 + len(self.run.spec.names))
+        if needed > free_bytes(self.device):
+            self.log(f"{stage}: graphs would take {needed / 2**30:,.0f} GiB")
+            return found
+        replayed = self._timed_step(stage, {f"{stage}_batch_tokens": size, "graphs": True})
+        told = "do not fit" if replayed is None else f"{replayed['tok_s']:,.0f} tokens/s"
+        self.log(f"{stage}: {found['tok_s']:,.0f} tokens/s; from graphs: {told}")
+        return replayed if replayed is not None and replayed["tok_s"] > GRAPHS_GAIN * found["tok_s"] else found
+
+    def _timed_step(self, stage: str, changes: dict[str, Any]) -> dict[str, Any] | None:
+        """Tokens, tokens/s and memory of a stage's steps with changed settings; None where they do not fit."""
+        config, cuda = self.config.updated(changes), self.device.startswith("cuda")
+        found: dict[str, Any] | None = None
+        loaded, corpus = self._load()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            distiller = Distiller(self.run, loaded, config, threading.Event(), corpus=corpus)
+            distiller.prepare(0)
+            tokens, seconds = time_steps(distiller, stage)
+            peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+            found = {"batch_tokens": tokens, "tok_s": tokens / seconds, "graphs": config.graphs, "peak_bytes": peak}
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+        # Outside of the handler: the exception holds the frames, and the frames hold the tensors.
+        distiller = None  # type: ignore[assignment]
+        release_memory(self.device)
+        return found
+
+
+def release_memory(device: str) -> None:
+    """Gives memory back that captured graphs and their tensors held."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+class FinalBudget:
+    """The budget of finalising one placement, across several calls with growing seconds.
+
+    Args:
+        version: of the supernet that the finalisation begins from; another one starts anew.
+        tok_s, step: of the supernet's training, and tokens of a step.
+    """
+
+    def __init__(self, folder: Path, version: str, tok_s: float, step: int) -> None:
+        self.path, self.step = folder / FILE, step
+        data = read_json(self.path) if self.path.is_file() else {}
+        fresh = {"supernet": version, "spent": 0.0, "tok_s": tok_s, "tokens": {}, "done": 0}
+        self.data: dict[str, Any] = data if data.get("supernet") == version else fresh
+
+    def tokens(self, seconds: float) -> int:
+        """Tokens in all that fill so many seconds in all, at least one step more than those of less time."""
+        key = f"{seconds:g}"
+        if key not in self.data["tokens"]:
+            earlier = max((tokens for at, tokens in self.data["tokens"].items() if float(at) < seconds), default=0)
+            left = max(0.0, seconds - self.data["spent"])
+            self.data["tokens"][key] = earlier + max(1, int(left * self.data["tok_s"] / self.step)) * self.step
+            write_json(self.path, self.data)
+        return int(self.data["tokens"][key])
+
+    def timed(self, tokens: int, work: Callable[[], Path]) -> None:
+        """Runs the training of so many tokens, unless it has gone on to more. Counts its time, also when it is stopped:
+        without it the device would seem faster than it is."""
+        if self.data["done"] >= tokens:
+            return
+        began = time.monotonic()
+        try:
+            work()
+            self.data["done"] = tokens
+        finally:
+            self.data["spent"] = round(self.data["spent"] + time.monotonic() - began, 1)
+            if self.data["done"] == tokens and self.data["spent"] > TRUSTED_S:
+                self.data["tok_s"] = tokens / self.data["spent"]
+            write_json(self.path, self.data)
+
+
+def final_history(folder: Path) -> dict[str, int]:
+    """Version of the weights -> tokens of finalising, of everything that a finalised folder has held."""
+    path = folder / HISTORY
+    data = read_json(path) if path.is_file() else {}
+    return {str(version): int(tokens) for version, tokens in data.items()}
+
+
+def note_final(folder: Path, tokens: int) -> None:
+    """Keeps which weights a folder holds after so many tokens: scores of earlier weights make a learning curve."""
+    from nasbench.supernet.finalize import final_version
+
+    write_json(folder / HISTORY, {**final_history(folder), final_version(folder): tokens})
