@@ -9,12 +9,14 @@ import pytest
 from nasbench.cli.main import run
 from nasbench.core.by_device import ByDevice
 from nasbench.cost.calibration import calibration_path, read_calibration
+from nasbench.cost.end_to_end import EndToEnd
 from nasbench.cost.holdout import holdout_path
 from nasbench.devices import detect
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.store import Database, Row, columns_of, read_db
 
 CPU = detect("cpu").slug
+TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,8 @@ def nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: tmp_path / "empty")
     monkeypatch.setattr("nasbench.cost.files.default_db_dir", lambda: tmp_path / "empty")
     monkeypatch.setattr("nasbench.runtime.roofline.BUFFER_BYTES", ByDevice(cpu=1 << 20))
+    monkeypatch.setattr("nasbench.runtime.roofline.MATRIX", ByDevice(cpu=128))
+    monkeypatch.setattr(MODELS, "_items", {**MODELS._items, "tiny": TINY})
 
 
 def stdout_json(capsys) -> dict:
@@ -33,7 +37,7 @@ def stdout_json(capsys) -> dict:
 
 
 def profile(folder, *more: str) -> int:
-    command = "profile --model smollm2-135m --blocks AJ --contexts 64,128 --batches 1 --modes decode --device cpu"
+    command = "profile --model tiny --blocks AJ --contexts 64,128 --batches 1 --modes decode --device cpu"
     return run([*command.split(), "--budget", "0.001", "--in-process", "--db", str(folder), *more])
 
 
@@ -45,7 +49,7 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     assert profile(tmp_path, "--json") == 0
     assert (stdout_json(capsys)["measured"]) == 0
 
-    cost = ["cost", "15A 15J", "--model", "smollm2-135m", "--context", "100", "--db", str(tmp_path), "--json"]
+    cost = ["cost", "2A 2J", "--model", "tiny", "--context", "100", "--db", str(tmp_path), "--json"]
     assert run([*cost, "--profile", CPU]) == 0
     found = stdout_json(capsys)
     wanted = "placement model device context batch decode_tok_s prefill_tok_s step_ms cache_bytes source "
@@ -55,7 +59,7 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     assert found["prefill_tok_s"] is None
     low, high = found["step_interval_ms"]
     assert low < found["step_ms"] < high
-    assert (found["source"], found["device"], found["placement"]) == ("measured", CPU, "15A 15J")
+    assert (found["source"], found["device"], found["placement"]) == ("measured", CPU, "2A 2J")
 
     assert run(["devices", "--json", "--db", str(tmp_path)]) == 0
     devices = stdout_json(capsys)
@@ -271,13 +275,11 @@ def test_help_says_the_default_chunk(command, capsys, monkeypatch):
     assert "default: 512 on a CPU, 8k on a GPU" in " ".join(capsys.readouterr().out.split())
 
 
-TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5)
-
-
 def test_a_holdout_is_measured_once_and_calibrates_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(MODELS, "_items", {**MODELS._items, "tiny": TINY})
-    command = "profile --model tiny --blocks AJ --contexts 64,128 --batches 1,4 --chunk 32 --device cpu --in-process"
-    command += f" --budget 0.001 --db {tmp_path} --json --calibrate --holdout 3"
+    real = EndToEnd.measure
+    monkeypatch.setattr(EndToEnd, "measure", lambda self, point, chunk=None: real(self, point, 0.01, chunk))
+    command = "profile --model tiny --blocks AJ --contexts 64 --batches 1,4 --chunk 64 --device cpu --in-process"
+    command += f" --budget 0.001 --db {tmp_path} --json --calibrate --holdout 2"
     assert run(command.split()) == 0
     first = stdout_json(capsys)
     assert first["calibration"] > 0
