@@ -40,7 +40,7 @@ class Blocks:
         self.chunks = sorted(sizes)
 
     def time(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int = 0) -> Time:
-        """The time of one block; shared ones have context 0. Raises UserError naming the block and the missing point."""
+        """The time of one block; shared ones have context 0. Raises UserError for a point that is not covered."""
         key = (name, mode, context, batch, extrapolate, chunk)
         if key not in self._known:
             self._known[key] = self._look_up(*key)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
-from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
 from nasbench.core.dtypes import dtype_name, torch_dtype
 from nasbench.core.noise import SPREAD
@@ -122,7 +121,7 @@ class SweepPlan:
 
 
 def prepare(
-    model: str | ModelSpec,
+    shape: ModelSpec,
     blocks: Sequence[str],
     contexts: Sequence[int],
     batches: Sequence[int | str],
@@ -155,9 +154,8 @@ def prepare(
             its part of it, and what does not fit is left: retries first, then the rows that take longest.
 
     Raises:
-        UserError: unknown model, kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
+        UserError: unknown kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
     """
-    shape = resolve_shape(model) if isinstance(model, str) else model
     info, kind = detect(device), torch_dtype(dtype)
     rounds = ROUNDS.of(info.kind)
     budget = Budget((seconds_per_row or ROW_BUDGET_S.of(info.kind)) / rounds)
