@@ -35,7 +35,7 @@ from nasbench.cli.distill_command import parse_names
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.data.packing import Corpus
 from nasbench.model.shapes import ModelSpec
-from nasbench.parallel.context import Workers, workers_of
+from nasbench.parallel.context import DistContext, dist_context
 from nasbench.parallel.fsdp import place_of
 from nasbench.runs import Run, RunSpec
 from nasbench.runtime.memory import free_bytes
@@ -132,7 +132,7 @@ def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str,
     times = {event.key: (getattr(event, field), event.count) for event in profiler.key_averages()}
     busy_us = sum(us for us, _ in times.values())
     found = sorted(times.items(), key=lambda item: -item[1][0])[:top]
-    distiller.forget_graph()
+    distiller.reset_graphs()
     return {
         "stage": stage, "step_tokens": rows * sequence, "sequence": sequence, "steps": steps,
         "documents": bool(distiller.corpus.ages), "step_ms": seconds * 1e3, "tok_s": rows * sequence / seconds,
@@ -156,11 +156,11 @@ def cases(options: argparse.Namespace) -> list[tuple[str, DistillConfig, int]]:
 
 
 def work(options: argparse.Namespace) -> int:
-    with workers_of(torch_device(options.device)) as (workers, device):
+    with dist_context(torch_device(options.device)) as (workers, device):
         return work_of_process(options, workers, device)
 
 
-def work_of_process(options: argparse.Namespace, workers: Workers, device: str) -> int:
+def work_of_process(options: argparse.Namespace, workers: DistContext, device: str) -> int:
     """The same measurements in every process; the first one prints them."""
     dtype, cuda = torch_dtype(options.dtype), device.startswith("cuda")
     shape, sequence = resolve_shape(options.model), parse_size(options.sequence)
@@ -169,7 +169,7 @@ def work_of_process(options: argparse.Namespace, workers: Workers, device: str) 
     title = torch.cuda.get_device_name() if cuda else "CPU"
 
     def say(line: str) -> None:
-        if workers.leads:
+        if workers.is_main:
             print(line, flush=True)
 
     say(f"{title} x {workers.size}, {shape.name}, {','.join(names)}, {options.dtype}: large products at {rate:.1f} "
@@ -204,7 +204,7 @@ def work_of_process(options: argparse.Namespace, workers: Workers, device: str) 
                   "utilisation": found["model_tflop_s"] / rate / workers.size, "torch": torch.__version__}  # fmt: skip
         results.append(found)
         say(table(found, variant))
-        if workers.leads:
+        if workers.is_main:
             write_json(options.out, results)
     return 0
 

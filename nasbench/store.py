@@ -186,7 +186,7 @@ def _version_of(header: list[str]) -> int:
 
 
 def _problem(row: Row) -> str:
-    """What is wrong with a row as "column: reason", or ""."""
+    """The first problem of a row as "column: reason", or ""."""
     for name in _NUMBERS:
         value = getattr(row, name)
         if value is not None and not (math.isfinite(value) and value >= 0):

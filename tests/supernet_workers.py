@@ -17,7 +17,7 @@ from pathlib import Path
 from nasbench.runs import Run
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
-from nasbench.parallel.context import workers_of
+from nasbench.parallel.context import dist_context
 torch.set_num_threads(1)
 run = Run.open(Path(sys.argv[1]))
 """
@@ -29,7 +29,7 @@ def progress(stage, done, total):
     count += stage == "supernet"
     if count == stop_at:
         os.kill(os.getpid(), {signal})
-with workers_of("cpu") as (workers, device):
+with dist_context("cpu") as (workers, device):
     try:
         distill(run, {config!r}, dtype=torch.float32, workers=workers, progress=progress)
     except KeyboardInterrupt:

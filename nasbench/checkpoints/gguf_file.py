@@ -81,7 +81,7 @@ def convert(path: Path, sha256: str | None = None) -> Path:
 def _write_folder(header: GgufHeader, folder: Path) -> None:
     import numpy as np
 
-    from nasbench.checkpoints.load import check_tensors
+    from nasbench.checkpoints.load import find_places
     from nasbench.checkpoints.tokenizer import gguf_tokenizer
 
     family, config, fields = _config(header)
@@ -97,7 +97,7 @@ def _write_folder(header: GgufHeader, folder: Path) -> None:
                 f"{tensor.path} has a tensor {tensor.name} that the family {family.model_type} does not have"
             )
         shapes |= {name: values.shape for name, values in found}
-    check_tensors(shapes, spec, str(header.path))
+    find_places(shapes, spec, None, str(header.path))
     _write_safetensors(folder / "model.safetensors", shapes, _values(header, family, config))
     tokenizer.save(folder / "tokenizer.json")
     config |= {
@@ -152,7 +152,9 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
         "rms_norm_eps": float(f"{keys.number('attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }
-    return family, config | family.gguf_config(keys, header), fields
+    config |= family.gguf_config(keys, header)
+    fields.finish(key for key in fields.data if key.startswith("tokenizer."))
+    return family, config, fields
 
 
 def _rope_scaling(keys: Fields) -> dict[str, Any] | None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,33 +52,26 @@ def read_header(path: Path) -> GgufHeader:
         UserError: not a whole GGUF file, or a part is not beside it.
     """
     keys, tensors = _read_part(path)
-    count = keys.get("split.count", 1)
-    if not isinstance(count, int) or count <= 1:
+    count = Fields(keys, str(path)).integer("split.count", 1)
+    if count == 1:
         return GgufHeader(path, keys, tensors, (path,))
-    parts = _part_paths(path, count, keys.get("split.no"))
-    for part in parts[1:]:
-        more_keys, more = _read_part(part)
-        if (more_keys.get("split.count"), more_keys.get("split.no")) != (count, parts.index(part)):
-            raise UserError(f"{part} is not part {parts.index(part) + 1} of {count} of {path.name}")
-        tensors |= more
-    total = keys.get("split.tensors.count", len(tensors))
-    if total != len(tensors):
-        raise UserError(f"{path} and its parts hold {len(tensors)} tensors, split.tensors.count says {total}")
-    return GgufHeader(path, keys, tensors, tuple(parts))
-
-
-def _part_paths(path: Path, count: int, number: Any) -> list[Path]:
-    match = re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", path.stem)
-    if match is None or int(match[3]) != count or count > 99_999:
-        raise UserError(f"{path} is one of {count} parts (split.count): name the parts NAME-00001-of-{count:05}.gguf")
-    parts = [path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
-    if number != 0 or parts[0] != path:
-        raise UserError(f"{path} is not the first part of its model: give {parts[0].name}")
+    stem = path.stem.removesuffix(f"-00001-of-{count:05}")
+    if keys.get("split.no") != 0 or stem == path.stem:
+        first = f"NAME-00001-of-{count:05}.gguf"
+        raise UserError(f"{path} is one of {count} parts (split.count): give the first one, under its name {first}")
+    parts = [path.with_name(f"{stem}-{i:05}-of-{count:05}.gguf") for i in range(1, min(count, 99_999) + 1)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"{path} is part 1 of {count}, and {', '.join(missing[:3])}{more} must lie beside it")
-    return parts
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path} is part 1 of {count}, and {missing[0]}{more} must lie beside it")
+    for number, part in enumerate(parts[1:], start=1):
+        others, more_tensors = _read_part(part)
+        if (others.get("split.count"), others.get("split.no")) != (count, number):
+            raise UserError(f"{part} is not part {number + 1} of {count} of {path.name}")
+        tensors |= more_tensors
+    if keys.get("split.tensors.count", len(tensors)) != len(tensors):
+        raise UserError(f"{path} and its parts hold {len(tensors)} tensors, not {keys['split.tensors.count']}")
+    return GgufHeader(path, keys, tensors, tuple(parts))
 
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
@@ -116,8 +109,10 @@ class _Cursor:
         for _ in range(tensor_count):
             name, rank = self.string(), self.unpack("I")[0]
             if rank > 4:
-                raise self.broken(f"tensor {name} has {rank} dimensions")
+                raise self.broken(f"tensor {name!r} has {rank} dimensions")
             sizes = self.unpack(f"{rank}Q")
+            if not 0 < math.prod(sizes) <= 8 * len(self.data):
+                raise self.broken(f"tensor {name!r} has the shape {sizes}")
             table.append((name, sizes, *self.unpack("IQ")))
         align = keys.get("general.alignment", 32)
         if not isinstance(align, int) or not 1 <= align <= 1 << 20:

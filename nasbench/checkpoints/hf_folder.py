@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,37 +77,45 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} lacks {', '.join(missing)}")
 
 
-def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor on the CPU) of a safetensors file, one at a time. Raises UserError naming a corrupt file."""
+@contextmanager
+def _opened(path: Path, framework: str) -> Iterator[Any]:
+    """The `safe_open` of a file. Raises UserError naming a corrupt one."""
     from safetensors import SafetensorError, safe_open
 
     with path.open("rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            for name in file.keys():  # noqa: SIM118 -- not a dictionary
-                yield name, file.get_tensor(name)
+        with safe_open(path, framework=framework) as tensors:
+            yield tensors
     except (SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}") from None
 
 
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors. Raises UserError naming a corrupt file."""
+    with _opened(path, "np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the CPU) of a safetensors file, one at a time. Raises UserError naming a corrupt file."""
+    with _opened(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 -- not a dictionary
+            yield name, file.get_tensor(name)
+
+
 def _has_other_head(folder: Path) -> bool:
     """Whether the weights hold an output matrix that differs from the embedding: transformers then unties the two."""
-    from safetensors import SafetensorError, safe_open
-
     names = ("lm_head.weight", "model.embed_tokens.weight")
-    places: dict[str, Path] = {}
     try:
-        for path in weight_files(folder):
-            with safe_open(path, framework="np") as file:
-                places |= {name: path for name in names if name in file.keys()}  # noqa: SIM118 -- not a dictionary
+        places = {name: path for path in weight_files(folder) for name in tensor_shapes(path) if name in names}
         if len(places) < len(names):
             return False
         matrices = []
         for name in names:
-            with safe_open(places[name], framework="pt") as file:
+            with _opened(places[name], "pt") as file:
                 matrices.append(file.get_tensor(name))
-    except (UserError, SafetensorError):
+    except UserError:
         return False  # A folder may hold its configuration alone; who reads a damaged file will tell.
     return not matrices[0].equal(matrices[1])

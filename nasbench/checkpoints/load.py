@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nasbench.checkpoints import hf_folder
-from nasbench.checkpoints.families import FAMILIES, Family
+from nasbench.checkpoints.families import FAMILIES
 from nasbench.checkpoints.families.family import Place
 from nasbench.checkpoints.resolve import classify, model_folder, resolve_shape
 from nasbench.checkpoints.tokenizer import Tokenizer, tokenizer_from_json
@@ -56,89 +56,74 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32."""
     files = hf_folder.weight_files(folder)
-    family = FAMILIES[shape.family]()
     with _built_on("meta", dtype):
         decoder = Decoder(shape, shape.placement)
     slots = decoder.state_dict()
-    filled: dict[str, int] = {}
+    shapes = {name: sizes for path in files for name, sizes in hf_folder.tensor_shapes(path).items()}
+    places = find_places(shapes, shape, slots, str(folder))
     parted: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:
             for name, tensor in hf_folder.read_tensors(path):
-                place = _find(family, name, tuple(tensor.shape), slots, shape, str(path))
+                place = places[name]
                 if place is None:
                     continue
-                filled[place.name] = filled.get(place.name, 0) + tensor.numel()
-                value = tensor.to(device, slots[place.name].dtype)
+                slot = slots[place.name]
+                value = (tensor.to(device, torch.float32) + place.shift if place.shift else tensor).to(
+                    device, slot.dtype
+                )
                 _check_values(name, tensor.dtype, value, path)
-                if place.shift:
-                    value = (tensor.to(device, torch.float32) + place.shift).to(value.dtype)
                 if place.index:
-                    if place.name not in parted:
-                        parted[place.name] = torch.empty_like(slots[place.name], device=device)
-                    parted[place.name][place.index] = value
-                    value = parted[place.name]
+                    whole = parted.setdefault(place.name, torch.empty_like(slot, device=device))
+                    whole[place.index] = value
+                    value = whole
                 decoder.load_state_dict({place.name: value}, strict=False, assign=True)
-    _check_filled(slots, filled, shape, str(folder))
     _materialise_buffers(decoder, device)
     return decoder.eval()
 
 
-def check_tensors(shapes: dict[str, tuple[int, ...]], shape: ModelSpec, where: str) -> None:
-    """Raises UserError unless the checkpoint's tensors of these shapes are exactly those of the model."""
+def find_places(
+    shapes: dict[str, tuple[int, ...]], shape: ModelSpec, slots: dict[str, Tensor] | None, where: str
+) -> dict[str, Place | None]:
+    """Where each tensor of a checkpoint goes; None for what repeats other data, as a tied output matrix.
+
+    Raises:
+        UserError: the tensors are not exactly those of the model.
+    """
     family = FAMILIES[shape.family]()
-    with _built_on("meta", torch.float32):
-        slots = Decoder(shape, shape.placement).state_dict()
-    filled: dict[str, int] = {}
+    if slots is None:
+        with _built_on("meta", torch.float32):
+            slots = Decoder(shape, shape.placement).state_dict()
+    places: dict[str, Place | None] = {}
+    filled = dict.fromkeys(slots, 0)
     for name, sizes in shapes.items():
-        place = _find(family, name, sizes, slots, shape, where)
-        if place is not None:
-            filled[place.name] = filled.get(place.name, 0) + math.prod(sizes)
-    _check_filled(slots, filled, shape, where)
-
-
-def _find(
-    family: Family, name: str, sizes: tuple[int, ...], slots: dict[str, Tensor], shape: ModelSpec, where: str
-) -> Place | None:
-    """Where a tensor goes; None for what repeats other data: a tied output matrix, old checkpoints' rotary tables."""
-    place = family.place(name, shape)
-    if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
-        return None
-    slot = slots.get(place.name)
-    try:
-        wanted = None if slot is None else list(slot[place.index].shape)
-    except IndexError:
-        wanted = None
-    if wanted is None:
-        raise UserError(f"{where} has a tensor {name} that a {shape.family} model of this configuration does not have")
-    if list(sizes) != wanted:
-        raise UserError(f"{where}: {name} has shape {list(sizes)}, the configuration says {wanted}")
-    return place
-
-
-def _check_filled(slots: dict[str, Tensor], filled: dict[str, int], shape: ModelSpec, where: str) -> None:
-    missing = [name for name, slot in slots.items() if filled.get(name, 0) != slot.numel()]
+        place = places[name] = family.place(name, shape)
+        if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
+            places[name] = None
+            continue
+        slot = slots.get(place.name)
+        if slot is None or (place.index and int(place.index[0]) >= len(slot)):
+            raise UserError(
+                f"{where} has a tensor {name} that a {shape.family} model of this configuration does not have"
+            )
+        wanted = slot[place.index].shape
+        if tuple(sizes) != tuple(wanted):
+            raise UserError(f"{where}: {name} has shape {list(sizes)}, the configuration says {list(wanted)}")
+        filled[place.name] += math.prod(sizes)
+    missing = [name for name, slot in slots.items() if filled[name] != slot.numel()]
     if missing:
-        (theirs, _), *_ = FAMILIES[shape.family]().split(missing[0], slots[missing[0]], shape, shape.placement)
+        (theirs, _), *_ = family.split(missing[0], slots[missing[0]], shape, shape.placement)
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise UserError(f"{where} lacks {theirs}{more}")
-
-
-_WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return places
 
 
 def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> None:
     """Refuses quantised weights and values that are not finite: one makes every output NaN, later and elsewhere."""
-    if dtype not in _WEIGHTS:
-        raise UserError(
-            f"{path}: {name} is {str(dtype).removeprefix('torch.')}: quantised checkpoints are not supported"
-        )
-    if value.numel():
-        low, high = value.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise UserError(
-                f"{path}: {name} holds values that are not finite in {str(value.dtype).removeprefix('torch.')}"
-            )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise UserError(f"{path}: {name} is {dtype}: quantised checkpoints are not supported")
+    if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        raise UserError(f"{path}: {name} holds values that are not finite in {value.dtype}")
 
 
 def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError
@@ -91,8 +91,13 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
         backend.no_truncation()
         backend.no_padding()
         begin = backend.encode("", add_special_tokens=True).ids
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path} is not a tokenizer: {error}") from None
+        backend.encode(
+            "a\u0001é日🙂"
+        )  # A vocabulary without its own unknown token fails at the first unknown character.
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exception, and panics of its own class
+        raise UserError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from None
     # Configurations name a begin-of-text id even where the model was trained without one (Qwen): the tokenizer knows.
     return Tokenizer(backend, begin[0] if begin and begin[0] not in eos_ids else None, eos_ids, embedding_rows)
 
@@ -143,28 +148,20 @@ _PATTERN = (
 )
 
 
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How llama.cpp treats a `tokenizer.ggml.pre`.
+class _Rules(NamedTuple):
+    """How llama.cpp treats a `tokenizer.ggml.pre`."""
 
-    Attributes:
-        pattern: splits the text; "" for GPT-2's own.
-        digits: whether single digits are split first.
-        whole_words: whether a piece that is a token needs no merges (`ignore_merges`).
-        add_bos: whether a text begins with the begin-of-text token where the file does not say.
-    """
-
-    pattern: str = ""
-    digits: bool = False
-    whole_words: bool = False
-    add_bos: bool = False
+    pattern: str = ""  # splits the text; "" for GPT-2's own
+    digits: bool = False  # single digits are split first
+    whole_words: bool = False  # a piece that is a token needs no merges
+    add_bos: bool = False  # a text begins with the begin-of-text token where the file does not say
 
 
 _PRE_TOKENIZERS = {
-    "smollm": _PreTokenizer(digits=True),
-    "gpt-2": _PreTokenizer(),
-    "llama-bpe": _PreTokenizer(_PATTERN.format("{1,3}"), whole_words=True, add_bos=True),
-    "qwen2": _PreTokenizer(_PATTERN.format("")),
+    "smollm": _Rules(digits=True),
+    "gpt-2": _Rules(),
+    "llama-bpe": _Rules(_PATTERN.format("{1,3}"), whole_words=True, add_bos=True),
+    "qwen2": _Rules(_PATTERN.format("")),
 }
 
 
@@ -175,10 +172,9 @@ def byte_level_bpe(
 
     Args:
         tokens: one string per id, bytes written as GPT-2 does.
-        kinds: llama.cpp's token type per id; control tokens become special, user-defined ones are added as they are.
+        kinds: llama.cpp's token type per id.
         merges: "left right" pairs, best first.
-        pre_tokenizer: the GGUF's `tokenizer.ggml.pre`. What splits the text before the merges decides the ids: taking
-            the wrong one gives a tokenizer that looks right and is wrong around digits and newlines.
+        pre_tokenizer: the GGUF's `tokenizer.ggml.pre`. The wrong one looks right and fails around digits and newlines.
         bos_id: begins every text, if given.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers
@@ -189,8 +185,8 @@ def byte_level_bpe(
     splits += [pre_tokenizers.Split(Regex(rules.pattern), "isolated")] if rules.pattern else []
     splits += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not rules.pattern)]
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=rules.whole_words))
+    ids = {token: i for i, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=ids, merges=pairs, ignore_merges=rules.whole_words))
     backend.pre_tokenizer = pre_tokenizers.Sequence(splits)
     backend.decoder = decoders.ByteLevel()
     return _with_special_tokens(backend, tokens, kinds, bos_id)
@@ -199,12 +195,8 @@ def byte_level_bpe(
 def sentencepiece_bpe(
     tokens: list[str], kinds: list[int], scores: list[float], space_prefix: bool, bos_id: int | None = None
 ) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE as GGUF files of the `llama` tokenizer kind store it: a pair that makes a token of a higher
-    score is merged first; what no token covers becomes bytes.
-
-    Args:
-        space_prefix: whether a space is put before the text.
-    """
+    """A SentencePiece BPE as GGUF files of the `llama` tokenizer kind store it: pairs that make a token of a higher
+    score are merged first, what no token covers becomes bytes. `space_prefix` puts a space before the text."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -218,8 +210,7 @@ def sentencepiece_bpe(
     pairs.sort()
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
     merges = [(left, right) for *_, left, right in pairs]
-    model = models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    backend = Backend(model)
+    backend = Backend(models.BPE(vocab=ids, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if space_prefix else spaces
     strip = [decoders.Strip(" ", 1, 0)] if space_prefix else []

@@ -49,7 +49,7 @@ def command(
     """
     from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
-    from nasbench.parallel.context import workers_of
+    from nasbench.parallel.context import dist_context
     from nasbench.parallel.fsdp import check
     from nasbench.runs import Run, RunSpec
     from nasbench.spaces.space import original_of
@@ -82,7 +82,7 @@ def command(
     if spec.sequence > shape.max_context:
         raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
     chosen, kind = torch_device(device), torch_dtype(dtype)
-    with workers_of(chosen) as (workers, own):
+    with dist_context(chosen) as (workers, own):
         check(settings.shard, workers)
         if dry_run:
             _dry_run(out, spec, settings, own, kind, as_json, workers)
@@ -96,7 +96,7 @@ def command(
             net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers, **read)
         source, version = net.source, net.version
         del net  # before the processes part
-    if not workers.leads:
+    if not workers.is_main:
         return
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {source}")
     if as_json:
@@ -131,7 +131,7 @@ def _dry_run(  # type: ignore[no-untyped-def]
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
     loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device))
     found = estimate(Distiller(run, loaded, settings, threading.Event(), workers=workers))
-    if not workers.leads:
+    if not workers.is_main:
         return
     if as_json:
         print_json({"run": str(out), **found.as_dict()})

@@ -45,7 +45,7 @@ def command(
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
-    from nasbench.parallel.context import workers_of
+    from nasbench.parallel.context import dist_context
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.budget import note_final
@@ -67,7 +67,7 @@ def command(
     settings = with_given(settings, shard=shard, tensorboard=tensorboard)
     kind, rows = torch_dtype(dtype), parse_size(sequence) if sequence else None
     folder = final_folder(opened, chosen, variant)
-    with workers_of(where) as (workers, own), progress_bar() as progress:
+    with dist_context(where) as (workers, own), progress_bar() as progress:
         if seconds and workers.size > 1:
             raise UserError("--seconds is measured by one process: under torchrun write --tokens")
         read = _read(opened, data, rows, own, kind) if data or seconds else {}
@@ -86,7 +86,7 @@ def command(
             known[1].timed(budget, train)
         else:
             train()
-    if not workers.leads:
+    if not workers.is_main:
         return
     note_final(folder, budget)
     log(f"finalised {format_placement(chosen)} in {folder}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +20,7 @@ from nasbench.core.sizes import parse_size, parse_sizes
 if TYPE_CHECKING:
     from nasbench.cost.holdout import Holdout
     from nasbench.model.shapes import ModelSpec
+    from nasbench.profiling.plan import Point
     from nasbench.profiling.sweep import SweepPlan, SweepResult
 
 
@@ -59,51 +59,39 @@ def command(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure decode and prefill of layer kinds, MLP, norm, embedding and head. Rows that exist are skipped."""
+    """Measure decode and prefill of mixers, FFNs, norm, embedding and head. Rows that exist are skipped."""
     from nasbench.cli.common import log, torch_device
-    from nasbench.profiling.plan import parse_batches
+    from nasbench.devices import DEVICES
+    from nasbench.profiling.plan import parse_batches, plan
 
-    if limit < 0:
-        raise UserError(f"limit {limit}: write seconds, or 0 for none")
-    context_list = parse_sizes(contexts)
-    if budget < 0:
-        raise UserError(f"budget {budget}: write seconds, or 0 to leave it to the device")
-    if timeout < 0:
-        raise UserError(f"timeout {timeout}: write seconds, or 0 to derive it from the budget")
-    batch_list = parse_batches(batches) if batches else []
-    chunk_tokens = parse_size(chunk) if chunk else None
+    for option, seconds in (("budget", budget), ("timeout", timeout), ("limit", limit)):
+        if seconds < 0:
+            raise UserError(f"{option} {seconds}: write seconds, or 0 for the default")
+    asked_contexts = parse_sizes(contexts)
+    asked_batches = parse_batches(batches) if batches else []
+    tokens = parse_size(chunk) if chunk else None
     mode_list = [mode.strip() for mode in modes.split(",") if mode.strip()]
 
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.profiling.sweep import prepare
 
-    shape = resolve_shape(model)
-    names = _names(blocks)
-    if estimate:
-        if calibrate or holdout or device != "auto":
-            raise UserError("--estimate measures nothing: leave out --calibrate, --holdout and --device")
-        gpu_contexts = context_list or default_contexts(shape.max_context, True)
-        asked = Asked(shape, names, gpu_contexts, batch_list or ["auto"], mode_list, chunk_tokens, dtype or "bf16")
-        _print_summary(_estimate(asked, estimate, db, dry_run), as_json)
-        return
-    name = torch_device(device)
+    shape, names = resolve_shape(model), _names(blocks)
+    if estimate and (calibrate or holdout or device != "auto"):
+        raise UserError("--estimate measures nothing: leave out --calibrate, --holdout and --device")
+    name = "cuda" if estimate else torch_device(device)
     on_gpu = name.startswith("cuda")
+    context_list = asked_contexts or default_contexts(shape.max_context, on_gpu)
+    batch_list = asked_batches or (["auto"] if on_gpu else [1, 4])
+    if estimate:
+        memory = DEVICES[estimate].memory_bytes
+        groups = plan(shape, names, context_list, batch_list, mode_list, tokens or PREFILL_CHUNK.of(name), memory, 2)
+        _print_summary(_estimate(shape, estimate, groups, dtype or "bf16", db, dry_run), as_json)
+        return
     todo = prepare(
-        shape,
-        names,
-        context_list or default_contexts(shape.max_context, on_gpu),
-        batch_list or (["auto"] if on_gpu else [1, 4]),
-        mode_list,
-        device=name,
-        db=db,
-        dtype=dtype or ("bf16" if on_gpu else "fp32"),
-        chunk=chunk_tokens,
-        force=force,
-        seconds_per_row=budget or None,
-        isolate=not in_process,
-        timeout_s=timeout or None,
-        limit_s=limit or None,
-    )
+        shape, names, context_list, batch_list, mode_list, device=name, db=db,
+        dtype=dtype or ("bf16" if on_gpu else "fp32"), chunk=tokens, force=force, seconds_per_row=budget or None,
+        isolate=not in_process, timeout_s=timeout or None, limit_s=limit or None,
+    )  # fmt: skip
     if dry_run:
         _print_plan(todo, as_json)
         return
@@ -123,8 +111,7 @@ def command(
         "seconds": round(time.monotonic() - began, 1),
     }
     if calibrate or holdout:
-        contexts_asked = context_list or default_contexts(shape.max_context, on_gpu)
-        summary |= _whole_models(todo, names, contexts_asked, chunk_tokens, calibrate, holdout)
+        summary |= _whole_models(todo, names, context_list, tokens, calibrate, holdout)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
@@ -148,34 +135,20 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
         print(", ".join(f"{key} {value}" for key, value in summary.items() if value or key == "measured"))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What of a sweep does not depend on a device that is here."""
-
-    shape: ModelSpec
-    names: list[str]
-    contexts: list[int]
-    batches: list[int | str]
-    modes: list[str]
-    chunk: int | None
-    dtype: str
-
-
-def _estimate(asked: Asked, device: str, db: Path | None, dry_run: bool) -> dict[str, Any]:
+def _estimate(
+    shape: ModelSpec, device: str, groups: list[list[Point]], dtype: str, db: Path | None, dry_run: bool
+) -> dict[str, Any]:
     """Writes estimated rows where the database has no measured ones; returns what the command prints."""
     from nasbench.cost import find_profiles, profiled_devices
     from nasbench.devices import DEVICES
     from nasbench.profiling.estimate import Estimator
-    from nasbench.profiling.plan import plan
     from nasbench.store import Database, db_path
 
-    spec, shape = DEVICES[device], asked.shape
+    spec = DEVICES[device]
     # The shipped measurements always teach; those of --db, which may be a new folder, too.
     places = [None, *([db] if db is not None and db.is_dir() else [])]
     known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
-    estimator = Estimator({row.key: row for row in known}.values(), asked.dtype)
-    chunk = asked.chunk or PREFILL_CHUNK.of("cuda")
-    groups = plan(shape, asked.names, asked.contexts, asked.batches, asked.modes, chunk, spec.memory_bytes, 2)
+    estimator = Estimator({row.key: row for row in known}.values(), dtype)
     rows = estimator.rows(spec, shape, [point for group in groups for point in group])
     path = db_path(spec.slug, db)
     measured = {row.key for row in Database(path).read() if row.source == "measured"}

@@ -135,7 +135,8 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
     full = next((row for row in outcome.front if row.strategy == "teacher"), first)
     print_table(head, [_front(row, full.decode_tok_s) for row in outcome.front], f"Pareto front ({target})")
     bounds = f"(reference: {what.lower().partition(' ')[0]} {first.reference_loss:.2f}, 0 tokens/s)"
-    print(f"\nhypervolume {first.hypervolume:.4g} nats x tokens/s {bounds}")
+    unit = "nats" if what == "Loss" else "score"
+    print(f"\nhypervolume {first.hypervolume:.4g} {unit} x tokens/s {bounds}")
     if any(row.source == "estimated" for row in outcome.front):
         print("speeds marked ~ rest on estimated, not on measured rows")
 

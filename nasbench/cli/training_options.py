@@ -41,8 +41,8 @@ def read_settings(config: Path | None, changes: list[str] | None) -> DistillConf
 def with_given(settings: DistillConfig, **options: object) -> DistillConfig:
     """The settings with those options that were given, not None. Raises UserError where TensorBoard is wanted and not
     installed."""
-    from nasbench.supernet import board
+    from nasbench.supernet import tensorboard
 
     settings = settings.updated({name: value for name, value in options.items() if value is not None})
-    board.check(settings.tensorboard)
+    tensorboard.check(settings.tensorboard)
     return settings

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one, and turning the system's refusals into one line."""
+"""Atomic writes, locks, and errors of the system in one line."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def utc_now() -> str:
 
 
 def _version(package: str) -> str:
-    """Of a package, from the module itself where it is loaded: only that names its CUDA version."""
+    """The version of a package. A loaded module is asked first: only it names its CUDA version."""
     loaded = getattr(sys.modules.get(package), "__version__", "")
     if loaded:
         return str(loaded)
@@ -64,7 +64,7 @@ def command_line() -> str:
 
 
 def provenance(device: str = "", driver: str = "") -> Provenance:
-    """Of what is measured now.
+    """The provenance of what is measured now.
 
     Args:
         device, driver: of `nasbench.devices.detect(...)`: its slug and driver.

@@ -40,14 +40,14 @@ class Blocks:
         self.chunks = sorted(sizes)
 
     def time(self, name: str, mode: str, context: int, batch: int, extrapolate: bool, chunk: int = 0) -> Time:
-        """Of one block; shared blocks have context 0. Raises UserError naming the block and the missing point."""
+        """The time of one block; shared ones have context 0. Raises UserError naming the block and the missing point."""
         key = (name, mode, context, batch, extrapolate, chunk)
         if key not in self._known:
             self._known[key] = self._look_up(*key)
         return self._known[key]
 
     def of_chunk(self, name: str, begin: int, tokens: int, batch: int, chunk: int, extrapolate: bool) -> Time:
-        """One block for `tokens` tokens of a prompt that stand behind `begin`.
+        """The time of one block for the `tokens` tokens of a prompt that follow position `begin`.
 
         A last, shorter chunk is its share of the whole one that would end where it ends. A prompt that is shorter than
         a chunk lies between the lengths that were measured at once, or is a share of the shortest.
@@ -75,7 +75,7 @@ class Blocks:
         return self.time("head", "decode", 0, min(batch, largest), extrapolate)
 
     def command(self, mode: str, context: int, batch: int, name: str = "") -> str:
-        """What to run for a point that is missing."""
+        """The command that measures a missing point."""
         blocks = f" --blocks {name}" if name and not is_shared(name) else ""
         contexts = f" --contexts {format_size(context)}" if context else ""
         modes = "decode" if mode == "decode" else "decode,prefill"

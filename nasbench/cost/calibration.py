@@ -77,7 +77,7 @@ _KEY = _COLUMNS[1 : _COLUMNS.index("chunk") + 1]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Coefficients with their covariance, and the relative error that is left.
+    """Coefficients, their covariance, and the relative residual.
 
     Attributes:
         rows: measurements behind it; 0 is the prior alone.
@@ -96,7 +96,7 @@ class Calibration:
         return _prior_mean(name)
 
     def apply(self, features: Features) -> tuple[float, float]:
-        """(microseconds, their standard error: of the coefficients and of what the fit leaves)."""
+        """(microseconds, their standard error from the coefficients and the residual)."""
         names = sorted(features)
         x = np.array([features[name] for name in names])
         mean = float(sum(self.coefficient(name) * features[name] for name in names))

@@ -32,9 +32,9 @@ from nasbench.runtime.timing import summarise
 from nasbench.spaces.placement import Placement, format_placement
 
 PROMPT_TOKENS = ByDevice(cpu=2048, cuda=65536)
-"""Of all sequences together, in a prompt that calibrates: seconds on a large GPU, or on a CPU."""
+"""Tokens of all prompts of a calibration point together: seconds of work on a large GPU, or on a CPU."""
 MOST_SEQUENCES = ByDevice(cpu=4, cuda=1 << 20)
-"""Of a step that calibrates."""
+"""Most sequences of a step that calibrates."""
 
 
 class Decoders:

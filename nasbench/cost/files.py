@@ -1,4 +1,4 @@
-"""Which databases there are, and a device's cost model from them."""
+"""Finds profile databases and loads a device's cost model from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def profiled_devices(db: Path | None = None) -> list[str]:
 
 
 def find_profiles(device: str, db: Path | None = None) -> list[Row]:
-    """The rows of a device; rows of others that a file was given by hand do not count.
+    """The rows of a device. A file's rows of other devices do not count.
 
     Args:
         db: a folder of databases or one file; None for the shipped databases with the user's own rows over them.

@@ -24,7 +24,8 @@ from nasbench.cost.calibration import BS1_OVERHEAD, LAUNCH, OVERHEAD, SHARED, Ca
 from nasbench.cost.table import NOTHING, Time, total
 from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
-from nasbench.runtime.memory import USABLE, activation_bytes, weight_bytes
+from nasbench.model.spec import BlockSpec
+from nasbench.runtime.memory import USABLE, activation_bytes
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.store import Row, ffn_names
 
@@ -34,7 +35,7 @@ INTERVAL_SD = 1.645
 
 @dataclass(frozen=True)
 class Cost:
-    """What a placement costs. A speed is None where it was not asked for or has no rows.
+    """What a placement costs. A speed without rows is None.
 
     Attributes:
         placement: canonical string.
@@ -150,6 +151,9 @@ class CostModel:
         self.dtype_bytes = dtype_bytes(dtype)
         memory = memory_bytes_of(self.device) if self.device else None
         self.room_bytes = memory and memory * USABLE.of("cuda" if self.device in DEVICES else "cpu")
+        self._activation_bytes = activation_bytes(shape, self.dtype_bytes)
+        self._other_parameters = shape.parameters() - sum(mixer.parameters() for mixer in shape.mixers(shape.placement))
+        self._bytes: dict[tuple[str, int, int], tuple[int, int, int]] = {}
         self._blocks = Blocks(rows, shape, dtype, self.device)
         self.chunks = self._blocks.chunks
         self._others = {shape.name: self}
@@ -219,21 +223,32 @@ class CostModel:
         )
 
     def cache(self, placement: Placement, context: int, batch: int) -> Cost:
-        """The part that needs no rows: cache and history bytes. Raises UserError for a context beyond the model's."""
+        """The part without rows: bytes, and whether they fit. Raises UserError for a context beyond the model's."""
         check_context(self.shape, context)
         if batch < 1:
             raise UserError(f"batch {batch}: choose at least 1")
-        width = self.dtype_bytes
-        cache = self.shape.cache_bytes(placement, batch, context, width)
-        conv_state = self.shape.conv_state_bytes(placement, batch, width)
-        needed = weight_bytes(self.shape, placement, width) + batch * activation_bytes(self.shape, width)
-        needed += cache + conv_state
+        parts = [self._bytes_of(name, batch, context) for name in placement]
+        parts.append(self._bytes_of("", batch, context))
+        weights, cache, conv_state = map(sum, zip(*parts, strict=True))
+        needed = weights + cache + conv_state + batch * self._activation_bytes
         return Cost(
             placement=format_placement(placement), model=self.shape.name, device=self.device, context=context,
             batch=batch, decode_tok_s=None, prefill_tok_s=None, step_ms=None, cache_bytes=cache,
             conv_state_bytes=conv_state, needed_bytes=needed,
             fits=None if self.room_bytes is None else needed <= self.room_bytes, source="none",
         )  # fmt: skip
+
+    def _bytes_of(self, name: str, batch: int, context: int) -> tuple[int, int, int]:
+        """(weights, cache, conv state) of a mixer; "" for everything else in the model."""
+        key = (name, batch, context)
+        if key not in self._bytes:
+            blocks: list[BlockSpec] = [self.shape.mixer(name)] if name else [*self.shape.ffns()]
+            width = self.dtype_bytes
+            parameters = blocks[0].parameters() if name else self._other_parameters
+            cache = sum(block.cache_bytes(batch, context, width) for block in blocks)
+            conv_state = sum(block.conv_state_bytes(batch, width) for block in blocks)
+            self._bytes[key] = parameters * width, cache, conv_state
+        return self._bytes[key]
 
     def _shared_counts(self) -> Counter[str]:
         """How often each shared block but the head runs."""
@@ -281,7 +296,7 @@ class CostModel:
         return us, (stderr_us**2 + scatter) ** 0.5
 
     def _features_of(self, row: CalibrationRow) -> Features | None:
-        """Of an end-to-end measurement; None where the rows do not cover it."""
+        """The features of an end-to-end measurement; None where the rows do not cover it."""
         costs = self._others.get(row.model)
         if costs is None:
             return None

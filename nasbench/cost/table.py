@@ -1,4 +1,4 @@
-"""Times of one block over context and batch, and what stands between the measured points.
+"""Times of one block over context and batch, interpolated between the measured points.
 
 Between them the time is piecewise linear in the context and in the batch: a step moves bytes and computes products in
 proportion to both, and the constant part of each segment is what the launches and the weights cost.
@@ -39,11 +39,11 @@ class Time:
         return Time(self.us * factor, self.estimated, self.sd_us * factor, joules, self.host_us * factor)
 
     def scaled(self, factor: float) -> Time:
-        """As many launches of so much more work."""
+        """The time of as many launches with `factor` times the work."""
         return replace(self * factor, host_us=self.host_us)
 
     def __add__(self, other: Time) -> Time:
-        """The sum of times that err together: of the same rows."""
+        """The sum of times whose errors are correlated: they are of the same rows."""
         joules = None if self.joules is None or other.joules is None else self.joules + other.joules
         estimated, host_us = self.estimated or other.estimated, self.host_us + other.host_us
         return Time(self.us + other.us, estimated, self.sd_us + other.sd_us, joules, host_us)
@@ -53,12 +53,12 @@ NOTHING = Time(0.0, joules=0.0)
 
 
 def total(times: Iterable[Time]) -> Time:
-    """The sum of times that err together."""
+    """The sum of times whose errors are correlated."""
     return sum(times, start=NOTHING)
 
 
 def of_row(row: Row) -> Time:
-    """What a row measured."""
+    """The time of a row."""
     assert row.p20_us is not None
     assert row.p50_us is not None
     assert row.p80_us is not None

@@ -1,4 +1,4 @@
-"""What is known of a device: `DeviceSpec` from its data sheet, `DeviceInfo` from asking the machine.
+"""`DeviceSpec` is a device's data sheet, `DeviceInfo` a device that this machine has.
 
 A family of devices is one file with a tuple `SPECS`. Third parties register a DeviceSpec under the entry-point group
 `nasbench.devices`, its slug as the name.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nasbench.core.registry import Registry
 
 FIGURES = ("memory_bytes", "bandwidth_gb_s", "tflop_s", "shared_memory_bytes")
-"""What a DeviceSpec states of a device."""
+"""Figures of a DeviceSpec."""
 
 
 @dataclass(frozen=True)

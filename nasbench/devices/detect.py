@@ -1,4 +1,4 @@
-"""What device this machine has, asked of the operating system, of NVML and, for GPUs, of torch."""
+"""Finds the device of this machine by the operating system, NVML and, for GPUs, torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -258,14 +258,3 @@ def _parse(row: dict[str, Any]) -> tuple[ScoreKey, Scores]:
     if not math.isfinite(scores.value):
         raise ValueError(f"task {key.task} of {key.placement} is not finite")
     return key, scores
-
-
-def latest(scores: Mapping[ScoreKey, Scores], split: str = "") -> Sequence[tuple[ScoreKey, Scores]]:
-    """One score of each placement: that of the most samples, of those the newest; of a split if one is named."""
-    chosen: dict[str, tuple[ScoreKey, Scores]] = {}
-    for key, found in scores.items():
-        if split and f"{split}/" not in f"{key.settings}/":
-            continue
-        if key.placement not in chosen or found.n >= chosen[key.placement][1].n:
-            chosen[key.placement] = key, found
-    return list(chosen.values())

@@ -21,7 +21,7 @@ from nasbench.data.packing import Batch
 
 
 @dataclass(frozen=True)
-class Workers:
+class DistContext:
     """This process among those that train together.
 
     Attributes:
@@ -33,10 +33,10 @@ class Workers:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch: Batch) -> Batch:
+    def local_rows(self, batch: Batch) -> Batch:
         """This process's rows of a batch. Raises UserError when they cannot be shared out evenly."""
         if self.size == 1:
             return batch
@@ -48,7 +48,7 @@ class Workers:
             )
         return batch.rows(slice(self.rank, None, self.size))
 
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce(self, tensors: list[Tensor]) -> None:
         """Replaces each tensor by its sum over the processes."""
         if self.size > 1:
             for work in [distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
@@ -60,20 +60,20 @@ class Workers:
         if self.size == 1:
             return flag
         total = torch.tensor(float(flag), device=device)
-        self.sum_([total])
+        self.all_reduce([total])
         return bool(total > 0)
 
 
-ALONE = Workers()
+SINGLE = DistContext()
 
 
 @contextmanager
-def workers_of(device: str) -> Iterator[tuple[Workers, str]]:
+def dist_context(device: str) -> Iterator[tuple[DistContext, str]]:
     """Joins the processes that torchrun started, if it did: yields this one and its device, `cuda:<local rank>` where
     `device` is cuda."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE, device
+        yield SINGLE, device
         return
     cuda = device.startswith("cuda")
     if cuda:
@@ -81,7 +81,7 @@ def workers_of(device: str) -> Iterator[tuple[Workers, str]]:
         torch.cuda.set_device(device)
     distributed.init_process_group("nccl" if cuda else "gloo", device_id=torch.device(device) if cuda else None)
     try:
-        yield Workers(distributed.get_rank(), size), device
+        yield DistContext(distributed.get_rank(), size), device
     finally:
         distributed.destroy_process_group()
         # Gloo's threads end with the last reference to their group, and abort a process that ends before them. Weights

@@ -31,7 +31,7 @@ from nasbench.model.block import UNIT, Block
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from nasbench.parallel.context import Workers
+    from nasbench.parallel.context import DistContext
 
 
 class Unit(nn.Module):
@@ -56,7 +56,7 @@ class _Root(nn.Module):
         """Nothing: the first call ends FSDP2's construction."""
 
 
-def check(shard: bool, workers: Workers) -> None:
+def check(shard: bool, workers: DistContext) -> None:
     """Raises UserError where there is nobody to share the weights with."""
     if shard and workers.size == 1:
         raise UserError("shard needs several processes: start with `torchrun --nproc-per-node N`, or say --no-shard")
@@ -67,7 +67,7 @@ def place_of(shard: bool, device: str) -> str:
     return "cpu" if shard else device
 
 
-def shard(net: Any, workers: Workers) -> None:
+def shard(net: Any, workers: DistContext) -> None:
     """Shares out all weights of a supernet that lies on the CPU, and moves the shares to this process's device.
 
     Which parameters are trained must be known by now.
@@ -102,7 +102,7 @@ def shard(net: Any, workers: Workers) -> None:
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
     for module in (net.teacher, *net.mixers(), *net.own.values()):
         for parameter in module.parameters():
-            if not is_shared_out(parameter):
+            if not is_sharded(parameter):
                 parameter.data = parameter.data.to(device)
     root(torch.empty(0, device=device))  # FSDP2 takes no call without arguments on GPUs
     net.shards = root
@@ -125,7 +125,7 @@ def _even(parameter: Tensor, size: int) -> bool:
     return parameter.ndim > 0 and -(-parameter.shape[0] // size) * (size - 1) < parameter.shape[0]
 
 
-def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a process has a share of the tensor. Without importing DTensor, a second that most commands need not
     spend: where nobody has imported it, no tensor is one."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -135,22 +135,22 @@ def is_shared_out(tensor: Tensor) -> TypeGuard[DTensor]:
 def local(tensor: Tensor) -> Tensor:
     """This process's share, in the same memory; a tensor that is whole as it is."""
     with torch.no_grad():
-        return tensor.to_local() if is_shared_out(tensor) else tensor
+        return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def share_of(value: Tensor, like: Tensor) -> Tensor:
+def local_part(value: Tensor, like: Tensor) -> Tensor:
     """The share of a tensor, whole or shared out, that stands where `like`'s does."""
-    if not is_shared_out(like):
+    if not is_sharded(like):
         return value
-    if is_shared_out(value):
+    if is_sharded(value):
         return local(value)
     size, rank = like.device_mesh.size(), like.device_mesh.get_local_rank()
     return value.chunk(size)[rank]
 
 
-def with_share(like: Tensor, share: Tensor) -> Tensor:
+def sharded_like(like: Tensor, share: Tensor) -> Tensor:
     """The tensor shared out as `like` of which this process has `share`."""
-    if not is_shared_out(like):
+    if not is_sharded(like):
         return share
     from torch.distributed.tensor import DTensor
 
@@ -162,16 +162,16 @@ def with_share(like: Tensor, share: Tensor) -> Tensor:
 @torch.no_grad()
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor. Every process must ask."""
-    return tensor.full_tensor() if is_shared_out(tensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
     """Writes a value, whole or shared out, into a parameter, whole or shared out."""
-    local(parameter).copy_(share_of(value, parameter))
+    local(parameter).copy_(local_part(value, parameter))
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+def full_state_dict(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Every tensor whole, fp32, on the CPU, one after another. Every process must ask; without `keep` it gets none."""
     whole = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What a point must move and compute at least, from the formulas of its block. Imports no torch."""
+"""Least bytes and operations of a point, from the formulas of its block. Imports no torch."""
 
 from __future__ import annotations
 

@@ -254,10 +254,12 @@ def _training(path: Path) -> list[TrainingCurve]:
         means = rows.astype({"tokens": int, "loss": float}).groupby(["stage", "name", "tokens"], sort=False).loss.mean()
     except ValueError as error:
         raise UserError(f"{path} is not a table of losses: {error}") from None
-    return [
-        TrainingCurve(str(stage), str(name), [int(at) for _, _, at in own.index], [float(loss) for loss in own])
-        for (stage, name), own in means.groupby(level=["stage", "name"], sort=False)
-    ]
+    curves: dict[tuple[str, str], TrainingCurve] = {}
+    for stage, name, tokens, loss in means.reset_index().itertuples(index=False):
+        curve = curves.setdefault((str(stage), str(name)), TrainingCurve(str(stage), str(name), [], []))
+        curve.tokens.append(int(tokens))
+        curve.loss.append(float(loss))
+    return list(curves.values())
 
 
 def _profile(

@@ -103,12 +103,6 @@ def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
     return named | comparison_drawings(facts.comparison)
 
 
-def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
-    """(title, function) of every figure of the page, by file name."""
-    named = {name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()}
-    return named | comparison_drawings(facts.comparison)
-
-
 def figure_markup(name: str, title: str, draw: Draw) -> Markup:
     """A figure as two inline SVGs, of which the page shows the one that fits."""
     return Markup("").join(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,7 +131,7 @@ def _placements(found: Comparison) -> Section:
     return Section("Placements compared", words, head, shown)
 
 
-def _cell(cells: dict[str, Any], name: str, percent: bool = False) -> str:
+def _cell(cells: Mapping[Hashable, Any], name: str, percent: bool = False) -> str:
     return _interval(cells[name], cells[f"{name}_se"], percent)
 
 

@@ -1,4 +1,4 @@
-"""How much memory a device has left, and what a decoder needs of it. Imports torch only where a device is asked."""
+"""How much memory a device has and a decoder needs. Imports torch only to ask a device."""
 
 from __future__ import annotations
 

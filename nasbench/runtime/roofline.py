@@ -1,4 +1,4 @@
-"""The least time of a decode step on this device: what each part must move or compute, at rates measured in this run.
+"""The least time of a decode step on this device: bytes and operations of each part at rates measured in this run.
 
     floor = sum over parts of max(bytes / bandwidth, FLOPs / matrix-product rate)
 
@@ -31,7 +31,7 @@ REPEATS = 9
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device did just now, 10^9 bytes and 10^12 operations per second.
+    """Rates that a device reached just now, 10^9 bytes and 10^12 operations per second.
 
     Attributes:
         read_gb_s: a pass that only reads.
@@ -87,7 +87,7 @@ def ceiling_work(
 
 @torch.inference_mode()
 def measure_ceilings(device: torch.device | str, free_bytes: int, dtype: torch.dtype) -> Ceilings:
-    """Measures them, as `ceiling_work` says."""
+    """Measures the rates of `ceiling_work`."""
     device = torch.device(device)
     rates = {}
     for name, work, nbytes, flops in ceiling_work(device, free_bytes, dtype):

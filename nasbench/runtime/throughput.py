@@ -1,4 +1,4 @@
-"""End-to-end speed of a whole decoder: decode from a full cache, chunked prefill, and how near the memory's limit.
+"""End-to-end speed of a whole decoder: decode from a full cache, chunked prefill, share of the roofline.
 
 Decode: the cache is filled with random data as if `context - 1` tokens had been read; a step reads the next token, so
 its attention covers exactly `context` keys. The step is repeated at that place with the token it just produced, through

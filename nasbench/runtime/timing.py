@@ -1,4 +1,4 @@
-"""Timing work on a CPU or a GPU: warm-up, synchronisation, as many repeats as the spread asks for."""
+"""Timing work on a CPU or a GPU: warm-up, synchronisation, and repeats until the spread is small."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one row may take: until the spread of `least` or more repeats is small, or `seconds` are over, but never
-    fewer than three repeats. `watch` is how long a GPU's power is watched afterwards, in seconds."""
+    """How long one row may take. It ends when the spread of `least` or more repeats is small, or after `seconds`, never
+    before three repeats. `watch` is how long a GPU's power is watched afterwards, in seconds."""
 
     seconds: float = 0.6
     least: int = 15

@@ -25,6 +25,7 @@ from nasbench.runs import Run
 from nasbench.search.compared import FINAL, SUPERNET, Benchmark, Compared, benchmarks_path, compared
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import Placement
+from nasbench.spaces.space import count_full
 from nasbench.supernet.budget import release_memory
 from nasbench.supernet.finalize import final_folder, final_version, use_final
 from nasbench.supernet.supernet import Supernet
@@ -62,7 +63,7 @@ def choose(run: Run, text: str, parse: Callable[[str], Placement]) -> list[Compa
     if not path.is_file():
         raise unknown("set of placements", text, (*SETS, "a file with one on each line"))
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Compared(sum(name == "A" for name in layers), "file", layers) for layers in map(parse, lines)]
+    return [Compared(count_full(layers), "file", layers) for layers in map(parse, lines)]
 
 
 def queue(rows: Sequence[Compared], tasks: Sequence[Task], brief: Sequence[Task]) -> list[Pair]:
@@ -76,7 +77,7 @@ def queue(rows: Sequence[Compared], tasks: Sequence[Task], brief: Sequence[Task]
     return [*pairs, *((row, tuple(tasks)) for row in others)]
 
 
-def share_of(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
+def local_part(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
     """What process `number` of `of` measures: placements are dealt out in turn, in the order in which they first come.
     All that is measured of one stays in one process, so that nothing is measured twice."""
     places: dict[tuple[Placement, str], int] = {}
@@ -165,13 +166,13 @@ def measure_all(
 
     Returns whether everything is done when time is up or the children have ended.
     """
-    todo, done = share_of(pairs, 0, of), 0
+    todo, done = local_part(pairs, 0, of), 0
     while True:
         # Before `failed`: who ends in between is reported in the next round.
         running = pool.running()
         for number, reason in pool.failed():
             log(f"measuring on {pool.jobs[number].title} stopped, {measurer.device} does the rest: {reason}")
-            todo = sorted({*todo, *share_of(pairs, shares[number], of)}, key=pairs.index)
+            todo = sorted({*todo, *local_part(pairs, shares[number], of)}, key=pairs.index)
         if todo and time.time() <= ends:
             measurer.measure(todo.pop(0))
             done += 1

@@ -98,26 +98,33 @@ def parse_objective(text: str) -> list[tuple[float, Task]]:
     return terms
 
 
-def indistinct_names(evaluator: Evaluator, tasks: Sequence[Task]) -> tuple[list[str], int]:
-    """Names that no task can tell from full attention, and the tokens of the longest text that they score.
+def distinct_space(evaluator: Evaluator, tasks: Sequence[Task]) -> Space:
+    """The evaluator's space without the names that no task can tell from full attention.
 
-    A window at least as long as every text is full attention on it: its score would be the teacher's. Such a name keeps
-    as large a cache as full attention at every context up to that length.
+    A window at least as long as every scored text is full attention on it: its score would be the teacher's. Such a
+    name keeps as large a cache as full attention at every context up to that length.
+
+    Raises UserError where no alternative is left.
     """
     shape, space, context = evaluator.supernet.teacher.shape, evaluator.supernet.space, evaluator.context("search")
     longest = max(task.scored_tokens(context) for task in tasks)
-    lengths = {longest, max(1, longest // 2), max(1, longest // 3)}
 
     def caches(layer: int, name: str) -> list[int]:
-        return [shape.mixer(name).cache_bytes(1, length) for length in lengths]
+        return [shape.mixer(name, layer).cache_bytes(1, max(1, longest // part)) for part in (1, 2, 3)]
 
-    full = space.may_be_full
-    found = [
-        name
-        for name in space.efficient_names
-        if full and caches(full[0], name) == caches(full[0], space.original[full[0]])
-    ]
-    return found, longest
+    full = space.may_be_full[:1]
+    names = [n for n in space.efficient_names for at in full if caches(at, n) == caches(at, space.original[at])]
+    if not names:
+        return space
+    told = (
+        f"{', '.join(names)} cannot be told from full attention on scored text of {longest} tokens: the window is as "
+        "long. Distil and search with longer --sequence, or choose an --objective over longer text"
+    )
+    left = space.without(names)
+    if not any(left.alternatives(layer) for layer in range(left.num_layers)):
+        raise UserError(told)
+    log.warning("left out of the search: %s", told)
+    return left
 
 
 class RunObjective:
@@ -149,7 +156,7 @@ class RunObjective:
         for _, task in self.terms:
             task.check(context)
         self.settings = parse_task("kl").settings(context)
-        self.space = self._distinct_space(evaluator)
+        self.space = distinct_space(evaluator, [task for _, task in self.terms])
         accurate = self.terms[0][1].higher_is_better
         vocabulary = math.log(evaluator.supernet.teacher.shape.vocab_size)
         self.reference = 2 * sum(w for w, _ in self.terms) if self.mixed else 1.0 if accurate else vocabulary
@@ -160,21 +167,6 @@ class RunObjective:
     @property
     def mixed(self) -> bool:
         return len(self.terms) > 1
-
-    def _distinct_space(self, evaluator: Evaluator) -> Space:
-        """The space without the names that the objective cannot tell from full attention."""
-        space = evaluator.supernet.space
-        names, longest = indistinct_names(evaluator, [task for _, task in self.terms])
-        if not names:
-            return space
-        told = (
-            f"{', '.join(names)} cannot be told from full attention on scored text of {longest} tokens: the window is "
-            "as long. Distil and search with longer --sequence, or choose an --objective over longer text"
-        )
-        if set(names) == set(space.efficient_names):
-            raise UserError(told)
-        log.warning("left out of the search: %s", told)
-        return space.without(names)
 
     def measure(self, placements: Sequence[Placement]) -> list[Measured]:
         tasks = list(dict.fromkeys([*TEXT, *(task.label for _, task in self.terms)]))

@@ -187,18 +187,20 @@ def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
 
 
 def add_trials(path: Path, fresh: Iterable[TrialRow]) -> None:
-    """Adds trials that the file does not hold, numbered. Writers in other processes wait."""
+    """Adds trials, numbered; one that the file holds with another score takes its place. Writers in other processes
+    wait."""
     with locked(path):
         rows: list[TrialRow] = list(_read_rows(path))
         old = [row for row in rows if isinstance(row, Trial) and math.isfinite(row.loss)]
         _move_losses(path, old)
-        known = {row.key for row in rows}
-        size = len(rows)
+        places = {row.key: place for place, row in enumerate(rows)}
+        changed = bool(old)
         for row in fresh:
-            if row.key not in known:
-                known.add(row.key)
-                rows.append(replace(row, trial=len(rows) + 1))
-        if len(rows) > size or old:
+            place = places.setdefault(row.key, len(rows))
+            if place == len(rows) or rows[place].score != row.score:
+                rows[place : place + 1] = [replace(row, trial=place + 1)]
+                changed = True
+        if changed:
             write_table(path, rows, TrialRow)
 
 

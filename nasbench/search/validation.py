@@ -125,8 +125,9 @@ def validate(
     path = run.validation
     known = {row.placement for row in read_validation(path) if row.target == target}
     left = [placement for placement in placements if format_placement(placement) not in known]
-    for placement in left if cost is not None else ():  # a point without profile rows is told before work begins
-        cost.decode(placement, target.context, target.batch)
+    if cost is not None:
+        for placement in left:  # a point that the profile does not cover is told before work begins
+            cost.decode(placement, target.context, target.batch)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     shape = replace(shape, max_context=max(shape.max_context, target.context))

@@ -71,20 +71,3 @@ def kind_of(name: str) -> str:
 def args_of(name: str) -> str:
     """The arguments of a layer name, without the `@`: `J@12x96x256` -> `12x96x256`, `W` -> ``."""
     return name[1:].removeprefix("@")
-
-
-def count_kind(placement: Placement, kind: str = "A") -> int:
-    """How many layers are of this kind's letter."""
-    return sum(kind_of(name) == kind for name in placement)
-
-
-def uniform_placement(num_layers: int, full_attention: int, filler: str, full: str = "A") -> Placement:
-    """`full_attention` layers of full attention spread evenly, the rest `filler`: the baseline of every search.
-
-    Each full layer stands in the middle of its share of the depth, so K = 1 is the middle layer.
-    Raises UserError when K is not in 0..num_layers.
-    """
-    if not 0 <= full_attention <= num_layers:
-        raise UserError(f"{full_attention} full-attention layers asked of {num_layers}: choose 0 to {num_layers}")
-    chosen = {int((i + 0.5) * num_layers / full_attention) for i in range(full_attention)}
-    return tuple(full if layer in chosen else filler for layer in range(num_layers))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nasbench.core.errors import UserError, unknown
-from nasbench.spaces.placement import Placement, format_placement, kind_of, uniform_placement
+from nasbench.spaces.placement import Placement, format_placement, kind_of
 
 FULL = "A"
 """Full attention; K of a placement counts the layers that have it."""
@@ -118,9 +118,12 @@ class Space:
         return tuple(FULL if i in layers else name for i, name in enumerate(placement))
 
     def evenly(self, count: int) -> frozenset[int]:
-        """K layers with full attention, spread evenly over those that may have it. Raises UserError for a bad K."""
-        spread = uniform_placement(len(self.may_be_full), self.check_full_attention(count), "-")
-        return frozenset(self.may_be_full[i] for i in full_layers(spread))
+        """K layers with full attention, spread evenly over those that may have it: the baseline of every search.
+
+        Each stands in the middle of its share of the depth, so K = 1 is the middle layer. Raises UserError for a bad K.
+        """
+        self.check_full_attention(count)
+        return frozenset(self.may_be_full[int((i + 0.5) * len(self.may_be_full) / count)] for i in range(count))
 
     def homogeneous(self, name: str) -> Placement:
         """The name in every layer where it is legal, each layer's original elsewhere."""

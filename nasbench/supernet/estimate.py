@@ -85,7 +85,7 @@ def estimate(distiller: Distiller) -> Estimate:
     teacher = list(distiller.net.teacher.parameters())
     stages = []
     solves = (saved is None) + bool(left["align"])
-    ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.solvable() else 0
+    ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.closed_form() else 0
     one_batch = max(SOLVE_BATCH_TOKENS[distiller.device.type], distiller.corpus.sequence)
     seconds = stopwatch(distiller.device)(lambda: distiller.prepare(one_batch))
     stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))
@@ -129,5 +129,5 @@ def time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
             step(index)
 
     seconds = stopwatch(distiller.device)(steps)
-    distiller.forget_graph()
+    distiller.reset_graphs()
     return distiller.step_tokens(stage), seconds / TIMED_STEPS

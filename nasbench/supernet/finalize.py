@@ -20,8 +20,8 @@ from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
 from nasbench.core.files import atomic_path, read_json, write_json
 from nasbench.data.packing import Batch, Corpus
-from nasbench.parallel import fsdp as sharding
-from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel import fsdp
+from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet import checkpoint
@@ -33,12 +33,12 @@ from nasbench.supernet.loop import (
     Progress,
     no_notice,
     no_progress,
-    settle,
+    reduce_and_clip,
     stop_on_signal,
 )
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import REST, distill_step, first_not_finite
+from nasbench.supernet.steps import REST, distill_step, nonfinite_layer
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import training_corpus
 
@@ -74,7 +74,7 @@ def finalize(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress = no_progress,
     notice: Notice = no_notice,
-    workers: Workers = ALONE,
+    workers: DistContext = SINGLE,
     name: str = "",
     loaded: LoadedModel | None = None,
     corpus: Corpus | None = None,
@@ -90,8 +90,8 @@ def finalize(
 
     Raises as `nasbench.supernet.train.distill`.
     """
-    sharding.check(config.shard, workers)
-    net = Supernet.load(run, dtype=dtype, device=sharding.place_of(config.shard, device), loaded=loaded)
+    fsdp.check(config.shard, workers)
+    net = Supernet.load(run, dtype=dtype, device=fsdp.place_of(config.shard, device), loaded=loaded)
     net.space.check(placement)
     folder = final_folder(run, placement, name)
     corpus = training_corpus(run, net, config, sequence, corpus)
@@ -122,7 +122,7 @@ def finalize(
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         if config.shard:
-            sharding.shard(net, workers)
+            fsdp.shard(net, workers)
             groups = trained_parts(net, placement)
         place = "cpu" if config.shard else str(net.teacher.device)
         fitting = {f"layers.{i}.{part}" for i in range(len(placement)) for part in ("A", REST)}
@@ -138,7 +138,7 @@ def finalize(
         calls: GraphedLayerCalls | None = None
 
         def batch_of(index: int) -> Batch:
-            return workers.share(corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET)).to(net.teacher.device)
+            return workers.local_rows(corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET)).to(net.teacher.device)
 
         def step(index: int, sums: LossSums) -> None:
             nonlocal calls
@@ -146,7 +146,7 @@ def finalize(
             if calls is None and config.graphs and batch.tokens.is_cuda:
                 calls = GraphedLayerCalls(net, [(name,) for name in placement], batch)
             distill_step(net, [placement], batch, sums, config, workers, calls)
-            settle(optimizer, sums, workers)
+            reduce_and_clip(optimizer, sums, workers)
 
         with stop_on_signal() as stop:
             loop = Loop(
@@ -160,9 +160,9 @@ def finalize(
                 state,
                 stop,
                 progress,
-                notice if workers.leads else no_notice,
+                notice if workers.is_main else no_notice,
                 workers,
-                lambda index: first_not_finite(net, placement, batch_of(index), workers),
+                lambda index: nonfinite_layer(net, placement, batch_of(index), workers),
                 finished[-1] // step_tokens if finished is not None and saved is None else 0,
             )
             if saved is not None and saved.state["step"]:
@@ -172,8 +172,8 @@ def finalize(
             loop.run()
         weights = optimizer.weights()
         if config.shard:
-            weights = sharding.gathered(weights, workers.leads)
-    if workers.leads:
+            weights = fsdp.full_state_dict(weights, workers.is_main)
+    if workers.is_main:
         _write(folder, weights, {"model": run.spec.model, **state, "tokens": tokens})
         checkpoint.discard(folder / TRAINING)
     return folder

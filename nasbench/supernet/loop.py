@@ -27,9 +27,9 @@ from torch import Tensor
 from nasbench.core.errors import MachineError
 from nasbench.core.files import machine_errors, write_text
 from nasbench.data.packing import Batch
-from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runtime.graph import capture
-from nasbench.supernet import board, checkpoint, sharded_checkpoint
+from nasbench.supernet import checkpoint, sharded_checkpoint, tensorboard
 from nasbench.supernet.optimizer import MasterAdamW, cosine
 from nasbench.supernet.settings import DistillConfig
 
@@ -101,7 +101,7 @@ class LossSums:
         self.now[1] += rows
         self.now[0] += torch.where(rows > 0, loss, 0.0)
 
-    def book(self) -> Tensor:
+    def accumulate(self) -> Tensor:
         """Ends the step: its losses go to the totals. Which rows had no loss that is not finite, [names] bool."""
         value, there = self.now[0] / self.now[1], self.now[1] != 0
         good = there & value.isfinite()
@@ -111,15 +111,15 @@ class LossSums:
         return ~bad
 
 
-def settle(optimizer: MasterAdamW, sums: LossSums, workers: Workers) -> None:
+def reduce_and_clip(optimizer: MasterAdamW, sums: LossSums, workers: DistContext) -> None:
     """Between the backward pass and the optimiser's step: gradients gathered, over processes too, losses booked,
     gradients clipped and those that are not finite left out."""
     optimizer.gather()
     if workers.size > 1:
         own = sums.now[1].clone()
-        workers.sum_([sums.now])
+        workers.all_reduce([sums.now])
         optimizer.average(workers, (own / sums.now[1])[1:])
-    optimizer.clip(sums.book()[1:], workers)
+    optimizer.clip(sums.accumulate()[1:], workers)
 
 
 class GraphedStep:
@@ -136,7 +136,7 @@ class GraphedStep:
         optimizer: MasterAdamW,
         sums: LossSums,
         batch: Batch,
-        workers: Workers = ALONE,
+        workers: DistContext = SINGLE,
     ) -> None:
         self.optimizer, self.sums, self.workers = optimizer, sums, workers
         self.batch = batch.clone()
@@ -148,7 +148,7 @@ class GraphedStep:
                 parameter.grad = None
             work(self.batch)
             if workers.size == 1:
-                settle(optimizer, sums, workers)
+                reduce_and_clip(optimizer, sums, workers)
 
         self.graph = capture(step)
         for tensor, before in kept:
@@ -163,7 +163,7 @@ class GraphedStep:
         for name, gradient in self.gradients.items():
             self.owners[name].grad = gradient
         if self.workers.size > 1:
-            settle(self.optimizer, self.sums, self.workers)
+            reduce_and_clip(self.optimizer, self.sums, self.workers)
 
 
 class RowFile:
@@ -201,7 +201,7 @@ class Loop:
         step: gathers gradients and losses of step number n.
         state: what every checkpoint says beside the step.
         stop: set to stop between two steps.
-        culprit: names the layer that made the loss of step number n not finite, None where none is found.
+        first_nonfinite_layer: names the layer that made the loss of step number n not finite, None where none is found.
         start: the step to begin with.
         kept: weights that checkpoints hold beside those that the stage trains.
     """
@@ -217,8 +217,8 @@ class Loop:
     stop: threading.Event
     progress: Progress = no_progress
     notice: Notice = no_notice
-    workers: Workers = ALONE
-    culprit: Callable[[int], str | None] = lambda step: None
+    workers: DistContext = SINGLE
+    first_nonfinite_layer: Callable[[int], str | None] = lambda step: None
     start: int = 0
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -228,7 +228,7 @@ class Loop:
         self.losses = RowFile(self.folder / "losses.csv", LOSS_COLUMNS)
         self.progressed = RowFile(self.folder / "progress.csv", PROGRESS_COLUMNS)
         self.skipped: dict[str, int] = {}
-        self.board = board.Board()
+        self.board = tensorboard.Board()
         self._since = (time.monotonic(), self.start)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -241,7 +241,7 @@ class Loop:
 
     def cut(self, stages: Mapping[str, int]) -> None:
         """Keeps the CSVs' rows up to the given step of each stage, this one's up to its start."""
-        if self.workers.leads:
+        if self.workers.is_main:
             for file in (self.losses, self.progressed):
                 file.cut({**stages, self.stage: self.start})
 
@@ -254,8 +254,8 @@ class Loop:
     def run(self) -> None:
         """Runs the remaining steps. Raises KeyboardInterrupt when asked to stop, after a checkpoint; MachineError
         naming step and layer when nothing finite is left to learn from, the last good checkpoint being kept."""
-        shown = self.config.tensorboard and self.workers.leads
-        with board.opened(self.folder.parent, self.stage, shown, self.start * self.step_tokens) as self.board:
+        shown = self.config.tensorboard and self.workers.is_main
+        with tensorboard.opened(self.folder.parent, self.stage, shown, self.start * self.step_tokens) as self.board:
             self._run()
 
     def _run(self) -> None:
@@ -270,7 +270,7 @@ class Loop:
             logs = done % self.config.log_every == 0 or done == self.steps
             if logs:
                 self._log(done)
-            if self.workers.leads:
+            if self.workers.is_main:
                 self.progress(self.stage, done * self.step_tokens, self.steps * self.step_tokens)
             stopping = self.stop.is_set()
             if self.workers.size > 1:
@@ -280,7 +280,7 @@ class Loop:
             if self.optimizer.sharded:
                 # All write, each its shares.
                 due = logs and self.workers.any(due, self.optimizer.device)
-            if done < self.steps and (due or stopping) and (self.workers.leads or self.optimizer.sharded):
+            if done < self.steps and (due or stopping) and (self.workers.is_main or self.optimizer.sharded):
                 self.save(done)
                 saved_at = time.monotonic()
             if stopping:
@@ -291,7 +291,7 @@ class Loop:
         optimizer = self.optimizer
         bad = torch.stack([~torch.isfinite(master).all() for master in optimizer.masters.values()]).float()
         if optimizer.sharded:
-            self.workers.sum_([bad])
+            self.workers.all_reduce([bad])
         for name, count in zip(optimizer.masters, bad.tolist(), strict=True):
             if count:
                 raise self._not_finite(name, step)
@@ -316,7 +316,7 @@ class Loop:
             if name not in self.skipped:
                 self.notice(f"{name}: a loss or gradient is not finite before step {step} of {self.stage}; left out")
             self.skipped[name] = self.skipped.get(name, 0) + count
-        if not self.workers.leads:
+        if not self.workers.is_main:
             return
         tokens = step * self.step_tokens
         losses = []
@@ -329,14 +329,14 @@ class Loop:
         lr = self.optimizer.lr * self.factor(step - 1)
         text = " ".join(f"{name}:{count}" for name, count in skips.items())
         self.progressed.append([(self.stage, step, tokens, f"{seconds:.3f}", f"{speed:.1f}", f"{lr:.6g}", text)])
-        shown = {board.loss_name(layer, kind): float(loss) for _, _, _, layer, kind, loss in losses}
+        shown = {tensorboard.loss_name(layer, kind): float(loss) for _, _, _, layer, kind, loss in losses}
         self.board.add({**shown, "tokens per second": speed, "learning rate": lr}, tokens)
 
     def _check_whole_step(self, step: int, skips: dict[str, int], counts: dict[str, int], network: bool) -> None:
         """Raises MachineError when a network's loss is not finite, or when every mixer was left out every time."""
         if network:
             for earlier in range(max(0, step - self.config.log_every), step):
-                if name := self.culprit(earlier):
+                if name := self.first_nonfinite_layer(earlier):
                     raise self._not_finite(name, earlier + 1)
             raise self._not_finite("the network's loss", step)
         if skips and all(skips.get(name, 0) >= count for name, count in counts.items() if name and count):

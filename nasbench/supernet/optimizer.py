@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from nasbench.parallel.context import ALONE, Workers
-from nasbench.parallel.fsdp import is_shared_out, local, share_of, with_share
+from nasbench.parallel.context import SINGLE, DistContext
+from nasbench.parallel.fsdp import is_sharded, local, local_part, sharded_like
 
 
 def cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -72,15 +72,15 @@ class MasterAdamW:
         self._segments: dict[str, Tensor] = {}
         self._shares: dict[str, Tensor] = {}
         """Of a group's segment, the beginning, which is shared out; the rest is whole in every process."""
-        self.sharded = any(is_shared_out(p) for p in self.working.values())
+        self.sharded = any(is_sharded(p) for p in self.working.values())
         end = 0
         for group, parameters in self.groups.items():
             begin = middle = end
-            for name in sorted(parameters, key=lambda name: not is_shared_out(parameters[name])):
+            for name in sorted(parameters, key=lambda name: not is_sharded(parameters[name])):
                 master = self.masters[f"{group}.{name}"]
                 self._views[f"{group}.{name}"] = buffer[end : end + master.numel()].view_as(master)
                 end += master.numel()
-                if is_shared_out(parameters[name]):
+                if is_sharded(parameters[name]):
                     middle = end
             self._segments[group] = buffer[begin:end]
             self._shares[group] = buffer[begin:middle]
@@ -88,7 +88,7 @@ class MasterAdamW:
     def weights(self) -> dict[str, Tensor]:
         """The masters by name; of parameters that are shared out, the parameters."""
         return {
-            name: working.detach() if is_shared_out(working) else self.masters[name].detach()
+            name: working.detach() if is_sharded(working) else self.masters[name].detach()
             for name, working in self.working.items()
         }
 
@@ -96,7 +96,7 @@ class MasterAdamW:
         """Takes master weights (all of them), and rounds the working weights from them."""
         with torch.no_grad():
             for name, master in self.masters.items():
-                master.copy_(share_of(weights[name], self.working[name]))
+                master.copy_(local_part(weights[name], self.working[name]))
                 if self._rounds(name):
                     self.working[name].copy_(master)
 
@@ -137,7 +137,7 @@ class MasterAdamW:
             self._present = present
             self._place = torch.tensor([order[group] for group in present], dtype=torch.int64, device=self.device)
 
-    def average(self, workers: Workers, shares: Tensor) -> None:
+    def average(self, workers: DistContext, shares: Tensor) -> None:
         """Sums the gathered gradients over the processes, each weighted by this process's share of the group.
 
         With shards, losses have been weighted already and the mean of what is shared out is taken: the rest's follows.
@@ -147,7 +147,7 @@ class MasterAdamW:
         """
         if self.sharded:
             rest = [self._rest(group) for group in self._present]
-            workers.sum_([segment for segment in rest if segment.numel()])
+            workers.all_reduce([segment for segment in rest if segment.numel()])
             for segment in rest:
                 segment.div_(workers.size)
             return
@@ -155,20 +155,20 @@ class MasterAdamW:
         segments = [self._segments[group] for group in self._present]
         for segment, share in zip(segments, parts, strict=True):
             segment.mul_(share)
-        workers.sum_(segments)
+        workers.all_reduce(segments)
 
     def _rest(self, group: str) -> Tensor:
         return self._segments[group][self._shares[group].numel() :]
 
-    def _norms(self, workers: Workers) -> Tensor:
+    def _norms(self, workers: DistContext) -> Tensor:
         """The norms of the present groups' gradients, over all shares, [present] fp32: the same in every process."""
         if not self.sharded:
             return torch.stack(torch._foreach_norm([self._segments[group] for group in self._present]))
         squares = torch.stack(torch._foreach_norm([self._shares[group] for group in self._present])).square()
-        workers.sum_([squares])
+        workers.all_reduce([squares])
         return (squares + torch.stack(torch._foreach_norm([self._rest(g) for g in self._present])).square()).sqrt()
 
-    def clip(self, usable: Tensor | None = None, workers: Workers = ALONE) -> None:
+    def clip(self, usable: Tensor | None = None, workers: DistContext = SINGLE) -> None:
         """Clips each group's norm. A group whose gradient is not finite, or whose loss is not (`usable`, [groups]
         bool, is false), counts as having none, so that nothing of it reaches weights and moments; it is counted.
 
@@ -212,7 +212,7 @@ class MasterAdamW:
         """The moments and step counts of every parameter that has been stepped, by name; moments shared out as the
         parameters are."""
         return {
-            f"{key}:{name}": with_share(self.working[name], value) if value.ndim else value
+            f"{key}:{name}": sharded_like(self.working[name], value) if value.ndim else value
             for name, master in self.masters.items()
             for key, value in self.adam.state.get(master, {}).items()
         }
@@ -223,13 +223,13 @@ class MasterAdamW:
             kind, name = key.split(":", 1)
             if name in self.masters:
                 master = self.masters[name]
-                share = share_of(value, self.working[name]) if value.ndim else value
+                share = local_part(value, self.working[name]) if value.ndim else value
                 # Fused AdamW keeps its step counts where the parameters are.
                 self.adam.state[master][kind] = share.to(master.device, copy=True)
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if is_shared_out(parameter):
+    if is_sharded(parameter):
         assert parameter.dtype == torch.float32
         return nn.Parameter(local(parameter.detach()))  # in the same memory
     return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())

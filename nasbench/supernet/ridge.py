@@ -51,7 +51,7 @@ def out_name(mixer: Block) -> str:
 
 
 @torch.no_grad()
-def solve_readouts(
+def solve_output_projections(
     teacher: Decoder,
     mixers: list[dict[str, Block]],
     batches: Iterable[Batch],

@@ -23,8 +23,8 @@ from torch import Tensor, distributed
 
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import machine_errors
-from nasbench.parallel.context import Workers
-from nasbench.parallel.fsdp import gathered, is_shared_out, local, with_share
+from nasbench.parallel.context import DistContext
+from nasbench.parallel.fsdp import full_state_dict, is_sharded, local, sharded_like
 from nasbench.supernet import checkpoint
 from nasbench.supernet.checkpoint import MOMENTS, Checkpoint, digest
 from nasbench.supernet.optimizer import MasterAdamW
@@ -36,17 +36,17 @@ def save(
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    workers: Workers,
+    workers: DistContext,
 ) -> Checkpoint:
     """`checkpoint.save`, of tensors that may be shared out: all processes call it then, else the first alone.
 
     Raises MachineError in every process when the disk refuses in one; the older checkpoint is then still there.
     """
-    if not any(is_shared_out(tensor) for tensor in (*weights.values(), *optimizer.values())):
+    if not any(is_sharded(tensor) for tensor in (*weights.values(), *optimizer.values())):
         return checkpoint.save(folder, name, weights, optimizer, state)
-    shares: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if is_shared_out(tensor)}
+    shares: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if is_sharded(tensor)}
     rest = {key: tensor for key, tensor in optimizer.items() if key not in shares}
-    device = local(next(tensor for tensor in weights.values() if is_shared_out(tensor))).device
+    device = local(next(tensor for tensor in weights.values() if is_sharded(tensor))).device
     moments = folder / f".{name}.moments"
     error: MachineError | None = None
     digests: dict[str, str] = {}
@@ -55,10 +55,10 @@ def save(
             digests = _write(moments, shares, workers)
         except MachineError as refused:
             error = refused
-    whole = gathered(weights, workers.leads)
+    whole = full_state_dict(weights, workers.is_main)
     _agree(error, workers, device)
     saved = Checkpoint(folder / name, {**state, "digests": {checkpoint.WEIGHTS: "elsewhere"}})
-    if workers.leads:
+    if workers.is_main:
         try:
             given = {**state, "moments": digests} if shares else state
             saved = checkpoint.save(folder, name, whole, rest, given, moments if shares else None)
@@ -68,19 +68,19 @@ def save(
     return saved
 
 
-def _agree(error: MachineError | None, workers: Workers, device: torch.device) -> None:
+def _agree(error: MachineError | None, workers: DistContext, device: torch.device) -> None:
     """Raises in every process what happened in one, so that nobody waits for it."""
     if workers.any(error is not None, device):
         raise error or MachineError("another process could not write its part of the checkpoint")
 
 
-def _write(folder: Path, shares: dict[str, Tensor], workers: Workers) -> dict[str, str]:
+def _write(folder: Path, shares: dict[str, Tensor], workers: DistContext) -> dict[str, str]:
     """Every process's shares into a folder. Names and digests of the files."""
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
     from torch.distributed.checkpoint import save as write
     from torch.distributed.checkpoint.api import CheckpointException
 
-    if workers.leads:
+    if workers.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     workers.any(False, local(next(iter(shares.values()))).device)  # nobody writes before the old ones are gone
     with machine_errors(f"writing {folder}"):
@@ -96,7 +96,7 @@ def _write(folder: Path, shares: dict[str, Tensor], workers: Workers) -> dict[st
     return {name: value for part in parts for name, value in part.items()}
 
 
-def optimizer_of(saved: Checkpoint, optimizer: MasterAdamW, workers: Workers) -> dict[str, Tensor]:
+def optimizer_of(saved: Checkpoint, optimizer: MasterAdamW, workers: DistContext) -> dict[str, Tensor]:
     """What `MasterAdamW.load_state` takes, of a checkpoint that any number of processes wrote. All of them call it.
 
     Raises UserError in every process when a file is not what was written.
@@ -113,7 +113,7 @@ def optimizer_of(saved: Checkpoint, optimizer: MasterAdamW, workers: Workers) ->
     return {**tensors, **_read(folder, optimizer, workers)}
 
 
-def _read(folder: Path, optimizer: MasterAdamW, workers: Workers) -> dict[str, Tensor]:
+def _read(folder: Path, optimizer: MasterAdamW, workers: DistContext) -> dict[str, Tensor]:
     from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint import load as read
 
@@ -122,7 +122,7 @@ def _read(folder: Path, optimizer: MasterAdamW, workers: Workers) -> dict[str, T
     for key in reader.read_metadata().state_dict_metadata:
         name = key.split(":", 1)[1]
         if name in optimizer.masters:
-            moments[key] = with_share(optimizer.working[name], torch.zeros_like(optimizer.masters[name].detach()))
+            moments[key] = sharded_like(optimizer.working[name], torch.zeros_like(optimizer.masters[name].detach()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process reads alone
         read(moments, storage_reader=reader, no_dist=workers.size == 1)

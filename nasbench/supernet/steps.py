@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from nasbench.data.packing import Batch
-from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import full
 from nasbench.spaces.placement import Placement, kind_of
 from nasbench.spaces.space import Space
@@ -51,7 +51,7 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, 
     return space.with_full_attention(tuple(str(name) for name in drawn), full)
 
 
-def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = ALONE) -> None:
+def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: DistContext = SINGLE) -> None:
     """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
     teacher = net.teacher
     with torch.no_grad():
@@ -77,7 +77,7 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: Workers = A
             # Without shards gradients are weighted after the backward pass. With them, FSDP2 ends each pass with a look
             # at all units, so that a layer's mixers share one.
             total = whole.clone()
-            workers.sum_([total])
+            workers.all_reduce([total])
             torch.stack(losses).sum().backward(whole / total * workers.size)
 
 
@@ -87,7 +87,7 @@ def distill_step(
     batch: Batch,
     sums: LossSums,
     config: DistillConfig,
-    workers: Workers = ALONE,
+    workers: DistContext = SINGLE,
     calls: LayerCalls | None = None,
 ) -> None:
     """Gradients of sub-networks' mean KL to the teacher on a batch.
@@ -109,7 +109,7 @@ def distill_step(
         target = teacher.model.norm(x)
         head = full(teacher.head_weight)
         whole = energy(target)
-        workers.sum_([whole])
+        workers.all_reduce([whole])
         whole /= workers.size
     for placement, first in zip(placements, firsts, strict=True):
         student = shared[first]
@@ -129,7 +129,7 @@ def distill_step(
 
 
 @torch.no_grad()
-def first_not_finite(net: Supernet, placement: Placement, batch: Batch, workers: Workers = ALONE) -> str | None:
+def nonfinite_layer(net: Supernet, placement: Placement, batch: Batch, workers: DistContext = SINGLE) -> str | None:
     """The first layer of a sub-network whose output on a batch is not finite in any process, None where none is."""
     x, meta = net.teacher.embed(batch.tokens), meta_of(net.teacher, batch)
     for i, name in enumerate(placement):

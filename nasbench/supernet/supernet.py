@@ -119,7 +119,7 @@ class Supernet:
             if kind_of(name) not in self.frozen
         }
 
-    def solvable(self) -> dict[str, Block]:
+    def closed_form(self) -> dict[str, Block]:
         """The mixers whose readout is solved in closed form: the trained ones, and the kinds in `solved`."""
         return {
             f"layers.{layer}.{name}": mixer
@@ -127,19 +127,19 @@ class Supernet:
             if kind_of(name) not in self.frozen or kind_of(name) in self.solved
         }
 
-    def learnt(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that is no longer the attention's, by the name under which it is saved."""
         trained = self.trained()
         return {
             f"{group}.{name}": parameter
-            for group, mixer in self.solvable().items()
+            for group, mixer in self.closed_form().items()
             for name, parameter in mixer.named_parameters()
             if group in trained or name == out_name(mixer)
         }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Takes what was learnt, cast to the dtype that each parameter has. Raises UserError."""
-        expected = self.learnt()
+        expected = self.trained_parameters()
         for name, parameter in expected.items():
             if name not in weights or weights[name].shape != parameter.shape:
                 raise UserError(f"the supernet's weights lack {name} of shape {list(parameter.shape)}: distil again")
@@ -148,7 +148,7 @@ class Supernet:
 
     def save(self, folder: Path) -> None:
         """Writes the trained mixers' weights (fp32) as a checkpoint that `Supernet.load` reads."""
-        weights = {name: parameter.float() for name, parameter in self.learnt().items()}
+        weights = {name: parameter.float() for name, parameter in self.trained_parameters().items()}
         state = {"stage": "done", "step": 0, "frozen": list(self.frozen), "solved": list(self.solved)}
         self.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 

@@ -26,8 +26,8 @@ from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch, Corpus
 from nasbench.model.block import Block
-from nasbench.parallel import fsdp as sharding
-from nasbench.parallel.context import ALONE, Workers
+from nasbench.parallel import fsdp
+from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
 from nasbench.supernet import checkpoint, sharded_checkpoint
@@ -41,13 +41,13 @@ from nasbench.supernet.loop import (
     Progress,
     no_notice,
     no_progress,
-    settle,
+    reduce_and_clip,
     stop_on_signal,
 )
 from nasbench.supernet.optimizer import MasterAdamW
-from nasbench.supernet.ridge import calibrate, out_name, solve_readouts
+from nasbench.supernet.ridge import calibrate, out_name, solve_output_projections
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import align_step, distill_step, first_not_finite, sample_placement
+from nasbench.supernet.steps import align_step, distill_step, nonfinite_layer, sample_placement
 from nasbench.supernet.supernet import Supernet
 
 STAGES = ("align", "supernet")
@@ -90,19 +90,19 @@ class Distiller:
         stop: threading.Event,
         progress: Progress = no_progress,
         notice: Notice = no_notice,
-        workers: Workers = ALONE,
+        workers: DistContext = SINGLE,
         corpus: Corpus | None = None,
     ) -> None:
         self.run, self.config, self.stop = run, config, stop
         self.workers = workers
-        self.progress, self.notice = (progress, notice) if workers.leads else (no_progress, no_notice)
+        self.progress, self.notice = (progress, notice) if workers.is_main else (no_progress, no_notice)
         self.net = Supernet.build(
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
         self.corpus = training_corpus(run, self.net, config, corpus=corpus)
-        sharding.check(config.shard, workers)
+        fsdp.check(config.shard, workers)
         if config.shard:
-            sharding.shard(self.net, workers)
+            fsdp.shard(self.net, workers)
         self.device = loaded.decoder.device
         dtype = str(loaded.decoder.dtype).removeprefix("torch.")
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE}
@@ -138,7 +138,7 @@ class Distiller:
                 self.net.load_weights(self.weights)
                 if self.config.align_tokens:
                     self._solve("refit", self.config.ridge_tokens)
-                    self._take_readouts()
+                    self._take_output_projections()
             saved = self._between("supernet" if name == "align" else "done")
         if saved is None:
             saved = self._between("done")
@@ -156,7 +156,7 @@ class Distiller:
 
     def _masters(self) -> dict[str, Tensor]:
         """The present weights as masters."""
-        learnt = {name: parameter.detach() for name, parameter in self.net.learnt().items()}
+        learnt = {name: parameter.detach() for name, parameter in self.net.trained_parameters().items()}
         return learnt if self.net.sharded else {name: tensor.float().clone() for name, tensor in learnt.items()}
 
     def budget(self, stage: str) -> int:
@@ -176,8 +176,8 @@ class Distiller:
         """Tokens of a step of a stage, over all processes."""
         return self.step_rows(stage) * self.corpus.sequence
 
-    def _take_readouts(self) -> None:
-        outs = {f"{group}.{out_name(mixer)}" for group, mixer in self.net.solvable().items()}
+    def _take_output_projections(self) -> None:
+        outs = {f"{group}.{out_name(mixer)}" for group, mixer in self.net.closed_form().items()}
         self.weights |= {name: tensor for name, tensor in self._masters().items() if name in outs}
 
     def _check(self, saved: checkpoint.Checkpoint) -> None:
@@ -236,7 +236,7 @@ class Distiller:
                 raise KeyboardInterrupt
 
         # Where nothing trains a kind, solving it again on other text would change nothing but its noise.
-        solved = self.net.solvable() if stage == "ridge" else self.net.trained()
+        solved = self.net.closed_form() if stage == "ridge" else self.net.trained()
         mixers: list[dict[str, Block]] = [
             {name: solved[key] for name in self.net.space.alternatives(i) if (key := f"layers.{i}.{name}") in solved}
             for i in range(self.net.space.num_layers)
@@ -244,13 +244,13 @@ class Distiller:
         if stage == "ridge":
             calibrate(self.net.teacher, mixers, self._batch(stage, 0, rows).to(self.device))
         texts = (self._batch(stage, index, rows).to(self.device) for index in range(batches))
-        solve_readouts(self.net.teacher, mixers, texts, self.config.ridge, progress)
+        solve_output_projections(self.net.teacher, mixers, texts, self.config.ridge, progress)
 
     def _between(self, stage: str) -> checkpoint.Checkpoint:
         """A checkpoint at the start of a stage: weights alone."""
         state = {**self.state, "stage": stage, "step": 0}
         name = f"{stage}-{0:08d}"
-        if self.workers.leads or self.net.sharded:
+        if self.workers.is_main or self.net.sharded:
             return sharded_checkpoint.save(self.run.supernet, name, self.weights, {}, state, self.workers)
         return checkpoint.Checkpoint(self.run.supernet / name, {**state, "digests": {checkpoint.WEIGHTS: "elsewhere"}})
 
@@ -274,7 +274,7 @@ class Distiller:
 
     def step(self, stage: str, index: int, optimizer: MasterAdamW, sums: LossSums) -> None:
         """Gradients of one step, ready for the optimiser."""
-        batch = self.workers.share(self._batch(stage, index, self.step_rows(stage))).to(self.device)
+        batch = self.workers.local_rows(self._batch(stage, index, self.step_rows(stage))).to(self.device)
         if stage == "supernet":
             if self._calls is None and self.config.graphs and self.device.type == "cuda":
                 choices = [self.net.space.alternatives(i) for i in range(self.net.space.num_layers)]
@@ -289,12 +289,12 @@ class Distiller:
             return
         else:
             align_step(self.net, batch, sums, self.workers)
-        settle(optimizer, sums, self.workers)
+        reduce_and_clip(optimizer, sums, self.workers)
 
     _graphed: GraphedStep | None = None
     _calls: GraphedLayerCalls | None = None
 
-    def forget_graph(self) -> None:
+    def reset_graphs(self) -> None:
         """Before the optimiser that a captured step works for goes."""
         self._graphed = self._calls = None
 
@@ -302,11 +302,11 @@ class Distiller:
         optimizer = self.optimizer(stage)
         cycles = [self.steps(stage, tokens) for tokens in self.state["cycles"][stage]] or [0]
 
-        def culprit(step: int) -> str | None:
+        def first_nonfinite_layer(step: int) -> str | None:
             if stage == "align":
                 return None
-            batch = self.workers.share(self._batch(stage, step, self.step_rows(stage))).to(self.device)
-            found = (first_not_finite(self.net, placement, batch, self.workers) for placement in self.placements(step))
+            batch = self.workers.local_rows(self._batch(stage, step, self.step_rows(stage))).to(self.device)
+            found = (nonfinite_layer(self.net, placement, batch, self.workers) for placement in self.placements(step))
             return next((name for name in found if name), None)
 
         loop = Loop(
@@ -322,7 +322,7 @@ class Distiller:
             self.progress,
             self.notice,
             self.workers,
-            culprit,
+            first_nonfinite_layer,
             start,
             kept={name: tensor for name, tensor in self.weights.items() if name not in optimizer.masters},
         )
@@ -333,7 +333,7 @@ class Distiller:
         loop.run()
         for name, count in loop.skipped.items():
             self.notice(f"{name}: {count} of {loop.steps - loop.start} steps of {stage} left out, not finite")
-        self.forget_graph()
+        self.reset_graphs()
         self.weights |= optimizer.weights()
 
 
@@ -346,7 +346,7 @@ def distill(
     progress: Progress = no_progress,
     notice: Notice = no_notice,
     loaded: LoadedModel | None = None,
-    workers: Workers = ALONE,
+    workers: DistContext = SINGLE,
     corpus: Corpus | None = None,
 ) -> Supernet:
     """Trains the run's supernet, or continues it, and returns it; a finished one is only loaded.
@@ -359,7 +359,7 @@ def distill(
         MachineError: a loss that is not finite, a disk that refuses.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
     """
-    sharding.check(config.shard, workers)
-    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=sharding.place_of(config.shard, device))
+    fsdp.check(config.shard, workers)
+    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=fsdp.place_of(config.shard, device))
     with stop_on_signal() as stop:
         return Distiller(run, loaded, config, stop, progress, notice, workers, corpus).train()

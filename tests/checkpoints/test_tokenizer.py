@@ -1,9 +1,12 @@
 """Tokenizers from vocabularies and from tokenizer.json."""
 
+import json
+
 import pytest
 from tiny_models import make_tokenizer
 
 from nasbench.checkpoints.tokenizer import byte_level_bpe, sentencepiece_bpe, tokenizer_from_json
+from nasbench.core.errors import UserError
 
 TOKENS = ["<s>", "</s>", "<tool>", "a", "b", "1", "2", "Ġ", "Ċ", "ab", "12", "ĊĊ"]
 KINDS = [3, 3, 4, *[1] * 9]
@@ -69,3 +72,23 @@ def test_sentencepiece(text, prefix, expected):
     assert backend.encode(text, add_special_tokens=False).ids == expected
     assert backend.decode(expected, skip_special_tokens=True) == text.removeprefix("<bos>")
     assert backend.encode(text).ids == [1, *expected]
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("post_processor", {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                            "pair": [], "special_tokens": {}}),
+        ("unk_token", "absent"),
+        ("vocab", 5),
+    ],
+)  # fmt: skip
+def test_a_broken_tokenizer_is_named(tmp_path, part, value):
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    (content["model"] if part in content["model"] else content)[part] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer") as caught:
+        tokenizer_from_json(path, ())
+    assert "\n" not in str(caught.value)

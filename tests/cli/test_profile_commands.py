@@ -8,7 +8,10 @@ import pytest
 
 from nasbench.cli.main import run
 from nasbench.core.by_device import ByDevice
+from nasbench.cost.calibration import calibration_path, read_calibration
+from nasbench.cost.holdout import holdout_path
 from nasbench.devices import detect
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.store import Database, Row, columns_of, read_db
 
 CPU = detect("cpu").slug
@@ -266,3 +269,25 @@ def test_help_says_the_default_chunk(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run([command, "--help"]) == 0
     assert "default: 512 on a CPU, 8k on a GPU" in " ".join(capsys.readouterr().out.split())
+
+
+TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5)
+
+
+def test_a_holdout_is_measured_once_and_calibrates_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MODELS, "_items", {**MODELS._items, "tiny": TINY})
+    command = "profile --model tiny --blocks AJ --contexts 64,128 --batches 1,4 --chunk 32 --device cpu --in-process"
+    command += f" --budget 0.001 --db {tmp_path} --json --calibrate --holdout 3"
+    assert run(command.split()) == 0
+    first = stdout_json(capsys)
+    assert first["calibration"] > 0
+    held_out = read_calibration(holdout_path(tmp_path / f"{CPU}.csv"))
+    calibrated = read_calibration(calibration_path(tmp_path / f"{CPU}.csv"))
+    assert {row.mode for row in held_out} == {"decode", "prefill"}
+    assert not {row.key[:7] for row in held_out} & {row.key[:7] for row in calibrated}
+    found = first["holdout"]
+    assert found["decode"]["points"] + found["prefill"]["points"] + found["not_covered"] == len(held_out)
+    assert found["decode"]["mean_error"] >= 0
+    assert run(command.split()) == 0
+    assert stdout_json(capsys)["calibration"] == 0
+    assert read_calibration(holdout_path(tmp_path / f"{CPU}.csv")) == held_out

@@ -65,7 +65,7 @@ def test_a_sweep_survives_killed_crashed_and_hung_processes(dangerous, tmp_path)
 
 
 def test_a_block_that_always_dies_is_given_up(dangerous, tmp_path, monkeypatch):
-    todo = prepare(TINY, "Z3", db=tmp_path, **(ASKED | {"contexts": [64], "batches": [1, 2, 3, 4, 5]}))
+    todo = prepare(TINY, ["Z3"], db=tmp_path, **(ASKED | {"contexts": [64], "batches": [1, 2, 3, 4, 5]}))
     started = []
     real = Worker._start
     monkeypatch.setattr(Worker, "_start", lambda self: (started.append(1), real(self)))

@@ -11,7 +11,7 @@ from nasbench.cost import CostModel
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.runs import Run, RunSpec
 from nasbench.search.objective import Speed
-from nasbench.search.session import Options, Search, run_search
+from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import Target, front_rows, write_front
 from nasbench.store import SHARED_BLOCKS, Database, Row, block_cells
@@ -85,7 +85,7 @@ def make_run(
         objective = MadeUpObjective(shape, rows, context, batch)
         objective.store = ScoreStore(run.scores)
         for strategy in strategies:
-            search = Search(run.path, objective, Options((1, 2, 4, 8, 15), evaluations=evaluations))
+            search = Session(run.path, objective, Options((1, 2, 4, 8, 15), evaluations=evaluations))
             run_search(search, strategy)
         found = front_rows(search.trials(), objective.reference, objective.test_scores)
         write_front(run.front, objective.target, found)
@@ -122,7 +122,7 @@ def _write_extras(run, objective, front):
         lines.append(f"supernet,{step},{step * 1024},,,{1.8 / (1 + 0.2 * step):.6g}")
     write_text(run.supernet / "losses.csv", "\n".join(lines) + "\n")
     scores = {}
-    for trial in {t.placement: t for t in Search(run.path, objective, Options()).trials()}.values():
+    for trial in {t.placement: t for t in Session(run.path, objective, Options()).trials()}.values():
         for task, value in (("loss", objective.loss(trial.layers) + 0.02), ("kl", objective.kl(trial.layers))):
             key = ScoreKey(objective.version, trial.placement, task, "test/32x256/abcd", "bfloat16")
             wiggle = np.random.default_rng(len(trial.placement)).normal(0, 0.02, 32)

@@ -15,7 +15,7 @@ from nasbench.report.comparison_figures import comparison_drawings
 from nasbench.report.sections import best_searched, markdown, name_of, sections
 from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Benchmark, Compared, benchmarks_path, compared
-from nasbench.search.session import Options, Search, run_search
+from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.validation import ValidationRow
 from nasbench.spaces.placement import format_placement, parse_placement
@@ -41,7 +41,7 @@ def run(tmp_path_factory):
     objective.store = ScoreStore(made.scores)
     for strategy in ("beam", "kl-greedy"):
         assert strategy in STRATEGIES
-        run_search(Search(made.path, objective, Options((1, 2, 3), evaluations=30, random=3)), strategy)
+        run_search(Session(made.path, objective, Options((1, 2, 3), evaluations=30, random=3)), strategy)
     write_table(benchmarks_path(made), [Benchmark("choices", ITEMS, 0.25)], Benchmark)
     rows = compared(made)
     final = next(row for row in rows if row.method == "beam" and row.k == 2).placement

@@ -87,6 +87,24 @@ def test_beam_then_optuna(prepared, capsys):
     assert "hypervolume" in text
 
 
+def test_json_is_all_that_stands_on_standard_output(prepared, capfd):
+    """Also of the process's own standard output, where solvers print."""
+    for strategy in ("exact", "optuna"):
+        assert search(prepared, "--strategy", strategy, "-k", "1", "--evaluations", "4", "--json") == 0
+        data = json.loads(capfd.readouterr().out)
+        assert data["objective"] == "kl"
+
+
+def test_another_objective(prepared, capsys):
+    text = "kl+0.5*retrieval-kl@96:3"
+    assert search(prepared, "--strategy", "greedy-swap", "-k", "1,2", "--evaluations", "8", "--objective", text) == 0
+    out = capsys.readouterr().out
+    assert f"Score of {text}, searched against" in out
+    rows = read_front(prepared[0].front)
+    assert {row.objective for row in rows if row.device == "test-device"} == {text}
+    assert rows[0].score == pytest.approx(0, abs=1e-5)
+
+
 def test_estimated_rows_are_marked(prepared, capsys):
     assert search(prepared, "--strategy", "uniform", "-k", "2", profile="guess") == 0
     text = capsys.readouterr().out
@@ -110,6 +128,9 @@ def test_estimated_rows_are_marked(prepared, capsys):
         (["-k", "1", "--dtype", "fp16"], "no decode rows of dtype fp16"),
         (["-k", "1", "--db", "/nonexistent"], "/nonexistent"),
         (["-k", "1", "--evaluations", "0"], "evaluations is 0"),
+        (["-k", "1", "--objective", "retreival"], "did you mean 'retrieval'"),
+        (["-k", "1", "--step-ms", "nan"], "bad --step-ms nan"),
+        (["-k", "1", "--step-ms", "-1"], "bad --step-ms -1"),
     ],
 )
 def test_bad_input_is_one_line(prepared, capsys, arguments, message):

@@ -40,6 +40,9 @@ def test_round_trip_is_exact(run):
     add_trials(run.path, trials)
     assert read_trials(run.path) == trials
     assert all(trial.kl == trial.score == trial.loss - 2.5 for trial in trials)
+    # Questions of the same name may have changed.
+    add_trials(run.path, [replace(trials[1], score=7.0)])
+    assert [trial.score for trial in read_trials(run.path)] == [trials[0].score, 7.0, *(t.score for t in trials[2:])]
     unknown = replace(trials[0], strategy="other", settings="search/other text")
     add_trials(run.path, [unknown])
     assert math.isnan(read_trials(run.path)[-1].kl)

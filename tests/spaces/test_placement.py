@@ -9,11 +9,9 @@ from hypothesis import strategies as st
 from nasbench.core.errors import UserError
 from nasbench.spaces.placement import (
     args_of,
-    count_kind,
     format_placement,
     kind_of,
     parse_placement,
-    uniform_placement,
 )
 from nasbench.spaces.space import Space, count_full, full_layers
 
@@ -58,19 +56,18 @@ def test_wrong_layer_count_names_both():
 
 
 @given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
-def test_uniform_has_exactly_k_evenly_spread(shape):
+def test_exactly_k_layers_are_spread_evenly(shape):
     layers, k = shape
-    placement = uniform_placement(layers, k, "J")
-    assert len(placement) == layers
-    assert count_kind(placement) == k
-    chosen = sorted(full_layers(placement))
+    chosen = sorted(Space.uniform(layers, ("A", "J")).evenly(k))
+    assert len(chosen) == k
+    assert all(0 <= layer < layers for layer in chosen)
     gaps = [b - a for a, b in itertools.pairwise(chosen)]
     assert not gaps or max(gaps) - min(gaps) <= 1
 
 
-def test_uniform_refuses_more_than_the_layers():
+def test_more_layers_than_there_are_cannot_be_spread():
     with pytest.raises(UserError, match="choose 0 to 4"):
-        uniform_placement(4, 5, "J")
+        Space.uniform(4, ("A", "J")).evenly(5)
 
 
 def test_space_keeps_the_original_first_and_checks():

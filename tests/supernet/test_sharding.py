@@ -33,7 +33,7 @@ from nasbench.supernet import steps, train
 from nasbench.supernet.estimate import estimate
 from nasbench.supernet.loop import LossSums
 from nasbench.parallel.fsdp import local
-with workers_of("cpu") as (workers, device):
+with dist_context("cpu") as (workers, device):
     loaded = load_model(run.spec.model, dtype=torch.bfloat16)
     distiller = train.Distiller(run, loaded, {config!r}, threading.Event(), workers=workers)
     distiller.prepare(512)
@@ -64,7 +64,7 @@ FINALISING = """
 from nasbench.spaces.placement import parse_placement
 from nasbench.supernet.estimate import estimate
 from nasbench.supernet.finalize import finalize
-with workers_of("cpu") as (workers, device):
+with dist_context("cpu") as (workers, device):
     finalize(run, parse_placement("J A W8 J"), {config!r}, {tokens}, dtype=torch.float32, workers=workers)
 """
 

@@ -25,7 +25,7 @@ from nasbench.supernet import train as training
 from nasbench.supernet.layer_calls import GraphedLayerCalls
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
-from nasbench.supernet.ridge import solve_readouts
+from nasbench.supernet.ridge import solve_output_projections
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import align_step, distill_step, sample_placement
 from nasbench.supernet.supernet import Supernet
@@ -80,7 +80,9 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     target = layer.self_attn(inputs, chunk)
     seen = features_of(mixer, inputs, chunk).flatten(0, -2)
     before = float(relative_error(mixer(inputs, chunk), target).detach())
-    solve_readouts(net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], Batch(tokens).split(8), ridge=1e-9)
+    solve_output_projections(
+        net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], Batch(tokens).split(8), ridge=1e-9
+    )
     solution = torch.linalg.lstsq(seen.double(), target.flatten(0, 1).double()).solution
     expected = (seen.double() @ solution).view_as(target)
     assert relative_rmse(mixer(inputs, chunk), expected) < 1e-3

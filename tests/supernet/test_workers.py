@@ -6,7 +6,7 @@ from supernet_workers import assert_same, together
 
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch
-from nasbench.parallel.context import Workers
+from nasbench.parallel.context import DistContext
 from nasbench.supernet import checkpoint
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
@@ -32,8 +32,8 @@ def test_two_processes_are_one_and_a_run_goes_on_with_another_number(make_run):
 
 def test_rows_are_shared_out_evenly():
     batch = Batch(torch.arange(12).view(6, 2), torch.arange(12).view(6, 2))
-    parts = [Workers(rank, 3).share(batch) for rank in range(3)]
+    parts = [DistContext(rank, 3).local_rows(batch) for rank in range(3)]
     assert torch.equal(torch.cat([part.tokens for part in parts]).sort(0).values, batch.tokens)
     assert torch.equal(parts[1].tokens, parts[1].ages)
     with pytest.raises(UserError, match="multiple of 4"):
-        Workers(0, 4).share(batch)
+        DistContext(0, 4).local_rows(batch)

@@ -12,7 +12,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
 ]
 TRAINING = """
-with workers_of("cuda") as (workers, device):
+with dist_context("cuda") as (workers, device):
     distill(run, {config!r}, dtype=torch.float32, device=device, workers=workers)
     print(torch.distributed.get_backend(), device)
 """

@@ -86,6 +86,7 @@ def naive_recurrent_step(
     q, k = (x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt() for x in (q, k))
     g = -a_log.exp() * F.softplus(part(layout.decay, 1)[..., 0] + dt_bias)
     beta = part(layout.beta, 1)[..., 0].sigmoid()
-    mixed, state = naive_gated_delta(*(x[:, None] for x in (q, k, v, g, beta)), state)
+    q, k, v, g, beta = (x[:, None] for x in (q, k, v, g, beta))
+    mixed, state = naive_gated_delta(q, k, v, g, beta, state)
     gate = part(layout.gate, value_dim).flatten(1)
     return naive_gated_norm(mixed[:, 0], gate, norm_weight), state, conv_state

@@ -132,8 +132,8 @@ def _step_error(key: LaunchKey, launch: Any, device: torch.device, dtype: torch.
     row = torch.randn(batch, layout.beta + heads, device=device, dtype=dtype)
     kind = torch.bfloat16 if "bfloat16" in key.variant else torch.float32
     state = torch.randn(batch, heads, key_dim, value_dim, device=device, dtype=kind)
-    weights = [torch.randn(heads, device=device) for _ in range(2)]
-    weights.append(torch.randn(value_dim, device=device, dtype=dtype))
+    a_log, dt_bias = (torch.randn(heads, device=device) for _ in range(2))
+    weights = a_log, dt_bias, torch.randn(value_dim, device=device, dtype=dtype)
     exact, workspace, found = state.clone(), StepWorkspace(), [0.0]
     for _ in range(2):
         output = recurrent_step(row, layout, state, *weights, workspace, launch=launch)

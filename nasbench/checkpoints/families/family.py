@@ -16,7 +16,7 @@ from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.registry import Registry
 from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,10 +58,11 @@ GGUF_MODULES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it."""
+    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it.
+    An index begins with a number."""
 
     name: str
-    index: tuple[int | slice, ...] = ()
+    index: tuple[Any, ...] = ()
     shift: float = 0.0
 
 
@@ -212,7 +213,7 @@ class Family:
         if ours is None or leaf not in ("weight", "bias"):
             return
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(layer[2] if layer else "")
-        if heads and self.gguf_interleaved:
+        if heads and self.gguf_interleaved and values.shape[0] % (2 * config[heads]) == 0:
             values = _half_split_rows(values, config[heads])
         if self.norm_shift and module.endswith("norm"):
             values = values - self.norm_shift
@@ -313,9 +314,9 @@ def read_window(fields: Fields, used: bool = True) -> int | None:
 
 def write_windows(family: Family, spec: ModelSpec, placement: Placement) -> tuple[list[str], int | None]:
     """(`layer_types`, window) of a placement of full attention and windows of one size. Raises UserError."""
-    kinds = {letter: kind for kind, letter in _KINDS.items()}
-    windows = sorted({mixer.args for mixer in spec.mixers(placement) if mixer.kind == "W"})
-    other = [name for name in placement if kind_of(name) not in kinds]
+    types, mixers = {letter: kind for kind, letter in _KINDS.items()}, spec.mixers(placement)
+    windows = sorted({mixer.args for mixer in mixers if mixer.kind == "W"})
+    other = [mixer.kind for mixer in mixers if mixer.kind not in types]
     if other or len(windows) > 1:
         raise family.no_place(spec, f"layers {other[0]}" if other else f"windows of {' and '.join(windows)}")
-    return [kinds[kind_of(name)] for name in placement], int(windows[0]) if windows else None
+    return [types[mixer.kind] for mixer in mixers], int(windows[0]) if windows else None

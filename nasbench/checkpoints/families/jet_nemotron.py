@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from nasbench.checkpoints.families.family import Family
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
-from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
-from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
 from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _KINDS = {"attn": "A", "swa": "W", "jet": "J"}
+_FIXED = {"conv_size": 4, "dconv_generator_reduction": 8}
 _LETTERS = {letter: kind for kind, letter in _KINDS.items()}
 
 
@@ -49,7 +48,7 @@ class JetNemotron(Family):
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         mixers = spec.mixers(placement)
-        for letter in dict.fromkeys(kind_of(name) for name in placement):
+        for letter in dict.fromkeys(mixer.kind for mixer in mixers):
             if letter not in _LETTERS:
                 raise UserError(f"the jet_nemotron format has no layer kind {letter}: it has A, W and J")
             sizes = sorted({mixer.args for mixer in mixers if mixer.kind == letter})
@@ -57,12 +56,12 @@ class JetNemotron(Family):
                 raise self.no_place(spec, f"{letter} layers of {' and '.join(sizes)}, it has one size for all,")
         efficient: dict[str, Any] = {}
         for mixer in mixers:
-            if isinstance(mixer, SlidingWindowSpec):
-                efficient["swa"] = {"window_size": mixer.window}
-            if isinstance(mixer, JetBlockSpec):
-                efficient["jet"] = _jet_config(mixer)
+            if mixer.kind == "W":
+                efficient["swa"] = {"window_size": int(mixer.args)}
+            if mixer.kind == "J":
+                efficient["jet"] = _jet_config(*(int(size) for size in mixer.args.split("x")))
         return super().own_config(spec, placement) | {
-            "layer_types": [_LETTERS[kind_of(name)] for name in placement],
+            "layer_types": [_LETTERS[mixer.kind] for mixer in mixers],
             "efficient_attention_config": efficient,
         }
 
@@ -70,7 +69,7 @@ class JetNemotron(Family):
         """Attention and windows have biases on q, k and v: zeros where the model has none."""
         yield from super().split(name, tensor, spec, placement)
         match = _INPUT.fullmatch(name)
-        if match and not spec.qkv_bias and kind_of(placement[int(match[2])]) in "AW":
+        if match and not spec.qkv_bias and spec.mixers(placement)[int(match[2])].kind in "AW":
             yield f"{match[1]}.bias", tensor.new_zeros(len(tensor))
 
 
@@ -79,8 +78,8 @@ _INPUT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.[qkv]_proj)\.weight")
 
 def _jet_args(jet: Fields) -> str:
     """`headsxkey_dimxvalue_dim`; refuses what the J kind has no argument for."""
-    jet.neutral("conv_size", 4)
-    jet.neutral("dconv_generator_reduction", 8)
+    for name, size in _FIXED.items():
+        jet.neutral(name, size)
     if jet.number("norm_eps", 1e-5, text=True) != 1e-5:  # the published files write "1e-5"
         raise jet.wrong("norm_eps", "1e-05, the only one supported")
     key_dim = jet.integer("head_dim", most=1 << 16)
@@ -90,18 +89,17 @@ def _jet_args(jet: Fields) -> str:
     return f"{heads}x{key_dim}x{value_dim}"
 
 
-def _jet_config(spec: JetBlockSpec) -> dict[str, Any]:
-    expand_v = spec.value_dim / spec.key_dim
+def _jet_config(heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
+    expand_v = value_dim / key_dim
     # A reader takes int(head_dim * expand_v): nudge a quotient that would round down to one less.
-    while int(spec.key_dim * expand_v) < spec.value_dim:
+    while int(key_dim * expand_v) < value_dim:
         expand_v += 1e-10
     return {
         "mode": "chunk",
-        "num_heads": spec.num_heads,
-        "head_dim": spec.key_dim,
+        "num_heads": heads,
+        "head_dim": key_dim,
         "expand_v": expand_v,
-        "conv_size": spec.conv_size,
-        "dconv_generator_reduction": spec.generator_reduction,
+        **_FIXED,
         "dconv_implementation": "triton",
         "norm_eps": 1e-5,
     }

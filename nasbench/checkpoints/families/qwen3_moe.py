@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from nasbench.checkpoints.families.family import Family, Place, layer_kinds, placed, read_window, write_windows
 from nasbench.checkpoints.fields import Fields
@@ -51,10 +51,10 @@ class Qwen3Moe(Family):
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         _, window = write_windows(self, spec, placement)
-        mixtures = {ffn for ffn in spec.ffns() if isinstance(ffn, MixtureSpec)}
-        if len(mixtures) != 1:
-            raise self.no_place(spec, f"{len(mixtures)} kinds of mixtures")
-        (mixture,) = mixtures
+        mixtures = _mixtures(spec)
+        if len(set(mixtures)) != 1:
+            raise self.no_place(spec, f"{len(set(mixtures))} kinds of mixtures")
+        mixture = mixtures[0]
         return super().own_config(spec, placement) | {
             "use_sliding_window": window is not None,
             "sliding_window": window,
@@ -73,7 +73,7 @@ class Qwen3Moe(Family):
         layer, expert = match[1], int(match[2])
         if match[3] == "down":
             return Place(f"{layer}.down", (expert,))
-        width = next(ffn.width for ffn in spec.ffns() if isinstance(ffn, MixtureSpec))
+        width = _mixtures(spec)[0].width
         return Place(f"{layer}.gate_up", (expert, slice(0, width) if match[3] == "gate" else slice(width, 2 * width)))
 
     def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
@@ -101,3 +101,7 @@ class Qwen3Moe(Family):
                 yield ours, found
             else:
                 yield from ((f"{module}.experts.{i}.{leaf}", matrix) for i, matrix in enumerate(found))
+
+
+def _mixtures(spec: ModelSpec) -> list[MixtureSpec]:
+    return [cast("MixtureSpec", ffn) for ffn in spec.ffns() if ffn.kind == "moe"]
