@@ -12,7 +12,8 @@ from nasbench.core.files import read_json
 from nasbench.core.tables import read_table
 from nasbench.runs import Run
 from nasbench.search.trials import DRAWN, FILLERS, TEACHER, UNIFORM, Trial, best_of, latest, read_trials
-from nasbench.spaces.placement import Placement, format_placement, kind_of, parse_placement
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
+from nasbench.spaces.space import count_full, is_full
 
 BEST, FINAL, SUPERNET = "best", "final", "supernet"
 
@@ -105,7 +106,7 @@ def compared(run: Run) -> list[Compared]:
     trials = latest_trials(run)
     original = run.spec.space.original
     base = _base(trials)
-    rows = [Compared(_full(original), TEACHER, original, weights=TEACHER)]
+    rows = [Compared(count_full(original), TEACHER, original, weights=TEACHER)]
     hybrids = [trial for trial in trials if trial.layers != original]
     for count in sorted({trial.k for trial in hybrids}, reverse=True):
         mine = [trial for trial in hybrids if trial.k == count]
@@ -125,10 +126,6 @@ def _method(trial: Trial) -> str:
     return trial.strategy if baseline else f"{trial.strategy}, {trial.objective}"
 
 
-def _full(placement: Placement) -> int:
-    return sum(kind_of(name) == "A" for name in placement)
-
-
 def _searched(trial: Trial) -> bool:
     return trial.strategy not in (TEACHER, UNIFORM, FILLERS) and not trial.strategy.startswith(DRAWN)
 
@@ -144,8 +141,8 @@ def _even(count: int, trials: Iterable[Trial], base: Placement) -> list[Compared
     """The evenly spread placements: one with the base's replacements, and one of each kind alone."""
     found = []
     for placement in dict.fromkeys(trial.layers for trial in trials):
-        own = {name for name in placement if kind_of(name) != "A"}
-        if all(name == other for name, other in zip(placement, base, strict=True) if kind_of(name) != "A"):
+        own = {name for name in placement if not is_full(name)}
+        if all(name == other for name, other in zip(placement, base, strict=True) if not is_full(name)):
             found.append(Compared(count, UNIFORM, placement))
         if len(own) == 1:
             found.append(Compared(count, UNIFORM, placement, own.pop()))
@@ -163,5 +160,5 @@ def _finalised(run: Run, rows: Sequence[Compared], version: str) -> list[Compare
         variant = path.parent.name.partition("@")[2]
         same = [row.method for row in rows if row.placement == placement and row.fill == BEST]
         weights = f"{FINAL}:{variant}" if variant else FINAL
-        found.append(Compared(_full(placement), same[-1] if same else FINAL, placement, weights=weights))
+        found.append(Compared(count_full(placement), same[-1] if same else FINAL, placement, weights=weights))
     return sorted(found, key=lambda row: (row.k, row.weights))

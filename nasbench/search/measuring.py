@@ -25,6 +25,7 @@ from nasbench.runs import Run
 from nasbench.search.compared import FINAL, SUPERNET, Benchmark, Compared, benchmarks_path, compared
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import Placement
+from nasbench.spaces.space import count_full
 from nasbench.supernet.budget import release_memory
 from nasbench.supernet.finalize import final_folder, final_version, use_final
 from nasbench.supernet.supernet import Supernet
@@ -62,7 +63,7 @@ def choose(run: Run, text: str, parse: Callable[[str], Placement]) -> list[Compa
     if not path.is_file():
         raise unknown("set of placements", text, (*SETS, "a file with one on each line"))
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [Compared(sum(name == "A" for name in layers), "file", layers) for layers in map(parse, lines)]
+    return [Compared(count_full(layers), "file", layers) for layers in map(parse, lines)]
 
 
 def queue(rows: Sequence[Compared], tasks: Sequence[Task], brief: Sequence[Task]) -> list[Pair]:

@@ -16,7 +16,7 @@ from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.registry import Registry
 from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -314,8 +314,9 @@ def read_window(fields: Fields, used: bool = True) -> int | None:
 def write_windows(family: Family, spec: ModelSpec, placement: Placement) -> tuple[list[str], int | None]:
     """(`layer_types`, window) of a placement of full attention and windows of one size. Raises UserError."""
     kinds = {letter: kind for kind, letter in _KINDS.items()}
-    windows = sorted({mixer.args for mixer in spec.mixers(placement) if mixer.kind == "W"})
-    other = [name for name in placement if kind_of(name) not in kinds]
+    mixers = spec.mixers(placement)
+    windows = sorted({mixer.args for mixer in mixers if mixer.kind == "W"})
+    other = [name for name, mixer in zip(placement, mixers, strict=True) if mixer.kind not in kinds]
     if other or len(windows) > 1:
         raise family.no_place(spec, f"layers {other[0]}" if other else f"windows of {' and '.join(windows)}")
-    return [kinds[kind_of(name)] for name in placement], int(windows[0]) if windows else None
+    return [kinds[mixer.kind] for mixer in mixers], int(windows[0]) if windows else None

@@ -9,7 +9,7 @@ from nasbench.checkpoints.families.family import FAMILIES, Family
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError
 from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
 
 
 class Hybrid(Family):
@@ -30,9 +30,8 @@ class Hybrid(Family):
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         complete = []
-        for layer, name in enumerate(placement):
-            args = spec.mixer(name, layer).args
-            complete.append(f"{kind_of(name)}{'@' if 'x' in args else ''}{args}")
+        for mixer in spec.mixers(placement):
+            complete.append(f"{mixer.kind}{'@' if 'x' in mixer.args else ''}{mixer.args}")
         return FAMILIES[spec.family]().own_config(spec, ("A",) * spec.num_layers) | {
             "architectures": [self.architecture],
             "model_type": self.model_type,

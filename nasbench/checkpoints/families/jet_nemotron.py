@@ -12,7 +12,8 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
 from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.model.spec import specs_of
+from nasbench.spaces.placement import Placement, format_placement, is_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,20 +50,19 @@ class JetNemotron(Family):
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         mixers = spec.mixers(placement)
-        for letter in dict.fromkeys(kind_of(name) for name in placement):
+        for letter in dict.fromkeys(mixer.kind for mixer in mixers):
             if letter not in _LETTERS:
                 raise UserError(f"the jet_nemotron format has no layer kind {letter}: it has A, W and J")
             sizes = sorted({mixer.args for mixer in mixers if mixer.kind == letter})
             if len(sizes) > 1:
                 raise self.no_place(spec, f"{letter} layers of {' and '.join(sizes)}, it has one size for all,")
         efficient: dict[str, Any] = {}
-        for mixer in mixers:
-            if isinstance(mixer, SlidingWindowSpec):
-                efficient["swa"] = {"window_size": mixer.window}
-            if isinstance(mixer, JetBlockSpec):
-                efficient["jet"] = _jet_config(mixer)
+        for window in specs_of(SlidingWindowSpec, mixers):
+            efficient["swa"] = {"window_size": window.window}
+        for jet in specs_of(JetBlockSpec, mixers):
+            efficient["jet"] = _jet_config(jet)
         return super().own_config(spec, placement) | {
-            "layer_types": [_LETTERS[kind_of(name)] for name in placement],
+            "layer_types": [_LETTERS[mixer.kind] for mixer in mixers],
             "efficient_attention_config": efficient,
         }
 
@@ -70,7 +70,7 @@ class JetNemotron(Family):
         """Attention and windows have biases on q, k and v: zeros where the model has none."""
         yield from super().split(name, tensor, spec, placement)
         match = _INPUT.fullmatch(name)
-        if match and not spec.qkv_bias and kind_of(placement[int(match[2])]) in "AW":
+        if match and not spec.qkv_bias and is_of(placement[int(match[2])], "AW"):
             yield f"{match[1]}.bias", tensor.new_zeros(len(tensor))
 
 

@@ -12,6 +12,7 @@ from nasbench.checkpoints.gguf_header import GgufHeader
 from nasbench.core.errors import UserError
 from nasbench.model.ffn.spec import MixtureSpec
 from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import specs_of
 from nasbench.spaces.placement import Placement
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Qwen3Moe(Family):
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         _, window = write_windows(self, spec, placement)
-        mixtures = {ffn for ffn in spec.ffns() if isinstance(ffn, MixtureSpec)}
+        mixtures = set(specs_of(MixtureSpec, spec.ffns()))
         if len(mixtures) != 1:
             raise self.no_place(spec, f"{len(mixtures)} kinds of mixtures")
         (mixture,) = mixtures
@@ -73,7 +74,7 @@ class Qwen3Moe(Family):
         layer, expert = match[1], int(match[2])
         if match[3] == "down":
             return Place(f"{layer}.down", (expert,))
-        width = next(ffn.width for ffn in spec.ffns() if isinstance(ffn, MixtureSpec))
+        width = specs_of(MixtureSpec, spec.ffns())[0].width
         return Place(f"{layer}.gate_up", (expert, slice(0, width) if match[3] == "gate" else slice(width, 2 * width)))
 
     def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
