@@ -41,7 +41,7 @@ from nasbench.runs import Run, RunSpec
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
 from nasbench.runtime.timing import synchronise
-from nasbench.spaces.placement import Placement, kind_of
+from nasbench.spaces.placement import Placement, is_of
 from nasbench.supernet.loop import LossSums
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import Distiller
@@ -94,7 +94,7 @@ def step_flops(
         return total + shape.num_layers * sum(3 * forward - projections for forward, projections in map(mixer, trained))
     for placement in placements:
         total += 3 * head
-        first = next((i for i, name in enumerate(placement) if kind_of(name) != "A"), len(placement))
+        first = next((i for i, name in enumerate(placement) if not is_of(name, "A")), len(placement))
         for name, ffn in zip(placement[first:], ffns[first:], strict=True):
             forward, projections = mixer(name)
             total += 2 * (forward + ffn) + (projections if name in trained else 0)
@@ -107,7 +107,7 @@ def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str,
     sums = LossSums(["", *optimizer.groups], distiller.device)
     shape, space = distiller.net.teacher.shape, distiller.net.space
     rows, sequence = distiller.step_rows(stage), distiller.corpus.sequence
-    trained = [name for name in space.names if kind_of(name) not in ("A", *distiller.config.frozen)]
+    trained = [name for name in space.names if not is_of(name, ("A", *distiller.config.frozen))]
     cuda, timed = distiller.device.type == "cuda", range(2, 2 + steps)
 
     def step(index: int) -> None:

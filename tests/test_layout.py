@@ -1,4 +1,4 @@
-"""The import direction of DESIGN: which part may know which. Read from the source, so that nothing slips in."""
+"""The import direction: which room may know which. Read from the source, so that nothing slips in."""
 
 import ast
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Pre-trained models: shapes without weights, loading, and our own decoder."""
+"""Checkpoints: families, Hugging Face folders, GGUF files, tokenizers, fetching."""

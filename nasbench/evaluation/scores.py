@@ -168,8 +168,10 @@ class ScoreStore:
         if not scores:
             return
         lines = "".join(_line(key, found) for key, found in scores.items())
-        with locked(self.file), machine_errors(f"writing {self.file}"), self.file.open("a+b") as file:
-            _cut_torn_line(file)
+        with locked(self.file), machine_errors(f"writing {self.file}"), self.file.open("ab") as file:
+            self.refresh()
+            # What a killed writer left behind the last whole line.
+            file.truncate(self._read_bytes)
             file.write(lines.encode())
         self.refresh()
 
@@ -229,22 +231,6 @@ def _line(key: ScoreKey, scores: Scores) -> str:
 def _short(value: float) -> float | int:
     """The shortest text that reads back as the same fp32."""
     return int(value) if value == int(value) else float(str(np.float32(value)))
-
-
-def _cut_torn_line(file: Any) -> None:
-    """Cuts what a killed writer left behind the last whole line. The caller holds the lock."""
-    size = end = file.seek(0, 2)
-    while end:
-        start = max(0, end - 65536)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            end = start + found + 1
-            break
-        end = start
-    if end < size:
-        file.truncate(end)
-    file.seek(0, 2)
 
 
 def _parse(row: dict[str, Any]) -> tuple[ScoreKey, Scores]:

@@ -184,8 +184,11 @@ class Suite(Task):
         return self.title, f"{self.title}.plain"
 
     def settings(self, context: Context) -> str:
-        read_items(self.path)
-        return f"{VERSION}/{hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]}"
+        def digest() -> str:
+            read_items(self.path)
+            return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+
+        return f"{VERSION}/{context.once((self.path, 'digest'), digest)}"
 
     def items(self) -> list[SuiteItem]:
         """Those that are evaluated."""

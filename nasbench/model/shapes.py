@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nasbench.core.registry import Registry
 from nasbench.model.spec import FFNSpec, LayerShape, MixerSpec, ffn_spec, mixer_spec
-from nasbench.spaces.placement import Placement, kind_of, parse_placement
+from nasbench.spaces.placement import Placement, is_of, parse_placement
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelSpec:
         """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary base of
         windows may differ."""
         theta, scaling = self.rope_theta, self.rope_scaling
-        if self.window_rope_theta is not None and kind_of(self.placement[index]) == "W":
+        if self.window_rope_theta is not None and is_of(self.placement[index], "W"):
             theta, scaling = self.window_rope_theta, ()
         return LayerShape(
             hidden_size=self.hidden_size,

@@ -1,1 +1,1 @@
-
+"""The report: facts, statistics, figures, HTML."""

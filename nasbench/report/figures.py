@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.facts import Facts, Point, TargetFacts
-from nasbench.spaces.placement import kind_of
+from nasbench.spaces.space import is_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,7 +147,7 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
     layers = max(len(point.row.layers) for point in points)
     for place, point in enumerate(points):
         for layer, name in enumerate(point.row.layers):
-            height = 0.78 if kind_of(name) == "A" else 0.46
+            height = 0.78 if is_full(name) else 0.46
             axes.add_patch(
                 Rectangle((layer, place + 0.39 - height), 0.86, height, color=style.colour(name), linewidth=0)
             )

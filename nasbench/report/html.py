@@ -20,7 +20,8 @@ from nasbench.report.figures import Draw, drawings
 from nasbench.report.sections import markdown, sections
 from nasbench.report.svg import inline_svg, png
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement
+from nasbench.spaces.space import is_full
 
 HERE = Path(__file__).parent
 WITHIN = 0.05
@@ -61,7 +62,7 @@ def introduction(facts: Facts) -> str:
     text = f"The model is {facts.teacher}: {facts.shape.num_layers} layers, all with full attention."
     learned = {curve.name for curve in facts.training}
     trained = [title for name, title in facts.kinds if name in learned]
-    kept = [title for name, title in facts.kinds if kind_of(name) != "A" and name not in learned]
+    kept = [title for name, title in facts.kinds if not is_full(name) and name not in learned]
     if trained:
         text += (
             f" Beside the attention of every layer, {listed(trained)} learned by distillation to do its work, "
@@ -93,7 +94,7 @@ def speed(value: float, estimated: bool = False) -> Markup:
 
 def strip(placement: Placement) -> Markup:
     """A placement as a row of coloured cells; full attention is taller, so that colour is not all there is."""
-    cells = Markup("").join(Markup('<i class="k-{}"></i>').format(kind_of(name)) for name in placement)
+    cells = Markup("").join(Markup('<i class="{}"></i>').format(style.css_class(name)) for name in placement)
     return Markup('<span class="strip" role="img" aria-label="{}">{}</span>').format(format_placement(placement), cells)
 
 
@@ -120,8 +121,9 @@ def render(facts: Facts) -> str:
     )
     environment.filters |= {"number": number, "strip": strip, "size": format_size, "target": target_words}
     environment.globals |= {"speed": speed, "within": WITHIN, "isnan": math.isnan}
-    kinds = sorted({kind_of(name) for name, _ in facts.kinds})
-    colours = "".join(f".k-{kind}{{background:{style.colour(kind)}}}" for kind in kinds)
+    colours = "".join(
+        sorted({f".{style.css_class(name)}{{background:{style.colour(name)}}}" for name, _ in facts.kinds})
+    )
     drawn = all_drawings(facts)
     return environment.get_template("page.html").render(
         facts=facts,
@@ -134,7 +136,7 @@ def render(facts: Facts) -> str:
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
         introduction=introduction(facts),
-        legend=[(kind_of(name), name, title) for name, title in facts.kinds],
+        legend=[(style.css_class(name), name, title) for name, title in facts.kinds],
     )
 
 

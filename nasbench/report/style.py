@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from nasbench.model import MIXERS
-from nasbench.spaces.placement import kind_of
+from nasbench.spaces.placement import split_name
 
 # Okabe and Ito's palette, told apart with every common colour blindness, on light and on dark paper.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b3a800", "#8c6bb1", "#a6761d")
@@ -22,8 +22,13 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 
 
 def colour(name: str) -> str:
     """The colour of a layer name's kind, by its place among the registered ones; grey for a kind that is not."""
-    kinds = list(MIXERS)
-    return PALETTE[kinds.index(kind_of(name)) % len(PALETTE)] if kind_of(name) in kinds else _OTHER
+    kinds, (letter, _) = list(MIXERS), split_name(name)
+    return PALETTE[kinds.index(letter) % len(PALETTE)] if letter in kinds else _OTHER
+
+
+def css_class(name: str) -> str:
+    """The class of a layer name's kind on the page."""
+    return f"k-{split_name(name)[0]}"
 
 
 def dash(position: int) -> object:

@@ -1,1 +1,1 @@
-
+"""Running a decoder: CUDA graphs, generation, throughput, roofline, memory."""

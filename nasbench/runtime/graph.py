@@ -1,7 +1,7 @@
 """Decode steps over a static cache: a replayed CUDA graph on a GPU, ordinary calls elsewhere.
 
 A decode step of a small model is a few hundred kernels of a few microseconds: launched one by one, the launches cost
-more than the work (REFERENCES: 100 ms a step instead of a few).
+more than the work (100 ms a step instead of a few for a 2B model).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from nasbench.core.errors import UserError
 from nasbench.search.trials import Target
@@ -22,7 +22,7 @@ from nasbench.spaces.space import Space
 if TYPE_CHECKING:
     from nasbench.cost import CostModel
     from nasbench.evaluation.evaluator import Evaluator
-    from nasbench.evaluation.scores import Scores, ScoreStore
+    from nasbench.evaluation.scores import Scores
     from nasbench.evaluation.tasks import Task
 
 TEXT = ("loss", "kl")
@@ -52,33 +52,6 @@ class Speed:
     step_ms: float
     cache_bytes: int
     source: str
-
-
-class Objective(Protocol):
-    """The world as strategies see it. Everything is deterministic for a given `version`."""
-
-    space: Space
-    target: Target
-    text: str
-    """As written to --objective."""
-    version: str
-    """Of the weights."""
-    settings: str
-    """Which text the losses are measured on; `dtype` in which dtype. Scores of other ones are never compared."""
-    dtype: str
-    reference: float
-    """The hypervolume's reference: a score worse than those of interest."""
-    store: ScoreStore
-    """Where the losses are kept."""
-
-    def measure(self, placements: Sequence[Placement]) -> list[Measured]:
-        """On the search split. The expensive one: many placements in one call share work."""
-
-    def speed(self, placement: Placement) -> Speed:
-        """On the target. Cheap."""
-
-    def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
-        """What putting each of the names in one layer of the otherwise unchanged model costs."""
 
 
 def parse_objective(text: str) -> list[tuple[float, Task]]:
@@ -128,15 +101,22 @@ def distinct_space(evaluator: Evaluator, tasks: Sequence[Task]) -> Space:
 
 
 class RunObjective:
-    """The objective of a run folder: scores of its supernet, and the speed of a target.
+    """The objective of a run folder: scores of its supernet, and the speed of a target. Deterministic.
 
     Args:
         speed: of a placement on the target.
         text: the objective, as written to --objective.
         progress: called with (what, done, total) while the layers' importance is measured.
 
+    Attributes:
+        space: what the objective can tell apart.
+        version, settings, dtype: of the weights, the text of loss and KL, and the evaluation. Scores of other ones are
+            never compared.
+        store: where the scores are kept.
+        reference: of the hypervolume: a score worse than those of interest.
+
     Raises:
-        UserError: a bad objective, or a space of which the objective can tell nothing apart.
+        UserError: a bad objective, or a space of which it can tell nothing apart.
     """
 
     def __init__(
@@ -169,6 +149,7 @@ class RunObjective:
         return len(self.terms) > 1
 
     def measure(self, placements: Sequence[Placement]) -> list[Measured]:
+        """On the search split. The expensive one: many placements in one call share work."""
         tasks = list(dict.fromkeys([*TEXT, *(task.label for _, task in self.terms)]))
         found = self._evaluator.measure(list(placements), "search", tasks=tasks)
         return [
@@ -204,11 +185,13 @@ class RunObjective:
         return scales
 
     def speed(self, placement: Placement) -> Speed:
+        """On the target. Cheap."""
         if placement not in self._speeds:
             self._speeds[placement] = self._speed(placement)
         return self._speeds[placement]
 
     def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
+        """What putting each of the names in one layer of the otherwise unchanged model costs."""
         from nasbench.evaluation.importance import layer_importance
 
         def progress(done: int, total: int) -> None:

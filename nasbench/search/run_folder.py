@@ -68,8 +68,7 @@ def search_run(
     Raises:
         UserError: unknown strategy, bad options, rows that are missing for the target.
     """
-    if strategy not in strategies.STRATEGIES:
-        strategies.STRATEGIES[strategy]
+    strategies.STRATEGIES[strategy]
     # Missing rows are the user's to fix: say so before the first loss is measured.
     for name in evaluator.supernet.space.names:
         cost.decode(evaluator.supernet.space.homogeneous(name), target.context, target.batch)

@@ -15,7 +15,7 @@ from pathlib import Path
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.provenance import utc_now
 from nasbench.core.registry import Registry
-from nasbench.search.objective import Measured, Objective
+from nasbench.search.objective import Measured, RunObjective
 from nasbench.search.trials import (
     DRAWN,
     FILLERS,
@@ -34,8 +34,6 @@ from nasbench.spaces.space import Space, count_full
 log = logging.getLogger("nasbench")
 BATCH = 8
 """Placements that are evaluated in one call, between two looks at the losses and two writes of the trials."""
-
-
 FEWEST, MOST = 8, 1000
 """Evaluations that a time gives: the fewest for each K, the most in all."""
 
@@ -94,7 +92,7 @@ class Session:
     """What a strategy works with. It proposes placements to `evaluate`, and reads the answers."""
 
     folder: Path
-    objective: Objective
+    objective: RunObjective
     options: Options
     progress: Progress = lambda what, done, total: None
     visited: dict[str, set[Placement]] = field(default_factory=dict)
@@ -287,7 +285,8 @@ def compare(trials: Sequence[Trial], counts: Iterable[int]) -> list[Comparison]:
     found = []
     for count in counts:
         mine = [trial for trial in trials if trial.k == count]
-        uniform = [trial for trial in mine if trial.strategy == UNIFORM]
-        if uniform:
-            found.append(Comparison(count, best_of(mine), best_of(uniform)))
+        best = best_of(mine) if mine else None
+        uniform = [t for t in mine if best is not None and t.strategy == UNIFORM and t.objective == best.objective]
+        if best is not None and uniform:
+            found.append(Comparison(count, best, best_of(uniform)))
     return found

@@ -8,6 +8,7 @@ ends at a space or comma, because a number directly before a letter always means
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from itertools import groupby
 
 from nasbench.core.errors import UserError
@@ -63,11 +64,11 @@ def format_placement(placement: Placement) -> str:
     return " ".join(f"{count if count > 1 else ''}{name}" for name, count in runs)
 
 
-def kind_of(name: str) -> str:
-    """The kind's letter of a layer name: `W1152` -> `W`."""
-    return name[0]
+def split_name(name: str) -> tuple[str, str]:
+    """The kind's letter of a layer name, and its arguments: `J@12x96x256` -> (`J`, `12x96x256`), `W` -> (`W`, ``)."""
+    return name[0], name[1:].removeprefix("@")
 
 
-def args_of(name: str) -> str:
-    """The arguments of a layer name, without the `@`: `J@12x96x256` -> `12x96x256`, `W` -> ``."""
-    return name[1:].removeprefix("@")
+def is_of(name: str, letters: Collection[str]) -> bool:
+    """Whether a layer name is of one of the kinds with these letters."""
+    return name[0] in letters

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nasbench.core.errors import UserError, unknown
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement, is_of
 
 FULL = "A"
 """Full attention; K of a placement counts the layers that have it."""
@@ -15,7 +15,7 @@ FULL = "A"
 
 def is_full(name: str) -> bool:
     """Whether a layer name is full attention."""
-    return kind_of(name) == FULL
+    return is_of(name, FULL)
 
 
 def full_layers(placement: Placement) -> frozenset[int]:

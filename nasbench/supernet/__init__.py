@@ -1,1 +1,1 @@
-
+"""The once-for-all supernet: alternatives per layer, losses, closed-form starts, training, finalising."""

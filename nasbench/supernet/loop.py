@@ -343,7 +343,8 @@ class Loop:
             raise self._not_finite(next(iter(skips)), step)
 
     def _not_finite(self, name: str, step: int) -> MachineError:
+        setting = "align_lr" if self.stage == "align" else "supernet_lr"
         return MachineError(
-            f"{name} is not finite at step {step} of stage {self.stage}: lower {self.stage}_lr; "
+            f"{name} is not finite at step {step} of stage {self.stage}: lower {setting}; "
             f"the last good checkpoint is kept in {self.folder}"
         )

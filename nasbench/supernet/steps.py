@@ -10,7 +10,7 @@ import torch
 from nasbench.data.packing import Batch
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import full
-from nasbench.spaces.placement import Placement, kind_of
+from nasbench.spaces.placement import Placement, is_of
 from nasbench.spaces.space import Space
 from nasbench.supernet.forward import meta_of
 from nasbench.supernet.layer_calls import TEACHER, LayerCalls
@@ -42,7 +42,7 @@ def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, 
     smallest = bool(config.smallest_every) and step % config.smallest_every == 0
     count = least if smallest else generator.randint(least, most)
     full = frozenset(generator.sample(space.may_be_full, min(count, len(space.may_be_full))))
-    trained = [name for name in space.efficient_names if kind_of(name) not in config.frozen]
+    trained = [name for name in space.efficient_names if not is_of(name, config.frozen)]
     common = generator.choice(trained) if trained and generator.random() < 0.5 else None
     drawn = []
     for layer in range(layers):

@@ -17,7 +17,7 @@ from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.spec import MixerSpec
 from nasbench.parallel.fsdp import assign
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement, format_placement, kind_of
+from nasbench.spaces.placement import Placement, format_placement, is_of
 from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
 from nasbench.supernet.ridge import out_name
@@ -83,7 +83,7 @@ class Supernet:
             torch.manual_seed(seed)
             for i, layer in enumerate(teacher.layers):
                 for name in space.alternatives(i):
-                    trained = kind_of(name) not in frozen
+                    trained = not is_of(name, frozen)
                     mixer = _alternative(layer.self_attn, teacher.shape.mixer(name, i), transfer or not trained)
                     mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
         return cls(loaded, space, frozen, mixers, solved)
@@ -116,7 +116,7 @@ class Supernet:
         return {
             f"layers.{layer}.{name}": mixer
             for (layer, name), mixer in self._mixers.items()
-            if kind_of(name) not in self.frozen
+            if not is_of(name, self.frozen)
         }
 
     def closed_form(self) -> dict[str, Block]:
@@ -124,7 +124,7 @@ class Supernet:
         return {
             f"layers.{layer}.{name}": mixer
             for (layer, name), mixer in self._mixers.items()
-            if kind_of(name) not in self.frozen or kind_of(name) in self.solved
+            if not is_of(name, self.frozen) or is_of(name, self.solved)
         }
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -181,7 +181,8 @@ class Supernet:
 
 def check_teacher(teacher: Decoder, space: Space) -> None:
     """Raises UserError unless the teacher's layers are attention, full or windowed, and the space's originals."""
-    linear = {name for name, mixer in zip(teacher.placement, teacher.mixers, strict=True) if not _is_attention(mixer)}
+    shape = teacher.shape
+    linear = {name for i, name in enumerate(teacher.placement) if not shape.mixer(name, i).is_attention}
     if linear:
         raise UserError(
             f"{teacher.shape.name} cannot be a teacher: it is {format_placement(teacher.placement)}, and its layers "
@@ -194,10 +195,6 @@ def check_teacher(teacher: Decoder, space: Space) -> None:
             f"{teacher.shape.name} is {format_placement(teacher.placement)}, the run's model was "
             f"{format_placement(space.original)}: choose another folder"
         )
-
-
-def _is_attention(mixer: Block) -> bool:
-    return isinstance(mixer.spec, MixerSpec) and mixer.spec.is_attention
 
 
 def _alternative(attention: nn.Module, spec: MixerSpec, transfer: bool) -> Block:

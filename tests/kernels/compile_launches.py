@@ -193,7 +193,7 @@ def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype, train: bo
 CASES: dict[str, Callable[[], None]] = {
     "mamba2 step 2.7B": lambda: mamba2_step(64, 80, 64, 128, FP32),
     "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
-    "mamba2 step 2.7B, heads in turn": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64, 4, 4, 2)),
+    "mamba2 step 2.7B, one head a program": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64)),
     "mamba2 prompt 2.7B": lambda: mamba2_prompt(80, 64, 128, BF16),
     "mamba2 prompt 2.7B, training": lambda: mamba2_prompt(80, 64, 128, BF16, True),
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),

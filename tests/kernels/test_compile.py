@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 SCRIPT = Path(__file__).with_name("compile_launches.py")
 SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 87: 163 << 10, 89: 99 << 10, 90: 227 << 10}
-"""Shared memory that one block may use (REFERENCES, section 6; CUDA C++ Programming Guide)."""
+"""Shared memory that one block may use (CUDA C++ Programming Guide)."""
 MOST_REGISTERS = 255
 SMALL_STACK = 16
 """Bytes of stack that are no spill: ptxas now and then keeps a scalar or two there."""

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from nasbench_kernels.conv import naive_short_conv
 from nasbench_kernels.mamba2 import chunked_mamba2, mamba2_step, naive_mamba2
-from nasbench_kernels.mamba2.decode import StepLaunch, fused_mamba2_step
+from nasbench_kernels.mamba2.decode import StepLaunch, fused_mamba2_step, step_launch
 from nasbench_kernels.mamba2.norm import gated_norm_of_groups
 from nasbench_kernels.mamba2.prefill import triton_mamba2
 from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
@@ -203,10 +203,30 @@ def test_step_kernel(sizes, dtype, monkeypatch):
     check_step(sizes, dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("launch", [StepLaunch(16, tiles=4, stages=2), StepLaunch(16, tiles=1), StepLaunch(4, warps=1)])
+@pytest.mark.parametrize(
+    "launch", [StepLaunch(16, tiles=4, stages=2), StepLaunch(4, tiles=8), StepLaunch(16), StepLaunch(8, warps=1)]
+)
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_step_kernel_in_other_launches(launch, kind, monkeypatch):
     check_step((2, 8, 16, 2, 24), torch.bfloat16, monkeypatch, kind, launch)
+
+
+@pytest.mark.parametrize("sizes", [(3, 6, 16, 3, 24), (3, 3, 16, 3, 24), (2, 4, 24, 1, 16)])
+def test_the_launch_of_many_heads(sizes, monkeypatch):
+    _, heads, dim, groups, size = sizes
+    launch = step_launch(512, heads, heads // groups, dim, size, 16, 100 << 10)
+    assert launch.tiles == 4
+    check_step(sizes, torch.float32, monkeypatch, launch=launch)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "dim", "size", "block"),
+    [(80, 1, 64, 128, 64), (9, 9, 64, 64, 16), (9, 1, 64, 64, 16), (12, 1, 256, 256, 32), (24, 1, 64, 16, 64)],
+)
+def test_tiles_divide_every_shape(heads, groups, dim, size, block):
+    launch = step_launch(256, heads, heads // groups, dim, size, 132, 228 << 10)
+    assert (launch.block_p, launch.tiles) == (block, 4)
+    assert dim % launch.block_p == heads // groups * (dim // launch.block_p) % 4 == 0
 
 
 def test_step_sizes_are_clamped_and_taps_are_any_number(monkeypatch):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from nasbench.core.errors import UserError
 from nasbench.spaces.placement import (
-    args_of,
     format_placement,
-    kind_of,
+    is_of,
     parse_placement,
+    split_name,
 )
 from nasbench.spaces.space import Space, count_full, full_layers
 
@@ -35,12 +35,9 @@ def test_a_number_before_a_letter_always_repeats():
     assert parse_placement("2W6J") == ("W",) * 2 + ("J",) * 6
     assert parse_placement("2W1152 J") == ("W1152", "W1152", "J")
     assert parse_placement("W1152,J@12x96x256") == ("W1152", "J@12x96x256")
-    assert (kind_of("J@12x96x256"), args_of("J@12x96x256"), args_of("W64"), args_of("W")) == (
-        "J",
-        "12x96x256",
-        "64",
-        "",
-    )
+    assert [split_name(name) for name in ("J@12x96x256", "W64", "W")] == [("J", "12x96x256"), ("W", "64"), ("W", "")]
+    assert is_of("W64", ("W", "J"))
+    assert not is_of("W64", "AJ")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "a", "3", "A-J", "0A", "2", "J@", "A?", "99999999A"])

@@ -50,12 +50,11 @@ def mamba2_step_kernel(
 ):  # fmt: skip
     INNER: tl.constexpr = HEADS * DIM
     CHANNELS: tl.constexpr = INNER + 2 * GROUPS * STATE
-    PROGRAMS: tl.constexpr = HEADS // TILES * PARTS
+    PROGRAMS: tl.constexpr = HEADS * PARTS // TILES
     sequence = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    place = tl.program_id(0) % PROGRAMS
-    part = place % PARTS
-    first = place // PARTS * TILES  # head
-    group = first // (HEADS // GROUPS)
+    first = tl.program_id(0) % PROGRAMS * TILES  # tile
+    begin = first % PARTS * BLOCK_P  # row in its head
+    group = first // (HEADS // GROUPS * PARTS)
     base = row + sequence * row_stride
     columns = base + INNER
     past = conv_state + sequence * (TAPS - 1) * CHANNELS
@@ -63,19 +62,18 @@ def mamba2_step_kernel(
     results = y + sequence * INNER
     lanes = tl.arange(0, BLOCK_N)
     in_state = lanes < STATE
-    tile_rows = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_tile = (tile_rows < DIM)[:, None] & in_state[None, :]
-    # Channels of x of all tiles; several tiles are whole heads, DIM = BLOCK_P.
-    mine = part * BLOCK_P + tl.arange(0, BLOCK_P * TILES)
+    tile_rows = tl.arange(0, BLOCK_P)
+    # Channels of x of all tiles, which leave no gaps: BLOCK_P divides DIM, unless there is one tile.
+    mine = begin + tl.arange(0, BLOCK_P * TILES)
     in_mine = mine < DIM * TILES
-    channel = first * DIM + mine
+    channel = first // PARTS * DIM + mine
     b_at = INNER + group * STATE + lanes
     c_at = b_at + GROUPS * STATE
 
     # What no launch just ahead writes: the state was written by this layer's last step, launches ago.
     if TILES == 1:
-        at = memory + (first * DIM + tile_rows)[:, None] * STATE + lanes[None, :]
-        held = tl.load(at, mask=in_tile, other=0.0)
+        at = memory + channel[:, None] * STATE + lanes[None, :]
+        held = tl.load(at, mask=in_mine[:, None] & in_state[None, :], other=0.0)
     x_kernel = _kernel_of(conv_weight, channel, in_mine, TAPS, BLOCK_T)
     b_kernel = _kernel_of(conv_weight, b_at, in_state, TAPS, BLOCK_T)
     c_kernel = _kernel_of(conv_weight, c_at, in_state, TAPS, BLOCK_T)
@@ -100,15 +98,18 @@ def mamba2_step_kernel(
 
     kind = state.dtype.element_ty
     for tile in tl.range(0, TILES, num_stages=STAGES):
-        head = first + tile
-        rows = head * DIM + tile_rows
+        head = (first + tile) // PARTS
+        row_of_head = (first + tile) % PARTS * BLOCK_P + tile_rows
+        in_rows = row_of_head < DIM
+        in_tile = in_rows[:, None] & in_state[None, :]
+        rows = head * DIM + row_of_head
         at = memory + rows[:, None] * STATE + lanes[None, :]
         if TILES == 1:
             old = held.to(tl.float32)
             value = x
         else:
             old = tl.load(at, mask=in_tile, other=0.0).to(tl.float32)
-            value = tl.load(results + rows, mask=tile_rows < DIM, other=0.0)
+            value = tl.load(results + rows, mask=in_rows, other=0.0)
         raw = tl.load(base + INNER + CHANNELS + head).to(tl.float32) + tl.load(dt_bias + head)
         softplus = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
         step = tl.minimum(tl.maximum(softplus, dt_min), dt_max)
@@ -116,7 +117,7 @@ def mamba2_step_kernel(
         new = old * decay + (value * step)[:, None] * b[None, :]
         tl.store(at, new.to(kind), mask=in_tile)
         mixed = tl.sum(new * c[None, :], 1) + value * tl.load(skip + head)
-        tl.store(results + rows, mixed, mask=tile_rows < DIM)
+        tl.store(results + rows, mixed, mask=in_rows)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,9 @@ class StepLaunch:
     """How the state of a sequence is divided: programs of `tiles` tiles of `block_p` rows of a head.
 
     Attributes:
-        block_p: a power of two. One tile of fewer rows than a head's is held in registers, as is one whole head.
-        tiles: whole heads of a group that a program takes one after the other; `block_p` is then a head's dimension.
+        block_p: a power of two.
+        tiles: tiles of one group that a program takes one after the other; `block_p` then divides a head's dimension.
+            A single one is held in registers.
         stages: of the loop over several tiles, s - 1 of which are on their way.
     """
 
@@ -135,19 +137,26 @@ class StepLaunch:
     stages: int = 1
 
 
-def step_launch(batch: int, heads: int, heads_of_group: int, dim: int, size: int, sms: int) -> StepLaunch:
-    """Whole heads one after the other, the next two on their way, where there are many; else small blocks of rows.
+def step_launch(
+    batch: int, heads: int, heads_of_group: int, dim: int, size: int, sms: int, shared_memory: int
+) -> StepLaunch:
+    """Four tiles one after the other, two of them on their way, where there are many heads; else small blocks of rows.
+
+    The tiles are of 8192 elements, of 4096 on cards of little shared memory; smaller where a group has few rows.
 
     Chosen of 25 launches on an H200 for 80 heads of 64 x 128 in fp32. Fractions of an in-place pass over the states,
     batch 64 and 256: 0.79 and 0.89 by four heads in turn, 0.66 and 0.69 by one head a program. At batch 1 and 8 blocks
     of 8 rows took 5.4 and 19.0 us, whole heads 6.5 and 22.8.
     """
-    rows, elements = triton.next_power_of_2(dim), triton.next_power_of_2(size)
-    if batch * heads >= 8 * sms and rows == dim:
-        tiles = next(tiles for tiles in (4, 2, 1) if heads_of_group % tiles == 0)
-        if tiles > 1:
-            return StepLaunch(dim, tiles, warps=2, stages=3)
-    return StepLaunch(max(1, min(rows, 1024 // elements)), warps=1)
+    elements = triton.next_power_of_2(size)
+    if batch * heads >= 8 * sms:
+        most = 8192 if shared_memory >= 160 << 10 else 4096
+        block = min(dim & -dim, max(1, most // elements))
+        while block > 1 and heads_of_group * (dim // block) % 4:
+            block //= 2
+        if heads_of_group * (dim // block) % 4 == 0:
+            return StepLaunch(block, 4, warps=2, stages=3)
+    return StepLaunch(max(1, min(triton.next_power_of_2(dim), 1024 // elements)), warps=1)
 
 
 def fused_mamba2_step(
@@ -183,13 +192,13 @@ def fused_mamba2_step(
     batch, heads, dim, size = state.shape
     taps, channels = conv_weight.shape[1], conv_weight.shape[0]
     groups = (channels - heads * dim) // (2 * size)
-    sms, _ = sm_limits(row.device)
-    launch = launch or step_launch(batch, heads, heads // groups, dim, size, sms)
-    if launch.tiles > 1 and (launch.block_p != dim or heads // groups % launch.tiles):
-        raise ValueError(f"{launch} does not divide {groups} groups of {heads // groups} heads of {dim}")
+    sms, shared_memory = sm_limits(row.device)
+    launch = launch or step_launch(batch, heads, heads // groups, dim, size, sms, shared_memory)
     parts = triton.cdiv(dim, launch.block_p)
+    if launch.tiles > 1 and (dim % launch.block_p or heads // groups * parts % launch.tiles):
+        raise ValueError(f"{launch} does not divide {groups} groups of {heads // groups} heads of {dim}")
     y = torch.empty(batch, heads * dim, device=row.device, dtype=torch.float32)
-    mamba2_step_kernel[(batch * heads // launch.tiles * parts,)](
+    mamba2_step_kernel[(batch * heads * parts // launch.tiles,)](
         row, conv_weight, conv_bias, conv_state, state, a_log, dt_bias, skip, y, row.stride(0), *dt_limit,
         HEADS=heads, GROUPS=groups, DIM=dim, STATE=size, TAPS=taps, BLOCK_T=triton.next_power_of_2(taps),
         BLOCK_P=launch.block_p, BLOCK_N=triton.next_power_of_2(size), TILES=launch.tiles, PARTS=parts,
