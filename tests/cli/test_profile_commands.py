@@ -288,8 +288,11 @@ def test_a_holdout_is_measured_once_and_calibrates_nothing(tmp_path, capsys, mon
     assert {row.mode for row in held_out} == {"decode", "prefill"}
     assert not {row.key[:7] for row in held_out} & {row.key[:7] for row in calibrated}
     found = first["holdout"]
-    assert found["decode"]["points"] + found["prefill"]["points"] + found["not_covered"] == len(held_out)
-    assert found["decode"]["mean_error"] >= 0
+    # More sequences than were profiled are covered in prefill only.
+    assert found["prefill"]["points"] + found.get("decode", {"points": 0})["points"] + found["not_covered"] == len(
+        held_out
+    )
+    assert found["prefill"]["mean_error"] >= 0
     assert run(command.split()) == 0
     assert stdout_json(capsys)["calibration"] == 0
     assert read_calibration(holdout_path(tmp_path / f"{CPU}.csv")) == held_out
