@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 import nasbench.core.provenance
 from nasbench.core.errors import MachineError, NasbenchError
+from nasbench.core.files import strict_json
 from nasbench.devices import detect
 
 # In a script's own folder, kernels.py is what other libraries take for the package of that name.
@@ -56,17 +56,9 @@ def provenance() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, value: object) -> None:
-    """Writes the file, if one is asked for; JSON has no NaN, so it becomes null."""
-
-    def known(item: object) -> object:
-        if isinstance(item, dict):
-            return {key: known(part) for key, part in item.items()}
-        if isinstance(item, list | tuple):
-            return [known(part) for part in item]
-        return None if isinstance(item, float) and math.isnan(item) else item
-
+    """Writes the file, if one is asked for."""
     if path:
-        path.write_text(json.dumps(known(value), indent=1) + "\n", encoding="utf-8")
+        path.write_text(strict_json(value) + "\n", encoding="utf-8")
 
 
 def relative_rmse(value: Tensor, reference: Tensor) -> float:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, unknown
+from nasbench.core.files import strict_json
 from nasbench.core.sizes import format_size
 
 
@@ -23,15 +22,7 @@ def chunk_help() -> str:
 
 def print_json(data: Any) -> None:
     """Prints one strict JSON object on standard output, and nothing else. Numbers that are not finite become null."""
-    sys.stdout.write(json.dumps(_strict(data), allow_nan=False) + "\n")
-
-
-def _strict(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {key: _strict(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_strict(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    sys.stdout.write(strict_json(data) + "\n")
 
 
 def mark_source(source: str) -> str:

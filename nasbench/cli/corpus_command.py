@@ -44,7 +44,7 @@ def generate(
     if temperature <= 0:
         raise UserError(f"bad temperature {temperature}: above 0, or every document of a beginning would be the same")
     where = torch_device(device)
-    size = parse_size(batch) if batch else BATCH[where.split(":")[0]]
+    size = parse_size(batch) if batch else BATCH.of(where)
     writing = Writing(model, parse_size(length), size, temperature, top_p, seed)
     budget = parse_size(tokens)
     loaded = load_model(model, dtype=torch_dtype(dtype), device=where)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,19 @@ def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def strict_json(data: Any) -> str:
+    """One line of strict JSON: numbers that are not finite become null."""
+
+    def known(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: known(value) for key, value in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [known(value) for value in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(known(data), allow_nan=False)
 
 
 def write_json(path: Path, data: Any) -> None:

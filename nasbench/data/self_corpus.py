@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.core.files import atomic_path, machine_errors
 from nasbench.runtime.generate import stream
 
-BATCH = {"cpu": 8, "cuda": 512}
+BATCH = ByDevice(cpu=8, cuda=512)
 """Documents written at once."""
 SHORTEST = 16
 """Documents of fewer tokens are left out."""

@@ -165,9 +165,7 @@ class Ends(Reading):
 def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """hidden [M, C], targets [M] -> log p [M], whether the target is the most likely token [M]."""
     log_p, right = [], []
-    for states, ids in zip(
-        hidden.split(CHUNK[hidden.device.type]), targets.split(CHUNK[hidden.device.type]), strict=True
-    ):
+    for states, ids in zip(hidden.split(CHUNK.of(hidden.device)), targets.split(CHUNK.of(hidden.device)), strict=True):
         logits = decoder.logits(states)
         log_p.append(F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, ids[:, None])[:, 0])
         right.append(logits.argmax(-1) == ids)

@@ -86,7 +86,7 @@ def estimate(distiller: Distiller) -> Estimate:
     stages = []
     solves = (saved is None) + bool(left["align"])
     ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.closed_form() else 0
-    one_batch = max(SOLVE_BATCH_TOKENS[distiller.device.type], distiller.corpus.sequence)
+    one_batch = max(SOLVE_BATCH_TOKENS.of(distiller.device), distiller.corpus.sequence)
     seconds = stopwatch(distiller.device)(lambda: distiller.prepare(one_batch))
     stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))
     for name in STAGES:

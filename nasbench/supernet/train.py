@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch, Corpus
 from nasbench.model.block import Block
@@ -51,7 +52,7 @@ from nasbench.supernet.steps import align_step, distill_step, nonfinite_layer, s
 from nasbench.supernet.supernet import Supernet
 
 STAGES = ("align", "supernet")
-SOLVE_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
+SOLVE_BATCH_TOKENS = ByDevice(cpu=2048, cuda=32768)
 """Tokens of one forward while readouts are solved; without gradients more fit at once."""
 _FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard", "tensorboard")
 _FREE_TO_GROW = ("align_tokens", "supernet_tokens")
@@ -220,7 +221,7 @@ class Distiller:
         return self.corpus.batch(index, rows, seed)
 
     def _solve(self, stage: str, tokens: int) -> None:
-        rows = self._rows(SOLVE_BATCH_TOKENS[self.device.type])
+        rows = self._rows(SOLVE_BATCH_TOKENS.of(self.device))
         rows = min(rows, tokens // self.corpus.sequence) or 1
         batches = tokens // (rows * self.corpus.sequence)
         total = batches * rows * self.corpus.sequence

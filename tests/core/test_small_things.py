@@ -9,6 +9,7 @@ import torch
 from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import DTYPES, dtype_bytes, dtype_name, torch_dtype
 from nasbench.core.errors import UserError
+from nasbench.core.files import strict_json
 from nasbench.core.provenance import provenance
 
 
@@ -45,3 +46,9 @@ def test_provenance_loads_no_torch():
     code = "import sys; from nasbench.core.provenance import provenance; assert provenance().torch"
     code += "; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_is_strict():
+    assert (
+        strict_json({"a": (1.5, float("nan")), "b": [{"c": float("inf")}]}) == '{"a": [1.5, null], "b": [{"c": null}]}'
+    )

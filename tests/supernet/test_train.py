@@ -15,6 +15,7 @@ import torch
 from tolerances import relative_rmse
 
 from nasbench.checkpoints.load import load_model
+from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.data.packing import Batch, Corpus
 from nasbench.model import mixer_spec
@@ -113,7 +114,7 @@ def test_training_improves_each_stage(make_run, tiny_model):
 
 @pytest.mark.parametrize("stage", ["ridge", "align", "refit", "supernet"])
 def test_stopping_and_resuming_changes_nothing(make_run, stage, monkeypatch):
-    monkeypatch.setattr(training, "SOLVE_BATCH_TOKENS", {"cpu": 128})
+    monkeypatch.setattr(training, "SOLVE_BATCH_TOKENS", ByDevice(cpu=128))
     whole = make_run("whole")
     expected = weights(distill(whole, CONFIG, dtype=torch.bfloat16))
     stopped = make_run("stopped")
