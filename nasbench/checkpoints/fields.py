@@ -14,11 +14,7 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """The fields of one JSON object or GGUF header. A field that is null counts as absent.
-
-    Attributes:
-        where: what error messages call the object, usually its path.
-    """
+    """The fields of one JSON object or GGUF header, called `where` in messages. A null field counts as absent."""
 
     def __init__(self, data: Mapping[str, Any], where: str, prefix: str = "", read: set[str] | None = None) -> None:
         self.data = data
@@ -53,8 +49,7 @@ class Fields:
         if value is default:
             return value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            kind = {0: "a whole number of at least 0", 1: "a positive whole number"}
-            raise self.wrong(name, kind.get(least, f"a whole number of at least {least}"))
+            raise self.wrong(name, "a positive whole number" if least == 1 else f"a whole number from {least} on")
         if value > most:
             raise self.wrong(name, f"a sensible size: at most {most}")
         return value
@@ -64,12 +59,11 @@ class Fields:
         value = self._get(name, default)
         if value is default:
             return value
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)) or (isinstance(value, str) and not text):
-            raise self.wrong(name, "a positive number")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
         try:
-            result = float(value)
+            result = float(value) if number or (text and isinstance(value, str)) else 0.0
         except (ValueError, OverflowError):
-            raise self.wrong(name, "a positive number") from None
+            result = 0.0
         if not 0 < result < float("inf"):
             raise self.wrong(name, "a positive number")
         return result

@@ -42,18 +42,8 @@ def converted_folder(sha256: str) -> Path:
     return cache_dir() / "converted" / f"{sha256[:32]}-v2"
 
 
-def parts_sha256(path: Path) -> str:
-    """Digest of a GGUF model: of the file, or of the digests of all its parts. Raises UserError."""
-    parts = read_header(path).parts
-    digests = [file_sha256(part) for part in parts]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
 def convert(path: Path, sha256: str | None = None) -> Path:
-    """The model folder of a GGUF file, made now if the cache does not hold it.
-
-    Args:
-        sha256: the model's digest if it is known already.
+    """The model folder of a GGUF file, of this digest if it is known, made now if the cache does not hold it.
 
     Raises:
         UserError: the file is not a GGUF of a family that is known here, or corrupt.
@@ -61,7 +51,11 @@ def convert(path: Path, sha256: str | None = None) -> Path:
     """
     from filelock import FileLock
 
-    folder = converted_folder(sha256 or parts_sha256(path))
+    header = read_header(path)
+    digests = [sha256] if sha256 else [file_sha256(part) for part in header.parts]
+    folder = converted_folder(
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
     if folder.is_dir():
         return folder
     with machine_errors(f"writing {folder.parent}"):
@@ -71,7 +65,7 @@ def convert(path: Path, sha256: str | None = None) -> Path:
                 return folder
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             try:
-                _write_folder(read_header(path), temporary)
+                _write_folder(header, temporary)
                 temporary.rename(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError
@@ -24,8 +23,7 @@ _MOST_ITEMS = 1 << 24
 """Most entries of an array: sixty times the largest vocabulary."""
 
 
-@dataclass(frozen=True)
-class GgufTensor:
+class GgufTensor(NamedTuple):
     """One entry of a tensor table: `shape` in torch's order, `start` bytes into the file `path`."""
 
     name: str
@@ -35,8 +33,7 @@ class GgufTensor:
     start: int
 
 
-@dataclass(frozen=True)
-class GgufHeader:
+class GgufHeader(NamedTuple):
     """Keys and tensors of a GGUF model, all of its parts together."""
 
     path: Path
@@ -161,29 +158,27 @@ def read_tensor(tensor: GgufTensor) -> np.ndarray:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
+    def refuse(reason: str) -> UserError:
+        return UserError(f"{tensor.path}: tensor {tensor.name} {reason}")
+
     try:
         kind = GGMLQuantizationType(tensor.kind)
         block, size = GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise UserError(f"{tensor.path}: tensor {tensor.name} has the unknown type {tensor.kind}") from None
+        raise refuse(f"has the unknown type {tensor.kind}") from None
     columns = tensor.shape[-1] if tensor.shape else 1
     if columns % block:
-        raise UserError(
-            f"{tensor.path}: tensor {tensor.name} has rows of {columns}, {kind.name} takes multiples of {block}"
-        )
+        raise refuse(f"has rows of {columns}, {kind.name} takes multiples of {block}")
     rows, row_bytes = math.prod(tensor.shape[:-1]), columns // block * size
     if rows * row_bytes > tensor.path.stat().st_size - tensor.start:
-        raise UserError(f"{tensor.path} is not a whole GGUF file: it ends within {tensor.name}")
+        raise refuse("is cut off: this is not a whole GGUF file")
     data = np.fromfile(tensor.path, np.uint8, rows * row_bytes, offset=tensor.start).reshape(rows, row_bytes)
-    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        data = data.view(np.float32 if kind == GGMLQuantizationType.F32 else np.float16)
+    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
     try:
-        values = dequantize(data, kind)
+        values = dequantize(data if plain is None else data.view(plain), kind)
     except NotImplementedError:
-        raise UserError(
-            f"{tensor.path}: tensor {tensor.name} has the type {kind.name}, which is no weight type"
-        ) from None
+        raise refuse(f"has the type {kind.name}, which is no weight type") from None
     values = values.astype(np.float32, copy=False).reshape(tensor.shape)
     if not np.isfinite(values).all():
-        raise UserError(f"{tensor.path}: tensor {tensor.name} holds values that are not finite")
+        raise refuse("holds values that are not finite")
     return values

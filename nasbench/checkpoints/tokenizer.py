@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +40,12 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids that the tokenizer knows; a model's embedding may be padded beyond."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of everything that decides which ids a text has, and whether they are legal."""
+        about = f"{self.backend.to_str()} {self.eos_ids} {self.embedding_rows}"
+        return hashlib.sha256(about.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """The text's ids, without special tokens around it; special tokens written in the text are recognised.

@@ -44,6 +44,9 @@ class TextTokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str: ...
+
 
 def cut(document: str, size: int = PIECE_CHARACTERS) -> list[str]:
     """The document in pieces of about `size` characters that end at blank lines, or at line ends where a paragraph
@@ -116,7 +119,9 @@ def _streams(documents: list[str], tokenizer: TextTokenizer, fingerprint: str) -
     from safetensors import SafetensorError
     from safetensors.numpy import load_file, save_file
 
-    path = cache_dir() / "tokens" / f"{fingerprint}.safetensors"
+    # The fingerprint of a corpus knows the tokenizer by a probe alone: two that differ elsewhere must not share tokens.
+    key = hashlib.sha256(f"{fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()[:32]
+    path = cache_dir() / "tokens" / f"{key}.safetensors"
     if path.is_file():
         try:
             known = load_file(path)

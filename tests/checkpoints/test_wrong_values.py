@@ -50,6 +50,25 @@ def test_truncation_and_padding_of_a_tokenizer_are_off(folder):
     assert tokenizer.encode_batch(["a", "a long text"]) == plain.encode_batch(["a", "a long text"])
 
 
+def test_tokenizers_that_differ_anywhere_share_no_cached_tokens(folder, tmp_path, monkeypatch):
+    from nasbench.data.packing import Corpus
+
+    monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "cache"))
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"rare zebra number {i} " * 9}) + "\n" for i in range(60)))
+    first = load_model(str(folder)).tokenizer
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["z"], vocabulary["b"] = vocabulary["b"], vocabulary["z"]
+    path.write_text(json.dumps(content))
+    second = load_model(str(folder)).tokenizer
+    one, two = Corpus.load(str(text), first, 16), Corpus.load(str(text), second, 16)
+    ids = set(first.encode("zb"))
+    assert not torch.equal(one.test, two.test)
+    assert set(second.encode("zb")) == ids
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_a_head_under_the_tie_flag_is_used_where_it_differs(folder, other):
     tensors = load_file(folder / "model.safetensors")

@@ -34,26 +34,16 @@ _INERT = (
 INERT = frozenset(_INERT.split())
 """Fields that do not change what a model computes."""
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_TEXT_OF = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(\w+)(\..+)")
 
 GGUF_MODULES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj",
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+    **{f"attn_{name}_norm": f"self_attn.{name}_norm" for name in "qk"},
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,8 +69,8 @@ class Family:
         tied, head_dim, activation: what absent fields mean; the activation with the name of its field.
     """
 
-    model_type: ClassVar[str] = ""
-    architecture: ClassVar[str] = ""
+    model_type: ClassVar[str]
+    architecture: ClassVar[str]
     modules: ClassVar[dict[str, str]] = {}
     norm_shift: ClassVar[float] = 0.0
     gguf: ClassVar[str] = ""
@@ -115,11 +105,9 @@ class Family:
         fields.neutral("quantization_config")
         spec = ModelSpec(name=name, family=self.model_type, **sizes | self.rope(fields) | self.details(fields, sizes))
         fields.finish(INERT)
-        if heads % spec.num_kv_heads or spec.head_dim % 2:
-            raise UserError(
-                f"{fields.where}: {heads} query heads and {spec.num_kv_heads} key/value heads of {spec.head_dim} "
-                "do not fit"
-            )
+        if heads % spec.num_kv_heads or head_dim % 2:
+            sizes_text = f"{heads} query heads and {spec.num_kv_heads} key/value heads of {head_dim}"
+            raise UserError(f"{fields.where}: {sizes_text} do not fit")
         try:
             spec.parse(spec.published_placement or f"{layers}A")
             spec.ffns()
@@ -177,7 +165,7 @@ class Family:
             "num_attention_heads": spec.num_heads,
             "num_key_value_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
-            self.activation[0]: _TEXT_OF.get(spec.activation, spec.activation),
+            self.activation[0]: {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(spec.activation),
             "max_position_embeddings": spec.max_context,
             "rms_norm_eps": spec.rms_eps,
             "rope_theta": spec.rope_theta,
@@ -239,11 +227,8 @@ def _renamed(name: str, modules: dict[str, str]) -> str:
 
 
 def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection [heads * D, ..], from GGUF's order to the checkpoint's.
-
-    GGUF puts the two channels that a rotation turns next to each other (0, D/2, 1, D/2 + 1, ...); the rotate-half
-    form of the checkpoints has the first channels of all pairs, then the second ones.
-    """
+    """Rows of a query or key projection [heads * D, ..], from GGUF's order to the checkpoint's: GGUF puts the two
+    channels that a rotation turns next to each other, checkpoints the first ones of all pairs before the second."""
     rows = weight.shape[0]
     return weight.reshape(heads, rows // heads // 2, 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
