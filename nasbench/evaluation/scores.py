@@ -177,7 +177,10 @@ class ScoreStore:
 
     def refresh(self) -> None:
         """Reads what was added to the file since the last look."""
-        if not self.file.is_file() or self.file.stat().st_size <= self._read_bytes:
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        # Somebody may have replaced the file by a shorter one.
+        self._read_bytes = self._read_bytes if self._read_bytes <= size else 0
+        if size == self._read_bytes:
             return
         with machine_errors(f"reading {self.file}"), self.file.open("rb") as file:
             file.seek(self._read_bytes)

@@ -130,9 +130,11 @@ class Session:
         return tuple(fast or names)
 
     def replacements(self, layer: int) -> tuple[str, ...]:
-        """The replacements of a layer: those that are faster, all that are not full attention where none is."""
-        legal = self.space.efficient(layer)
-        return tuple(name for name in legal if name in self.faster) or legal
+        """The replacements of a layer: those that are faster, and its original where that is no full attention."""
+        if self.options.replacement:
+            return (self.options.replacement,)
+        legal, own = self.space.efficient(layer), self.space.original[layer]
+        return tuple(name for name in legal if name in self.faster or name == own) or legal
 
     @cached_property
     def base(self) -> Placement:

@@ -62,6 +62,15 @@ def test_a_torn_line_is_cut_by_the_next_writer(tmp_path):
     assert list(store.find()) == [KEY, new]
 
 
+def test_a_file_that_became_shorter_is_read_anew(tmp_path):
+    store = ScoreStore(tmp_path / "scores")
+    store.put({KEY: nats(1.0, 2.0, 3.0)})
+    store.file.unlink()
+    new = ScoreKey("v", "4J", "loss", "s", "float32")
+    store.put({new: nats(2.0)})
+    assert list(ScoreStore(store.path).find()) == [new]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_samples_that_are_not_finite_are_refused_by_name(tmp_path, bad):
     store, other = ScoreStore(tmp_path / "scores"), ScoreKey("v", "4J", "kl", "s", "float32")

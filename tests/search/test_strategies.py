@@ -318,6 +318,7 @@ def test_a_model_with_windows_of_its_own(tmp_path, strategy):
     for row in run_search(run, strategy):
         assert row.searched.score <= row.uniform.score
     trials = run.trials()
+    assert [run.base[i] for i in range(9) if i % 3 != 2] == ["W"] * 6
     assert trials[0].k == 3
     for trial in trials:
         run.space.check(trial.layers)
