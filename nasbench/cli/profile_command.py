@@ -111,7 +111,7 @@ def command(
         "seconds": round(time.monotonic() - began, 1),
     }
     if calibrate or holdout:
-        summary |= _whole_models(todo, names, context_list, tokens, calibrate, holdout)
+        summary |= _whole_models(todo, names, context_list, tokens, mode_list, calibrate, holdout)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
@@ -161,7 +161,13 @@ def _estimate(
 
 
 def _whole_models(
-    todo: SweepPlan, names: Sequence[str], contexts: list[int], chunk: int | None, calibrate: bool, holdout: int
+    todo: SweepPlan,
+    names: Sequence[str],
+    contexts: list[int],
+    chunk: int | None,
+    modes: Sequence[str],
+    calibrate: bool,
+    holdout: int,
 ) -> dict[str, Any]:
     """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them."""
     from nasbench.cli.common import log
@@ -175,12 +181,11 @@ def _whole_models(
     path = calibration_path(todo.path)
     told: dict[str, Any] = {}
     if calibrate:
-        points = calibration_points(shape, names, contexts, info, dtype.itemsize)
+        points = [p for p in calibration_points(shape, names, contexts, info, dtype.itemsize) if p.mode in modes]
         told["calibration"] = measure_missing(whole, points, path, log, chunk)
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
         asked["prompt_tokens"] = 2 * PROMPT_TOKENS.of(info.kind)
-        modes = ("prefill", "decode")
         points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
         measure_missing(whole, points, holdout_path(todo.path), log, chunk, read_calibration(path))
         costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)

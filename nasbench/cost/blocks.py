@@ -57,8 +57,9 @@ class Blocks:
             return self.time(name, "prefill", 0 if is_shared(name) else end, batch, extrapolate, size)
 
         if begin == 0 and tokens < chunk:
-            sizes = [size for size in self.chunks if size <= chunk]
-            longer = next(size for size in sizes if size >= tokens)
+            # A profile without a prefill has no chunk at all: the look-up below says what is missing.
+            sizes = [size for size in self.chunks if size <= chunk] or [chunk]
+            longer = next((size for size in sizes if size >= tokens), chunk)
             shorter = max((size for size in sizes if size <= tokens), default=0)
             with suppress(UserError):  # the sizes may be other blocks'
                 if longer == tokens or not shorter:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from nasbench.checkpoints.resolve import ModelName
 from nasbench.core.files import read_json
-from nasbench.core.sizes import format_size
+from nasbench.core.sizes import format_size, parse_size
 from nasbench.runs import Run
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import UNIFORM, Trial
@@ -120,7 +120,7 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
     """The command lines that make such a run again: those of the recipe that made it, or from what the files say."""
     path = run.path / "pipeline.json"
     if path.is_file():
-        return list(read_json(path)["stages"])
+        return [command for command, stage in read_json(path)["stages"].items() if stage["done"]]
     spec, folder = run.spec, f"runs/{run.path.resolve().name}"
     lines = []
     for target in dict.fromkeys(trial.target for trial in trials):
@@ -134,13 +134,21 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
     for target in dict.fromkeys(trial.target for trial in trials):
         mine = [trial for trial in trials if trial.target == target]
         counts = ",".join(str(k) for k in sorted({trial.k for trial in mine if trial.strategy == UNIFORM}))
-        goal = ["--device", target.device, "--context", format_size(target.context), "--batch", str(target.batch)]
-        for strategy in dict.fromkeys(trial.strategy for trial in mine):
+        goal = ["--profile", target.device, "--context", format_size(target.context), "--batch", str(target.batch)]
+        for strategy, objective in dict.fromkeys((trial.strategy, trial.objective) for trial in mine):
             if strategy in STRATEGIES and strategy != UNIFORM:
-                words = ["search", folder, "--strategy", strategy, "--full-attention", counts, *goal]
-                tried = sum(trial.strategy == strategy for trial in mine)
-                lines.append(_command([*words, "--dtype", target.dtype, "--evaluations", str(tried)]))
+                tried = [trial for trial in mine if (trial.strategy, trial.objective) == (strategy, objective)]
+                words = ["search", folder, "--strategy", strategy, "--objective", objective]
+                words += ["--full-attention", counts, *goal, "--dtype", target.dtype, "--evaluations", str(len(tried))]
+                lines.append(_command([*words, *_scoring(tried[-1])]))
     return [*lines, _command(["validate", folder]), _command(["report", folder])]
+
+
+def _scoring(trial: Trial) -> list[str]:
+    """On which text and in which dtype a search scored: `search/8x256/...` are 8 rows of 256 tokens."""
+    rows, times, length = trial.settings.split("/")[1].partition("x") if "/" in trial.settings else ("", "", "")
+    tokens = ["--search-tokens", format_size(int(rows) * parse_size(length))] if times and rows.isdecimal() else []
+    return [*tokens, *(["--eval-dtype", DTYPES[trial.eval_dtype]] if trial.eval_dtype in DTYPES else [])]
 
 
 def _settings(run: Run) -> list[str]:

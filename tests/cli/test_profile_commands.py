@@ -8,6 +8,7 @@ import pytest
 
 from nasbench.cli.main import run
 from nasbench.core.by_device import ByDevice
+from nasbench.cost import add_calibration
 from nasbench.cost.calibration import calibration_path, read_calibration
 from nasbench.cost.end_to_end import EndToEnd
 from nasbench.cost.holdout import holdout_path
@@ -296,3 +297,16 @@ def test_a_holdout_is_measured_once_and_calibrates_nothing(tmp_path, capsys, mon
     assert run(command.split()) == 0
     assert stdout_json(capsys)["calibration"] == 0
     assert read_calibration(holdout_path(tmp_path / f"{CPU}.csv")) == held_out
+
+
+def test_a_profile_of_steps_alone_calibrates_steps_and_predicts_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(MODELS, "_items", {**MODELS._items, "tiny": TINY})
+    command = "profile --model tiny --blocks AJ --contexts 64 --batches 2 --modes decode --device cpu --in-process"
+    assert run(f"{command} --budget 0.001 --db {tmp_path} --json --calibrate".split()) == 0
+    path = calibration_path(tmp_path / f"{CPU}.csv")
+    assert {row.mode for row in read_calibration(path)} == {"decode"}
+    # A prompt that an earlier version measured beside them says nothing here, and stands in nothing's way.
+    add_calibration(path, [replace(read_calibration(path)[0], mode="prefill", chunk=32)])
+    capsys.readouterr()
+    assert run(f"cost 2A2J --model tiny --profile {CPU} --context 64 --batch 2 --db {tmp_path} --json".split()) == 0
+    assert stdout_json(capsys)["decode_tok_s"] > 0
