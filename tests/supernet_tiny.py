@@ -23,8 +23,6 @@ SHAPE = ModelSpec("tiny", "llama", LAYERS, 32, 48, 4, 2, 8, 256, 512, 10_000.0, 
 
 def save_tiny(folder):
     """Writes config.json, tokenizer.json (one id per byte) and weights of ordinary size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder.mkdir(parents=True, exist_ok=True)
     decoder = random_decoder(SHAPE, parse_placement(f"{LAYERS}A"), seed=1)
     torch.manual_seed(2)
@@ -34,12 +32,19 @@ def save_tiny(folder):
     save_file(weights, folder / "model.safetensors")
     config = {**write_config(SHAPE, decoder.placement)[0], "eos_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config))
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder):
+    """Writes tokenizer.json of one id per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.fixture(autouse=True)
