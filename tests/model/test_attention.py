@@ -82,7 +82,7 @@ def test_rotation_depends_on_distance_only():
     q, k = torch.randn(2, 32)
     products = []
     for first in (0, 17):
-        cos, sin = rotary_tables(shape, torch.tensor([first, first + 5]))
+        cos, sin = rotary_tables(shape.rotary, torch.tensor([first, first + 5]))
         products.append(apply_rotary(q, cos[0], sin[0]) @ apply_rotary(k, cos[1], sin[1]))
     torch.testing.assert_close(*products)
 
@@ -91,7 +91,7 @@ def test_llama3_scaling_slows_only_long_wavelengths():
     plain = LayerShape(64, 1, 1, 64, 1 << 17, rope_theta=500_000.0)
     scaled = LayerShape(64, 1, 1, 64, 1 << 17, rope_theta=500_000.0, rope_scaling=("llama3", 32.0, 1.0, 4.0, 8192.0))
     one = torch.tensor([1])
-    angle, scaled_angle = (rotary_tables(shape, one)[1][0, :32].double().asin() for shape in (plain, scaled))
+    angle, scaled_angle = (rotary_tables(shape.rotary, one)[1][0, :32].double().asin() for shape in (plain, scaled))
     assert torch.equal(angle[:8], scaled_angle[:8])
     torch.testing.assert_close(scaled_angle[-1], angle[-1] / 32, rtol=1e-4, atol=0)
     assert (scaled_angle <= angle).all()

@@ -196,6 +196,19 @@ def test_half_precision_stays_close(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_some_parameters_stay_fp32_in_a_half_precision_model(name):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        mixer = mixer_spec(name, PLAIN).build()
+    finally:
+        torch.set_default_dtype(before)
+    for built in (mixer, mixer_spec(name, PLAIN).build().to(torch.bfloat16)):
+        kinds = {label: parameter.dtype for label, parameter in built.named_parameters()}
+        assert all((kinds[label] == torch.float32) == (label in built.fp32_parameters) for label in kinds)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_costs_are_positive_and_grow(name):
     config = mixer_spec(name, PLAIN)
     assert 0 < config.flops(1, 0) <= config.flops(1, 63)

@@ -52,11 +52,11 @@ class Mamba2(Block):
         self.in_proj = nn.Linear(hidden, spec.projected, bias=False)
         # Holds the weights; the arithmetic is in nasbench_kernels.
         self.conv1d = nn.Conv1d(spec.channels, spec.channels, spec.conv_size, groups=spec.channels)
-        self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE))))
-        share = torch.linspace(0, 1, heads) if heads > 1 else torch.full((1,), 0.5)
+        self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE)), dtype=torch.float32))
+        share = torch.linspace(0, 1, heads, dtype=torch.float32) if heads > 1 else torch.full((1,), 0.5)
         half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share
-        self.A_log = nn.Parameter((math.log(2) / half_lives / STEP_SIZE).log())
-        self.D = nn.Parameter(torch.ones(heads))
+        self.A_log = nn.Parameter((math.log(2) / half_lives.float() / STEP_SIZE).log())
+        self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
         self.norm = nn.RMSNorm(spec.inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(spec.inner, hidden, bias=False)
         self.packed = PackedProjections((self.in_proj,))
