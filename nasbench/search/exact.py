@@ -95,7 +95,7 @@ def exact(search: Session) -> None:
     options = search.options
     if not options.full_attention and not options.step_ms:
         raise UserError("the exact strategy needs --full-attention K[,K...] or a decode step's limit: --step-ms T")
-    increases = dict(search.importance)
+    increases = {**search.importance, **search.objective.importance(search.faster, by_score=True)}
     times, full_ms = layer_times(search) if options.step_ms else (None, 0.0)
     budget_ms = options.step_ms - full_ms if options.step_ms else math.inf
     for count in options.full_attention or (None,):

@@ -190,15 +190,16 @@ class RunObjective:
             self._speeds[placement] = self._speed(placement)
         return self._speeds[placement]
 
-    def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
-        """What putting each of the names in one layer of the otherwise unchanged model costs."""
+    def importance(self, names: Sequence[str], by_score: bool = False) -> Mapping[tuple[int, str], float]:
+        """What putting each of the names in one layer of the otherwise unchanged model costs: KL on text, which takes
+        little time, or the objective's own score."""
         from nasbench.evaluation.importance import layer_importance
 
         def progress(done: int, total: int) -> None:
             self._progress("layer importance", done, total)
 
         rows = layer_importance(self._evaluator, names, progress)
-        if self.text in TEXT:
+        if self.text in TEXT or not by_score:
             return {(row.layer, row.name): row.kl for row in rows}
         original = self.space.original
         singles = [(*original[: row.layer], row.name, *original[row.layer + 1 :]) for row in rows]

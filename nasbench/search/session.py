@@ -111,7 +111,7 @@ class Session:
 
     @cached_property
     def importance(self) -> Mapping[tuple[int, str], float]:
-        """What each (layer, replacement) costs alone; a layer's original costs nothing."""
+        """The KL that each (layer, replacement) costs alone; a layer's original costs nothing."""
         originals = dict.fromkeys(enumerate(self.space.original), 0.0)
         return {**originals, **self.objective.importance(self.faster)}
 

@@ -67,7 +67,7 @@ class SyntheticObjective:
         step_ms = 2.0 + sum(MS[name] for name in placement)
         return Speed(4 / step_ms * 1e3, 9000.0, step_ms, 1000 * placement.count("A"), "measured")
 
-    def importance(self, names: Sequence[str]) -> Mapping[tuple[int, str], float]:
+    def importance(self, names: Sequence[str], by_score: bool = False) -> Mapping[tuple[int, str], float]:
         original = self.space.original
         return {
             (layer, name): self.loss((*original[:layer], name, *original[layer + 1 :])) - self.loss(original)
