@@ -65,11 +65,6 @@ class Run:
         return self.path / "scores"
 
     @property
-    def evals(self) -> Path:
-        """Of runs that have no `scores` yet."""
-        return self.path / "evals.csv"
-
-    @property
     def trials(self) -> Path:
         return self.path / "trials.csv"
 

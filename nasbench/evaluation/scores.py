@@ -12,7 +12,7 @@ A line of the file is one score: the key, the samples, and about them: metric, s
 added, under a lock file, so that several processes write; the newest line of a key counts. A line that a killed process
 left unfinished is cut off by the next writer. Samples that are not finite are never written.
 
-Runs of before this file have evals.csv and items.jsonl; both are read too (nasbench.evaluation.old_scores).
+Older runs have evals.csv and items.jsonl; both are read too (nasbench.evaluation.old_scores).
 """
 
 from __future__ import annotations
