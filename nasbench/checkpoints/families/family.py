@@ -29,7 +29,8 @@ _INERT = (
     "attention_dropout hidden_dropout bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id name_or_path "
     "output_attentions output_hidden_states output_router_logits router_aux_loss_coef return_dict torchscript "
     "tokenizer_class task_specific_params id2label label2id problem_type transformers.js_config is_llama_config "
-    "nasbench_source model_type _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash"
+    "max_sequence_length max_length unsloth_fixed unsloth_version nasbench_source model_type _name_or_path "
+    "_attn_implementation _attn_implementation_autoset _commit_hash"
 )
 INERT = frozenset(_INERT.split())
 """Fields that do not change what a model computes."""
