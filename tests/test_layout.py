@@ -1,6 +1,7 @@
 """The import direction: which room may know which. Read from the source, so that nothing slips in."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,16 @@ def test_kernels_know_nothing_of_nasbench(path):
 
 def test_the_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+BLOCK = r"\([a-z_.]*(mixer|mlp|ffn|block)"
+ASKS_FOR_A_KIND = re.compile(rf"isinstance{BLOCK}|hasattr{BLOCK}|kind_of\(")
+
+
+def test_no_room_asks_for_a_kind_of_block():
+    """A mixer or an FFN of another package is as good as ours: specifications answer what differs."""
+    others = [path for path in SOURCES if part_of(path) not in ("model", "spaces")]
+    assert not [str(path) for path in others if ASKS_FOR_A_KIND.search(path.read_text(encoding="utf-8"))]
 
 
 LONGER = [*SOURCES, *sorted((ROOT / "kernels").rglob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py"))]

@@ -127,16 +127,16 @@ def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> N
 
 
 def _materialise_buffers(decoder: Decoder, device: torch.device | str) -> None:
-    """Gives mixers the buffers that no checkpoint holds: a mixer built on the meta device has none of their values."""
+    """Gives blocks the buffers that no checkpoint holds: a block built on the meta device has none of their values."""
     for layer in decoder.layers:
-        mixer = layer.self_attn
-        if any(buffer.is_meta for buffer in mixer.buffers()):
-            with torch.device(device):
-                fresh = dict(mixer.spec.build().named_buffers())
-            for name, buffer in list(mixer.named_buffers()):
-                if buffer.is_meta:
-                    owner, _, leaf = name.rpartition(".")
-                    setattr(mixer.get_submodule(owner), leaf, fresh[name])
+        for block in (layer.self_attn, layer.mlp):
+            if any(buffer.is_meta for buffer in block.buffers()):
+                with torch.device(device):
+                    fresh = dict(block.spec.build().named_buffers())
+                for name, buffer in list(block.named_buffers()):
+                    if buffer.is_meta:
+                        owner, _, leaf = name.rpartition(".")
+                        setattr(block.get_submodule(owner), leaf, fresh[name])
 
 
 def random_decoder(

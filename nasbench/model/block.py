@@ -138,8 +138,8 @@ class Block(nn.Module, ABC):
         """
 
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
-        """`core` of a sequence without a cache, differentiable, on a GPU. Rows may be wider than P."""
-        return self.core(row, meta)
+        """`core` of a sequence without a cache, differentiable, on a GPU. Rows may be wider than P: zeros follow."""
+        return self.core(row[..., : sum(self.packed.sizes)], meta)
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
         """`core` of a sequence without gradients on a GPU."""

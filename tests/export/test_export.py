@@ -6,9 +6,10 @@ import pytest
 import torch
 from supernet_tiny import LAYERS, save_tiny
 
-from nasbench.checkpoints.load import load_model
+from nasbench.checkpoints.load import LoadedModel, load_model, random_decoder
 from nasbench.core.errors import UserError
-from nasbench.export import export
+from nasbench.export import export, write_model
+from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import format_placement, parse_placement
 from nasbench.supernet.supernet import Supernet
@@ -148,3 +149,27 @@ def test_command_prints_the_folder(run, tmp_path, capsys):
     assert cli(["export", str(run.path), "--placement", "J A 2W8", "--out", str(out), "--format", "jet-nemotron"]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert (out / "config.json").is_file()
+
+
+FAMILIES = {
+    "gemma3_text": {
+        "published_placement": "W9 A W9 A", "defaults": (("W", "9"),), "post_norms": True, "embedding_scale": 32**0.5,
+        "activation": "gelu_tanh", "qk_norm": True, "window_rope_theta": 500.0,
+    },
+    "qwen3_moe": {"ffn": ("moe@4x2x24",) * LAYERS, "qk_norm": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_hybrid_of_a_family_with_names_of_its_own_computes_the_same(tmp_path, family):
+    spec = ModelSpec("tiny", family, LAYERS, 32, 48, 4, 2, 8, 256, 512, 10_000.0, 1e-6, **FAMILIES[family])
+    decoder = random_decoder(spec, parse_placement("J A W9 A" if "W" in spec.published_placement else "J 3A"))
+    for name, parameter in decoder.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    tokenizer = load_model(str(save_tiny(tmp_path / "tiny"))).tokenizer
+    out = write_model(LoadedModel(decoder, tokenizer, spec, "a test"), tmp_path / "out", "hf", {})
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["base_model_type"]) == ("nasbench", family)
+    with torch.no_grad():
+        assert torch.equal(load_model(str(out)).decoder(TOKENS), decoder(TOKENS))

@@ -4,12 +4,13 @@ import importlib
 
 import pytest
 import torch
-from mixer_cases import PLAIN, build, in_chunks, inputs, new_cache, stepwise, whole
+from mixer_cases import PLAIN, build, chunk, in_chunks, inputs, new_cache, stepwise, whole
 from tolerances import CACHE_FP32, relative_rmse
 from toy_package import toys
 
 from nasbench.core.errors import UserError
 from nasbench.model import MIXERS, mixer_spec
+from nasbench.model.stream import TrainStream
 
 __all__ = ["toys"]
 
@@ -30,6 +31,14 @@ def test_an_installed_kind_keeps_the_contract(toys):
     assert relative_rmse(got, whole(mixer, x)) < CACHE_FP32
     started = mixer.spec.block_class().init_from_attention(mixer.spec, build("A"))
     assert torch.isfinite(whole(started, x)).all()
+
+
+def test_an_installed_kind_of_an_odd_width_trains(toys):
+    mixer = build("Z3")
+    x = inputs(mixer.spec, 2, 11)
+    stream = TrainStream(x, residual=False)
+    mixer.run(stream, None, chunk(0, 11))
+    assert relative_rmse(stream.content(), whole(mixer, x)) < CACHE_FP32
 
 
 def test_a_broken_installed_kind_is_named(toys):

@@ -20,7 +20,7 @@ MODULES = {
 
 def renamed(name, old, new, whole, modules):
     match = re.fullmatch(rf"{re.escape(old)}\.(\d+)\.(.+)\.weight", name)
-    return whole.get(name, name) if match is None else f"{new}.{match[1]}.{modules[match[2]]}.weight"
+    return whole.get(name, name) if match is None else f"{new}.{match[1]}.{modules.get(match[2], match[2])}.weight"
 
 
 class Toy(Family):
