@@ -73,6 +73,8 @@ def test_wheel(installed_wheel, tmp_path):
         assert Path(place).is_relative_to(installed_wheel), place
     shipped = {path.name for path in Path(profiles).iterdir()}
     assert {path.name for path in (ROOT / "profiles").glob("*.csv")} <= shipped
+    recipes = {path.name for path in (installed_wheel / "nasbench" / "recipes").iterdir()}
+    assert recipes == {path.name for path in (ROOT / "nasbench" / "recipes").glob("*.toml")}
     check_cost(run_python(COST, tmp_path, str(installed_wheel)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,8 @@ def command(
         raise UserError(f"bad --average {average}: choose 0 to 1")
     if not seconds >= 0:
         raise UserError(f"bad --seconds {seconds}: at least 0")
+    if not re.fullmatch(r"[\w-]*", variant):
+        raise UserError(f"bad --variant {variant!r}: write letters, digits, _ and -")
     opened = Run.open(run)
     chosen = _chosen(opened, placement, full_attention)
     settings = read_settings(config, changes)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
@@ -200,7 +199,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         validation=validation,
         training=training,
         comparison=comparison,
-        sources=sources(run, trials, rows, validation),
+        sources=sources(trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
     )
@@ -291,28 +290,18 @@ def _curve(name: str, rows: Iterable[Row], shape: ModelSpec, target: Target) -> 
         return None
     batch = min({row.batch for row in own}, key=lambda size: (abs(size - target.batch), size))
     fastest: dict[int, Row] = {}
-    for row in own:
-        old = fastest.get(row.context)
-        if row.batch == batch and (old is None or _us(row, "p50_us") < _us(old, "p50_us")):
-            fastest[row.context] = row
-    line: list[Any] = [fastest[context] for context in sorted(fastest)]
-    contexts = [row.context for row in line]
-    return Curve(
-        name=name,
-        title=kind_title(shape, name),
-        batch=batch,
-        contexts=contexts,
-        us=[_us(row, "p50_us") for row in line],
-        low_us=[_us(row, "p20_us") for row in line],
-        high_us=[_us(row, "p80_us") for row in line],
-        cache_bytes=[config.cache_bytes(batch, context, dtype_bytes(target.dtype)) for context in contexts],
-        estimated=[row.source == "estimated" for row in line],
-    )
+    for row in sorted((row for row in own if row.batch == batch), key=lambda row: row.p50_us or math.inf):
+        fastest.setdefault(row.context, row)
+    contexts = sorted(fastest)
 
+    def times(column: str) -> list[float]:
+        found = [getattr(fastest[context], column) for context in contexts]
+        return [math.nan if value is None else float(value) for value in found]
 
-def _us(row: Row, column: str) -> float:
-    value = getattr(row, column)
-    return math.nan if value is None else float(value)
+    caches = [config.cache_bytes(batch, context, dtype_bytes(target.dtype)) for context in contexts]
+    guesses = [fastest[context].source == "estimated" for context in contexts]
+    title = kind_title(shape, name)
+    return Curve(name, title, batch, contexts, times("p50_us"), times("p20_us"), times("p80_us"), caches, guesses)
 
 
 def target_words(target: Target) -> str:

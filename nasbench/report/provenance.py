@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from nasbench.checkpoints.resolve import ModelName
 from nasbench.core.files import read_json
@@ -54,12 +55,16 @@ def _distinct(values: Sequence[str]) -> str:
     return ", ".join(sorted({value for value in values if value}))
 
 
-def _versions(**named: Sequence[str]) -> str:
-    """`torch 2.13.0, driver 580`: what is known, each value once."""
-    return ", ".join(f"{name} {_distinct(values)}" for name, values in named.items() if _distinct(values))
+def _source(numbers: str, file: str, rows: Sequence[Any], note: str) -> Source:
+    """Of rows that carry device, versions and time, each value once."""
+    named = {"torch": "torch", "triton": "triton", "driver": "driver", "project": "nasbench", "nasbench": "nasbench"}
+    known = {name: _distinct([getattr(row, column, "") for row in rows]) for column, name in named.items()}
+    versions = ", ".join(f"{name} {text}" for name, text in known.items() if text)
+    dates = span([row.measured_utc for row in rows])
+    return Source(numbers, file, _distinct([row.device for row in rows]), dates, versions, note)
 
 
-def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
+def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
     """One entry per group of numbers that the report has.
 
     Args:
@@ -68,52 +73,19 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
     """
     found = []
     if trials:
-        versions = _distinct([trial.supernet for trial in trials])
-        found.append(
-            Source(
-                "losses, KL, searched placements", "trials.csv, front.csv, scores/", "",
-                span([trial.created_utc for trial in trials]), f"supernet {versions}", f"{len(trials)} trials",
-            )
-        )  # fmt: skip
+        versions = f"supernet {_distinct([trial.supernet for trial in trials])}"
+        files, dates = "trials.csv, front.csv, scores/", span([trial.created_utc for trial in trials])
+        found.append(Source("losses, KL, searched placements", files, "", dates, versions, f"{len(trials)} trials"))
     measured = [row for row in rows if row.source == "measured"]
     for kind, own in (("measured", measured), ("estimated", [row for row in rows if row.source != "measured"])):
         if own:
-            versions = _versions(
-                torch=[row.torch for row in own],
-                triton=[row.triton for row in own],
-                driver=[row.driver for row in own],
-                nasbench=[row.project for row in own],
-            )
-            device = own[0].device
-            found.append(
-                Source(
-                    "predicted tokens/s, speed by context", f"profiles/{device}.csv", device,
-                    span([row.measured_utc for row in own]), versions, f"{len(own)} {kind} rows",
-                )
-            )  # fmt: skip
+            file = f"profiles/{own[0].device}.csv"
+            found.append(_source("predicted tokens/s, speed by context", file, own, f"{len(own)} {kind} rows"))
     if validated:
-        versions = _versions(
-            torch=[row.torch for row in validated],
-            driver=[row.driver for row in validated],
-            nasbench=[row.nasbench for row in validated],
-        )
-        found.append(
-            Source(
-                "measured tokens/s", "validation.csv", _distinct([row.device for row in validated]),
-                span([row.measured_utc for row in validated]), versions, f"{len(validated)} placements end to end",
-            )
-        )  # fmt: skip
-    found.append(
-        Source(
-            "cache sizes",
-            "computed",
-            "",
-            "",
-            "",
-            "keys, values and recurrent states by formula (arXiv 2508.15884, table 1)",
-        )
-    )
-    return found
+        note = f"{len(validated)} placements end to end"
+        found.append(_source("measured tokens/s", "validation.csv", validated, note))
+    formula = "keys, values and recurrent states by formula (arXiv 2508.15884, table 1)"
+    return [*found, Source("cache sizes", "computed", "", "", "", formula)]
 
 
 def commands(run: Run, trials: Sequence[Trial]) -> list[str]:

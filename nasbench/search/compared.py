@@ -114,11 +114,14 @@ def compared(run: Run) -> list[Compared]:
         if not even:
             continue  # a K that a search of all layers passed by
         rows += _even(count, even, base)
-        others = [trial for trial in mine if trial not in even]
+        # Without full attention there is nothing to place: only other replacements are another placement.
+        known = {trial.placement for trial in even} if not count else set()
+        others = [t for t in mine if t.strategy not in (UNIFORM, FILLERS) and t.placement not in known]
         for method in dict.fromkeys(map(_method, others)):
             found = best_of(trial for trial in others if _method(trial) == method)
             rows.append(Compared(count, method, found.layers))
-    return [*rows, *_finalised(run, rows, trials[-1].supernet)]
+    rows += _finalised(run, rows, trials[-1].supernet)
+    return sorted(rows, key=lambda row: (-row.k, row.method != TEACHER, row.weights.startswith(FINAL)))
 
 
 def _method(trial: Trial) -> str:
@@ -142,7 +145,7 @@ def _even(count: int, trials: Iterable[Trial], base: Placement) -> list[Compared
     found = []
     for placement in dict.fromkeys(trial.layers for trial in trials):
         own = {name for name in placement if not is_full(name)}
-        if all(name == other for name, other in zip(placement, base, strict=True) if not is_full(name)):
+        if all(name == other for name, other in zip(placement, base or placement, strict=True) if not is_full(name)):
             found.append(Compared(count, UNIFORM, placement))
         if len(own) == 1:
             found.append(Compared(count, UNIFORM, placement, own.pop()))
@@ -161,4 +164,4 @@ def _finalised(run: Run, rows: Sequence[Compared], version: str) -> list[Compare
         same = [row.method for row in rows if row.placement == placement and row.fill == BEST]
         weights = f"{FINAL}:{variant}" if variant else FINAL
         found.append(Compared(count_full(placement), same[-1] if same else FINAL, placement, weights=weights))
-    return sorted(found, key=lambda row: (row.k, row.weights))
+    return found

@@ -85,6 +85,10 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
         (("--config", "absent.toml"), "no such file"),
         (("--shard",), "needs several processes: start with `torchrun"),
         (("--shard", "--dry-run"), "needs several processes"),
+        (("--align-seconds", "3"), "--align-seconds and --align-tokens exclude each other"),
+        (("--supernet-seconds", "-1"), "bad --supernet-seconds"),
+        (("--set", "whol=true"), "did you mean 'whole'"),
+        (("--set", "whole=maybe"), "bad --set"),
     ],
 )
 def test_bad_input_of_distill(nas, distill_args, changes, message):
@@ -117,6 +121,12 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),
         (("finalize", run, "--placement", "4J", "--shard"), "needs several processes"),
         (("finalize", run, "--placement", "4J", "--average", "1.5"), "bad --average 1.5: choose 0 to 1"),
+        (("finalize", run), "write either --placement or --full-attention K"),
+        (("finalize", run, "-k", "1", "--placement", "4J"), "write either"),
+        (("finalize", run, "-k", "1"), "has no trials"),
+        (("finalize", run, "--placement", "4J", "--seconds", "-1"), "bad --seconds"),
+        (("finalize", run, "--placement", "4J", "--variant", "../x"), "bad --variant '../x': write letters"),
+        (("eval", run, "--placements", "auto"), "has no trials"),
     ]:
         with pytest.raises(UserError, match=message) as caught:
             nas(*args, "--device", "cpu")

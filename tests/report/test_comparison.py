@@ -96,6 +96,9 @@ def test_what_is_compared(found):
     names = ("uniform", "random-0", "random-1", "random-2", "beam", "kl-greedy")
     assert methods >= {(k, name, "best", "supernet") for k in (1, 2, 3) for name in names}
     assert (6, "teacher", "best", "teacher") in methods
+    # Without full attention nothing is placed: the searches' empty set is the even one.
+    assert {method for k, method, _, _ in methods if k == 0} == {"uniform"}
+    assert [row.k for row in found.rows] == sorted((row.k for row in found.rows), reverse=True)
     assert {row.weights for row in found.rows} == {"teacher", "supernet", "final", "final:average"}
     assert found.measured
 
