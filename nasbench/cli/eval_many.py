@@ -43,7 +43,7 @@ def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
     from nasbench.core.dtypes import torch_dtype
     from nasbench.parallel.pool import Job, Pool, leave_with_parent
     from nasbench.runs import Run
-    from nasbench.search.measuring import Measurer, choose, local_part, measure_all, measure_share, queue
+    from nasbench.search.measuring import Measurer, choose, share_of, measure_all, measure_share, queue
 
     run = Run.open(path)
     shape = resolve_shape(run.spec.model)
@@ -57,18 +57,18 @@ def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
     ends = time.time() + (options.seconds or float("inf"))
     tokens = parse_size(options.test_tokens) if options.test_tokens else None
     leave_with_parent()
-    if device.startswith("cuda"):
+    if device.startswith("cuda:"):
         import torch
 
         # Triton launches on the current device, whatever device the tensors are on.
         torch.cuda.set_device(device)
     measurer = Measurer(run, device=device, dtype=torch_dtype(options.dtype), test_tokens=tokens)
     if options.share:
-        measure_share(measurer, local_part(pairs, number, of), ends, log)
+        measure_share(measurer, share_of(pairs, number, of), ends, log)
         return
     measurer.held_out(rows)
     of = 1 + len(helpers)
-    shares = [i for i in range(1, of) if any(measurer.missing(pair) for pair in local_part(pairs, i, of))]
+    shares = [i for i in range(1, of) if any(measurer.missing(pair) for pair in share_of(pairs, i, of))]
     left = max(1.0, ends - time.time()) if options.seconds else 0.0
     jobs = [
         Job(helpers[i - 1], options.words(path, i, of, helpers[i - 1], left), run.path / f"eval-{i}.log")

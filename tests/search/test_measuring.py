@@ -20,7 +20,7 @@ from nasbench.parallel import pool as pool_module
 from nasbench.parallel.pool import Job, Pool
 from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Compared, compared, read_benchmarks
-from nasbench.search.measuring import Measurer, choose, local_part, measure_all, queue
+from nasbench.search.measuring import Measurer, choose, share_of, measure_all, queue
 from nasbench.search.objective import RunObjective, Speed
 from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
@@ -159,10 +159,10 @@ def test_the_queue_is_dealt_out_in_turn():
     rows = [Compared(1, f"random-{i}", tuple("A" if j == i else "J" for j in range(5))) for i in range(5)]
     twin = Compared(1, "beam", rows[1].placement)
     pairs = [(row, (1,)) for row in (*rows[:2], twin)] + [(row, few) for few in ((0,), (1,)) for row in rows[2:]]
-    shares = [local_part(pairs, number, 2) for number in range(2)]
+    shares = [share_of(pairs, number, 2) for number in range(2)]
     assert shares[0] == [(rows[0], (1,)), (rows[2], (0,)), (rows[4], (0,)), (rows[2], (1,)), (rows[4], (1,))]
     assert shares[1] == [(rows[1], (1,)), (twin, (1,)), (rows[3], (0,)), (rows[3], (1,))]
-    assert local_part(pairs, 0, 1) == pairs
+    assert share_of(pairs, 0, 1) == pairs
 
 
 def test_sets_of_placements(measured, tmp_path):
