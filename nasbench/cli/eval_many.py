@@ -43,7 +43,7 @@ def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
     from nasbench.core.dtypes import torch_dtype
     from nasbench.parallel.pool import Job, Pool, leave_with_parent
     from nasbench.runs import Run
-    from nasbench.search.measuring import Measurer, choose, share_of, measure_all, measure_share, queue
+    from nasbench.search.measuring import Measurer, choose, measure_all, measure_share, queue, share_of
 
     run = Run.open(path)
     shape = resolve_shape(run.spec.model)

@@ -77,7 +77,7 @@ def queue(rows: Sequence[Compared], tasks: Sequence[Task], brief: Sequence[Task]
     return [*pairs, *((row, tuple(tasks)) for row in others)]
 
 
-def local_part(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
+def share_of(pairs: Sequence[Pair], number: int, of: int) -> list[Pair]:
     """What process `number` of `of` measures: placements are dealt out in turn, in the order in which they first come.
     All that is measured of one stays in one process, so that nothing is measured twice."""
     places: dict[tuple[Placement, str], int] = {}
@@ -166,13 +166,13 @@ def measure_all(
 
     Returns whether everything is done when time is up or the children have ended.
     """
-    todo, done = local_part(pairs, 0, of), 0
+    todo, done = share_of(pairs, 0, of), 0
     while True:
         # Before `failed`: who ends in between is reported in the next round.
         running = pool.running()
         for number, reason in pool.failed():
             log(f"measuring on {pool.jobs[number].title} stopped, {measurer.device} does the rest: {reason}")
-            todo = sorted({*todo, *local_part(pairs, shares[number], of)}, key=pairs.index)
+            todo = sorted({*todo, *share_of(pairs, shares[number], of)}, key=pairs.index)
         if todo and time.time() <= ends:
             measurer.measure(todo.pop(0))
             done += 1

@@ -20,7 +20,7 @@ from nasbench.parallel import pool as pool_module
 from nasbench.parallel.pool import Job, Pool
 from nasbench.runs import Run, RunSpec
 from nasbench.search.compared import Compared, compared, read_benchmarks
-from nasbench.search.measuring import Measurer, choose, share_of, measure_all, queue
+from nasbench.search.measuring import Measurer, choose, measure_all, queue, share_of
 from nasbench.search.objective import RunObjective, Speed
 from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
