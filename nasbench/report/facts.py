@@ -20,7 +20,7 @@ from nasbench.model.shapes import ModelSpec
 from nasbench.report.comparison import Comparison
 from nasbench.report.provenance import Source, commands, sources, teacher_source
 from nasbench.runs import Run
-from nasbench.search.trials import FrontRow, Target, Trial, latest, read_front, read_trials, unique
+from nasbench.search.trials import UNIFORM, FrontRow, Target, Trial, latest, read_front, read_trials, unique
 from nasbench.search.validation import ValidationRow, mean_error, read_validation
 from nasbench.spaces.placement import Placement
 from nasbench.store import Row, block_cells
@@ -58,11 +58,12 @@ class Point:
 
 @dataclass(frozen=True)
 class TargetFacts:
-    """What was searched for one target."""
+    """What was searched for one target; `even` has every evenly spread placement, also those that searches found."""
 
     target: Target
     full: Trial | None
     trials: list[Trial]
+    even: list[Trial]
     points: list[Point]
 
     @property
@@ -239,7 +240,8 @@ def _target(
                 seen.measured_utc if seen else "",
             )
         )
-    return TargetFacts(target, full, unique(mine), points)
+    even = [trial for trial in mine if trial.strategy == UNIFORM]
+    return TargetFacts(target, full, unique(mine), even, points)
 
 
 def _training(path: Path) -> list[TrainingCurve]:

@@ -87,7 +87,7 @@ def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
         "o", color=style.SOFT, markersize=2.6, alpha=0.75, markeredgewidth=0, label="tried", zorder=2,
     )  # fmt: skip
     label: str | None = "even spread"
-    for index, trial in enumerate(t for t in target.trials if t.strategy == "uniform"):
+    for index, trial in enumerate(target.even):
         name = f"uniform-{index}"
         plot.plot(
             [trial.decode_tok_s], [trial.front_score],
@@ -127,17 +127,13 @@ def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: fl
 def _limits(plot: Axes, target: TargetFacts) -> int:
     """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
     wanted = [point.row.front_score for point in target.points]
-    even = {k: [t.front_score for t in target.trials if t.strategy == "uniform" and t.k == k] for k in _counts(target)}
-    wanted += [min(scores) for scores in even.values() if scores]
+    for count in {trial.k for trial in target.even}:
+        wanted.append(min(trial.front_score for trial in target.even if trial.k == count))
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
     top = high + 0.25 * margin
     plot.set_ylim(low - 0.07 * margin, top)
     return sum(trial.front_score > top for trial in target.trials)
-
-
-def _counts(target: TargetFacts) -> set[int]:
-    return {trial.k for trial in target.trials}
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:

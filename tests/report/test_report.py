@@ -29,6 +29,7 @@ def test_facts_are_those_of_the_files(made, facts):
         assert point.delta == pytest.approx(row.loss - main.full.loss)
         assert point.speedup == pytest.approx(row.decode_tok_s / main.full.decode_tok_s)
         assert point.measured_tok_s > 0
+    assert {trial.k for trial in main.even} == {1, 2, 4, 8, 15}
     assert facts.mean_error == pytest.approx(sum(abs(v.error) for v in facts.validation) / len(facts.validation))
     assert [curve.name for curve in facts.curves] == ["A", "W", "J", "G"]
     assert facts.curves[0].contexts == [1024, 2048, 4096, 8192]
