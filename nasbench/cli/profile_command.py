@@ -175,13 +175,18 @@ def _whole_models(
     from nasbench.cost.calibration import calibration_path, read_calibration
     from nasbench.cost.end_to_end import PROMPT_TOKENS, EndToEnd, calibration_points, measure_missing
     from nasbench.cost.holdout import evaluate, holdout_path, holdout_points
+    from nasbench.model import MIXERS
+    from nasbench.store import read_db, select
 
     shape, info, dtype = todo.bench.shape, todo.machine.info, todo.bench.dtype
     whole = EndToEnd(shape, todo.bench.device, dtype)
     path = calibration_path(todo.path)
     told: dict[str, Any] = {}
     if calibrate:
-        points = [p for p in calibration_points(shape, names, contexts, info, dtype.itemsize) if p.mode in modes]
+        rows = select(read_db(todo.path), mode="decode", status="ok", source="measured")
+        profiled = {row.batch for row in rows if row.block in MIXERS}
+        points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled)
+        points = [point for point in points if point.mode in modes]
         told["calibration"] = measure_missing(whole, points, path, log, chunk)
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}

@@ -7,7 +7,7 @@ placement is put together from them.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,11 +149,19 @@ def measure_missing(
 
 
 def calibration_points(
-    shape: ModelSpec, names: Sequence[str], contexts: Sequence[int], info: DeviceInfo, dtype_bytes: int
+    shape: ModelSpec,
+    names: Sequence[str],
+    contexts: Sequence[int],
+    info: DeviceInfo,
+    dtype_bytes: int,
+    profiled: Collection[int] = (),
 ) -> list[WholePoint]:
     """The whole prompts and steps that calibrate: every kind alone, and all by turns, at the least and the most context
     and batch that fit. Few, and none that a search would choose: those are for the holdout. Prompts come first, short
     ones before long ones: steps leave a profiler behind that slows launches down.
+
+    Args:
+        profiled: batches of the profile's decode rows. A step beyond them calibrates nothing; () for no bound.
     """
     names = list(dict.fromkeys(names))
     most, tokens = MOST_SEQUENCES.of(info.kind), PROMPT_TOKENS.of(info.kind)
@@ -166,6 +174,8 @@ def calibration_points(
         for context in dict.fromkeys((first, last)):
             largest = min(most, largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes))
             # A few sequences: what lies between the kernels shows where they are short.
-            batches = (1, min(4, largest), largest) if context == first else (largest,)
-            points += [WholePoint("decode", placement, context, batch) for batch in batches]
+            wanted = (1, min(4, largest), largest) if context == first else (largest,)
+            low, high = (min(profiled), max(profiled)) if profiled else (1, largest)
+            batches = dict.fromkeys(max(low, min(high, batch)) for batch in wanted)
+            points += [WholePoint("decode", placement, context, batch) for batch in batches if batch <= largest]
     return list(dict.fromkeys(points))

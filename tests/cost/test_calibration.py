@@ -18,7 +18,9 @@ from nasbench.cost.calibration import (
     fit,
     read_calibration,
 )
+from nasbench.cost.end_to_end import calibration_points
 from nasbench.cost.holdout import WholePoint, compare_point, evaluate, holdout_points, spearman
+from nasbench.devices import DeviceInfo
 from nasbench.spaces.placement import format_placement
 from nasbench.store import Database
 
@@ -189,3 +191,14 @@ def test_ranks():
     assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     assert spearman([1, 2, 2, 3], [1, 2, 2, 3]) == pytest.approx(1.0)
     assert np.isnan(spearman([1, 1], [1, 2]))
+
+
+def test_steps_that_calibrate_are_within_the_profiled_batches():
+    info = DeviceInfo("card", "a card", "cuda", 80 << 30, 0, 0, "", "")
+    free = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2)
+    assert {1, 4} < {point.batch for point in free if point.mode == "decode"}
+    bound = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2, {8, 64})
+    assert {point.batch for point in bound if point.mode == "decode"} == {8, 64}
+    one = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2, {64})
+    assert {point.batch for point in one if point.mode == "decode"} == {64}
+    assert len([point for point in one if point.mode == "decode"]) == 3
