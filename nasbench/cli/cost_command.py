@@ -45,19 +45,18 @@ def command(
     rows = find_profiles(slug, db) if slug in profiled or (named and named not in DEVICES) else []
     width = dtype or _profiled_dtype(rows, shape)
     costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width, device=slug)
-    cost = costs.cache(layers, tokens, sequences)
+    cost, reason = costs.cache(layers, tokens, sequences), ""
     try:
         cost = costs.cost(layers, tokens, sequences, extrapolate)
     except UserError as error:
-        # Who names a profile wants a speed, and not half an answer.
-        if rows and named:
-            raise
-        log(f"cache only, no speed: {error}")
+        reason = str(error)
+        log(f"cache only, no speed: {reason}")
     else:
         if cost.prefill_tok_s is None:
             log("no prefill rows for this: prefill_tok_s is left out")
     if as_json:
         extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms}
+        extra |= {"reason": reason} if reason else {}
         print_json(asdict(cost) | extra)
         return
     print(f"{cost.placement}  {cost.model}  {slug}  {costs.dtype}  context {cost.context}  batch {cost.batch}")
