@@ -42,7 +42,6 @@ from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
 from nasbench.runtime.timing import synchronise
 from nasbench.spaces.placement import Placement, is_of
-from nasbench.supernet.loop import LossSums
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import Distiller
 
@@ -103,16 +102,15 @@ def step_flops(
 
 def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str, Any]:
     """Times `steps` steps after a warm-up and profiles one more."""
-    optimizer = distiller.optimizer(stage)
-    sums = LossSums(["", *optimizer.groups], distiller.device)
+    trained_stage = distiller.stage(stage)
     shape, space = distiller.net.teacher.shape, distiller.net.space
     rows, sequence = distiller.step_rows(stage), distiller.corpus.sequence
     trained = [name for name in space.names if not is_of(name, ("A", *distiller.config.frozen))]
     cuda, timed = distiller.device.type == "cuda", range(2, 2 + steps)
 
     def step(index: int) -> None:
-        distiller.step(stage, index, optimizer, sums)
-        optimizer.apply(1.0)
+        trained_stage.gradients(index)
+        trained_stage.optimizer.apply(1.0)
 
     for index in range(2):
         step(index)
@@ -132,7 +130,6 @@ def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str,
     times = {event.key: (getattr(event, field), event.count) for event in profiler.key_averages()}
     busy_us = sum(us for us, _ in times.values())
     found = sorted(times.items(), key=lambda item: -item[1][0])[:top]
-    distiller.reset_graphs()
     return {
         "stage": stage, "step_tokens": rows * sequence, "sequence": sequence, "steps": steps,
         "documents": bool(distiller.corpus.ages), "step_ms": seconds * 1e3, "tok_s": rows * sequence / seconds,

@@ -15,6 +15,7 @@ from nasbench.checkpoints.load import random_decoder
 from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import parse_placement
+from nasbench.supernet import checkpoint
 
 WORDS = ("the", "a", "of", "layer", "state", "key", "value", "window", "model", "token", "each", "holds", "or", "not")
 LAYERS = 4
@@ -45,6 +46,13 @@ def save_tokenizer(folder):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.save(str(folder / "tokenizer.json"))
+
+
+def save_supernet(net, folder):
+    """Writes an untrained supernet's weights as a checkpoint that `Supernet.load` reads."""
+    weights = {name: parameter.float() for name, parameter in net.trained_parameters().items()}
+    state = {"stage": "done", "step": 0, "frozen": list(net.frozen), "solved": list(net.solved)}
+    net.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 
 
 @pytest.fixture(autouse=True)

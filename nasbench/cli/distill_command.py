@@ -112,7 +112,7 @@ def _budgeted(run, settings, seconds: dict[str, float], device: str, dtype):  # 
 
     loaded = load_model(run.spec.model, dtype=dtype, device=device)
     corpus = Corpus.load(run.spec.data, loaded.tokenizer, run.spec.sequence)
-    budget = Budget(run, settings, lambda: (loaded, corpus), device, log)
+    budget = Budget(run, settings, loaded, corpus, device, log)
     return budget.settings(seconds), {"loaded": loaded, "corpus": corpus}
 
 

@@ -136,7 +136,7 @@ def _budget(run: Run, settings: Any, folder: Path, read: dict[str, Any], device:
     saved = checkpoint.latest(run.supernet)
     if saved is None:
         raise UserError(f"{run.path} has no supernet: make one with `nasbench distill --out {run.path}`")
-    known = Budget(run, settings, lambda: (read["loaded"], read["corpus"]), device, log).stage("supernet", 0.0)
+    known = Budget(run, settings, read["loaded"], read["corpus"], device, log).stage("supernet", 0.0)
     step = max(int(known["batch_tokens"]), read["corpus"].sequence)
     settings = settings.updated({"supernet_batch_tokens": step, "graphs": bool(known["graphs"])})
     return settings, FinalBudget(folder, saved.version, float(known["tok_s"]), step)

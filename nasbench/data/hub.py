@@ -51,26 +51,22 @@ def _file_system(name: str) -> Any:
     try:
         from huggingface_hub import HfFileSystem
     except ImportError:
-        raise MachineError(
-            f"hub data set {name!r} needs the package huggingface-hub: pip install 'nasbench[hub]'"
-        ) from None
+        raise MachineError(f"hub data set {name!r} needs huggingface-hub: pip install 'nasbench[hub]'") from None
     return HfFileSystem()
 
 
-def split_files(paths: list[str], split: str) -> list[str]:
+def _split_files(paths: list[str], split: str) -> list[str]:
     """The files of a split: those whose name begins with it or that lie in a folder of that name, as hub data sets are
     laid out. Raises UserError naming the splits that there seem to be."""
-    found = {path: _words(path) for path in sorted(paths)}
-    chosen = [path for path, words in found.items() if split in words]
+    words = {}
+    for path in sorted(paths):
+        *folders, file = path.split("/")[3:] or [path]
+        words[path] = [*folders, re.split(r"[-_.]", file)[0]]
+    chosen = [path for path in words if split in words[path]]
     if not chosen:
-        names = sorted({word for words in found.values() for word in words if word.isalpha()})
+        names = sorted({word for found in words.values() for word in found if word.isalpha()})
         raise UserError(f"no files of split {split!r}: the files speak of {', '.join(names) or 'none'}")
     return chosen
-
-
-def _words(path: str) -> list[str]:
-    *folders, file = path.split("/")[3:] or [path]
-    return [*folders, re.split(r"[-_.]", file)[0]]
 
 
 def _documents(name: str, split: str, characters: int) -> Iterator[str]:
@@ -86,7 +82,7 @@ def _documents(name: str, split: str, characters: int) -> Iterator[str]:
             paths = files.glob(f"datasets/{name}@refs/convert/parquet/**.parquet")
         if not paths:
             raise UserError(f"hub data set {name!r} has no Parquet files")
-        for path in split_files(paths, split):
+        for path in _split_files(paths, split):
             with files.open(path, "rb") as file:
                 for text in parquet_texts(file, f"{PREFIX}{path}"):
                     yield text

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -31,21 +32,6 @@ PIECE_CHARACTERS = 6000
 """Documents are cut at blank lines into pieces of about this size before they are split, so that few long documents
 still give three splits of like content."""
 _FORMAT = 1
-
-
-class TextTokenizer(Protocol):
-    """What this module needs of nasbench.checkpoints.tokenizer.Tokenizer."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    @property
-    def eos_id(self) -> int | None: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
 
 
 def cut(document: str, size: int = PIECE_CHARACTERS) -> list[str]:
@@ -74,7 +60,7 @@ def split_documents(documents: Iterable[str]) -> dict[str, list[str]]:
     return splits
 
 
-def _fingerprint(documents: list[str], tokenizer: TextTokenizer) -> str:
+def _fingerprint(documents: list[str], tokenizer: Tokenizer) -> str:
     probe = "The 3 quick foxes, 1024 of them:\n\n\tdef f(x):\n    return x['é→']  # 中文 1)"
     digest = hashlib.sha256(
         json.dumps([_FORMAT, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.encode(probe)]).encode()
@@ -84,7 +70,7 @@ def _fingerprint(documents: list[str], tokenizer: TextTokenizer) -> str:
     return digest.hexdigest()[:32]
 
 
-def _tokenise(documents: list[str], tokenizer: TextTokenizer) -> dict[str, np.ndarray]:
+def _tokenise(documents: list[str], tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """One stream of int32 token ids per split, the end-of-text token behind every piece, and as `<split>.starts` where
     pieces begin."""
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -92,33 +78,21 @@ def _tokenise(documents: list[str], tokenizer: TextTokenizer) -> dict[str, np.nd
     for name, pieces in split_documents(documents).items():
         ids: list[int] = []
         starts = []
-        for encoded in _encode(pieces, tokenizer):
-            starts.append(len(ids))
-            ids.extend(encoded)
-            ids.extend(end)
+        for first in range(0, len(pieces), 1024):
+            for encoded in tokenizer.encode_batch(pieces[first : first + 1024]):
+                starts.append(len(ids))
+                ids += [*encoded, *end]
         streams[name] = np.asarray(ids, dtype=np.int32)
         streams[_starts(name)] = np.asarray(starts, dtype=np.int64)
     return streams
-
-
-def _encode(texts: list[str], tokenizer: TextTokenizer) -> Iterator[list[int]]:
-    """`tokenizer.encode` of every text, on all cores where the tokenizer can."""
-    if not isinstance(tokenizer, Tokenizer):
-        yield from map(tokenizer.encode, texts)
-        return
-    for first in range(0, len(texts), 1024):
-        yield from tokenizer.encode_batch(texts[first : first + 1024])
 
 
 def _starts(split: str) -> str:
     return f"{split}.starts"
 
 
-def _streams(documents: list[str], tokenizer: TextTokenizer, fingerprint: str) -> dict[str, np.ndarray]:
+def _streams(documents: list[str], tokenizer: Tokenizer, fingerprint: str) -> dict[str, np.ndarray]:
     """The token streams, from the user's cache when this text was tokenised before."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file, save_file
-
     # The fingerprint of a corpus knows the tokenizer by a probe alone: two that differ elsewhere must not share tokens.
     key = hashlib.sha256(f"{fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()[:32]
     path = cache_dir() / "tokens" / f"{key}.safetensors"
@@ -149,20 +123,17 @@ class Batch:
     ages: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """On a device; the copy does not wait."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def clone(self) -> Batch:
         return self._each(torch.clone)
 
     def copy_(self, other: Batch) -> None:
-        """Takes another batch's contents in place, for CUDA graphs."""
         self.tokens.copy_(other.tokens)
         if self.ages is not None and other.ages is not None:
             self.ages.copy_(other.ages)
 
     def rows(self, index: slice | Tensor) -> Batch:
-        """Some of the rows."""
         return self._each(lambda tensor: tensor[index])
 
     def split(self, rows: int) -> list[Batch]:
@@ -202,7 +173,7 @@ class Corpus:
     repeat_share: float = 0.0
 
     @classmethod
-    def load(cls, data: str, tokenizer: TextTokenizer, sequence: int) -> Corpus:
+    def load(cls, data: str, tokenizer: Tokenizer, sequence: int) -> Corpus:
         """Reads, tokenises (once: kept in the user's cache) and packs. Raises UserError for bad or too little text."""
         documents = read_documents(data)
         fingerprint = _fingerprint(documents, tokenizer)
@@ -227,7 +198,6 @@ class Corpus:
 
     @property
     def sequence(self) -> int:
-        """Tokens of one sequence."""
         return self.train.shape[1]
 
     def held_out(self, split: str, tokens: int | None = None) -> Batch:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -72,9 +71,9 @@ def write_batch(loaded: LoadedModel, writing: Writing, number: int, firsts: list
     seed = writing.seed * 1_000_003 + number
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.tensor(firsts)[torch.randint(len(firsts), (writing.batch,), generator=generator)]
-    ends = torch.tensor(sorted(special_ids(loaded.tokenizer)), device=loaded.decoder.device)
-    columns, open_rows = [chosen.to(loaded.decoder.device)], torch.ones(writing.batch, dtype=torch.bool)
-    open_rows = open_rows.to(loaded.decoder.device)
+    device = loaded.decoder.device
+    ends = torch.tensor(sorted(special_ids(loaded.tokenizer)), device=device)
+    columns, open_rows = [chosen.to(device)], torch.ones(writing.batch, dtype=torch.bool, device=device)
     steps = stream(
         loaded.decoder,
         chosen[:, None],
@@ -89,15 +88,11 @@ def write_batch(loaded: LoadedModel, writing: Writing, number: int, firsts: list
         if index % _LOOK_EVERY == 0 and not bool(open_rows.any()):
             break
     rows = torch.stack(columns, 1)
-    return [_until_end(row, ends) for row in rows.cpu()]
-
-
-def _until_end(row: Tensor, ends: Tensor) -> list[int]:
-    """A row's tokens up to the first that ends it; the first of all may be a begin-of-text token, which is no text."""
-    ended = torch.isin(row, ends.cpu())
-    begin = int(ended[0])
-    stops = ended[begin:].nonzero()
-    return row[begin : begin + int(stops[0]) if len(stops) else len(row)].tolist()
+    documents = []
+    for row, ended in zip(rows.tolist(), torch.isin(rows, ends).tolist(), strict=True):
+        begin = int(ended[0])  # a begin-of-text token, which is no text
+        documents.append(row[begin : ended.index(True, begin) if True in ended[begin:] else None])
+    return documents
 
 
 def write_corpus(

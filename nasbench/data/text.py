@@ -42,7 +42,7 @@ def _open(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
-def _read_text(path: Path) -> Iterator[str]:
+def _read_txt(path: Path) -> Iterator[str]:
     with _open(path) as file:
         yield file.read().decode()
 
@@ -80,7 +80,7 @@ def parquet_texts(source: Path | IO[bytes], name: str) -> Iterator[str]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".txt": _read_text,
+    ".txt": _read_txt,
     ".jsonl": _read_jsonl,
     ".parquet": lambda path: parquet_texts(path, str(path)),
 }
@@ -90,13 +90,6 @@ def _format(path: Path) -> str:
     """`.jsonl` of a.jsonl, and of b.jsonl.xz, whose reader unpacks."""
     name = path.with_suffix("") if path.suffix in (".gz", ".xz") else path
     return name.suffix if name is path or name.suffix != ".parquet" else path.suffix
-
-
-def _unpacked(path: Path) -> Iterator[str]:
-    try:
-        yield from READERS[_format(path)](path)
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-        raise UserError(f"{path} cannot be unpacked: {error}") from None
 
 
 def read_documents(data: str) -> list[str]:
@@ -118,7 +111,9 @@ def read_documents(data: str) -> list[str]:
     for file in files:
         try:
             with machine_errors(f"reading {file}"):
-                documents.extend(_unpacked(file))
+                documents.extend(READERS[_format(file)](file))
+        except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+            raise UserError(f"{file} cannot be unpacked: {error}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text: {error}") from None
     documents = list(dict.fromkeys(text for text in documents if text.strip()))

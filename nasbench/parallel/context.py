@@ -63,6 +63,10 @@ class DistContext:
         self.all_reduce([total])
         return bool(total > 0)
 
+    def wait(self, device: torch.device) -> None:
+        """Until every process is here."""
+        self.any(False, device)
+
 
 SINGLE = DistContext()
 

@@ -24,6 +24,8 @@ from nasbench.data.packing import Corpus
 from nasbench.runs import Run
 from nasbench.runtime.memory import free_bytes, ran_out
 from nasbench.supernet.estimate import time_steps
+from nasbench.supernet.finalize import final_version
+from nasbench.supernet.loop import Notice
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import STAGES, Distiller
 
@@ -33,22 +35,20 @@ GRAPHS_GAIN = 1.05
 TRUSTED_S = 5.0
 """A finalisation that took less says nothing about the speed of the next."""
 
-Log = Callable[[str], None]
-
 
 class Budget:
     """Turns seconds into tokens for one run.
 
     Args:
-        loaded, corpus: the run's model, and its text in rows; only steps that must be timed need them.
+        loaded, corpus: the run's model, and its text in rows.
     """
 
     def __init__(
-        self, run: Run, config: DistillConfig, load: Callable[[], tuple[LoadedModel, Corpus]], device: str, log: Log
+        self, run: Run, config: DistillConfig, loaded: LoadedModel, corpus: Corpus, device: str, log: Notice
     ) -> None:
-        self.run, self.config, self.device, self.log = run, config, device, log
+        self.run, self.config, self.loaded, self.corpus = run, config, loaded, corpus
+        self.device, self.log = device, log
         self.path = run.supernet / FILE
-        self._load = load
 
     def settings(self, seconds: dict[str, float]) -> DistillConfig:
         """The settings with the steps and the tokens that fill the seconds of each stage; 0 leaves a stage as it is."""
@@ -97,11 +97,10 @@ class Budget:
         """Tokens, tokens/s and memory of a stage's steps with changed settings; None where they do not fit."""
         config, cuda = self.config.updated(changes), self.device.startswith("cuda")
         found: dict[str, Any] | None = None
-        loaded, corpus = self._load()
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            distiller = Distiller(self.run, loaded, config, threading.Event(), corpus=corpus)
+            distiller = Distiller(self.run, self.loaded, config, threading.Event(), corpus=self.corpus)
             distiller.prepare(0)
             tokens, seconds = time_steps(distiller, stage)
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
@@ -171,6 +170,4 @@ def final_history(folder: Path) -> dict[str, int]:
 
 def note_final(folder: Path, tokens: int) -> None:
     """Keeps which weights a folder holds after so many tokens: scores of earlier weights make a learning curve."""
-    from nasbench.supernet.finalize import final_version
-
     write_json(folder / HISTORY, {**final_history(folder), final_version(folder): tokens})

@@ -2,9 +2,15 @@
 
     supernet/latest.json            {"checkpoint": "align-00000040"}
     supernet/align-00000040/        supernet.safetensors, optimizer.safetensors, state.json
-                                    moments/ where the weights were shared out (nasbench.supernet.sharded_checkpoint)
+                                    moments/ of sharded weights
 
 A kill at any moment leaves the pointer at a complete folder. Nothing is pickled.
+
+Any number of processes reads a checkpoint of sharded weights. The first process gathers the weights, one parameter
+after another, and writes them as ever. Nobody gathers Adam's moments, which are twice as large and serve only to go on:
+torch.distributed.checkpoint writes each process's shards into `moments/` and reads the parts that another number of
+processes needs. `optimizer.safetensors` has the whole parameters' moments, step counts and sums of losses. All
+processes write into one folder: several hosts need a file system in common.
 """
 
 from __future__ import annotations
@@ -12,17 +18,23 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, distributed
 
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import machine_errors, read_json, write_json
+from nasbench.parallel.context import SINGLE, DistContext
+from nasbench.parallel.fsdp import full_state_dict, is_sharded, local, sharded_like
+from nasbench.supernet.optimizer import MasterAdamW
 
 WEIGHTS, OPTIMIZER, STATE, LATEST = "supernet.safetensors", "optimizer.safetensors", "state.json", "latest.json"
 MOMENTS = "moments"
@@ -61,13 +73,10 @@ class Checkpoint:
 
     def weights(self, device: str = "cpu") -> dict[str, Tensor]:
         """The weights by name. Raises UserError when the file is not what was written."""
-        return self._load(WEIGHTS, device)
+        return self.load(WEIGHTS, device)
 
-    def optimizer(self, device: str = "cpu") -> dict[str, Tensor]:
-        """The optimiser's tensors by name."""
-        return self._load(OPTIMIZER, device)
-
-    def _load(self, name: str, device: str) -> dict[str, Tensor]:
+    def load(self, name: str, device: str) -> dict[str, Tensor]:
+        """The tensors of one file."""
         path = self.folder / name
         try:
             if digest(path) != self.state["digests"].get(name):
@@ -87,15 +96,52 @@ def save(
     weights: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, Any],
+    workers: DistContext = SINGLE,
+) -> Checkpoint:
+    """Writes checkpoint `name` into `folder`, points `latest.json` at it, then removes the older ones. All processes
+    call it.
+
+    Raises MachineError in every process when the disk refuses in one; the older checkpoint is then still there.
+    """
+    shards = {key: tensor for key, tensor in optimizer.items() if is_sharded(tensor)}
+    sharded = next((tensor for tensor in (*weights.values(), *shards.values()) if is_sharded(tensor)), None)
+    elsewhere = Checkpoint(folder / name, {**state, "digests": {WEIGHTS: "elsewhere"}})
+    if sharded is None:
+        return _write(folder, name, weights, optimizer, state) if workers.is_main else elsewhere
+    device = local(sharded).device
+    moments = folder / f".{name}.moments" if shards else None
+    with _one_outcome(workers, device):
+        if moments is not None:
+            state = {**state, "moments": _write_moments(moments, shards, workers, device)}
+    whole = full_state_dict(weights, workers.is_main)
+    with _one_outcome(workers, device):
+        if workers.is_main:
+            own = {key: tensor for key, tensor in optimizer.items() if key not in shards}
+            return _write(folder, name, whole, own, state, moments)
+    return elsewhere
+
+
+@contextmanager
+def _one_outcome(workers: DistContext, device: torch.device) -> Iterator[None]:
+    """Raises in every process what happened inside in one, so that nobody waits for it."""
+    error: MachineError | None = None
+    try:
+        yield
+    except MachineError as refused:
+        error = refused
+    if workers.any(error is not None, device):
+        raise error or MachineError("another process could not write its part of the checkpoint")
+
+
+def _write(
+    folder: Path,
+    name: str,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
     moments: Path | None = None,
 ) -> Checkpoint:
-    """Writes checkpoint `name` into `folder`, points `latest.json` at it, then removes the older ones.
-
-    Args:
-        moments: a folder on the same disk that becomes the checkpoint's own.
-
-    Raises MachineError when the disk refuses; the older checkpoint is then still there.
-    """
+    """`moments` is a folder on the same disk that becomes the checkpoint's own."""
     target, temporary = folder / name, folder / f".{name}.tmp"
     with machine_errors(f"writing {target}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,10 +166,61 @@ def save(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / LATEST, {"checkpoint": name})
-    for old in folder.iterdir():
-        if old.is_dir() and old != target:
-            shutil.rmtree(old, ignore_errors=True)
+    _remove_folders(folder, target)
     return Checkpoint(target, full)
+
+
+def _write_moments(
+    folder: Path, shards: dict[str, Tensor], workers: DistContext, device: torch.device
+) -> dict[str, str]:
+    """Every process's shards into a folder. Names and digests of the files."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint import save as write
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    if workers.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    workers.wait(device)  # nobody writes before the old ones are gone
+    with machine_errors(f"writing {folder}"):
+        try:
+            write(shards, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        except CheckpointException as error:
+            # One line: what went wrong in which process is in its own words.
+            raise OSError("; ".join(str(failure[0]) for failure in error.failures.values())) from error
+        names = sorted(path.name for path in folder.iterdir())
+        own = {name: digest(folder / name) for name in names[workers.rank :: workers.size]}
+    parts: list[dict[str, str]] = [{}] * workers.size
+    distributed.all_gather_object(parts, own)
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def optimizer_of(saved: Checkpoint, optimizer: MasterAdamW, workers: DistContext) -> dict[str, Tensor]:
+    """What `MasterAdamW.load_state` takes, of a checkpoint that any number of processes wrote. All of them call it.
+
+    Raises UserError in every process when a file is not what was written.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as read
+
+    tensors = saved.load(OPTIMIZER, "cpu" if optimizer.sharded else str(optimizer.device))
+    files: dict[str, str] = saved.state.get("moments", {})
+    if not files:
+        return tensors
+    folder = saved.folder / MOMENTS
+    own = list(files)[workers.rank :: workers.size]
+    damaged = not all((folder / name).is_file() and digest(folder / name) == files[name] for name in own)
+    if workers.any(damaged, optimizer.device):
+        raise UserError(f"{folder} is corrupt (its checksum is wrong): {_remedy(saved.folder.parent)}")
+    reader = HuggingFaceStorageReader(str(folder))
+    moments = {}
+    for key in reader.read_metadata().state_dict_metadata:
+        name = key.split(":", 1)[1]
+        if name in optimizer.masters:
+            moments[key] = sharded_like(optimizer.working[name], torch.zeros_like(optimizer.masters[name].detach()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads alone
+        read(moments, storage_reader=reader, no_dist=workers.size == 1)
+    return {**tensors, **moments}
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -143,7 +240,10 @@ def latest(folder: Path) -> Checkpoint | None:
 def discard(folder: Path) -> None:
     """Removes the checkpoints of a training that is over; losses.csv stays."""
     (folder / LATEST).unlink(missing_ok=True)
-    if folder.is_dir():
-        for old in folder.iterdir():
-            if old.is_dir():
-                shutil.rmtree(old, ignore_errors=True)
+    _remove_folders(folder)
+
+
+def _remove_folders(folder: Path, keep: Path | None = None) -> None:
+    for old in folder.iterdir() if folder.is_dir() else ():
+        if old.is_dir() and old != keep:
+            shutil.rmtree(old, ignore_errors=True)

@@ -11,7 +11,6 @@ from nasbench.parallel.fsdp import local
 from nasbench.runtime.memory import peak_bytes
 from nasbench.runtime.timing import stopwatch
 from nasbench.supernet import checkpoint
-from nasbench.supernet.loop import LossSums
 from nasbench.supernet.train import SOLVE_BATCH_TOKENS, STAGES, Distiller
 
 TIMED_STEPS = 3
@@ -21,14 +20,7 @@ STATE_BYTES = 16
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """One stage of a distillation.
-
-    Attributes:
-        tokens, steps: that are left to do.
-        step_tokens: of a step, over all processes.
-        tok_s: measured.
-        seconds: that the stage will take.
-    """
+    """What is left of one stage of a distillation. A step's tokens are those of all processes."""
 
     stage: str
     tokens: int
@@ -36,6 +28,11 @@ class StageEstimate:
     step_tokens: int
     tok_s: float
     seconds: float
+
+    @classmethod
+    def of(cls, stage: str, tokens: int, step_tokens: int, step_seconds: float) -> StageEstimate:
+        speed = step_tokens / step_seconds
+        return cls(stage, tokens, -(-tokens // step_tokens), step_tokens, speed, tokens / speed)
 
 
 @dataclass(frozen=True)
@@ -72,32 +69,30 @@ def estimate(distiller: Distiller) -> Estimate:
 
     Raises as training does: UserError for settings that do not fit the run.
     """
+    config, net = distiller.config, distiller.net
     saved = checkpoint.latest(distiller.run.supernet)
     stage, start = ("align", 0) if saved is None else distiller.resume_point(saved)
-    left = {name: distiller.steps(name, distiller.state["cycles"][name][-1]) for name in STAGES}
-    trained = distiller.net.trained()
-    if stage == "done" or not trained:
-        left = dict.fromkeys(STAGES, 0)
-    else:
+    left = dict.fromkeys(STAGES, 0)
+    if stage != "done" and net.trained():
+        for name in STAGES[STAGES.index(stage) :]:
+            left[name] = distiller.steps(name, distiller.state["cycles"][name][-1])
         left[stage] -= start
-        left |= dict.fromkeys(STAGES[: STAGES.index(stage)], 0)
-    parameters = [parameter for mixer in trained.values() for parameter in mixer.parameters()]
-    teacher = list(distiller.net.teacher.parameters())
-    stages = []
     solves = (saved is None) + bool(left["align"])
-    ridge_tokens = solves * distiller.config.ridge_tokens if distiller.net.closed_form() else 0
     one_batch = max(SOLVE_BATCH_TOKENS.of(distiller.device), distiller.corpus.sequence)
     seconds = stopwatch(distiller.device)(lambda: distiller.prepare(one_batch))
-    stages.append(_stage("ridge", ridge_tokens, one_batch, seconds))
-    for name in STAGES:
-        if left[name]:
-            stages.append(_stage(name, left[name] * distiller.step_tokens(name), *time_steps(distiller, name)))
+    ridge_tokens = solves * config.ridge_tokens if net.closed_form() else 0
+    stages = [StageEstimate.of("ridge", ridge_tokens, one_batch, seconds)]
+    for name, steps in left.items():
+        if steps:
+            step_tokens, step_seconds = time_steps(distiller, name)
+            stages.append(StageEstimate.of(name, steps * step_tokens, step_tokens, step_seconds))
+    parameters = [parameter for mixer in net.trained().values() for parameter in mixer.parameters()]
     return Estimate(
         stages=tuple(row for row in stages if row.tokens),
         corpus_tokens=distiller.corpus.train.numel(),
         trained_parameters=sum(parameter.numel() for parameter in parameters),
         processes=distiller.workers.size,
-        model_bytes=sum(local(parameter).nbytes for parameter in teacher),
+        model_bytes=sum(local(parameter).nbytes for parameter in net.teacher.parameters()),
         training_bytes=sum(map(_training_bytes, parameters)),
         peak_bytes=peak_bytes(distiller.device),
     )
@@ -108,26 +103,15 @@ def _training_bytes(parameter: Tensor) -> int:
     return STATE_BYTES * own.numel() + (0 if own is not parameter else own.nbytes)
 
 
-def _stage(name: str, tokens: int, step_tokens: int, step_seconds: float) -> StageEstimate:
-    speed = step_tokens / step_seconds
-    return StageEstimate(name, tokens, -(-tokens // step_tokens), step_tokens, speed, tokens / speed)
-
-
-def time_steps(distiller: Distiller, stage: str) -> tuple[int, float]:
+def time_steps(distiller: Distiller, name: str) -> tuple[int, float]:
     """(tokens of a step, seconds that it takes), from a few steps that change the distiller's supernet."""
-    optimizer = distiller.optimizer(stage)
-    sums = LossSums(["", *optimizer.groups], distiller.device)
+    stage = distiller.stage(name)
 
-    def step(index: int) -> None:
-        distiller.step(stage, index, optimizer, sums)
-        optimizer.apply(1.0)
+    def steps(first: int, last: int) -> None:
+        for index in range(first, last):
+            stage.gradients(index)
+            stage.optimizer.apply(1.0)
 
-    step(0)  # warms up, captures a graph
-
-    def steps() -> None:
-        for index in range(1, 1 + TIMED_STEPS):
-            step(index)
-
-    seconds = stopwatch(distiller.device)(steps)
-    distiller.reset_graphs()
-    return distiller.step_tokens(stage), seconds / TIMED_STEPS
+    steps(0, 1)  # warms up, captures a graph
+    seconds = stopwatch(distiller.device)(lambda: steps(1, 1 + TIMED_STEPS))
+    return stage.step_tokens, seconds / TIMED_STEPS

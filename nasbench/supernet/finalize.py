@@ -19,26 +19,16 @@ from torch import Tensor, nn
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
 from nasbench.core.files import atomic_path, read_json, write_json
-from nasbench.data.packing import Batch, Corpus
+from nasbench.data.packing import Corpus
 from nasbench.parallel import fsdp
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.supernet import checkpoint
-from nasbench.supernet.layer_calls import GraphedLayerCalls
-from nasbench.supernet.loop import (
-    Loop,
-    LossSums,
-    Notice,
-    Progress,
-    no_notice,
-    no_progress,
-    reduce_and_clip,
-    stop_on_signal,
-)
+from nasbench.supernet.loop import Loop, Notice, Progress, silent, stop_on_signal
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import REST, distill_step, nonfinite_layer
+from nasbench.supernet.steps import REST, SubnetStage
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import training_corpus
 
@@ -53,14 +43,11 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def slug(placement: Placement) -> str:
-    """A placement as a folder name: `14J A 4J` -> `14J-A-4J`."""
-    return format_placement(placement).replace(" ", "-")
-
-
 def final_folder(run: Run, placement: Placement, name: str = "") -> Path:
-    """Where a placement's finalised weights lie; `name` tells several trainings of one placement apart."""
-    return run.final / (f"{slug(placement)}@{name}" if name else slug(placement))
+    """Where a placement's finalised weights lie, as final/14J-A-4J@NAME; `name` tells several trainings of one
+    placement apart."""
+    slug = format_placement(placement).replace(" ", "-")
+    return run.final / (f"{slug}@{name}" if name else slug)
 
 
 def finalize(
@@ -72,8 +59,8 @@ def finalize(
     sequence: int | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
-    progress: Progress = no_progress,
-    notice: Notice = no_notice,
+    progress: Progress = silent,
+    notice: Notice = silent,
     workers: DistContext = SINGLE,
     name: str = "",
     loaded: LoadedModel | None = None,
@@ -107,23 +94,22 @@ def finalize(
             "dtype": str(dtype).removeprefix("torch."),
         },
     }
-    saved, finished = _begun(checkpoint.latest(folder / TRAINING), state, tokens), _finished(folder, state, tokens)
-    if finished is not None and finished[-1] == tokens:
+    saved, finished = _begun(folder, state, tokens), _finished(folder, state, tokens)
+    if finished and finished[-1] == tokens:
         return folder
-    known = saved.state["cycles"] if saved is not None else finished or []
+    known = saved.state["cycles"] if saved is not None else finished
     cycles = [*known, tokens] if tokens // step_tokens > (known[-1] if known else 0) // step_tokens else known
     state["cycles"] = cycles or [tokens]
     if config.whole:
         own_layers(net, placement)
+    for parameters in trained_parts(net, placement).values():
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+    if config.shard:
+        fsdp.shard(net, workers)
     groups = trained_parts(net, placement)
     weights: dict[str, Tensor] = {}
     if groups:
-        for parameters in groups.values():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
-        if config.shard:
-            fsdp.shard(net, workers)
-            groups = trained_parts(net, placement)
         place = "cpu" if config.shard else str(net.teacher.device)
         fitting = {f"layers.{i}.{part}" for i in range(len(placement)) for part in ("A", REST)}
         optimizer = MasterAdamW(
@@ -132,44 +118,17 @@ def finalize(
         )  # fmt: skip
         if saved is not None:
             optimizer.set_masters(saved.weights(place))
-        elif finished is not None:
+        elif finished:
             optimizer.set_masters(load_file(folder / MIXERS, device=place))
-
-        calls: GraphedLayerCalls | None = None
-
-        def batch_of(index: int) -> Batch:
-            return workers.local_rows(corpus.batch(index, rows, run.spec.seed + _SEED_OFFSET)).to(net.teacher.device)
-
-        def step(index: int, sums: LossSums) -> None:
-            nonlocal calls
-            batch = batch_of(index)
-            if calls is None and config.graphs and batch.tokens.is_cuda:
-                calls = GraphedLayerCalls(net, [(name,) for name in placement], batch)
-            distill_step(net, [placement], batch, sums, config, workers, calls)
-            reduce_and_clip(optimizer, sums, workers)
-
+        stage = SubnetStage(
+            STAGE, net, optimizer, corpus, rows, run.spec.seed + _SEED_OFFSET, config, workers,
+            lambda index: [placement], [(kind,) for kind in placement],
+        )  # fmt: skip
+        start = finished[-1] // step_tokens if finished and saved is None else 0
+        ends = [end // step_tokens for end in state["cycles"]]
         with stop_on_signal() as stop:
-            loop = Loop(
-                folder / TRAINING,
-                STAGE,
-                optimizer,
-                [end // step_tokens for end in state["cycles"]],
-                step_tokens,
-                step,
-                config,
-                state,
-                stop,
-                progress,
-                notice if workers.is_main else no_notice,
-                workers,
-                lambda index: nonfinite_layer(net, placement, batch_of(index), workers),
-                finished[-1] // step_tokens if finished is not None and saved is None else 0,
-            )
-            if saved is not None and saved.state["step"]:
-                loop.resume(saved)
-            workers.any(False, net.teacher.device)  # nobody writes before all have read
-            loop.cut({})
-            loop.run()
+            loop = Loop(folder / TRAINING, stage, ends, state, stop, progress, notice, start)
+            loop.run(saved if saved is not None and saved.state["step"] else None)
         weights = optimizer.weights()
         if config.shard:
             weights = fsdp.full_state_dict(weights, workers.is_main)
@@ -179,19 +138,21 @@ def finalize(
     return folder
 
 
-def _begun(saved: checkpoint.Checkpoint | None, state: dict[str, Any], tokens: int) -> checkpoint.Checkpoint | None:
-    """A checkpoint of this training that has not gone beyond `tokens`, None for any other."""
-    fits = saved is not None and all(saved.state.get(key) == value for key, value in state.items())
-    return saved if fits and saved is not None and saved.state["cycles"][-1] <= tokens else None
+def _begun(folder: Path, state: dict[str, Any], tokens: int) -> checkpoint.Checkpoint | None:
+    """The checkpoint of this training where it has not gone beyond `tokens`, None for any other."""
+    saved = checkpoint.latest(folder / TRAINING)
+    return saved if saved is not None and _continues(saved.state, state, tokens) else None
 
 
-def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int] | None:
-    """The cycles of a finished training of this kind that had at most `tokens`, None where there is none."""
-    if not is_final(folder) or not (folder / MIXERS).is_file():
-        return None
-    data = read_json(folder / CONFIG)
-    fits = isinstance(data, dict) and all(data.get(key) == value for key, value in state.items())
-    return list(data["cycles"]) if fits and data["cycles"][-1] <= tokens else None
+def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int]:
+    """The cycles of a finished training of this kind that had at most `tokens`, none where there is none."""
+    data = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None
+    return list(data["cycles"]) if isinstance(data, dict) and _continues(data, state, tokens) else []
+
+
+def _continues(known: dict[str, Any], state: dict[str, Any], tokens: int) -> bool:
+    """Whether training to `tokens` tokens with this state goes on from a known one."""
+    return all(known.get(key) == value for key, value in state.items()) and known["cycles"][-1] <= tokens
 
 
 def own_layers(net: Supernet, placement: Placement) -> None:

@@ -30,8 +30,8 @@ class MasterAdamW:
     The gradients of all masters lie in one fp32 buffer, a group's side by side: one sum over processes, one norm and
     one scaling a group.
 
-    A parameter that is shared out to processes (nasbench.parallel.fsdp) is fp32 and its own master: gradients,
-    moments and steps are those of this process's share, and only a group's norm needs the others.
+    A sharded parameter (nasbench.parallel.fsdp) is fp32 and its own master: gradients, moments and steps are those of
+    this process's shard, and only a group's norm needs the others.
 
     Args:
         groups: name of a mixer -> its named parameters. The gradient norm is clipped per group.
@@ -54,14 +54,10 @@ class MasterAdamW:
         self.groups = {group: dict(parameters) for group, parameters in groups.items()}
         self.working = {f"{group}.{name}": p for group, ps in self.groups.items() for name, p in ps.items()}
         self.masters = {name: _master(p) for name, p in self.working.items()}
-        rates = {group: rate(group) for group in self.groups}
-        equals = [
-            {
-                "params": [self.masters[f"{g}.{name}"] for g in rates if rates[g] == r for name in self.groups[g]],
-                "rate": r,
-            }
-            for r in dict.fromkeys(rates.values())
-        ]
+        rates: dict[float, list[nn.Parameter]] = {}
+        for group, ps in self.groups.items():
+            rates.setdefault(rate(group), []).extend(self.masters[f"{group}.{name}"] for name in ps)
+        equals = [{"params": params, "rate": factor} for factor, params in rates.items()]
         self.adam = torch.optim.AdamW(equals, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=True)
         self.device = next(iter(self.masters.values())).device
         self.skipped = torch.zeros(len(self.groups), device=self.device)
@@ -70,8 +66,9 @@ class MasterAdamW:
         buffer = torch.zeros(sum(p.numel() for p in self.masters.values()), device=self.device)
         self._views: dict[str, Tensor] = {}
         self._segments: dict[str, Tensor] = {}
-        self._shares: dict[str, Tensor] = {}
-        """Of a group's segment, the beginning, which is shared out; the rest is whole in every process."""
+        self._sharded: dict[str, Tensor] = {}
+        self._rest: dict[str, Tensor] = {}
+        """A group's segment begins with the gradients of sharded parameters; the rest is whole in every process."""
         self.sharded = any(is_sharded(p) for p in self.working.values())
         end = 0
         for group, parameters in self.groups.items():
@@ -83,10 +80,10 @@ class MasterAdamW:
                 if is_sharded(parameters[name]):
                     middle = end
             self._segments[group] = buffer[begin:end]
-            self._shares[group] = buffer[begin:middle]
+            self._sharded[group], self._rest[group] = buffer[begin:middle], buffer[middle:end]
 
     def weights(self) -> dict[str, Tensor]:
-        """The masters by name; of parameters that are shared out, the parameters."""
+        """The masters by name; of sharded parameters the parameters themselves."""
         return {
             name: working.detach() if is_sharded(working) else self.masters[name].detach()
             for name, working in self.working.items()
@@ -104,12 +101,6 @@ class MasterAdamW:
         """Whether a working weight is its master's rounding, and not the master itself."""
         return self.working[name].dtype != torch.float32
 
-    def step(self, factor: float) -> None:
-        """One step with the learning rate times `factor`; takes the gradients and drops them."""
-        self.gather()
-        self.clip()
-        self.apply(factor)
-
     def gather(self) -> None:
         """Moves the gradients of the working weights to the masters, fp32.
 
@@ -117,18 +108,16 @@ class MasterAdamW:
         """
         present, sources, targets = [], [], []
         for group, parameters in self.groups.items():
-            names = [f"{group}.{name}" for name, p in parameters.items() if p.grad is not None]
-            if not names:
+            found = {f"{group}.{name}": p.grad for name, p in parameters.items() if p.grad is not None}
+            if not found:
                 continue
             present.append(group)
-            if len(names) < len(parameters):
+            if len(found) < len(parameters):
                 self._segments[group].zero_()
-            for name in names:
-                working = self.working[name]
-                assert working.grad is not None
-                sources.append(local(working.grad))
+            for name, gradient in found.items():
+                sources.append(local(gradient))
                 targets.append(self._views[name])
-                working.grad = None
+                self.working[name].grad = None
                 self.masters[name].grad = self._views[name]
         if targets:
             torch._foreach_copy_(targets, sources)
@@ -140,13 +129,13 @@ class MasterAdamW:
     def average(self, workers: DistContext, shares: Tensor) -> None:
         """Sums the gathered gradients over the processes, each weighted by this process's share of the group.
 
-        With shards, losses have been weighted already and the mean of what is shared out is taken: the rest's follows.
+        With shards, the losses are weighted already and FSDP2 has taken the mean of sharded gradients: the rest's follows.
 
         Args:
             shares: [groups]; a group's shares sum to 1 over the processes.
         """
         if self.sharded:
-            rest = [self._rest(group) for group in self._present]
+            rest = [self._rest[group] for group in self._present]
             workers.all_reduce([segment for segment in rest if segment.numel()])
             for segment in rest:
                 segment.div_(workers.size)
@@ -157,23 +146,21 @@ class MasterAdamW:
             segment.mul_(share)
         workers.all_reduce(segments)
 
-    def _rest(self, group: str) -> Tensor:
-        return self._segments[group][self._shares[group].numel() :]
-
     def _norms(self, workers: DistContext) -> Tensor:
-        """The norms of the present groups' gradients, over all shares, [present] fp32: the same in every process."""
+        """The norms of the present groups' gradients, over all shards, [present] fp32: the same in every process."""
+
+        def norms(parts: Mapping[str, Tensor]) -> Tensor:
+            return torch.stack(torch._foreach_norm([parts[group] for group in self._present]))
+
         if not self.sharded:
-            return torch.stack(torch._foreach_norm([self._segments[group] for group in self._present]))
-        squares = torch.stack(torch._foreach_norm([self._shares[group] for group in self._present])).square()
+            return norms(self._segments)
+        squares = norms(self._sharded).square()
         workers.all_reduce([squares])
-        return (squares + torch.stack(torch._foreach_norm([self._rest(g) for g in self._present])).square()).sqrt()
+        return (squares + norms(self._rest).square()).sqrt()
 
     def clip(self, usable: Tensor | None = None, workers: DistContext = SINGLE) -> None:
         """Clips each group's norm. A group whose gradient is not finite, or whose loss is not (`usable`, [groups]
         bool, is false), counts as having none, so that nothing of it reaches weights and moments; it is counted.
-
-        Args:
-            workers: who hold the other shares of the gradients, where they are shared out.
         """
         if not self._present:
             return
@@ -204,13 +191,12 @@ class MasterAdamW:
         for name in stepped:
             self.masters[name].grad = None
 
-    def forget(self) -> None:
+    def reset_state(self) -> None:
         """Drops every moment: the next step is a first one."""
         self.adam.state.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """The moments and step counts of every parameter that has been stepped, by name; moments shared out as the
-        parameters are."""
+        """The moments and step counts of every stepped parameter, by name; moments are sharded as parameters are."""
         return {
             f"{key}:{name}": sharded_like(self.working[name], value) if value.ndim else value
             for name, master in self.masters.items()
@@ -218,7 +204,7 @@ class MasterAdamW:
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `state`; what is whole there may be shared out here."""
+        """Inverse of `state`; what is whole there may be sharded here."""
         for key, value in state.items():
             kind, name = key.split(":", 1)
             if name in self.masters:

@@ -63,10 +63,10 @@ def solve_output_projections(
     Args:
         mixers: per layer, by name.
         batches: on the teacher's device.
-        progress: called with the tokens of each batch.
+        progress: called with the tokens so far after each batch.
     """
-    sums: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-    energies: dict[tuple[int, str], Tensor] = {}
+    sums: dict[tuple[int, str], tuple[Tensor, ...]] = {}
+    done = 0
     for batch in batches:
         x, meta = teacher.embed(batch.tokens), meta_of(teacher, batch)
         for i, layer in enumerate(teacher.layers):
@@ -78,17 +78,17 @@ def solve_output_projections(
                     continue
                 seen = with_weights(mixer, features_of, inputs, meta).flatten(0, -2).float()
                 error = target.flatten(0, -2).float() - seen @ full(projection.weight).float().T
-                both = torch.stack((error.square().sum(), target.float().square().sum()))
-                energies[i, name] = energies[i, name] + both if (i, name) in energies else both
-                gram, cross = seen.T @ seen, seen.T @ error
+                energies = torch.stack((error.square().sum(), target.float().square().sum()))
+                new = (seen.T @ seen, seen.T @ error, energies)
                 old = sums.get((i, name))
-                sums[i, name] = (gram, cross) if old is None else (old[0].add_(gram), old[1].add_(cross))
+                sums[i, name] = new if old is None else tuple(a.add_(b) for a, b in zip(old, new, strict=True))
             x = layer.finish(x, target, meta)
-        progress(batch.tokens.numel())
-    for (i, name), (gram, cross) in sums.items():
+        done += batch.tokens.numel()
+        progress(done)
+    for (i, name), (gram, cross, energies) in sums.items():
         out = mixers[i][name].out
         assert out is not None  # there are no sums without one
-        left, whole = energies[i, name].tolist()
+        left, whole = energies.tolist()
         if left <= ROUNDING * whole:
             continue
         # float64: the features of neighbouring channels are nearly dependent.

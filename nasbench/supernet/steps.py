@@ -1,26 +1,118 @@
-"""What one training step does: which sub-network it trains, and the gradients of alignment and of distillation."""
+"""What one training step does: which sub-networks it trains, their gradients, and the sums of losses.
+
+`AlignStage` and `SubnetStage` are the two kinds of a training stage, for nasbench.supernet.loop.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from nasbench.data.packing import Batch
+from nasbench.data.packing import Batch, Corpus
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import full
+from nasbench.runtime.graph import capture
 from nasbench.spaces.placement import Placement, is_of
 from nasbench.spaces.space import Space
 from nasbench.supernet.forward import meta_of
-from nasbench.supernet.layer_calls import TEACHER, LayerCalls
-from nasbench.supernet.loop import LossSums
+from nasbench.supernet.layer_calls import TEACHER, GraphedLayerCalls, LayerCalls
 from nasbench.supernet.losses import distillation_kl, energy, relative_error
+from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.supernet import Supernet
 
 REST = "rest"
 """Names what a finalised hybrid trains of a layer beside its mixer, in losses and files."""
+
+
+class LossSums:
+    """Sums of losses per mixer since the last row of losses.csv, kept on the device: reading them would wait for it.
+
+    Attributes:
+        names: of the rows, e.g. `layers.3.J`, and "" for the whole network.
+        totals: [3, names] fp32: sum of the finite losses, how many, and how many were not finite.
+        now: [2, names] fp32, of the step in progress: weight x loss, weight.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device | str = "cpu") -> None:
+        self.names = list(names)
+        self.index = {name: i for i, name in enumerate(self.names)}
+        self.totals = torch.zeros(3, len(self.names), device=device)
+        self.now = torch.zeros(2, len(self.names), device=device)
+
+    def add(self, name: str, loss: Tensor, weight: Tensor | float = 1.0) -> None:
+        """This step's loss of a row, a detached scalar on the device, and its weight beside other processes'."""
+        column = self.now[:, self.index[name]]
+        column[0] = loss * weight
+        column[1] = weight
+
+    def add_all(self, names: Iterable[str], loss: Tensor) -> None:
+        """One loss for several rows."""
+        rows = torch.zeros(len(self.names))
+        rows[[self.index[name] for name in names]] = 1.0
+        rows = rows.to(self.now.device, non_blocking=True)
+        self.now[1] += rows
+        self.now[0] += torch.where(rows > 0, loss, 0.0)
+
+    def accumulate(self) -> Tensor:
+        """Ends the step: its losses go to the totals. Which rows had no loss that is not finite, [names] bool."""
+        value, there = self.now[0] / self.now[1], self.now[1] != 0
+        good = there & value.isfinite()
+        bad = there & ~good
+        self.totals += torch.stack((torch.where(good, value, 0.0), good.float(), bad.float()))
+        self.now.zero_()
+        return ~bad
+
+
+def reduce_and_clip(optimizer: MasterAdamW, sums: LossSums, workers: DistContext) -> None:
+    """Between the backward pass and the optimiser's step: gathers gradients, over processes too, adds the losses
+    to the totals, clips gradients and leaves out those that are not finite."""
+    optimizer.gather()
+    if workers.size > 1:
+        own = sums.now[1].clone()
+        workers.all_reduce([sums.now])
+        optimizer.average(workers, (own / sums.now[1])[1:])
+    optimizer.clip(sums.accumulate()[1:], workers)
+
+
+class GraphedStep:
+    """An alignment step with its gradients' clipping, captured once in a CUDA graph and replayed for every batch.
+
+    Aligning thirty layers launches thousands of small kernels, which take longer to launch than to run. Random
+    sub-networks differ from step to step and cannot be captured so. Sums over processes stay outside of the graph.
+    """
+
+    def __init__(self, stage: Stage, batch: Batch) -> None:
+        optimizer, sums, workers = self.optimizer, self.sums, self.workers = stage.optimizer, stage.sums, stage.workers
+        self.batch = batch.clone()
+        # The warm-up adds its losses too.
+        kept = [(tensor, tensor.clone()) for tensor in (sums.totals, sums.now, optimizer.skipped)]
+
+        def step() -> None:
+            for parameter in optimizer.working.values():
+                parameter.grad = None
+            align_step(stage.net, self.batch, sums)
+            if workers.size == 1:
+                reduce_and_clip(optimizer, sums, workers)
+
+        self.graph = capture(step)
+        for tensor, before in kept:
+            tensor.copy_(before)
+        self.owners = optimizer.masters if workers.size == 1 else optimizer.working
+        self.gradients = {name: p.grad for name, p in self.owners.items() if p.grad is not None}
+
+    def __call__(self, batch: Batch) -> None:
+        """Adds the losses and sets the masters' gradients of a batch of the shape that was captured."""
+        self.batch.copy_(batch)
+        self.graph.replay()
+        for name, gradient in self.gradients.items():
+            self.owners[name].grad = gradient
+        if self.workers.size > 1:
+            reduce_and_clip(self.optimizer, self.sums, self.workers)
 
 
 def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, done: float = 0.0) -> Placement:
@@ -92,7 +184,7 @@ def distill_step(
 ) -> None:
     """Gradients of sub-networks' mean KL to the teacher on a batch.
 
-    Teacher and student share the layers before the first that differs. The KL is booked for the network and for each
+    Teacher and student share the layers before the first that differs. The KL counts for the network and for each
     part of it that is trained.
     """
     teacher, layers = net.teacher, net.teacher.layers
@@ -137,3 +229,88 @@ def nonfinite_layer(net: Supernet, placement: Placement, batch: Batch, workers: 
         if workers.any(not bool(x.isfinite().all()), x.device):
             return f"layers.{i}.{name}"
     return None
+
+
+@dataclass
+class Stage:
+    """One training stage: what it trains, on which batches. Batch number n is a function of the seed and n.
+
+    Attributes:
+        name: in files and messages.
+        optimizer: over what the stage trains.
+        rows: of a batch, over all processes.
+        sums: of the losses since they were last logged.
+    """
+
+    name: str
+    net: Supernet
+    optimizer: MasterAdamW
+    corpus: Corpus
+    rows: int
+    seed: int
+    config: DistillConfig
+    workers: DistContext
+    sums: LossSums = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = LossSums(["", *self.optimizer.groups], self.optimizer.device)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step, over all processes."""
+        return self.rows * self.corpus.sequence
+
+    def batch(self, index: int) -> Batch:
+        """This process's rows of a step's batch, on its device."""
+        batch = self.corpus.batch(index, self.rows, self.seed)
+        return self.workers.local_rows(batch).to(self.net.teacher.device)
+
+    def gradients(self, index: int) -> None:
+        """Gradients of a step, ready for the optimiser, and its losses."""
+        raise NotImplementedError
+
+    def first_nonfinite_layer(self, index: int) -> str | None:
+        """Names the layer that made the network's loss of a step not finite, None where none is found."""
+        return None
+
+
+@dataclass
+class AlignStage(Stage):
+    """Block-wise alignment of every trained mixer."""
+
+    _graphed: GraphedStep | None = field(default=None, init=False)
+
+    def gradients(self, index: int) -> None:
+        batch = self.batch(index)
+        if batch.tokens.is_cuda and not self.net.sharded:
+            self._graphed = self._graphed or GraphedStep(self, batch)
+            self._graphed(batch)
+        else:
+            align_step(self.net, batch, self.sums, self.workers)
+            reduce_and_clip(self.optimizer, self.sums, self.workers)
+
+
+@dataclass
+class SubnetStage(Stage):
+    """Distillation of sub-networks.
+
+    Attributes:
+        placements: the sub-networks of step n.
+        choices: per layer the mixers that they choose from.
+    """
+
+    placements: Callable[[int], Sequence[Placement]]
+    choices: Sequence[Sequence[str]]
+    _calls: GraphedLayerCalls | None = field(default=None, init=False)
+
+    def gradients(self, index: int) -> None:
+        batch = self.batch(index)
+        if self._calls is None and self.config.graphs and batch.tokens.is_cuda:
+            self._calls = GraphedLayerCalls(self.net, self.choices, batch)
+        distill_step(self.net, self.placements(index), batch, self.sums, self.config, self.workers, self._calls)
+        reduce_and_clip(self.optimizer, self.sums, self.workers)
+
+    def first_nonfinite_layer(self, index: int) -> str | None:
+        batch = self.batch(index)
+        found = (nonfinite_layer(self.net, each, batch, self.workers) for each in self.placements(index))
+        return next((name for name in found if name), None)

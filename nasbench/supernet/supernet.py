@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from nasbench.core.errors import UserError
 from nasbench.model.block import Block
 from nasbench.model.decoder import Decoder, DecoderLayer
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.spec import MixerSpec
 from nasbench.parallel.fsdp import assign
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, is_of
@@ -30,11 +28,11 @@ class Supernet:
         teacher: the original decoder; its layer i's attention is the alternative "A" of layer i.
         space: what every layer may choose from.
         frozen: letters of the kinds whose weights are the attention's and are not trained.
-        solved: those among them whose readout is solved in closed form all the same.
+        solved: those among them whose output projection is solved in closed form all the same.
         own: layers of one finalised hybrid whose MLP and norms, too, are its own, by index and name; the teacher's are
             never changed.
         version: names the weights: "init" before training, else the checkpoint's digest.
-        shards: where the weights are shared out to several processes (nasbench.parallel.fsdp), all their units.
+        shards: of sharded weights (nasbench.parallel.fsdp), all their FSDP units.
     """
 
     def __init__(
@@ -84,7 +82,12 @@ class Supernet:
             for i, layer in enumerate(teacher.layers):
                 for name in space.alternatives(i):
                     trained = not is_of(name, frozen)
-                    mixer = _alternative(layer.self_attn, teacher.shape.mixer(name, i), transfer or not trained)
+                    spec, attention = teacher.shape.mixer(name, i), layer.self_attn
+                    assert isinstance(attention, FullAttention)
+                    if transfer or not trained:
+                        mixer = spec.block_class().init_from_attention(spec, attention)
+                    else:
+                        mixer = spec.build().to(teacher.device, teacher.dtype)
                     mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
         return cls(loaded, space, frozen, mixers, solved)
 
@@ -114,18 +117,13 @@ class Supernet:
     def trained(self) -> dict[str, Block]:
         """The mixers that training changes, by the name under which their weights are saved, e.g. `layers.3.J`."""
         return {
-            f"layers.{layer}.{name}": mixer
-            for (layer, name), mixer in self._mixers.items()
-            if not is_of(name, self.frozen)
+            f"layers.{i}.{name}": mixer for (i, name), mixer in self._mixers.items() if not is_of(name, self.frozen)
         }
 
     def closed_form(self) -> dict[str, Block]:
-        """The mixers whose readout is solved in closed form: the trained ones, and the kinds in `solved`."""
-        return {
-            f"layers.{layer}.{name}": mixer
-            for (layer, name), mixer in self._mixers.items()
-            if not is_of(name, self.frozen) or is_of(name, self.solved)
-        }
+        """The mixers whose output projection is solved in closed form: the trained ones, and the kinds in `solved`."""
+        untouched = [letter for letter in self.frozen if letter not in self.solved]
+        return {f"layers.{i}.{name}": mixer for (i, name), mixer in self._mixers.items() if not is_of(name, untouched)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that is no longer the attention's, by the name under which it is saved."""
@@ -145,12 +143,6 @@ class Supernet:
                 raise UserError(f"the supernet's weights lack {name} of shape {list(parameter.shape)}: distil again")
         for name, parameter in expected.items():
             assign(parameter, weights[name])
-
-    def save(self, folder: Path) -> None:
-        """Writes the trained mixers' weights (fp32) as a checkpoint that `Supernet.load` reads."""
-        weights = {name: parameter.float() for name, parameter in self.trained_parameters().items()}
-        state = {"stage": "done", "step": 0, "frozen": list(self.frozen), "solved": list(self.solved)}
-        self.version = checkpoint.save(folder, "done-00000000", weights, {}, state).version
 
     @classmethod
     def load(
@@ -188,17 +180,8 @@ def check_teacher(teacher: Decoder, space: Space) -> None:
             f"{teacher.shape.name} cannot be a teacher: it is {format_placement(teacher.placement)}, and its layers "
             f"{', '.join(sorted(linear))} are no attention that others can start from"
         )
-    if len(teacher.layers) != space.num_layers:
-        raise UserError(f"{teacher.shape.name} has {len(teacher.layers)} layers, the space {space.num_layers}")
     if teacher.placement != space.original:
         raise UserError(
             f"{teacher.shape.name} is {format_placement(teacher.placement)}, the run's model was "
             f"{format_placement(space.original)}: choose another folder"
         )
-
-
-def _alternative(attention: nn.Module, spec: MixerSpec, transfer: bool) -> Block:
-    assert isinstance(attention, FullAttention)
-    if transfer:
-        return spec.block_class().init_from_attention(spec, attention)
-    return spec.build().to(device=attention.q_proj.weight.device, dtype=attention.q_proj.weight.dtype)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from supernet_tiny import LAYERS, save_tiny
+from supernet_tiny import LAYERS, save_supernet, save_tiny
 
 from nasbench.checkpoints.load import LoadedModel, load_model, random_decoder
 from nasbench.core.errors import UserError
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
         for mixer in net.trained().values():
             for parameter in mixer.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    net.save(run.supernet)
+    save_supernet(net, run.supernet)
     return run
 
 

@@ -15,7 +15,7 @@ from nasbench.supernet.settings import DistillConfig
 def budget(tmp_path):
     def make(device="cpu", **settings):
         run = SimpleNamespace(supernet=tmp_path, spec=SimpleNamespace(names=("A", "W8", "J"), sequence=1024))
-        return Budget(run, DistillConfig(**settings), lambda: (None, None), device, lambda line: None)
+        return Budget(run, DistillConfig(**settings), None, None, device, lambda line: None)
 
     return make
 
@@ -123,7 +123,7 @@ def test_a_finalisation_that_was_stopped_is_not_thought_faster(monkeypatch, tmp_
 
 def test_a_folder_remembers_the_weights_that_it_held(tmp_path, monkeypatch):
     versions = iter(["a", "b", "b"])
-    monkeypatch.setattr("nasbench.supernet.finalize.final_version", lambda folder: next(versions))
+    monkeypatch.setattr(budget_module, "final_version", lambda folder: next(versions))
     for tokens in (10, 40, 40):
         note_final(tmp_path, tokens)
     assert final_history(tmp_path) == {"a": 10, "b": 40}

@@ -13,7 +13,7 @@ import torch
 from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import MachineError, UserError
 from nasbench.data import hub as hub_data
-from nasbench.data.packing import Batch, Corpus, _encode, ages_of, cut, pack, split_documents
+from nasbench.data.packing import Batch, Corpus, ages_of, cut, pack, split_documents
 from nasbench.data.text import default_documents, read_documents
 
 
@@ -210,11 +210,8 @@ def test_bad_hub_data_is_one_line(hub, monkeypatch):
 
 
 def test_tokens_are_the_same_in_batches_and_one_by_one(text_file, tokenizer):
-    class Plain:
-        encode, eos_id, vocab_size = tokenizer.encode, tokenizer.eos_id, tokenizer.vocab_size
-
     texts = read_documents(str(text_file))[0].split("\n\n")[:50]
-    assert list(_encode(texts, tokenizer)) == list(_encode(texts, Plain()))
+    assert tokenizer.encode_batch(texts) == list(map(tokenizer.encode, texts))
 
 
 def test_rows_that_repeat_end_with_a_passage_of_their_first_half():

@@ -3,16 +3,18 @@
 import csv
 import os
 import signal
+import threading
 
 import pytest
 import torch
 
+from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import UserError
 from nasbench.supernet import checkpoint
 from nasbench.supernet.finalize import MIXERS, final_folder, finalize, load_final
 from nasbench.supernet.loop import Loop
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.train import distill
+from nasbench.supernet.train import Distiller, distill
 
 CONFIG = DistillConfig(
     ridge_tokens=512, align_tokens=512, supernet_tokens=512, align_batch_tokens=128, supernet_batch_tokens=128,
@@ -101,11 +103,10 @@ def test_a_stage_that_had_nothing_can_get_tokens(make_run):
 
 
 def test_every_cycle_warms_up_and_falls(make_run):
-    net = distill(make_run(), CONFIG, dtype=torch.float32)
-    from nasbench.supernet.optimizer import MasterAdamW
-
-    optimizer = MasterAdamW({"a": dict(net.mixer(0, "J").named_parameters())}, lr=1.0, weight_decay=0.0, clip=1.0)
-    loop = Loop(make_run().supernet, "align", optimizer, [20, 60], 1, lambda *_: None, CONFIG, {}, None)
+    run = make_run()
+    distiller = Distiller(run, load_model(run.spec.model), CONFIG, threading.Event())
+    distiller.prepare(0)
+    loop = Loop(run.supernet, distiller.stage("align"), [20, 60], {}, threading.Event())
     factors = [loop.factor(step) for step in range(60)]
     assert factors[0] == 0.5
     assert factors[1] == factors[23] == 1.0

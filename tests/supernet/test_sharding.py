@@ -31,21 +31,20 @@ from torch.distributed.tensor import DTensor
 from nasbench.checkpoints.load import load_model
 from nasbench.supernet import steps, train
 from nasbench.supernet.estimate import estimate
-from nasbench.supernet.loop import LossSums
 from nasbench.parallel.fsdp import local
 with dist_context("cpu") as (workers, device):
     loaded = load_model(run.spec.model, dtype=torch.bfloat16)
     distiller = train.Distiller(run, loaded, {config!r}, threading.Event(), workers=workers)
     distiller.prepare(512)
-    optimizer = distiller.optimizer("align")
-    sums = LossSums(["", *optimizer.groups])
+    stage = distiller.stage("align")
+    optimizer, plain = stage.optimizer, steps.align_step
     def align_step(net, *rest):
-        steps.align_step(net, *rest)
+        plain(net, *rest)
         if workers.rank == 1:
             local(net.mixer(2, "J").q_proj.weight.grad)[0, 0] = torch.nan
-    train.align_step = align_step
+    steps.align_step = align_step
     before = local(distiller.net.mixer(2, "J").q_proj.weight).clone()
-    distiller.step("align", 0, optimizer, sums)
+    stage.gradients(0)
     optimizer.apply(1.0)
     tensors = [*distiller.net.teacher.parameters(), *(p for m in distiller.net.mixers() for p in m.parameters())]
     moments = [t for t in optimizer.state().values() if t.ndim]
@@ -56,7 +55,7 @@ with dist_context("cpu") as (workers, device):
     print(dict(zip(optimizer.groups, optimizer.skipped.tolist())))
     print(all(bool(local(t).isfinite().all()) for t in (*tensors, *moments)))
     print(torch.equal(before, local(distiller.net.mixer(2, "J").q_proj.weight)))
-    train.align_step = steps.align_step
+    steps.align_step = plain
     found = estimate(distiller)
     print(found.model_bytes, found.training_bytes, found.processes)
 """

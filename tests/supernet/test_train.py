@@ -22,13 +22,13 @@ from nasbench.model import mixer_spec
 from nasbench.model.block import features_of
 from nasbench.spaces.space import count_full
 from nasbench.supernet import checkpoint
+from nasbench.supernet import steps as training_steps
 from nasbench.supernet import train as training
 from nasbench.supernet.layer_calls import GraphedLayerCalls
-from nasbench.supernet.loop import LossSums
 from nasbench.supernet.losses import relative_error
 from nasbench.supernet.ridge import solve_output_projections
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import align_step, distill_step, sample_placement
+from nasbench.supernet.steps import LossSums, align_step, distill_step, sample_placement
 from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import distill
 
@@ -209,7 +209,7 @@ def poison(monkeypatch, spoil, at=4):
         if steps == at:
             spoil(net, sums)
 
-    monkeypatch.setattr(training, "align_step", poisoned)
+    monkeypatch.setattr(training_steps, "align_step", poisoned)
 
 
 def nan_loss(net, sums):
@@ -252,7 +252,7 @@ def test_alignment_that_loses_every_mixer_stops_with_a_name_and_keeps_the_checkp
 
 def test_a_network_that_is_not_finite_stops_with_step_and_layer_and_keeps_the_checkpoint(make_run, monkeypatch):
     run = make_run(names=("A", "J"))
-    plain, steps = training.distill_step, 0
+    plain, steps = training_steps.distill_step, 0
 
     def spoiled(net, *args):
         nonlocal steps
@@ -261,7 +261,7 @@ def test_a_network_that_is_not_finite_stops_with_step_and_layer_and_keeps_the_ch
             net.mixer(2, "J").o_proj.weight.data[0, 0] = math.inf
         plain(net, *args)
 
-    monkeypatch.setattr(training, "distill_step", spoiled)
+    monkeypatch.setattr(training_steps, "distill_step", spoiled)
     with pytest.raises(MachineError, match=r"layers\.2\.J is not finite at step [34] of stage supernet"):
         distill(run, CONFIG.updated({"smallest_every": 1}), dtype=torch.float32)
     saved = checkpoint.latest(run.supernet)

@@ -8,9 +8,8 @@ from safetensors.torch import load_file
 from tolerances import relative_rmse
 
 from nasbench.runs import Run, RunSpec
-from nasbench.supernet import train as train_module
+from nasbench.supernet import steps
 from nasbench.supernet.finalize import finalize
-from nasbench.supernet.loop import reduce_and_clip
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -18,12 +17,13 @@ pytestmark = pytest.mark.gpu
 
 
 class Eager:
-    def __init__(self, work, optimizer, sums, batch, workers):
-        self.work, self.rest = work, (optimizer, sums, workers)
+    def __init__(self, stage, batch):
+        self.stage = stage
 
     def __call__(self, batch):
-        self.work(batch)
-        reduce_and_clip(*self.rest)
+        stage = self.stage
+        steps.align_step(stage.net, batch, stage.sums)
+        steps.reduce_and_clip(stage.optimizer, stage.sums, stage.workers)
 
 
 def test_a_replayed_step_is_the_eager_step(tiny_model, text_file, tmp_path, monkeypatch):
@@ -34,7 +34,7 @@ def test_a_replayed_step_is_the_eager_step(tiny_model, text_file, tmp_path, monk
     for name in ("graph", "eager"):
         run = Run.create(tmp_path / name, RunSpec(str(tiny_model), ("A", "J", "G"), 4, str(text_file), 64, 0))
         if name == "eager":
-            monkeypatch.setattr(train_module, "GraphedStep", Eager)
+            monkeypatch.setattr(steps, "GraphedStep", Eager)
         net = distill(run, config, device="cuda", dtype=torch.float32)
         weights.append({group: mixer.state_dict() for group, mixer in net.trained().items()})
         losses.append((run.supernet / "losses.csv").read_text())
