@@ -120,12 +120,13 @@ def _dry_run(  # type: ignore[no-untyped-def]
     out: Path, spec, settings, device: str, dtype, as_json: bool, workers
 ) -> None:
     import threading
+    from dataclasses import asdict
 
     from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import log, print_json, print_table
     from nasbench.parallel.fsdp import place_of
     from nasbench.runs import Run
-    from nasbench.supernet.estimate import estimate
+    from nasbench.supernet.budget import estimate
     from nasbench.supernet.train import Distiller
 
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
@@ -134,7 +135,7 @@ def _dry_run(  # type: ignore[no-untyped-def]
     if not workers.is_main:
         return
     if as_json:
-        print_json({"run": str(out), **found.as_dict()})
+        print_json({"run": str(out), **asdict(found), "seconds": found.seconds})
         return
     columns = ("stage", "tokens", "steps", "tokens/step", "tokens/s", "minutes")
     rows = [(s.stage, s.tokens, s.steps, s.step_tokens, round(s.tok_s), round(s.seconds / 60, 1)) for s in found.stages]

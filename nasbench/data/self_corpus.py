@@ -1,17 +1,16 @@
-"""Data-free mode: the teacher writes its own corpus, sampled at temperature 1 with the project's engine.
+"""Data-free mode: the teacher writes its own corpus, sampled at temperature 1.
 
-What a model is distilled on should be what it will be asked for. Where its training text is not to be had, its own
-samples are the nearest thing (as in LLM-QAT, arXiv 2305.17888): drawn from the very distribution that the student is
-to keep.
+Where a model's training text is not available, its own samples are the nearest thing (LLM-QAT, arXiv 2305.17888): they
+come from the very distribution that the student is to keep.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -120,7 +119,7 @@ def write_corpus(
     with machine_errors(f"writing {partial}"):
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_lines([asdict(writing), *documents]))
+            _write(file, [asdict(writing), *documents])
             while total < tokens:
                 new: list[dict[str, Any]] = []
                 for ids in write_batch(loaded, writing, number, firsts):
@@ -129,20 +128,20 @@ def write_corpus(
                         new.append({"text": text, "source": source, "tokens": len(ids), "batch": number})
                 if not new and number > len(documents) + 8:
                     raise UserError(f"{writing.model} writes nothing of {SHORTEST} tokens: choose another model")
-                file.writelines(_lines(new))
-                file.flush()
+                _write(file, new)
                 documents += new
                 total += sum(document["tokens"] for document in new)
                 number += 1
                 progress("corpus", min(total, tokens), tokens)
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_lines(documents))
+        _write(file, documents)
     partial.unlink(missing_ok=True)
     return total
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-    return (json.dumps(row) + "\n" for row in rows)
+def _write(file: IO[str], rows: list[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+    file.flush()
 
 
 def _read_partial(path: Path, writing: Writing) -> list[dict[str, Any]]:

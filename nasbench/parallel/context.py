@@ -1,8 +1,8 @@
-"""Several processes that train one supernet: each takes its rows of every batch, gradients and losses are summed.
+"""Several processes that train one supernet: each takes its rows of every batch; gradients and losses are summed.
 
-Only the mixers learn, and they are small: every process holds them all, and the frozen teacher beside them, unless the
-weights are shared out (nasbench.parallel.fsdp). A checkpoint says the same whatever the number of processes, and a
-run may go on with another number. `torchrun` starts the processes and says in the environment which one this is.
+Only the mixers learn, and they are small: every process holds them and the frozen teacher, unless FSDP shards the
+weights (nasbench.parallel.fsdp). A checkpoint does not depend on the number of processes, and a run may go on with
+another number. `torchrun` starts the processes and numbers them in the environment.
 """
 
 from __future__ import annotations

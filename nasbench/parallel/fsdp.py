@@ -1,19 +1,19 @@
-"""A supernet whose weights are shared out to the processes, for models that one card does not hold (FSDP2).
+"""A supernet whose weights are sharded over the processes, for models that one card does not hold (FSDP2).
 
-What is used together is one unit of `fully_shard`: the embedding, the head, every MLP, every mixer, the teacher's own
-attention among them. Each process keeps 1/N of a unit's weights, rows of every matrix; a unit is whole in forward and
-backward only. Norms and what has too few rows to share out (a gate's bias per head) stay whole everywhere.
+An FSDP unit is what is used together: the embedding, the head, every MLP, every mixer, the teacher's attention among
+them. Each process keeps 1/N of a unit's weights, rows of every matrix; a unit is whole in forward and backward only.
+Norms and what has too few rows to shard (a gate's bias per head) stay whole everywhere.
 
 A sub-network chooses one unit or another for each layer. So a unit wraps its module without becoming it, and
-`nasbench.model.block.with_weights` calls a function with the module through the wrapper, whose hooks gather the weights
-and let go of them, in the backward pass too. Every process calls
-the same units in the same order: sub-networks are functions of seed and step.
+`nasbench.model.block.with_weights` calls a function with the module through the wrapper. The wrapper's hooks gather the
+weights and free them, in the backward pass too. Every process calls the same units in the same order: sub-networks are
+functions of seed and step.
 
-What is trained is kept in fp32, its own master: FSDP2 rounds each share to the model's dtype before it gathers, and
-adds gradients in fp32. With gradient and moments a trained weight takes 16 bytes in the process whose share it is.
-FSDP2 takes the mean over processes: steps weight their loss by this process's share of the whole times N.
+What is trained is kept in fp32, its own master: FSDP2 rounds each shard to the model's dtype before it gathers, and
+adds gradients in fp32. With gradient and moments a trained weight takes 16 bytes in the process that has its shard.
+FSDP2 takes the mean over processes: steps weight their loss by this process's part of the whole times N.
 
-A process begins with the whole model in the host's memory; a card never holds more than its shares and one unit.
+A process begins with the whole model in the host's memory; a card never holds more than its shards and one unit.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def check(shard: bool, workers: DistContext) -> None:
 
 
 def place_of(shard: bool, device: str) -> str:
-    """Where a model is read to: weights that are to be shared out are never whole on the device."""
+    """Where a model is read to: weights that will be sharded are never whole on the device."""
     return "cpu" if shard else device
 
 
 def shard(net: Any, workers: DistContext) -> None:
-    """Shares out all weights of a supernet that lies on the CPU, and moves the shares to this process's device.
+    """Shards all weights of a supernet that lies on the CPU, and moves the shards to this process's device.
 
     Which parameters are trained must be known by now.
     """
@@ -109,15 +109,11 @@ def shard(net: Any, workers: DistContext) -> None:
 
 
 def _modules(net: Any) -> Iterator[nn.Module]:
-    teacher, seen = net.teacher, set[int]()
-    layers = [*teacher.layers, *net.own.values()]
+    teacher = net.teacher
     candidates: list[nn.Module | None] = [teacher.model.embed_tokens, teacher.lm_head, *net.mixers()]
-    for layer in layers:
+    for layer in (*teacher.layers, *net.own.values()):
         candidates += [layer.self_attn, layer.mlp]
-    for module in candidates:
-        if module is not None and id(module) not in seen:
-            seen.add(id(module))
-            yield module
+    return (module for module in dict.fromkeys(candidates) if module is not None)
 
 
 def _even(parameter: Tensor, size: int) -> bool:
@@ -126,20 +122,20 @@ def _even(parameter: Tensor, size: int) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a process has a share of the tensor. Without importing DTensor, a second that most commands need not
+    """Whether a process has only a shard of the tensor. Importing DTensor takes a second, which most commands need not
     spend: where nobody has imported it, no tensor is one."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share, in the same memory; a tensor that is whole as it is."""
+    """This process's shard, in the same memory; a whole tensor as it is."""
     with torch.no_grad():
         return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part(value: Tensor, like: Tensor) -> Tensor:
-    """The share of a tensor, whole or shared out, that stands where `like`'s does."""
+    """The part of a tensor, whole or sharded, that stands where `like`'s shard does."""
     if not is_sharded(like):
         return value
     if is_sharded(value):
@@ -149,7 +145,7 @@ def local_part(value: Tensor, like: Tensor) -> Tensor:
 
 
 def sharded_like(like: Tensor, share: Tensor) -> Tensor:
-    """The tensor shared out as `like` of which this process has `share`."""
+    """The tensor, sharded as `like`, of which this process has `share`."""
     if not is_sharded(like):
         return share
     from torch.distributed.tensor import DTensor
@@ -167,7 +163,7 @@ def full(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Writes a value, whole or shared out, into a parameter, whole or shared out."""
+    """Writes a value, whole or sharded, into a parameter, whole or sharded."""
     local(parameter).copy_(local_part(value, parameter))
 
 

@@ -1,4 +1,4 @@
-"""Training budgets in seconds: a few timed steps on this device turn them into tokens.
+"""What training takes, by a few timed steps on this device: an estimate, or seconds that become tokens.
 
 runs/NAME/supernet/budget.json       of every stage: tokens of a step, tokens/s, whether CUDA graphs are used, tokens
 runs/NAME/final/<slug>/budget.json   of a finalised placement: tokens by seconds, seconds spent, tokens/s
@@ -12,6 +12,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,116 @@ from nasbench.checkpoints.load import LoadedModel
 from nasbench.core.errors import MachineError
 from nasbench.core.files import read_json, write_json
 from nasbench.data.packing import Corpus
+from nasbench.parallel.fsdp import is_sharded, local
 from nasbench.runs import Run
-from nasbench.runtime.memory import free_bytes, ran_out
-from nasbench.supernet.estimate import time_steps
+from nasbench.runtime.memory import free_bytes, peak_bytes, ran_out
+from nasbench.runtime.timing import stopwatch
+from nasbench.supernet import checkpoint
 from nasbench.supernet.finalize import final_version
 from nasbench.supernet.loop import Notice
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.train import STAGES, Distiller
+from nasbench.supernet.train import SOLVE_BATCH_TOKENS, STAGES, Distiller
 
 FILE, HISTORY = "budget.json", "history.json"
 GRAPHS_GAIN = 1.05
 """Least speed-up for which layers are replayed from CUDA graphs: they take memory."""
 TRUSTED_S = 5.0
 """A finalisation that took less says nothing about the speed of the next."""
+TIMED_STEPS = 3
+STATE_BYTES = 16
+"""A trained parameter's in fp32: master, gradient and two moments. A sharded one is its own master."""
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What is left of one stage of a distillation. A step's tokens are those of all processes."""
+
+    stage: str
+    tokens: int
+    steps: int
+    step_tokens: int
+    tok_s: float
+    seconds: float
+
+    @classmethod
+    def of(cls, stage: str, tokens: int, step_tokens: int, step_seconds: float) -> StageEstimate:
+        speed = step_tokens / step_seconds
+        return cls(stage, tokens, -(-tokens // step_tokens), step_tokens, speed, tokens / speed)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a distillation will take. Bytes are those of this process, of its shards where weights are sharded.
+
+    Attributes:
+        corpus_tokens: of the training split, which is read again once it is used up.
+        trained_parameters: of all alternatives.
+        training_bytes: of the trained mixers, their masters, gradients and moments.
+        peak_bytes: most that was allocated during the timed steps; on a CPU, that was resident.
+    """
+
+    stages: tuple[StageEstimate, ...]
+    corpus_tokens: int
+    trained_parameters: int
+    processes: int
+    model_bytes: int
+    training_bytes: int
+    peak_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+def estimate(distiller: Distiller) -> Estimate:
+    """Runs a few steps of every stage that has something left to do. The distiller's supernet is not to be used after.
+
+    Raises as training does: UserError for settings that do not fit the run.
+    """
+    config, net = distiller.config, distiller.net
+    saved = checkpoint.latest(distiller.run.supernet)
+    stage, start = ("align", 0) if saved is None else distiller.resume_point(saved)
+    left = dict.fromkeys(STAGES, 0)
+    if stage != "done" and net.trained():
+        for name in STAGES[STAGES.index(stage) :]:
+            left[name] = distiller.steps(name, distiller.state["cycles"][name][-1])
+        left[stage] -= start
+    solves = (saved is None) + bool(left["align"])
+    one_batch = max(SOLVE_BATCH_TOKENS.of(distiller.device), distiller.corpus.sequence)
+    seconds = stopwatch(distiller.device)(lambda: distiller.prepare(one_batch))
+    ridge_tokens = solves * config.ridge_tokens if net.closed_form() else 0
+    stages = [StageEstimate.of("ridge", ridge_tokens, one_batch, seconds)]
+    for name, steps in left.items():
+        if steps:
+            step_tokens, step_seconds = time_steps(distiller, name)
+            stages.append(StageEstimate.of(name, steps * step_tokens, step_tokens, step_seconds))
+    parameters = [parameter for mixer in net.trained().values() for parameter in mixer.parameters()]
+    return Estimate(
+        stages=tuple(row for row in stages if row.tokens),
+        corpus_tokens=distiller.corpus.train.numel(),
+        trained_parameters=sum(parameter.numel() for parameter in parameters),
+        processes=distiller.workers.size,
+        model_bytes=sum(local(parameter).nbytes for parameter in net.teacher.parameters()),
+        training_bytes=sum(
+            STATE_BYTES * local(parameter).numel() + (0 if is_sharded(parameter) else parameter.nbytes)
+            for parameter in parameters
+        ),
+        peak_bytes=peak_bytes(distiller.device),
+    )
+
+
+def time_steps(distiller: Distiller, name: str) -> tuple[int, float]:
+    """(tokens of a step, seconds that it takes), from a few steps that change the distiller's supernet."""
+    stage = distiller.stage(name)
+
+    def steps(first: int, last: int) -> None:
+        for index in range(first, last):
+            stage.gradients(index)
+            stage.optimizer.apply(1.0)
+
+    steps(0, 1)  # warms up, captures a graph
+    seconds = stopwatch(distiller.device)(lambda: steps(1, 1 + TIMED_STEPS))
+    return stage.step_tokens, seconds / TIMED_STEPS
 
 
 class Budget:
@@ -53,7 +151,8 @@ class Budget:
     def settings(self, seconds: dict[str, float]) -> DistillConfig:
         """The settings with the steps and the tokens that fill the seconds of each stage; 0 leaves a stage as it is."""
         changes: dict[str, Any] = {}
-        for stage, known in {name: self.stage(name, value) for name, value in seconds.items() if value}.items():
+        for stage in (name for name, value in seconds.items() if value):
+            known = self.stage(stage, seconds[stage])
             changes |= {f"{stage}_tokens": int(known["tokens"]), f"{stage}_batch_tokens": int(known["batch_tokens"])}
             if stage == "supernet":
                 changes["graphs"] = bool(known["graphs"])
@@ -75,12 +174,12 @@ class Budget:
     def _largest_step(self, stage: str) -> dict[str, Any]:
         """The largest step up to the settings' that fits; batches are halved until one does. On a GPU, sub-networks
         are also timed from CUDA graphs, which are faster where the host launches more slowly than the GPU computes."""
-        size = self.config.align_batch_tokens if stage == STAGES[0] else self.config.supernet_batch_tokens
+        size = self.config.align_batch_tokens if stage == "align" else self.config.supernet_batch_tokens
         while (found := self._timed_step(stage, {f"{stage}_batch_tokens": size})) is None:
             if size <= self.run.spec.sequence:
                 raise MachineError(f"not one row of {self.run.spec.sequence} tokens fits into a step of {stage}")
             size //= 2
-        if stage == STAGES[0] or not self.device.startswith("cuda") or self.config.graphs or self.config.recompute:
+        if stage == "align" or not self.device.startswith("cuda") or self.config.graphs or self.config.recompute:
             return found
         # A step keeps the activations of one kind in each layer, graphs those of all kinds; finalising whole layers
         # takes up to one more. Memory that runs out within a capture breaks torch's allocator: so never try.
@@ -95,15 +194,15 @@ class Budget:
 
     def _timed_step(self, stage: str, changes: dict[str, Any]) -> dict[str, Any] | None:
         """Tokens, tokens/s and memory of a stage's steps with changed settings; None where they do not fit."""
-        config, cuda = self.config.updated(changes), self.device.startswith("cuda")
+        config, device = self.config.updated(changes), torch.device(self.device)
         found: dict[str, Any] | None = None
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         try:
             distiller = Distiller(self.run, self.loaded, config, threading.Event(), corpus=self.corpus)
             distiller.prepare(0)
             tokens, seconds = time_steps(distiller, stage)
-            peak = torch.cuda.max_memory_allocated(self.device) if cuda else 0
+            peak = peak_bytes(device)
             found = {"batch_tokens": tokens, "tok_s": tokens / seconds, "graphs": config.graphs, "peak_bytes": peak}
         except (RuntimeError, MemoryError) as error:
             if not ran_out(error):

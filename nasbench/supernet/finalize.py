@@ -277,32 +277,29 @@ def _weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:
         raise UserError(f"{path / MIXERS} is corrupt ({error}): finalize again") from None
 
 
-def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with the prefix, by the rest of their names."""
-    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-
 def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> LoadedModel:
     """The finalised hybrid of a folder as a model ready to run. Raises UserError when it is damaged."""
     loaded = load_model(teacher_name(path), dtype=dtype, device=device)
     placement = loaded.shape.parse(_entry(path, "placement"))
     weights = _weights(path, device)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
     mixers = []
-    for i, name in enumerate(placement):
-        layer, own = loaded.decoder.layers[i], _part(weights, f"layers.{i}.{name}.")
-        original = name == loaded.decoder.placement[i]
-        mixer = layer.self_attn if original else loaded.shape.mixer(name, i).build()
-        mixer = mixer.to(device=device, dtype=dtype)
+    for i, (name, layer) in enumerate(zip(placement, loaded.decoder.layers, strict=True)):
+        own, original = part(f"layers.{i}.{name}."), name == loaded.decoder.placement[i]
+        mixer = layer.self_attn if original else loaded.shape.mixer(name, i).build().to(device=device, dtype=dtype)
         try:
             if own or not original:
                 mixer.load_state_dict(own)
             # The model was read for this hybrid alone: its layers may be changed.
-            found = layer.load_state_dict(_part(weights, f"layers.{i}.{REST}."), strict=False)
+            found = layer.load_state_dict(part(f"layers.{i}.{REST}."), strict=False)
+            reason = f"it has no {found.unexpected_keys[0]}" if found.unexpected_keys else ""
         except RuntimeError as error:
             reason = str(error).split("\n")[-1].strip()
-            raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): {reason}") from None
-        if found.unexpected_keys:
-            raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): it has no {found.unexpected_keys[0]}")
+        if reason:
+            raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): {reason}")
         mixers.append(mixer.eval().requires_grad_(False))
     decoder = loaded.decoder.with_mixers(mixers, placement)
     return LoadedModel(decoder, loaded.tokenizer, loaded.shape, f"{path} (finalised from {loaded.source})")

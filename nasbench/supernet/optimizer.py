@@ -129,7 +129,8 @@ class MasterAdamW:
     def average(self, workers: DistContext, shares: Tensor) -> None:
         """Sums the gathered gradients over the processes, each weighted by this process's share of the group.
 
-        With shards, the losses are weighted already and FSDP2 has taken the mean of sharded gradients: the rest's follows.
+        With shards, the losses are weighted already and FSDP2 has taken the mean of sharded gradients; here the rest
+        follows.
 
         Args:
             shares: [groups]; a group's shares sum to 1 over the processes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,44 +39,28 @@ class Supernet:
         self,
         loaded: LoadedModel,
         space: Space,
-        frozen: tuple[str, ...],
-        mixers: dict[tuple[int, str], Block],
-        solved: tuple[str, ...] = (),
-    ) -> None:
-        self.teacher: Decoder = loaded.decoder
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.source = loaded.source
-        self.space = space
-        self.frozen, self.solved = frozen, solved
-        self.version = "init"
-        self.own: dict[tuple[int, str], DecoderLayer] = {}
-        self.shards: nn.Module | None = None
-        self._mixers = mixers
-
-    @property
-    def sharded(self) -> bool:
-        return self.shards is not None
-
-    @classmethod
-    def build(
-        cls,
-        loaded: LoadedModel,
-        space: Space,
         frozen: tuple[str, ...] = ("W",),
         seed: int = 0,
         *,
         transfer: bool = True,
         solved: tuple[str, ...] = (),
-    ) -> Supernet:
+    ) -> None:
         """Alternatives that start from the attention they stand beside (`init_from_attention`); without `transfer`
         those that are trained start random.
 
-        Raises UserError when the model's own layers are not all full attention, or its depth is not the space's.
+        Raises UserError when the model's own layers are not all attention, or not the space's originals.
         """
-        teacher = loaded.decoder
+        self.teacher: Decoder = loaded.decoder
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.source = loaded.source
+        self.space, self.frozen, self.solved = space, frozen, solved
+        self.version = "init"
+        self.own: dict[tuple[int, str], DecoderLayer] = {}
+        self.shards: nn.Module | None = None
+        self._mixers: dict[tuple[int, str], Block] = {}
+        teacher = self.teacher
         check_teacher(teacher, space)
         teacher.requires_grad_(False)
-        mixers: dict[tuple[int, str], Block] = {}
         with torch.random.fork_rng(devices=[teacher.device] if teacher.device.type == "cuda" else []):
             torch.manual_seed(seed)
             for i, layer in enumerate(teacher.layers):
@@ -88,8 +72,11 @@ class Supernet:
                         mixer = spec.block_class().init_from_attention(spec, attention)
                     else:
                         mixer = spec.build().to(teacher.device, teacher.dtype)
-                    mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
-        return cls(loaded, space, frozen, mixers, solved)
+                    self._mixers[i, name] = mixer.requires_grad_(trained).train(teacher.training)
+
+    @property
+    def sharded(self) -> bool:
+        return self.shards is not None
 
     def mixer(self, layer: int, name: str) -> Block:
         """The mixer that stands for `name` in a layer; the teacher's own for full attention."""
@@ -116,14 +103,14 @@ class Supernet:
 
     def trained(self) -> dict[str, Block]:
         """The mixers that training changes, by the name under which their weights are saved, e.g. `layers.3.J`."""
-        return {
-            f"layers.{i}.{name}": mixer for (i, name), mixer in self._mixers.items() if not is_of(name, self.frozen)
-        }
+        return self._without(self.frozen)
 
     def closed_form(self) -> dict[str, Block]:
         """The mixers whose output projection is solved in closed form: the trained ones, and the kinds in `solved`."""
-        untouched = [letter for letter in self.frozen if letter not in self.solved]
-        return {f"layers.{i}.{name}": mixer for (i, name), mixer in self._mixers.items() if not is_of(name, untouched)}
+        return self._without([letter for letter in self.frozen if letter not in self.solved])
+
+    def _without(self, letters: Collection[str]) -> dict[str, Block]:
+        return {f"layers.{i}.{name}": mixer for (i, name), mixer in self._mixers.items() if not is_of(name, letters)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter that is no longer the attention's, by the name under which it is saved."""
@@ -163,7 +150,7 @@ class Supernet:
             raise UserError(f"{run.path} has no supernet yet: run `nasbench distill --out {run.path}` first")
         loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
         frozen, solved = (tuple(saved.state.get(key, ())) for key in ("frozen", "solved"))
-        net = cls.build(loaded, run.spec.space, frozen, run.spec.seed, solved=solved)
+        net = cls(loaded, run.spec.space, frozen, run.spec.seed, solved=solved)
         net.load_weights(saved.weights(str(loaded.decoder.device)))
         for mixer in net.trained().values():
             mixer.requires_grad_(False)

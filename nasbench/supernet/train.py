@@ -85,7 +85,7 @@ class Distiller:
     ) -> None:
         self.run, self.config, self.stop, self.workers = run, config, stop, workers
         self.progress, self.notice = progress if workers.is_main else silent, notice
-        self.net = Supernet.build(
+        self.net = Supernet(
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
         self.corpus = training_corpus(run, self.net, config, corpus=corpus)

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     torch.set_num_threads(1)
     model = save_tiny(tmp_path_factory.mktemp("model") / "tiny")
     run = Run.create(tmp_path_factory.mktemp("runs") / "run", RunSpec(str(model), ("A", "W8", "J", "G"), LAYERS))
-    net = Supernet.build(load_model(str(model)), run.spec.space)
+    net = Supernet(load_model(str(model)), run.spec.space)
     torch.manual_seed(3)
     with torch.no_grad():
         for mixer in net.trained().values():

@@ -23,7 +23,7 @@ PLACEMENT = ("A", "W8", "J", "W8")
 
 def evaluator_of(run, **tokens):
     loaded = load_model(run.spec.model, dtype=torch.float32)
-    net = Supernet.build(loaded, run.spec.space)
+    net = Supernet(loaded, run.spec.space)
     net.version = "made-up"
     tokens = {"search_tokens": 256, "test_tokens": 256, **tokens}
     return Evaluator(run, net, Corpus.load(run.spec.data, loaded.tokenizer, run.spec.sequence), **tokens)

@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
     run = Run.create(
         tmp_path_factory.mktemp("runs") / "run", RunSpec(str(model), ("A", "W8", "J"), LAYERS, str(text), 32)
     )
-    save_supernet(Supernet.build(load_model(str(model)), run.spec.space), run.supernet)
+    save_supernet(Supernet(load_model(str(model)), run.spec.space), run.supernet)
     db = tmp_path_factory.mktemp("db")
     Database(db / "test-device.csv").merge(profile_rows())
     Database(db / "guess.csv").merge(profile_rows("estimated", "guess"))

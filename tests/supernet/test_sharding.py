@@ -15,7 +15,7 @@ from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import UserError
 from nasbench.spaces.placement import parse_placement
 from nasbench.supernet import checkpoint
-from nasbench.supernet.estimate import estimate
+from nasbench.supernet.budget import estimate
 from nasbench.supernet.finalize import MIXERS, finalize
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import Distiller, distill
@@ -30,7 +30,7 @@ import threading
 from torch.distributed.tensor import DTensor
 from nasbench.checkpoints.load import load_model
 from nasbench.supernet import steps, train
-from nasbench.supernet.estimate import estimate
+from nasbench.supernet.budget import estimate
 from nasbench.parallel.fsdp import local
 with dist_context("cpu") as (workers, device):
     loaded = load_model(run.spec.model, dtype=torch.bfloat16)
@@ -61,7 +61,7 @@ with dist_context("cpu") as (workers, device):
 """
 FINALISING = """
 from nasbench.spaces.placement import parse_placement
-from nasbench.supernet.estimate import estimate
+from nasbench.supernet.budget import estimate
 from nasbench.supernet.finalize import finalize
 with dist_context("cpu") as (workers, device):
     finalize(run, parse_placement("J A W8 J"), {config!r}, {tokens}, dtype=torch.float32, workers=workers)

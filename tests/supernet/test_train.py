@@ -48,7 +48,7 @@ def weights(net):
 
 
 def test_select_shares_every_weight(make_run, tiny_model):
-    net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+    net = Supernet(load_model(str(tiny_model)), make_run().spec.space)
     chosen = net.select(("J", "A", "W8", "A"))
     assert chosen.layers[0].self_attn is net.mixer(0, "J")
     assert chosen.layers[1].self_attn is net.teacher.layers[1].self_attn
@@ -73,7 +73,7 @@ def test_everything_else_is_bit_identical_afterwards(make_run, tiny_model, dtype
 
 def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     run = make_run(names=("A", "J"))
-    net = Supernet.build(load_model(str(tiny_model)), run.spec.space)
+    net = Supernet(load_model(str(tiny_model)), run.spec.space)
     tokens = Corpus.load(run.spec.data, net.tokenizer, 32).train[:32]
     layer, mixer = net.teacher.layers[0], net.mixer(0, "J")
     x, chunk = net.teacher.embed(tokens), net.teacher.sequence_meta(0, 32)
@@ -100,7 +100,7 @@ def test_training_improves_each_stage(make_run, tiny_model):
             log_p, log_q = (torch.log_softmax(d(tokens).float(), -1) for d in (net.select(placement), net.teacher))
             return float((log_q.exp() * (log_q - log_p)).sum(-1).mean())
 
-    start = kl(Supernet.build(load_model(str(tiny_model)), run.spec.space))
+    start = kl(Supernet(load_model(str(tiny_model)), run.spec.space))
     budget = {"align_lr": 3e-3, "supernet_lr": 3e-3, "align_tokens": 4096, "supernet_tokens": 4096}
     aligned = distill(
         run, CONFIG.updated({**budget, "supernet_tokens": 0, "checkpoint_every_s": 99.0}), dtype=torch.float32
@@ -271,7 +271,7 @@ def test_a_network_that_is_not_finite_stops_with_step_and_layer_and_keeps_the_ch
 
 def test_a_diverging_layer_does_not_poison_the_others(make_run, tiny_model):
     def gradients(scale):
-        net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+        net = Supernet(load_model(str(tiny_model)), make_run().spec.space)
         net.mixer(1, "J").o_proj.weight.data.mul_(scale)
         tokens = Corpus.load(make_run().spec.data, net.tokenizer, 32).train[:4]
         align_step(net, Batch(tokens), LossSums(["", *net.trained()]))
@@ -296,10 +296,10 @@ def test_model_with_other_layers_is_no_teacher(tiny_model, make_run):
     space = make_run().spec.space
     loaded.decoder.placement = ("A", "W8", "A", "A")
     with pytest.raises(UserError, match="A W8 2A, the run's model was 4A"):
-        Supernet.build(loaded, space)
+        Supernet(loaded, space)
     linear = mixer_spec("J", loaded.shape.layer()).build()
     with pytest.raises(UserError, match=r"cannot be a teacher.*no attention"):
-        Supernet.build(replace(loaded, decoder=loaded.decoder.with_mixers([linear] * 4, ("J",) * 4)), space)
+        Supernet(replace(loaded, decoder=loaded.decoder.with_mixers([linear] * 4, ("J",) * 4)), space)
 
 
 def test_settings_from_toml(tmp_path):
@@ -363,7 +363,7 @@ def test_a_falling_schedule_ends_at_the_smallest(make_run):
 
 def test_recomputed_activations_give_the_same_gradients(make_run, tiny_model):
     def gradients(recompute):
-        net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+        net = Supernet(load_model(str(tiny_model)), make_run().spec.space)
         batch = Corpus.load(make_run().spec.data, net.tokenizer, 32).batch(0, 4, 0)
         config = CONFIG.updated({"recompute": recompute, "hidden_weight": 0.5})
         distill_step(net, [("J", "A", "W8", "J")], batch, LossSums(["", *net.trained()]), config)
@@ -375,7 +375,7 @@ def test_recomputed_activations_give_the_same_gradients(make_run, tiny_model):
 
 def test_without_transfer_trained_mixers_start_random_and_frozen_ones_do_not(make_run, tiny_model):
     space = make_run().spec.space
-    nets = [Supernet.build(load_model(str(tiny_model)), space, transfer=transfer) for transfer in (True, False)]
+    nets = [Supernet(load_model(str(tiny_model)), space, transfer=transfer) for transfer in (True, False)]
     attention = nets[0].teacher.layers[1].self_attn
     for net in nets:
         assert torch.equal(net.mixer(1, "W8").q_proj.weight, attention.q_proj.weight)
@@ -393,7 +393,7 @@ def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
         assert torch.equal(window.o_proj.weight, net.mixer(layer, "W4").o_proj.weight)
         assert not torch.equal(window.o_proj.weight, attention.o_proj.weight)
         assert torch.equal(window.q_proj.weight, attention.q_proj.weight)
-    plain = Supernet.build(load_model(str(tiny_model)), run.spec.space)
+    plain = Supernet(load_model(str(tiny_model)), run.spec.space)
     x, chunk = plain.teacher.embed(tokens), plain.teacher.sequence_meta(0, 32)
     inputs = plain.teacher.layers[0].input_layernorm(x)
     target = plain.teacher.layers[0].self_attn(inputs, chunk)
@@ -412,7 +412,7 @@ def test_graphed_layers_are_the_layers(make_run, tiny_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
 
     def gradients(graphed):
-        net = Supernet.build(load_model(str(tiny_model)), make_run().spec.space)
+        net = Supernet(load_model(str(tiny_model)), make_run().spec.space)
         batch = Corpus.load(make_run().spec.data, net.tokenizer, 32).batch(0, 4, 0)
         calls = (
             GraphedLayerCalls(net, [("A", *net.space.alternatives(i)) for i in range(4)], batch) if graphed else None
