@@ -1,7 +1,6 @@
 """Text for training and evaluation: splitting, tokenising once, packing into equal sequences.
 
-Everything is a pure function of the text, the tokenizer, the sequence length and the seed, so that a run that stops
-and starts again sees the same batches.
+Everything is a function of text, tokenizer, sequence length and seed: a run that continues sees the same batches.
 """
 
 from __future__ import annotations
@@ -157,7 +156,6 @@ class Corpus:
     """Token sequences of one length, [N, T] int64, in three splits that share no text.
 
     Attributes:
-        train: for training only.
         search: held out; scores placements while searching.
         test: held out; only for numbers that are reported.
         fingerprint: of the text and the tokenizer.
@@ -226,7 +224,7 @@ class Corpus:
 
 def repeat_passages(tokens: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Rows [B, T] of which a share ends, for a quarter of its length, with a passage of its own first half, from a
-    random place: tokens that are all foretold by what stood far before them, whatever the text is about."""
+    random place: what stood far before predicts these tokens, whatever the text is about."""
     rows, length = tokens.shape[0], tokens.shape[1] // 4
     repeats = torch.rand(rows, 1, generator=generator) < share
     starts = torch.randint(tokens.shape[1] // 2 - length + 1, (rows, 1), generator=generator)

@@ -92,6 +92,13 @@ def _format(path: Path) -> str:
     return name.suffix if name is path or name.suffix != ".parquet" else path.suffix
 
 
+def _unpacked(path: Path) -> Iterator[str]:
+    try:
+        yield from READERS[_format(path)](path)
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{path} cannot be unpacked: {error}") from None
+
+
 def read_documents(data: str) -> list[str]:
     """The documents of `--data`: a .txt (one document), .jsonl or .parquet (one per `text`), a .txt or .jsonl packed as
     .gz or .xz, a folder of these, `hf:NAME[:SPLIT[:SIZE]]` of the hub, or "" for the default corpus. Raises UserError
@@ -111,9 +118,7 @@ def read_documents(data: str) -> list[str]:
     for file in files:
         try:
             with machine_errors(f"reading {file}"):
-                documents.extend(READERS[_format(file)](file))
-        except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"{file} cannot be unpacked: {error}") from None
+                documents.extend(_unpacked(file))
         except UnicodeDecodeError as error:
             raise UserError(f"{file} is not UTF-8 text: {error}") from None
     documents = list(dict.fromkeys(text for text in documents if text.strip()))

@@ -44,7 +44,7 @@ STATE_BYTES = 16
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """What is left of one stage of a distillation. A step's tokens are those of all processes."""
+    """What is left of one stage of a distillation; tokens are those of all processes."""
 
     stage: str
     tokens: int
@@ -174,7 +174,7 @@ class Budget:
     def _largest_step(self, stage: str) -> dict[str, Any]:
         """The largest step up to the settings' that fits; batches are halved until one does. On a GPU, sub-networks
         are also timed from CUDA graphs, which are faster where the host launches more slowly than the GPU computes."""
-        size = self.config.align_batch_tokens if stage == "align" else self.config.supernet_batch_tokens
+        size = getattr(self.config, f"{stage}_batch_tokens")
         while (found := self._timed_step(stage, {f"{stage}_batch_tokens": size})) is None:
             if size <= self.run.spec.sequence:
                 raise MachineError(f"not one row of {self.run.spec.sequence} tokens fits into a step of {stage}")

@@ -66,9 +66,9 @@ def finalize(
     loaded: LoadedModel | None = None,
     corpus: Corpus | None = None,
 ) -> Path:
-    """Distils the placement for `tokens` tokens from the supernet's weights on, every replaced mixer being trained, and
-    returns its folder. Stopping and starting again continues, and so do more tokens for a finished one, with another
-    cycle of the learning rate; the supernet itself stays as it is.
+    """Trains every replaced mixer of the placement for `tokens` tokens from the supernet's weights on, and returns its
+    folder. The supernet stays as it is. A stopped training continues; a finished one takes more tokens in another cycle
+    of the learning rate.
 
     Args:
         sequence: tokens of a row; the run's by default, longer to learn what only long texts show.
@@ -94,7 +94,7 @@ def finalize(
             "dtype": str(dtype).removeprefix("torch."),
         },
     }
-    saved, finished = _begun(folder, state, tokens), _finished(folder, state, tokens)
+    saved, finished = _earlier(folder, state, tokens)
     if finished and finished[-1] == tokens:
         return folder
     known = saved.state["cycles"] if saved is not None else finished
@@ -138,21 +138,17 @@ def finalize(
     return folder
 
 
-def _begun(folder: Path, state: dict[str, Any], tokens: int) -> checkpoint.Checkpoint | None:
-    """The checkpoint of this training where it has not gone beyond `tokens`, None for any other."""
+def _earlier(folder: Path, state: dict[str, Any], tokens: int) -> tuple[checkpoint.Checkpoint | None, list[int]]:
+    """The checkpoint of this training, and the cycles of a finished one; None and no cycles where they are of another
+    training or had more than `tokens`."""
+
+    def fits(known: Any) -> bool:
+        same = isinstance(known, dict) and all(known.get(key) == value for key, value in state.items())
+        return same and known["cycles"][-1] <= tokens
+
     saved = checkpoint.latest(folder / TRAINING)
-    return saved if saved is not None and _continues(saved.state, state, tokens) else None
-
-
-def _finished(folder: Path, state: dict[str, Any], tokens: int) -> list[int]:
-    """The cycles of a finished training of this kind that had at most `tokens`, none where there is none."""
     data = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None
-    return list(data["cycles"]) if isinstance(data, dict) and _continues(data, state, tokens) else []
-
-
-def _continues(known: dict[str, Any], state: dict[str, Any], tokens: int) -> bool:
-    """Whether training to `tokens` tokens with this state goes on from a known one."""
-    return all(known.get(key) == value for key, value in state.items()) and known["cycles"][-1] <= tokens
+    return saved if saved is not None and fits(saved.state) else None, list(data["cycles"]) if fits(data) else []
 
 
 def own_layers(net: Supernet, placement: Placement) -> None:
@@ -181,7 +177,7 @@ def trained_parts(net: Supernet, placement: Placement) -> dict[str, dict[str, nn
     return parts
 
 
-def _write(folder: Path, weights: dict[str, Tensor], data: dict[str, object]) -> None:
+def _write(folder: Path, weights: dict[str, Tensor], data: dict[str, Any]) -> None:
     with atomic_path(folder / MIXERS) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
     write_json(folder / CONFIG, data)
@@ -205,8 +201,8 @@ def teacher_name(path: Path) -> str:
 
 
 def use_final(net: Supernet, folder: Path) -> Placement:
-    """Puts a finalised hybrid's weights into the supernet that it was made from, and returns its placement, which alone
-    is what it was finalised to be. Raises UserError when it is damaged."""
+    """Puts a finalised hybrid's weights into the supernet that it was made from, and returns its placement; other
+    placements are then of mixed weights. Raises UserError when it is damaged."""
     placement = net.space.check(parse_placement(_entry(folder, "placement")))
     weights = _weights(folder, net.teacher.device)
     with torch.no_grad():
@@ -228,13 +224,14 @@ def _counterparts(
     whole gets its own layers. Raises UserError where a weight is missing or of another shape."""
     if any(f".{REST}." in key for key in weights):
         own_layers(net, placement)
-    found = {}
-    for group, parameters in trained_parts(net, placement).items():
-        for name, parameter in parameters.items():
-            key = f"{group}.{name}"
-            if key not in weights or weights[key].shape != parameter.shape:
-                raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
-            found[key] = parameter
+    found = {
+        f"{group}.{name}": parameter
+        for group, parameters in trained_parts(net, placement).items()
+        for name, parameter in parameters.items()
+    }
+    for key, parameter in found.items():
+        if key not in weights or weights[key].shape != parameter.shape:
+            raise UserError(f"{folder / MIXERS} lacks {key} of shape {list(parameter.shape)}: finalize again")
     return found
 
 

@@ -1,11 +1,10 @@
 """The resumable loop under every training stage: steps, losses.csv, progress.csv, checkpoints, a clean stop on Ctrl-C.
 
-A checkpoint holds the master weights, the optimiser's moments, the step and the unlogged sums of losses; batches and
-sampled sub-networks are functions of the step. So a run that is stopped anywhere and started again goes through the
-same numbers as one that is not.
+A checkpoint holds the master weights, the optimiser's moments, the step and the unlogged sums of losses. Batches and
+sampled sub-networks are functions of the step. So a run that stops anywhere and continues gives the same numbers.
 
-A stage's steps are one or more cycles of the learning rate, each with its own warm-up, cosine and moments: a finished
-stage that gets more tokens goes on with another cycle.
+A stage has one or more cycles of the learning rate, each with its own warm-up, cosine and moments: a finished stage
+that gets more tokens goes on with another cycle.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def silent(*_: object) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C or SIGTERM sets the event, for the loop to stop between two steps; the second Ctrl-C
-    interrupts at once. Elsewhere than in the main thread, where Python delivers no signals, nothing changes."""
+    """Inside, the first Ctrl-C or SIGTERM sets the event, and the loop stops between two steps. The second interrupts at
+    once. Only the main thread gets signals: in others nothing changes."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -125,9 +125,9 @@ def token_losses(
             from nasbench_kernels.loss.divergence import divergence_rows
 
             logits = F.linear(flat[part], weight)
-            apart, whole = divergence_rows(logits, F.linear(reference[part], weight))
-            nll.append(whole - logits.gather(-1, target[part, None])[:, 0].float())
-            kl.append(apart)
+            divergence, log_sum = divergence_rows(logits, F.linear(reference[part], weight))
+            nll.append(log_sum - logits.gather(-1, target[part, None])[:, 0].float())
+            kl.append(divergence)
             continue
         log_p = _log_softmax(flat[part], weight)
         nll.append(-log_p.gather(-1, target[part, None])[:, 0])
@@ -145,8 +145,8 @@ def energy(target: Tensor) -> Tensor:
 
 
 class _SquaredError(torch.autograd.Function):
-    """||value - target||^2 in fp32. Half-precision tensors are subtracted as they are, which rounds the difference and
-    not the two: casts to fp32 would write each of them to memory at twice its size."""
+    """||value - target||^2 in fp32. Half-precision tensors are subtracted as they are, which rounds only the
+    difference: casts to fp32 would write both to memory at twice their size."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, target: Tensor) -> Tensor:

@@ -62,7 +62,6 @@ def solve_output_projections(
 
     Args:
         mixers: per layer, by name.
-        batches: on the teacher's device.
         progress: called with the tokens so far after each batch.
     """
     sums: dict[tuple[int, str], tuple[Tensor, ...]] = {}

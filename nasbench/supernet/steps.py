@@ -116,15 +116,12 @@ class GraphedStep:
 
 
 def sample_placement(space: Space, config: DistillConfig, seed: int, step: int, done: float = 0.0) -> Placement:
-    """The sub-network of a training step: a function of the seed and the step.
+    """The sub-network of a training step: a function of the seed, the step and the share of the stage that is `done`.
 
     Every `smallest_every`-th step is the smallest network (the sandwich rule's half that needs training: the largest
-    is the teacher itself). Else the number of full-attention layers is uniform between the configured shares, the
-    upper one falling to the lower as the stage goes on where `full_schedule` says so, and either one trained kind
-    fills the other layers or each draws its own.
-
-    Args:
-        done: share of the stage that is over.
+    is the teacher itself). Else the number of full-attention layers is uniform between the configured shares; with a
+    falling schedule the upper one falls to the lower. Either one trained mixer fills the other layers or each draws its
+    own.
     """
     generator = random.Random(f"{seed}/{step}")
     layers = space.num_layers
@@ -157,10 +154,9 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: DistContext
             x = layer.finish(x, target, meta)
         losses = []
         for name in net.space.alternatives(i):
-            mixer = trained.get(f"layers.{i}.{name}")
-            if mixer is not None:
+            if mixer := trained.get(key := f"layers.{i}.{name}"):
                 loss = relative_error(mixer(inputs, meta), target, whole)
-                sums.add(f"layers.{i}.{name}", loss.detach(), whole)
+                sums.add(key, loss.detach(), whole)
                 if net.sharded:
                     losses.append(loss)
                 else:

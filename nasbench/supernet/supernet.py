@@ -29,8 +29,7 @@ class Supernet:
         space: what every layer may choose from.
         frozen: letters of the kinds whose weights are the attention's and are not trained.
         solved: those among them whose output projection is solved in closed form all the same.
-        own: layers of one finalised hybrid whose MLP and norms, too, are its own, by index and name; the teacher's are
-            never changed.
+        own: layers of one finalised hybrid with its own MLP and norms, by index and name; the teacher's never change.
         version: names the weights: "init" before training, else the checkpoint's digest.
         shards: of sharded weights (nasbench.parallel.fsdp), all their FSDP units.
     """

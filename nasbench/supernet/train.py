@@ -99,7 +99,7 @@ class Distiller:
         self.state: dict[str, Any] = {
             **lists,
             "settings": {**settings, "dtype": dtype, "corpus": self.corpus.fingerprint},
-            "cycles": {stage: [self.budget(stage)] for stage in STAGES},
+            "cycles": {stage: [settings[f"{stage}_tokens"]] for stage in STAGES},
         }
         self.weights: dict[str, Tensor] = {}
         """Master weights, fp32, between stages; the parameters themselves where they are sharded."""
@@ -146,15 +146,9 @@ class Distiller:
         present = {name: parameter.detach() for name, parameter in self.net.trained_parameters().items()}
         return present if self.net.sharded else {name: tensor.float().clone() for name, tensor in present.items()}
 
-    def budget(self, stage: str) -> int:
-        """Tokens asked for a stage."""
-        return self.config.align_tokens if stage == "align" else self.config.supernet_tokens
-
     def step_rows(self, stage: str) -> int:
         """Sequences of a step of a stage, over all processes."""
-        config = self.config
-        tokens = config.align_batch_tokens if stage == "align" else config.supernet_batch_tokens
-        return max(1, tokens // self.corpus.sequence)
+        return max(1, int(getattr(self.config, f"{stage}_batch_tokens")) // self.corpus.sequence)
 
     def steps(self, stage: str, tokens: int) -> int:
         """Steps that `tokens` tokens of a stage are."""
@@ -178,13 +172,13 @@ class Distiller:
         known = saved.state.get("cycles") or {name: [old[f"{name}_tokens"]] for name in STAGES}
         grown = []
         for name in STAGES:
-            ends = [end for end in known[name] if end]
-            if self.steps(name, self.budget(name)) > self.steps(name, ends[-1] if ends else 0):
+            ends, asked = [end for end in known[name] if end], new[f"{name}_tokens"]
+            if self.steps(name, asked) > self.steps(name, ends[-1] if ends else 0):
                 grown.append(name)
-                ends.append(self.budget(name))
+                ends.append(asked)
             self.state["cycles"][name] = ends
         if "align" in grown and stage != "align":
-            self.state["cycles"]["supernet"] = [self.budget("supernet")]
+            self.state["cycles"]["supernet"] = [new["supernet_tokens"]]
             return "align", self.steps("align", (known["align"] or [0])[-1])
         if "supernet" in grown and stage == "done":
             return "supernet", self.steps("supernet", (known["supernet"] or [0])[-1])
@@ -237,7 +231,7 @@ class Distiller:
         """A stage of the trained mixers, from the present master weights on."""
         config, space = self.config, self.net.space
         groups = {group: dict(mixer.named_parameters()) for group, mixer in self.net.trained().items()}
-        lr = config.align_lr if name == "align" else config.supernet_lr
+        lr = getattr(config, f"{name}_lr")
         optimizer = MasterAdamW(groups, lr=lr, weight_decay=config.weight_decay, clip=config.clip)
         optimizer.set_masters(self.weights)
         given = (name, self.net, optimizer, self.corpus, self.step_rows(name), self._seed(name), config, self.workers)
