@@ -21,23 +21,18 @@ CHARACTERS = 256 << 20
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def parse_hub_name(data: str) -> tuple[str, str, int]:
-    """`hf:NAME[:SPLIT[:SIZE]]` -> name, split ("train" by default), characters. Raises UserError."""
-    name, _, rest = data.removeprefix(PREFIX).partition(":")
-    split, _, size = rest.partition(":")
-    if not _NAME.fullmatch(name):
-        raise UserError(f"bad hub data set {data!r}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SPLIT:64MiB")
-    return name, split or "train", parse_size(size) if size else CHARACTERS
-
-
 def cached_file(data: str) -> Path:
     """The .jsonl in the user's cache that holds a hub data set's text, read from the hub now where it is not there.
 
     Raises:
-        UserError: there is no such data set or split, or it has no text.
+        UserError: a bad name, no such data set or split, or no text in it.
         MachineError: the hub cannot be reached, or the cache cannot be written.
     """
-    name, split, characters = parse_hub_name(data)
+    name, _, rest = data.removeprefix(PREFIX).partition(":")
+    split, _, size = rest.partition(":")
+    if not _NAME.fullmatch(name):
+        raise UserError(f"bad hub data set {data!r}: write hf:NAME, hf:NAME:SPLIT or hf:NAME:SPLIT:64MiB")
+    split, characters = split or "train", parse_size(size) if size else CHARACTERS
     slug = re.sub(r"[^\w.-]", "--", f"{name}:{split}:{characters}")
     path = cache_dir() / "hub-data" / f"{slug}.jsonl"
     if not path.is_file():

@@ -37,13 +37,13 @@ class DistContext:
         return self.rank == 0
 
     def local_rows(self, batch: Batch) -> Batch:
-        """This process's rows of a batch. Raises UserError when they cannot be shared out evenly."""
+        """This process's rows of a batch. Raises UserError when they do not divide evenly."""
         if self.size == 1:
             return batch
         rows = len(batch.tokens)
         if rows % self.size:
             raise UserError(
-                f"a batch of {rows} sequences cannot be shared out to {self.size} processes: "
+                f"a batch of {rows} sequences does not divide over {self.size} processes: "
                 f"choose a batch of a multiple of {self.size} sequences"
             )
         return batch.rows(slice(self.rank, None, self.size))
@@ -88,6 +88,6 @@ def dist_context(device: str) -> Iterator[tuple[DistContext, str]]:
         yield DistContext(distributed.get_rank(), size), device
     finally:
         distributed.destroy_process_group()
-        # Gloo's threads end with the last reference to their group, and abort a process that ends before them. Weights
-        # that are shared out hold such references, in cycles.
+        # Gloo's threads end with the last reference to their group, and abort a process that ends before them. Sharded
+        # weights hold such references, in cycles.
         gc.collect()

@@ -80,13 +80,13 @@ class Checkpoint:
         path = self.folder / name
         try:
             if digest(path) != self.state["digests"].get(name):
-                raise UserError(f"{path} is corrupt (its checksum is wrong): {_remedy(self.folder.parent)}")
+                raise UserError(f"{path} is corrupt (its checksum is wrong): {_advice(self.folder.parent)}")
             return load_file(path, device=device)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is corrupt ({error}): {_remedy(self.folder.parent)}") from None
+            raise UserError(f"{path} is corrupt ({error}): {_advice(self.folder.parent)}") from None
 
 
-def _remedy(folder: Path) -> str:
+def _advice(folder: Path) -> str:
     return f"delete {folder} and distil again"
 
 
@@ -210,7 +210,7 @@ def optimizer_of(saved: Checkpoint, optimizer: MasterAdamW, workers: DistContext
     own = list(files)[workers.rank :: workers.size]
     damaged = not all((folder / name).is_file() and digest(folder / name) == files[name] for name in own)
     if workers.any(damaged, optimizer.device):
-        raise UserError(f"{folder} is corrupt (its checksum is wrong): {_remedy(saved.folder.parent)}")
+        raise UserError(f"{folder} is corrupt (its checksum is wrong): {_advice(saved.folder.parent)}")
     reader = HuggingFaceStorageReader(str(folder))
     moments = {}
     for key in reader.read_metadata().state_dict_metadata:
@@ -233,7 +233,7 @@ def latest(folder: Path) -> Checkpoint | None:
         if not isinstance(state["digests"][WEIGHTS], str):
             raise TypeError("bad digest")
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_remedy(folder)}") from None
+        raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_advice(folder)}") from None
     return Checkpoint(target, state)
 
 

@@ -46,8 +46,8 @@ def silent(*_: object) -> None:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Inside, the first Ctrl-C or SIGTERM sets the event, and the loop stops between two steps. The second interrupts at
-    once. Only the main thread gets signals: in others nothing changes."""
+    """Inside, the first Ctrl-C or SIGTERM sets the event, and the loop stops between two steps. The second interrupts
+    at once. Only the main thread gets signals: in others nothing changes."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -81,12 +81,12 @@ class Distribution:
 
 
 @torch.no_grad()
-def teacher_distribution(hidden: Tensor, weight: Tensor, chunk: int | None = None) -> Distribution:
+def teacher_distribution(hidden: Tensor, weight: Tensor) -> Distribution:
     """Of final normalised hidden states [B, T, C], at every position that has a next token."""
     flat = hidden[:, :-1].flatten(0, 1)
     p = torch.empty(len(flat), len(weight), device=flat.device)
     negentropy = torch.empty(len(flat), device=flat.device)
-    chunk = chunk or CHUNK.of(flat.device)
+    chunk = CHUNK.of(flat.device)
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
         log_p = _log_softmax(flat[part], weight)
@@ -160,10 +160,6 @@ class _SquaredError(torch.autograd.Function):
         return difference * (2 * gradients[0]), None
 
 
-def relative_error(value: Tensor, target: Tensor, whole: Tensor | None = None) -> Tensor:
-    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer. The target is constant.
-
-    Args:
-        whole: the denominator where it is known already.
-    """
-    return _SquaredError.apply(value, target) / (energy(target) if whole is None else whole)
+def relative_error(value: Tensor, target: Tensor, target_energy: Tensor) -> Tensor:
+    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer. The target is constant."""
+    return _SquaredError.apply(value, target) / target_energy

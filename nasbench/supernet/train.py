@@ -8,9 +8,9 @@
 
 MLPs, norms, embeddings and the attention stay as they are throughout.
 
-A run that is asked for more tokens than it has had goes on: the stage gets another cycle of the learning rate over the
-tokens that are new (nasbench.supernet.loop). Where alignment grows after random sub-networks were trained, it goes on
-from the present weights, and the whole supernet stage follows again.
+A finished run takes more tokens: the stage gets another cycle of the learning rate over the new tokens
+(nasbench.supernet.loop). Where alignment grows after random sub-networks were trained, it continues from the present
+weights, and the whole supernet stage follows again.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from nasbench.supernet import checkpoint
 from nasbench.supernet import steps as training_steps
 from nasbench.supernet import train as training
 from nasbench.supernet.layer_calls import GraphedLayerCalls
-from nasbench.supernet.losses import relative_error
+from nasbench.supernet.losses import energy, relative_error
 from nasbench.supernet.ridge import solve_output_projections
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.steps import LossSums, align_step, distill_step, sample_placement
@@ -80,14 +80,14 @@ def test_ridge_is_the_least_squares_solution(make_run, tiny_model):
     inputs = layer.input_layernorm(x)
     target = layer.self_attn(inputs, chunk)
     seen = features_of(mixer, inputs, chunk).flatten(0, -2)
-    before = float(relative_error(mixer(inputs, chunk), target).detach())
+    before = float(relative_error(mixer(inputs, chunk), target, energy(target)).detach())
     solve_output_projections(
         net.teacher, [{"J": net.mixer(i, "J")} for i in range(4)], Batch(tokens).split(8), ridge=1e-9
     )
     solution = torch.linalg.lstsq(seen.double(), target.flatten(0, 1).double()).solution
     expected = (seen.double() @ solution).view_as(target)
     assert relative_rmse(mixer(inputs, chunk), expected) < 1e-3
-    assert float(relative_error(mixer(inputs, chunk), target).detach()) < 0.8 * before
+    assert float(relative_error(mixer(inputs, chunk), target, energy(target)).detach()) < 0.8 * before
 
 
 def test_training_improves_each_stage(make_run, tiny_model):
@@ -397,7 +397,9 @@ def test_the_readout_of_a_frozen_kind_can_be_solved(make_run, tiny_model):
     x, chunk = plain.teacher.embed(tokens), plain.teacher.sequence_meta(0, 32)
     inputs = plain.teacher.layers[0].input_layernorm(x)
     target = plain.teacher.layers[0].self_attn(inputs, chunk)
-    errors = [float(relative_error(n.mixer(0, "W4")(inputs, chunk), target).detach()) for n in (plain, loaded)]
+    errors = [
+        float(relative_error(n.mixer(0, "W4")(inputs, chunk), target, energy(target)).detach()) for n in (plain, loaded)
+    ]
     assert errors[1] < errors[0]
 
 
