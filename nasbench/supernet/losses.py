@@ -161,5 +161,5 @@ class _SquaredError(torch.autograd.Function):
 
 
 def relative_error(value: Tensor, target: Tensor, target_energy: Tensor) -> Tensor:
-    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of one mixer. The target is constant."""
+    """||value - target||^2 / ||target||^2 in fp32, a scalar: the alignment loss of a mixer. The target is constant."""
     return _SquaredError.apply(value, target) / target_energy

@@ -12,7 +12,7 @@ import torch
 
 from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import MachineError, UserError
-from nasbench.data import hub as hub_data
+from nasbench.data import text as text_module
 from nasbench.data.packing import Batch, Corpus, ages_of, cut, pack, split_documents
 from nasbench.data.text import default_documents, read_documents
 
@@ -175,7 +175,7 @@ def hub(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.table({"text": [text, text + "!"]}), path)
     fake = FakeHub(tmp_path)
-    monkeypatch.setattr(hub_data, "_file_system", lambda name: fake)
+    monkeypatch.setattr(text_module, "_file_system", lambda name: fake)
     return fake
 
 
