@@ -103,7 +103,7 @@ def save(
 
     Raises MachineError in every process when the disk refuses in one; the older checkpoint is then still there.
     """
-    shards = {key: tensor for key, tensor in optimizer.items() if is_sharded(tensor)}
+    shards: dict[str, Tensor] = {key: tensor for key, tensor in optimizer.items() if is_sharded(tensor)}
     sharded = next((tensor for tensor in (*weights.values(), *shards.values()) if is_sharded(tensor)), None)
     elsewhere = Checkpoint(folder / name, {**state, "digests": {WEIGHTS: "elsewhere"}})
     if sharded is None:

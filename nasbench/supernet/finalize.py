@@ -147,7 +147,7 @@ def _earlier(folder: Path, state: dict[str, Any], tokens: int) -> tuple[checkpoi
         return same and known["cycles"][-1] <= tokens
 
     saved = checkpoint.latest(folder / TRAINING)
-    data = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None
+    data: Any = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None
     return saved if saved is not None and fits(saved.state) else None, list(data["cycles"]) if fits(data) else []
 
 
