@@ -131,7 +131,8 @@ class Block(nn.Module, ABC):
 
     @abstractmethod
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
-        """row [B, T, P] -> [B, T, Y] in plain PyTorch; T is 1 with a StepMeta.
+        """row [B, T, P] -> [B, T, Y] in plain PyTorch; T is 1 with a StepMeta. A block with several input projections
+        takes the row apart by `self.packed.split`.
 
         With a cache, continues after what it holds and writes it in place. Differentiable without a cache. With a
         StepMeta shapes are constant and nothing waits for the device, so that a CUDA graph can capture it.

@@ -259,6 +259,14 @@ class Decoder(nn.Module):
             cache.length = start + tokens.shape[1]
         return stream.normed(self.model.norm)
 
+    def hidden_by_layer(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
+        """As `hidden` without a cache, by each layer's own forward, as a supernet runs it. In half precision
+        the fused forms of whole prompts round in other places, which KL to a teacher would show."""
+        meta, x = self.sequence_meta(0, tokens.shape[1], documents), self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, meta)
+        return self.model.norm(x)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states [..., C] -> [..., V]."""
         return F.linear(hidden, self.head_weight)

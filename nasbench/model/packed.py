@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,22 +42,23 @@ class PackedProjections:
             return [linear(x) for linear in self.linears]
         return self.split(F.linear(x, *self.weight_and_bias()))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The row, by as many products as `parts` takes."""
-        parts = self.parts(x) if self.unpacked or torch.is_grad_enabled() else None
-        if parts is None:
+    def __call__(self, x: Tensor) -> Any:
+        """The row, by as many products as `parts` takes. Several products stay the tuple of their outputs: joining them
+        would only cost a copy, and a core that reads them by `split` cannot tell."""
+        if not (self.unpacked or torch.is_grad_enabled()):
             return F.linear(x, *self.weight_and_bias())
-        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
+        parts = self.parts(x)
+        return parts[0] if len(parts) == 1 else tuple(parts)
 
-    def split(self, row: Tensor) -> Sequence[Tensor]:
+    def split(self, row: Tensor | tuple[Tensor, ...]) -> Sequence[Tensor]:
         """A row [..., at least P] as the outputs of each projection."""
-        return row[..., : sum(self.sizes)].split(self.sizes, dim=-1)
+        return row if isinstance(row, tuple) else row[..., : sum(self.sizes)].split(self.sizes, dim=-1)
 
     def aligned(self, x: Tensor) -> Tensor:
         """The row by one product with one gradient, zeros up to a multiple of ALIGNED behind it where it learns."""
         if self.unpacked:
             # A product of a matrix made here would keep it until the backward pass.
-            return self(x)
+            return torch.cat(tuple(self.parts(x)), -1)
         learns = any(linear.weight.requires_grad for linear in self.linears)
         if not (learns and torch.is_grad_enabled()):
             return F.linear(x, *self.weight_and_bias())

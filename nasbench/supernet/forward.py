@@ -23,12 +23,8 @@ def meta_of(decoder: Decoder, batch: Batch) -> SequenceMeta:
 
 
 def hidden_of(decoder: Decoder, batch: Batch) -> Tensor:
-    """Final normalised hidden states [B, T, C], layer by layer as a supernet runs them: in half precision the fused
-    forms of whole prompts round in other places, which KL to a teacher would show."""
-    meta, x = meta_of(decoder, batch), decoder.embed(batch.tokens)
-    for layer in decoder.layers:
-        x = layer(x, meta)
-    return decoder.model.norm(x)
+    """Final normalised hidden states [B, T, C]."""
+    return decoder.hidden_by_layer(batch.tokens, documents=_documents(batch))
 
 
 def kinds_without_varlen(blocks: Iterable[Block]) -> list[str]:

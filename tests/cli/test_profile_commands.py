@@ -124,8 +124,10 @@ def test_memory_of_an_unknown_device_is_not_known(tmp_path, capsys):
     row = {"block": "A", "context": 1024, "p20_us": 1.0, "p50_us": 2.0, "p80_us": 3.0}
     Database(tmp_path / "elsewhere.csv").merge([Row(device="elsewhere", **row)])
     asked = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--db", str(tmp_path)]
-    assert run([*asked, "--profile", "elsewhere"]) == 2
-    assert "no decode time of block embedding" in capsys.readouterr().err
+    assert run([*asked, "--profile", "elsewhere", "--json"]) == 0
+    found = stdout_json(capsys)
+    assert (found["fits"], found["decode_tok_s"]) == (None, None)
+    assert "no decode time of block embedding" in found["reason"]
     assert run([*asked, "--json"]) == 0
     assert stdout_json(capsys)["fits"] is True
 

@@ -107,8 +107,10 @@ def test_a_gpu_reads_what_a_cpu_does(context):
 def test_no_attention_is_planned_for_each_shape(context, monkeypatch):
     decoder, seen = lively(context.teacher.shape), []
     enabled = torch.backends.cuda.cudnn_sdp_enabled
-    forward = decoder.hidden
-    monkeypatch.setattr(decoder, "hidden", lambda tokens, **kw: (seen.append(enabled()), forward(tokens, **kw))[1])
+    forward = decoder.hidden_by_layer
+    monkeypatch.setattr(
+        decoder, "hidden_by_layer", lambda tokens, **kw: (seen.append(enabled()), forward(tokens, **kw))[1]
+    )
     before = enabled()
     read_ends(decoder, Ends([Text(ids, 2) for ids in some([9, 4])], 64, CPU, 1))
     assert len(seen) == 2

@@ -104,7 +104,7 @@ def test_retrieval_counts_whole_answers_only(context):
 
         shape, device = context.teacher.shape, torch.device("cpu")
 
-        def hidden(self, tokens, documents=None):
+        def hidden_by_layer(self, tokens, documents=None):
             said = torch.zeros_like(tokens)
             for row, ids in zip(said, tokens.tolist(), strict=True):
                 which = next(i for i, item in enumerate(items) if ids[: len(item.prompt)] == item.prompt)

@@ -17,7 +17,7 @@ def linears():
 
 
 def outputs(packed, x):
-    return packed(x)
+    return torch.cat(tuple(packed.split(packed(x))), -1)
 
 
 def reference(linears, x):

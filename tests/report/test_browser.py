@@ -23,7 +23,7 @@ PROBE = """<!doctype html>
 onload = () => {{
   const inner = document.getElementById("page").contentDocument;
   const visible = (mark) => mark.getBoundingClientRect().width > 0;
-  const beyond = (mark) => !mark.closest("svg") && mark.getBoundingClientRect().right > {width} + 1;
+  const beyond = (mark) => !mark.closest("svg, .scroll > *") && mark.getBoundingClientRect().right > {width} + 1;
   const box = inner.getElementById("tip");
   [...inner.querySelectorAll(".tip")].find(visible).dispatchEvent(new PointerEvent("pointerenter"));
   document.body.dataset.result = JSON.stringify({{

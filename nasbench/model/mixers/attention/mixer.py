@@ -80,7 +80,7 @@ class FullAttention(Block):
             write_slots(stored, new.to(stored.dtype), slot, meta.equal_lengths)
         seen = min(meta.max_seqlen, slots)
         # Slot s holds a key of this sequence from its position s on, in a ring as in a plain cache.
-        mask = None if meta.equal_lengths else torch.arange(seen, device=row.device) <= meta.positions[:, None]
+        mask = None if meta.equal_lengths else torch.arange(seen, device=q.device) <= meta.positions[:, None]
         return _merged(decode_attention(q, keys[:, :, :seen], values[:, :, :seen], mask))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
