@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -228,7 +229,7 @@ def nonfinite_layer(net: Supernet, placement: Placement, batch: Batch, workers: 
 
 
 @dataclass
-class Stage:
+class Stage(ABC):
     """One training stage: what it trains, on which batches. Batch number n is a function of the seed and n.
 
     Attributes:
@@ -261,9 +262,9 @@ class Stage:
         batch = self.corpus.batch(index, self.rows, self.seed)
         return self.workers.local_rows(batch).to(self.net.teacher.device)
 
+    @abstractmethod
     def gradients(self, index: int) -> None:
         """Gradients of a step, ready for the optimiser, and its losses."""
-        raise NotImplementedError
 
     def first_nonfinite_layer(self, index: int) -> str | None:
         """Names the layer that made the network's loss of a step not finite, None where none is found."""
