@@ -20,7 +20,7 @@ from nasbench.checkpoints.families.family import read_heads
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_header, read_tensor
 from nasbench.core.errors import UserError
-from nasbench.core.files import machine_errors, write_json
+from nasbench.core.files import locked, machine_errors, write_json
 from nasbench.core.sizes import cache_dir
 from nasbench.model.shapes import ModelSpec
 
@@ -49,8 +49,6 @@ def convert(path: Path, sha256: str | None = None) -> Path:
         UserError: the file is not a GGUF of a family that is known here, or corrupt.
         MachineError: the cache cannot be written.
     """
-    from filelock import FileLock
-
     header = read_header(path)
     digests = [sha256] if sha256 else [file_sha256(part) for part in header.parts]
     folder = converted_folder(
@@ -58,17 +56,15 @@ def convert(path: Path, sha256: str | None = None) -> Path:
     )
     if folder.is_dir():
         return folder
-    with machine_errors(f"writing {folder.parent}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if folder.is_dir():
-                return folder
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                _write_folder(header, temporary)
-                temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    with locked(folder), machine_errors(f"writing {folder}"):
+        if folder.is_dir():
+            return folder
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            _write_folder(header, temporary)
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -22,29 +22,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder as a dictionary. Raises UserError naming the file."""
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is not a model configuration: not a JSON object")
-    return config
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError naming the file."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def folder_spec(folder: Path) -> ModelSpec:
     """The specification of a model folder, named after it. Raises UserError naming the file and the field."""
-    spec = read_spec(read_config(folder), folder.resolve().name, str(folder / "config.json"))
+    path = folder / "config.json"
+    spec = read_spec(_read_object(path), folder.resolve().name, str(path))
     return replace(spec, tie_embeddings=spec.tie_embeddings and not _has_other_head(folder))
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Ids that end a text, of config.json and then of generation_config.json. Raises UserError naming the field."""
-    found = token_ids(Fields(read_config(folder), str(folder / "config.json")), "eos_token_id")
-    path = folder / "generation_config.json"
-    if path.is_file():
-        generation = read_json(path)
-        if not isinstance(generation, dict):
-            raise UserError(f"{path} is not a JSON object")
-        found += token_ids(Fields(generation, str(path)), "eos_token_id")
+    files = [path for name in ("config.json", "generation_config.json") if (path := folder / name).is_file()]
+    found = [one for path in files for one in token_ids(Fields(_read_object(path), str(path)), "eos_token_id")]
     return tuple(dict.fromkeys(found))
 
 
@@ -57,8 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [whole]
     if index.is_file() and not whole.is_file():
-        content = read_json(index)
-        names = content.get("weight_map") if isinstance(content, dict) else None
+        names = _read_object(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{index} has no weight_map of tensor names to files")
         # Only plain names: an index must not reach outside of its folder.

@@ -19,14 +19,12 @@ from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.core.files import atomic_path, machine_errors
-from nasbench.runtime.generate import stream
+from nasbench.runtime.generate import generate
 
 BATCH = ByDevice(cpu=8, cuda=512)
 """Documents written at once."""
 SHORTEST = 16
 """Documents of fewer tokens are left out."""
-_LOOK_EVERY = 32
-"""Steps between two looks at whether every document has ended: looking waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +67,19 @@ def write_batch(loaded: LoadedModel, writing: Writing, number: int, firsts: list
     """The documents of batch `number`, a function of the seed and the number."""
     seed = writing.seed * 1_000_003 + number
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.tensor(firsts)[torch.randint(len(firsts), (writing.batch,), generator=generator)]
-    device = loaded.decoder.device
-    ends = torch.tensor(sorted(special_ids(loaded.tokenizer)), device=device)
-    columns, open_rows = [chosen.to(device)], torch.ones(writing.batch, dtype=torch.bool, device=device)
-    steps = stream(
+    chosen = [firsts[i] for i in torch.randint(len(firsts), (writing.batch,), generator=generator).tolist()]
+    ends = special_ids(loaded.tokenizer)
+    rows = generate(
         loaded.decoder,
-        chosen[:, None],
+        [[first] for first in chosen],
         max_new_tokens=writing.length - 1,
+        eos_ids=ends,
         temperature=writing.temperature,
         top_p=writing.top_p,
         seed=seed,
     )
-    for index, tokens in enumerate(steps, 1):
-        columns.append(tokens.clone())
-        open_rows &= ~torch.isin(tokens, ends)
-        if index % _LOOK_EVERY == 0 and not bool(open_rows.any()):
-            break
-    rows = torch.stack(columns, 1)
-    documents = []
-    for row, ended in zip(rows.tolist(), torch.isin(rows, ends).tolist(), strict=True):
-        begin = int(ended[0])  # a begin-of-text token, which is no text
-        documents.append(row[begin : ended.index(True, begin) if True in ended[begin:] else None])
-    return documents
+    # A begin-of-text token is no text.
+    return [[first, *row] if first not in ends else row for first, row in zip(chosen, rows, strict=True)]
 
 
 def write_corpus(

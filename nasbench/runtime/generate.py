@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,12 +106,9 @@ def generate(
     *,
     max_new_tokens: int,
     eos_ids: Collection[int] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    chunk: int | None = None,
+    **options: Any,
 ) -> list[list[int]]:
-    """New tokens of each prompt, in order, without the end-of-text token that stopped it.
+    """New tokens of each prompt, in order, without the end-of-text token that stopped it. `options` are `stream`'s.
 
     All run as one batch, whatever their lengths. A sequence that has ended goes on until all have; what it writes
     behind its end is dropped.
@@ -121,18 +119,7 @@ def generate(
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=decoder.device)
     look_every = LOOK_EVERY.of(decoder.device)
     columns = []
-    for index, tokens in enumerate(
-        stream(
-            decoder,
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            chunk=chunk,
-        ),
-        1,
-    ):
+    for index, tokens in enumerate(stream(decoder, prompts, max_new_tokens=max_new_tokens, **options), 1):
         columns.append(tokens.clone())
         if len(ends):
             ended |= torch.isin(tokens, ends)

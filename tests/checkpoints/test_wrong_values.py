@@ -97,7 +97,11 @@ def test_the_whole_file_wins_over_shards(folder):
 
 @pytest.mark.parametrize(
     ("index", "message"),
-    [([], "no weight_map"), ({"weight_map": {"a": "../a.safetensors"}}, "no file of its folder")],
+    [
+        ([], "is not a JSON object"),
+        ({"weight_map": []}, "no weight_map"),
+        ({"weight_map": {"a": "../a.safetensors"}}, "no file of its folder"),
+    ],
 )
 def test_an_index_of_another_form_is_refused(folder, index, message):
     (folder / "model.safetensors").rename(folder / "a.safetensors")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, placed, write_scaling, write_windows
+from nasbench.checkpoints.families.family import Family, placed, write_scaling
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_tensor
 from nasbench.core.errors import UserError
-from nasbench.model.shapes import ModelSpec
-from nasbench.spaces.placement import Placement
 
 
 class Llama(Family):
@@ -26,12 +24,6 @@ class Llama(Family):
         fields.neutral("mlp_bias", False)
         fields.neutral("pretraining_tp", 1, 0)
         return placed(fields, fields.items("layer_types", str, sizes["num_layers"]) or [], None)
-
-    def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
-        _, window = write_windows(self, spec, placement)
-        if window is not None:
-            raise self.no_place(spec, f"the windows of {window}")
-        return super().own_config(spec, placement)
 
     def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
         """GGUF files hold Llama 3's scaling as the divisors of the frequencies: one of the published two."""
