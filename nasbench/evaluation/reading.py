@@ -136,7 +136,7 @@ class Ends(Reading):
 
     def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
         """For each token of the ends: log p in nats [M] fp32, and whether it is the most likely one [M] bool."""
-        return _score(decoder, self.before(index, hidden), self.batches[index].tokens[self.places[index]])
+        return score_tokens(decoder, self.before(index, hidden), self.batches[index].tokens[self.places[index]])
 
     def columns(self, parts: Sequence[tuple[Tensor, ...]]) -> list[np.ndarray]:
         """What `read` gave, brought to the host: of each column [sum of counts], text by text."""
@@ -155,7 +155,7 @@ class Ends(Reading):
         return {"log_p": torch.from_numpy(log_p), "right": torch.from_numpy(right)}
 
 
-def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def score_tokens(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """hidden [M, C], targets [M] -> log p [M], whether the target is the most likely token [M]."""
     log_p, right = [], []
     for states, ids in zip(hidden.split(CHUNK.of(hidden.device)), targets.split(CHUNK.of(hidden.device)), strict=True):
