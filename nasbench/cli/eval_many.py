@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,8 @@ class ManyOptions:
 
     def words(self, path: Path, number: int, of: int, device: str, seconds: float) -> tuple[str, ...]:
         """The command line of the process that measures share `number` of `of`."""
-        return (
-            "eval", str(path), "--placements", self.placements, "--tasks", self.tasks, "--brief-tasks",
-            self.brief_tasks, "--suite", self.suite, "--brief-items", str(self.brief_items), "--test-tokens",
-            self.test_tokens, "--seconds", f"{seconds:.0f}", "--share", f"{number}/{of}", "--device", device,
-            "--dtype", self.dtype,
-        )  # fmt: skip
+        own = asdict(self) | {"seconds": f"{seconds:.0f}", "share": f"{number}/{of}", "workers": "", "device": device}
+        return ("eval", str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in own.items()))
 
 
 def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:

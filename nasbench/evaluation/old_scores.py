@@ -25,9 +25,7 @@ log = logging.getLogger("nasbench")
 
 def read_old_scores(run: Path) -> dict[ScoreKey, Scores]:
     """What the old files of a run folder hold. A bad row is left out with a warning: it can be measured again."""
-    found: dict[ScoreKey, Scores] = {}
-    if (run / "evals.csv").is_file():
-        found.update(_evals(run / "evals.csv"))
+    found = dict(_evals(run / "evals.csv"))
     lines = [line for path in (run / ITEMS, *sorted(run.glob("items-[0-9]*.jsonl"))) for line in _items(path)]
     # Weights that were trained on are measured again, maybe into another file: the time tells which is newer.
     found.update((key, scores) for _, key, scores in sorted(lines, key=lambda line: line[0]))
@@ -37,6 +35,8 @@ def read_old_scores(run: Path) -> dict[ScoreKey, Scores]:
 def _evals(path: Path) -> Iterator[tuple[ScoreKey, Scores]]:
     from nasbench.evaluation.scores import ScoreKey, Scores
 
+    if not path.is_file():
+        return
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file, strict=True))

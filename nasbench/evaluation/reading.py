@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import chain
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from nasbench.core.by_device import ByDevice
 from nasbench.data.packing import Batch
@@ -70,37 +70,28 @@ class Text:
     count: int
 
 
-def lengths_of(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """[rows] int64."""
-    return np.fromiter(map(len, rows), np.int64, len(rows))
-
-
-def batches_of(lengths: np.ndarray, tokens: int) -> Iterator[slice]:
-    """Places of ascending lengths [n], in batches of at most `tokens` tokens once padded to the longest of each; a row
+def batches_of(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Places of ascending lengths, in batches of at most `tokens` tokens once padded to the longest of each; a row
     longer than that is a batch of its own."""
     start = 0
-    while start < len(lengths):
-        sizes = np.arange(1, len(lengths) - start + 1) * lengths[start:]
-        stop = start + max(1, int(sizes.searchsorted(tokens, "right")))
-        yield slice(start, stop)
-        start = stop
+    for place, length in enumerate(lengths):
+        if place > start and (place - start + 1) * length > tokens:
+            yield slice(start, place)
+            start = place
+    if start < len(lengths):
+        yield slice(start, len(lengths))
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
     """[rows, longest] int64, zeros behind each row."""
-    lengths = lengths_of(rows)
-    table = np.zeros((len(rows), lengths.max()), np.int64)
-    table[np.arange(table.shape[1]) < lengths[:, None]] = np.fromiter(chain.from_iterable(rows), np.int64)
-    return torch.from_numpy(table).to(device)
+    return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 
-def end_places(lengths: np.ndarray, counts: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+def end_places(lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Row and place of the last `counts` tokens of padded rows of these lengths, [sum of counts] int64 each."""
-    row = np.repeat(np.arange(len(counts)), counts)
-    # Tokens of all ends in a row, less those of the ends before: each end's own, from 0 on.
-    own = np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)
-    place = np.repeat(lengths - counts, counts) + own
-    return torch.from_numpy(row).to(device), torch.from_numpy(place).to(device)
+    behind = lengths[:, None] - torch.arange(int(lengths.max()))
+    row, place = ((behind > 0) & (behind <= counts[:, None])).nonzero(as_tuple=True)
+    return row, place
 
 
 class Ends(Reading):
@@ -124,17 +115,19 @@ class Ends(Reading):
     ) -> None:
         self.title = title
         rows = [text.ids[-longest:] for text in texts]
-        lengths = lengths_of(rows)
-        self.counts = np.minimum([text.count for text in texts], lengths - 1)
-        order = lengths.argsort(kind="stable")
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        counts = torch.tensor([text.count for text in texts], dtype=torch.int64).minimum(lengths - 1)
+        order = lengths.argsort(stable=True)
         self.batches, self.places = [], []
-        for part in batches_of(lengths[order], tokens or BATCH_TOKENS.of(device)):
+        for part in batches_of(lengths[order].tolist(), tokens or BATCH_TOKENS.of(device)):
             chosen = order[part]
-            self.batches.append(Batch(padded([rows[i] for i in chosen], device)))
-            self.places.append(end_places(lengths[chosen], self.counts[chosen], device))
+            self.batches.append(Batch(padded([rows[i] for i in chosen]).to(device)))
+            row, place = end_places(lengths[chosen], counts[chosen])
+            self.places.append((row.to(device), place.to(device)))
+        self.counts = counts.numpy()
         self._text = np.repeat(np.arange(len(texts)), self.counts)
         # From the order of the batches to that of the texts, token by token.
-        self._back = np.repeat(order, self.counts[order]).argsort(kind="stable")
+        self._back = np.repeat(order.numpy(), self.counts[order.numpy()]).argsort(kind="stable")
 
     def before(self, index: int, hidden: Tensor) -> Tensor:
         """Hidden states [M, C] from which the ends' tokens of a batch are predicted."""
@@ -143,7 +136,7 @@ class Ends(Reading):
 
     def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
         """For each token of the ends: log p in nats [M] fp32, and whether it is the most likely one [M] bool."""
-        return _score(decoder, self.before(index, hidden), self.batches[index].tokens[self.places[index]])
+        return score_tokens(decoder, self.before(index, hidden), self.batches[index].tokens[self.places[index]])
 
     def columns(self, parts: Sequence[tuple[Tensor, ...]]) -> list[np.ndarray]:
         """What `read` gave, brought to the host: of each column [sum of counts], text by text."""
@@ -162,7 +155,7 @@ class Ends(Reading):
         return {"log_p": torch.from_numpy(log_p), "right": torch.from_numpy(right)}
 
 
-def _score(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def score_tokens(decoder: Decoder, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """hidden [M, C], targets [M] -> log p [M], whether the target is the most likely token [M]."""
     log_p, right = [], []
     for states, ids in zip(hidden.split(CHUNK.of(hidden.device)), targets.split(CHUNK.of(hidden.device)), strict=True):

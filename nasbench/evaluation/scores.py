@@ -203,11 +203,8 @@ class ScoreStore:
         import pandas
 
         self.refresh()
-        columns = ("metric", "value", "stderr", "n", "higher_is_better")
-        rows = [
-            {**asdict(key), **{name: getattr(scores, name) for name in columns}, "utc": scores.about.get("utc", "")}
-            for key, scores in self._scores.items()
-        ]
+        columns = ["metric", "value", "stderr", "n", "higher_is_better"]
+        rows = [vars(key) | vars(scores) | {"utc": scores.about.get("utc", "")} for key, scores in self._scores.items()]
         return pandas.DataFrame(rows, columns=[*ScoreKey.__dataclass_fields__, *columns, "utc"])
 
 

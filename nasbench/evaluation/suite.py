@@ -134,7 +134,8 @@ class Choices(Ends):
         titles: tuple[str, str], longest: int, device: torch.device,
     ) -> None:  # fmt: skip
         super().__init__([Text(first + second, len(second)) for first, second in pairs], longest, device)
-        self.count, self.weight, self.gold, self.titles = count, weight, gold, titles
+        self.weight, self.gold, self.titles = weight, gold, titles
+        self.ends = count.cumsum()[:-1]
 
     def judge(self, log_p: np.ndarray, right: np.ndarray) -> dict[str, Tensor]:
         """1 where the right alternative is the likeliest; of equally likely ones the first counts."""
@@ -143,9 +144,8 @@ class Choices(Ends):
 
     def correct(self, values: np.ndarray) -> Tensor:
         """[questions] fp32, from a value of every alternative."""
-        table = np.full((len(self.count), self.count.max()), -np.inf)
-        table[np.arange(table.shape[1]) < self.count[:, None]] = values
-        return torch.from_numpy(table.argmax(1) == self.gold).float()
+        chosen = [part.argmax() for part in np.split(values, self.ends)]
+        return torch.from_numpy(chosen == self.gold).float()
 
 
 @dataclass(frozen=True)

@@ -30,19 +30,22 @@ def prefill(decoder: Decoder, tokens: Tensor, cache: DecoderCache, chunk: int | 
     return decoder.logits(last)
 
 
-def cache_rows(cache: DecoderCache, begin: int, end: int) -> DecoderCache:
-    """The cache of sequences begin to end - 1, empty as yet: views, so what is written there is written here."""
+def cache_rows(cache: DecoderCache, index: slice | Tensor) -> DecoderCache:
+    """The cache of some of the sequences. A slice gives views: what is written there is written here. Indices [n] give
+    copies, also several of one sequence."""
 
     def rows(block: BlockCache | None) -> BlockCache | None:
         view = copy.copy(block)  # whatever else a kind keeps stays
         if view is not None:
             view.state, view.conv_state = (
-                {name: tensor[begin:end] for name, tensor in tensors.items()}
-                for tensors in (view.state, view.conv_state)
+                {name: tensor[index] for name, tensor in tensors.items()} for tensors in (view.state, view.conv_state)
             )
         return view
 
-    return DecoderCache([rows(block) for block in cache.blocks], end - begin, cache.context)
+    batch = len(index) if isinstance(index, Tensor) else len(range(cache.batch)[index])
+    chosen = DecoderCache([rows(block) for block in cache.blocks], batch, cache.context)
+    chosen.length = cache.length
+    return chosen
 
 
 def prefill_each(decoder: Decoder, prompts: Sequence[Tensor], cache: DecoderCache, chunk: int | None = None) -> Tensor:
@@ -55,7 +58,7 @@ def prefill_each(decoder: Decoder, prompts: Sequence[Tensor], cache: DecoderCach
     logits, begin = [], 0
     for _, members in groupby(prompts, len):
         tokens = torch.stack(list(members)).to(decoder.device)
-        logits.append(prefill(decoder, tokens, cache_rows(cache, begin, begin + len(tokens)), chunk))
+        logits.append(prefill(decoder, tokens, cache_rows(cache, slice(begin, begin + len(tokens))), chunk))
         begin += len(tokens)
     return torch.cat(logits)
 

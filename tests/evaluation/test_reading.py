@@ -50,15 +50,15 @@ def read_ends(decoder, ends):
 
 
 def test_batches_are_as_large_as_fits():
-    lengths = np.array([1, 1, 2, 3, 3, 9, 10])
+    lengths = [1, 1, 2, 3, 3, 9, 10]
     assert [(part.start, part.stop) for part in batches_of(lengths, 9)] == [(0, 3), (3, 5), (5, 6), (6, 7)]
     assert list(batches_of(lengths[:0], 9)) == []
     assert list(batches_of(lengths, 1000)) == [slice(0, 7)]
 
 
 def test_ends_of_padded_rows():
-    assert padded([[3], [4, 5, 6], [7, 8]], CPU).tolist() == [[3, 0, 0], [4, 5, 6], [7, 8, 0]]
-    row, place = end_places(np.array([1, 3, 5, 2]), np.array([1, 2, 0, 2]), CPU)
+    assert padded([[3], [4, 5, 6], [7, 8]]).tolist() == [[3, 0, 0], [4, 5, 6], [7, 8, 0]]
+    row, place = end_places(torch.tensor([1, 3, 5, 2]), torch.tensor([1, 2, 0, 2]))
     assert row.tolist() == [0, 1, 1, 3, 3]
     assert place.tolist() == [0, 1, 2, 0, 1]
 

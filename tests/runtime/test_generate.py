@@ -156,7 +156,7 @@ def test_prefill_gives_the_last_logits(decoder):
 def test_rows_of_a_cache_are_written_and_no_others(decoder):
     cache, single = decoder.new_cache(4, 20), decoder.new_cache(1, 20)
     tokens = torch.randint(0, 97, (2, 9), generator=torch.Generator().manual_seed(0)).to(decoder.device)
-    rows = cache_rows(cache, 1, 3)
+    rows = cache_rows(cache, slice(1, 3))
     logits = prefill(decoder, tokens, rows, 4)
     assert (rows.batch, rows.length, cache.length) == (2, 9, 0)
     alone = prefill(decoder, tokens[:1], single, 4)

@@ -1,0 +1,137 @@
+"""The model class of lm-evaluation-harness against the harness's own transformers backend, and its tasks by name."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
+from nasbench.spaces.placement import parse_placement
+
+WORDS = ["layer", "state", "key", "value", "window", "model", "token", "holds", "each", "not"]
+
+
+def words(generator, count):
+    return " ".join(generator.choices(WORDS, k=count))
+
+
+def asked(*arguments):
+    return SimpleNamespace(args=arguments)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no BOS", "BOS"])
+def pair(request, tmp_path_factory):
+    """(our class, the harness's hf class) over one random llama with a context of 256 tokens."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    transformers = pytest.importorskip("transformers")
+    from lm_eval.models.huggingface import HFLM
+
+    from nasbench.evaluation.harness_model import HarnessModel
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.3, bos_token_id=1, eos_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer = tiny_tokenizer(request.param)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>" if request.param else None, eos_token="<e>", pad_token="<e>"
+    )
+    fast.save_pretrained(folder)
+    loaded = load_model(str(folder))
+    theirs = HFLM(model.eval(), tokenizer=fast, batch_size=4, device="cpu", dtype="float32", max_length=256)
+    return HarnessModel(loaded.decoder, loaded.tokenizer, batch_size=4), theirs
+
+
+def tiny_tokenizer(bos):
+    """Bytes, a few merges with a space, two special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<e>", "<s>", *alphabet, "st", "Ġst", "ke"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("s", "t"), ("Ġ", "st"), ("k", "e")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<e>", "<s>")])
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+def test_log_likelihoods_are_those_of_the_hf_backend(pair):
+    """Contexts of all lengths, shared ones, one beyond the model's, an empty one, white space at the ends."""
+    ours, theirs = pair
+    generator = random.Random(0)
+    shots = words(generator, 12)
+    contexts = ["", "key ", "state\n\n", *(words(generator, n) for n in (1, 5, 20, 60)), shots, f"{shots} layer"]
+    requests = [
+        asked(context, continuation)
+        for context in contexts
+        for continuation in (" state", " key value", "x", words(generator, 3), " state of it")
+    ]
+    expected, found = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests, disable_tqdm=True)
+    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_rolling_log_likelihoods_are_those_of_the_hf_backend(pair):
+    ours, theirs = pair
+    texts = [asked(words(random.Random(n), n)) for n in (1, 30, 130)]
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), abs=2e-3)
+
+
+def test_written_text_is_that_of_the_hf_backend(pair):
+    ours, theirs = pair
+    generator = random.Random(1)
+    short, long = {"until": ["\n", "t"], "max_gen_toks": 20, "do_sample": False}, {"until": "zzz", "max_gen_toks": 7}
+    requests = [asked(words(generator, n), dict(short if n % 2 else long)) for n in (1, 2, 3, 7, 8, 80)]
+    found = ours.generate_until(requests)
+    # One at a time: the backend pads on the left, which changes what a context begins with.
+    assert found == [theirs.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert any(found)
+
+
+def test_a_hybrid_reads_shared_prefixes_as_whole_requests(pair, monkeypatch):
+    """Layers with a state and windows too."""
+    from nasbench.evaluation import harness_model
+
+    ours, _ = pair
+    shape = ours.decoder.shape
+    decoder = random_decoder(shape, parse_placement("J W8"), seed=3)
+    hybrid = harness_model.HarnessModel(decoder, ours.words, batch_size=3)
+    shots = words(random.Random(0), 14)
+    requests = [asked(f"{shots} {word}", f" {other}") for word in WORDS[:4] for other in WORDS[:3]]
+    found, read = hybrid.loglikelihood(requests, disable_tqdm=True), []
+    prefill = harness_model.prefill
+    monkeypatch.setattr(harness_model, "prefill", lambda d, t, c: (read.append(t.shape), prefill(d, t, c))[1])
+    assert hybrid.loglikelihood(requests, disable_tqdm=True) == found
+    assert read
+    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows: [Group((i,), 0) for i in range(len(rows))])
+    whole = hybrid.loglikelihood(requests, disable_tqdm=True)
+    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in whole], abs=1e-4)
+
+
+def test_prefixes_save_the_most_tokens():
+    def row(*parts):
+        return (*(token for part, blocks in parts for token in [part] * (BLOCK * blocks)), 0)
+
+    # Two questions with the same eight blocks before them, four alternatives each: one prefix for all saves more.
+    alternatives = [row((1, 8), (question, 1), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
+    assert sorted(shared_prefixes(alternatives), key=str) == [Group(tuple(range(8)), 8 * BLOCK)]
+    # With longer questions each has its own.
+    longer = [row((1, 1), (question, 4), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
+    assert sorted(shared_prefixes(longer), key=str) == [
+        Group((0, 1, 2, 3), 5 * BLOCK),
+        Group((4, 5, 6, 7), 5 * BLOCK),
+    ]
+    assert shared_prefixes([row((1, 1)), row((2, 1))]) == [Group((0,), 0), Group((1,), 0)]
+    assert shared_prefixes([]) == []
+    # A token stays behind the prefix.
+    whole = (1,) * BLOCK
+    assert shared_prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
