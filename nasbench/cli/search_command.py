@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def command(
     from nasbench.search.strategies import STRATEGIES
 
     opened = Run.open(run)
-    STRATEGIES[strategy]
+    STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
     parse_objective(objective)
     options = Options(
         full_attention=parse_counts(full_attention),
@@ -81,13 +82,14 @@ def command(
 
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cost import check_context, find_profiles, load_cost_model
+    from nasbench.devices import detect
     from nasbench.search.run_folder import choose_dtype, search_run
     from nasbench.search.trials import Target
 
     torch_name = torch_device(device)
     shape = resolve_shape(opened.spec.model)
     check_context(shape, sizes[0])
-    profile = profile or _device_here(torch_name)
+    profile = profile or detect(torch_name).slug
     target = Target(profile, sizes[0], sizes[1], choose_dtype(find_profiles(profile, db), dtype, profile))
     cost = load_cost_model(profile, shape, target.dtype, db)
 
@@ -112,12 +114,6 @@ def parse_counts(text: str) -> tuple[int, ...]:
     if not all(part.isdecimal() for part in parts):
         raise UserError(f"bad --full-attention {text!r}: write whole numbers of layers, as 4 or 4,8,15")
     return tuple(sorted({int(part) for part in parts}))
-
-
-def _device_here(torch_name: str) -> str:
-    from nasbench.devices import detect
-
-    return detect(torch_name).slug
 
 
 def print_outcome(outcome: Outcome, target: Target) -> None:
@@ -149,32 +145,21 @@ def _comparison(pair: Any) -> tuple[object, ...]:
 
 def _front(row: FrontRow, full_tok_s: float) -> tuple[object, ...]:
     gain, cache = f"{row.decode_tok_s / full_tok_s:.2f}", f"{row.cache_bytes / 2**20:.1f}"
-    score = f"{row.front_score:.4f}"
-    return row.rank, row.k, score, _known(row.loss_test, ".4f"), _speed(row), gain, cache, row.placement
+    loss = "" if math.isnan(row.loss_test) else f"{row.loss_test:.4f}"
+    return row.rank, row.k, f"{row.front_score:.4f}", loss, _speed(row), gain, cache, row.placement
 
 
 def _speed(row: Any) -> str:
     return f"{'~' if row.source == 'estimated' else ''}{row.decode_tok_s:,.1f}"
 
 
-def _known(value: float, form: str) -> str:
-    return "" if value != value else format(value, form)
-
-
 def as_json(outcome: Outcome, target: Target, path: Path) -> dict[str, Any]:
-    """The outcome as plain data; unknown numbers are null."""
+    """The outcome as plain data."""
     from dataclasses import asdict
-
-    def plain(row: Any) -> dict[str, Any]:
-        return {key: None if value != value else value for key, value in asdict(row).items()}
 
     return {
         "target": asdict(target),
         "objective": outcome.front[0].objective,
         "front_csv": str(path),
-        "comparisons": [
-            {"k": pair.k, "searched": plain(pair.searched), "uniform": plain(pair.uniform)}
-            for pair in outcome.comparisons
-        ],
-        "front": [plain(row) for row in outcome.front],
+        **asdict(outcome),
     }

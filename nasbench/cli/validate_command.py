@@ -61,8 +61,7 @@ def command(
             limit_s=seconds or math.inf, progress=lambda done, total: bar("end to end", done, total), log=log,
         )  # fmt: skip
     if as_json:
-        rows = [{key: value if value == value else None for key, value in vars(row).items()} for row in found]
-        print_json({"mean_error": None if beyond else mean_error(found), "rows": rows})
+        print_json({"mean_error": mean_error(found), "rows": [vars(row) for row in found]})
         return
     table = [
         (

@@ -14,7 +14,7 @@ from nasbench.runs import Run
 from nasbench.search import strategies
 from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
-from nasbench.search.trials import FrontRow, Target, front_rows, unique, write_front
+from nasbench.search.trials import FrontRow, Target, front_rows, write_front
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
 
@@ -83,7 +83,7 @@ def search_run(
         evaluator.measure(
             list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
         )
-    front = front_rows(unique(trials), world.reference, lambda layers: held_out_scores(evaluator, layers))
+    front = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
     write_front(run.front, target, front)
     return Outcome(comparisons, front)
 

@@ -29,6 +29,13 @@ ROUNDS = ByDevice(cpu=3, cuda=1)
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
 
 
+_MEASURED = (
+    "placement", "context", "batch", "dtype", "step_p20_ms", "step_ms", "step_p80_ms", "repeats", "floor_fraction",
+    "device", "torch", "driver", "nasbench", "measured_utc",
+)  # fmt: skip
+"""Columns that are fields of nasbench.runtime.throughput.ThroughputResult."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationRow:
     """One placement on one target: a row of runs/NAME/validation.csv. Older files lack the columns with a default.
@@ -114,7 +121,6 @@ def validate(
         seconds: of decoding for one placement. limit_s: of all; what is left over, the next call measures.
         log: told which placements do not fit in memory.
     """
-
     from nasbench.cost.end_to_end import Decoders
     from nasbench.runtime.memory import free_bytes
     from nasbench.runtime.roofline import measure_ceilings
@@ -159,24 +165,11 @@ def validate(
             point = WholePoint("decode", placement, target.context, target.batch)
             seen = compare_point(cost, point, result.decode_tok_s) if cost is not None else None
             row = ValidationRow(
-                placement=result.placement,
-                context=target.context,
-                batch=target.batch,
-                dtype=target.dtype,
                 predicted_tok_s=seen.predicted_tok_s if seen else math.nan,
                 measured_tok_s=result.decode_tok_s,
                 error=seen.error if seen else math.nan,
-                step_p20_ms=result.step_p20_ms,
-                step_ms=result.step_ms,
-                step_p80_ms=result.step_p80_ms,
-                repeats=result.repeats,
-                floor_fraction=result.floor_fraction,
-                device=result.device,
                 source=seen.source if seen else "",
-                torch=result.torch,
-                driver=result.driver,
-                nasbench=result.nasbench,
-                measured_utc=result.measured_utc,
+                **{name: getattr(result, name) for name in _MEASURED},
             )
             _add(path, row)
         done += 1
@@ -191,8 +184,7 @@ def read_validation(path: Path) -> list[ValidationRow]:
 
 
 def _add(path: Path, row: ValidationRow) -> None:
-    key = row.placement, row.target
-    others = [old for old in read_validation(path) if (old.placement, old.target) != key]
+    others = [old for old in read_validation(path) if (old.placement, old.target) != (row.placement, row.target)]
     write_table(path, [*others, row])
 
 
