@@ -230,37 +230,13 @@ def _print_plan(todo: SweepPlan, as_json: bool) -> None:
 
 def _run(todo: SweepPlan) -> SweepResult:
     """Runs the sweep under a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    from nasbench.cli.common import log
+    from nasbench.cli.common import log, progress_bar
     from nasbench.profiling.sweep import run
-    from nasbench.store import Row
 
     if todo.machine.telemetry.missing:
         log(todo.machine.telemetry.missing)
     cores = todo.machine.info.cores
     if todo.machine.info.kind == "cpu" and todo.points and os.getloadavg()[0] > cores / 2:
         log(f"this machine is busy (load {os.getloadavg()[0]:.1f} on {cores} cores): the times will be too long")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("profile", total=len(todo.points) + 4 * todo.ceilings)
-
-        def advance(done: int, total: int, row: Row) -> None:
-            name = f"{row.block} {row.args}".strip()
-            bar.update(task, completed=done, total=total, description=f"profile {row.mode} {name}")
-
-        return run(todo, advance)
+    with progress_bar() as bar:
+        return run(todo, lambda done, total, row: bar("profile", done, total))

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from nasbench.core.errors import UserError
 from nasbench.cost.calibration import CalibrationRow
@@ -190,13 +191,4 @@ def holdout_points(
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Rank correlation, ties at their mean rank; NaN for fewer than two or for equal values alone."""
-    a, b = (_ranks(np.asarray(values, dtype=float)) for values in (first, second))
-    if len(a) < 2 or not a.std() or not b.std():
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
+    return float(pd.Series(first).rank().corr(pd.Series(second).rank()))

@@ -1,7 +1,6 @@
 """NVIDIA Ada Lovelace desktop GPUs."""
 
 from nasbench.devices.base import DeviceSpec
-from nasbench.devices.hopper import SHARED_MEMORY
 
 SPECS = (
     DeviceSpec(
@@ -14,6 +13,5 @@ SPECS = (
         tflop_s=165,
         shared_memory_bytes=99 << 10,
         source="NVIDIA Ada GPU architecture white paper, GeForce RTX 4090; fp16 with fp32 accumulation, dense",
-        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.9")),),
     ),
 )

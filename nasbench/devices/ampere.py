@@ -1,7 +1,6 @@
 """NVIDIA Ampere GPUs, data centre and desktop."""
 
 from nasbench.devices.base import DeviceSpec
-from nasbench.devices.hopper import SHARED_MEMORY
 
 SPECS = (
     DeviceSpec(
@@ -14,7 +13,6 @@ SPECS = (
         tflop_s=312,
         shared_memory_bytes=163 << 10,
         source="NVIDIA A100 80GB data sheet, column SXM, dense",
-        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.0")),),
     ),
     DeviceSpec(
         slug="nvidia-rtx-3090",
@@ -26,6 +24,5 @@ SPECS = (
         tflop_s=71,
         shared_memory_bytes=99 << 10,
         source="NVIDIA GA102 GPU architecture white paper, GeForce RTX 3090; fp16 with fp32 accumulation, dense",
-        sources=(("shared_memory_bytes", SHARED_MEMORY.format("8.6")),),
     ),
 )

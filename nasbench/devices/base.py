@@ -13,6 +13,8 @@ from nasbench.core.registry import Registry
 
 FIGURES = ("memory_bytes", "bandwidth_gb_s", "tflop_s", "shared_memory_bytes")
 """Figures of a DeviceSpec."""
+CAPABILITIES = "CUDA C++ programming guide, technical specifications by compute capability"
+"""Where the shared memory of every NVIDIA GPU is from."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class DeviceSpec:
         tflop_s: bf16/fp16 matrix products with fp32 accumulation.
         shared_memory_bytes: most that one thread block may use.
         source: where the figures are from.
-        sources: (figure, where it is from) for those that `source` does not cover.
+        sources: (figure, where it is from) for those that neither `source` nor CAPABILITIES covers.
         unified_memory: whether the CPU lives in the same memory.
     """
 
@@ -46,7 +48,10 @@ class DeviceSpec:
     @property
     def figure_sources(self) -> dict[str, str]:
         """Where each figure is from."""
-        return {name: dict(self.sources).get(name, self.source) for name in FIGURES}
+        found = dict(self.sources)
+        if self.arch.startswith("sm_"):
+            found.setdefault("shared_memory_bytes", f"{CAPABILITIES}, {self.arch[3:-1]}.{self.arch[-1]}")
+        return {name: found.get(name, self.source) for name in FIGURES}
 
     def matches(self, name: str) -> bool:
         """Whether a driver's device name is this device."""

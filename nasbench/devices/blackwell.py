@@ -1,7 +1,6 @@
 """NVIDIA Blackwell data-centre GPUs."""
 
 from nasbench.devices.base import DeviceSpec
-from nasbench.devices.hopper import SHARED_MEMORY
 
 SPECS = (
     DeviceSpec(
@@ -14,9 +13,6 @@ SPECS = (
         tflop_s=2250,
         shared_memory_bytes=227 << 10,
         source="NVIDIA DGX B200 data sheet, an eighth of the system's 1,440 GB and 64 TB/s",
-        sources=(
-            ("tflop_s", "NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W, dense bf16"),
-            ("shared_memory_bytes", SHARED_MEMORY.format("10.0")),
-        ),
+        sources=(("tflop_s", "NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W, dense bf16"),),
     ),
 )

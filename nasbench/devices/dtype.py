@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 
 ROWS, WIDTH, INNER = 512, 576, 1536
@@ -31,9 +31,4 @@ def faster_dtype(device: str) -> str:
 
 def _least_seconds(call: Callable[[], object]) -> float:
     call()
-    times = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(timeit.repeat(call, number=1, repeat=ROUNDS))

@@ -2,10 +2,6 @@
 
 from nasbench.devices.base import DeviceSpec
 
-SHARED_MEMORY = "CUDA C++ programming guide, technical specifications by compute capability, {}"
-
-_SHARED = (("shared_memory_bytes", SHARED_MEMORY.format("9.0")),)
-
 SPECS = (
     DeviceSpec(
         slug="nvidia-h100-sxm",
@@ -17,7 +13,6 @@ SPECS = (
         tflop_s=989,
         shared_memory_bytes=227 << 10,
         source="NVIDIA H100 data sheet, column SXM; half of the 1,979 TFLOP/s with sparsity",
-        sources=_SHARED,
     ),
     DeviceSpec(
         slug="nvidia-h100-pcie",
@@ -29,7 +24,6 @@ SPECS = (
         tflop_s=756,
         shared_memory_bytes=227 << 10,
         source="NVIDIA H100 data sheet, column PCIe; half of the 1,513 TFLOP/s with sparsity",
-        sources=_SHARED,
     ),
     DeviceSpec(
         slug="nvidia-h200",
@@ -41,6 +35,5 @@ SPECS = (
         tflop_s=989,
         shared_memory_bytes=227 << 10,
         source="NVIDIA H200 data sheet, column SXM; half of the 1,979 TFLOP/s with sparsity",
-        sources=_SHARED,
     ),
 )

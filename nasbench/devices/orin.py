@@ -2,9 +2,6 @@
 name (nasbench.devices.jetson) and the size of the memory tell them apart."""
 
 from nasbench.devices.base import DeviceSpec
-from nasbench.devices.hopper import SHARED_MEMORY
-
-_SHARED = ("shared_memory_bytes", SHARED_MEMORY.format("8.7"))
 
 SPECS = (
     DeviceSpec(
@@ -17,13 +14,7 @@ SPECS = (
         tflop_s=43,
         shared_memory_bytes=163 << 10,
         source="NVIDIA Jetson AGX Orin series data sheet, 64GB module",
-        sources=(
-            (
-                "tflop_s",
-                "derived: a quarter of the GPU's 170 sparse INT8 TOPS (AGX Orin technical brief)",
-            ),
-            _SHARED,
-        ),
+        sources=(("tflop_s", "derived: a quarter of the GPU's 170 sparse INT8 TOPS (AGX Orin technical brief)"),),
         unified_memory=True,
     ),
     DeviceSpec(
@@ -38,7 +29,6 @@ SPECS = (
         source="NVIDIA Jetson Orin NX series data sheet, 16GB module",
         sources=(
             ("tflop_s", "derived: AGX Orin's 170 sparse INT8 TOPS x 1024/2048 cores x 918/1300 MHz, a quarter of that"),
-            _SHARED,
         ),
         unified_memory=True,
     ),

@@ -6,14 +6,12 @@ Every row's fractions are of these, not of a data sheet.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
 
 from nasbench.core.dtypes import dtype_name
-from nasbench.core.noise import is_noisy
 from nasbench.profiling.measure import Machine, implementation, stamp, time_calls
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import ceiling_work
@@ -26,9 +24,8 @@ LAUNCHES = 200
 
 def _row(machine: Machine, name: str, dtype: str, calls: Sequence[Call], nbytes: int = 0, flops: int = 0) -> Row:
     """The row of a ceiling whose calls move bytes or do operations."""
-    each, telemetry = time_calls(machine, calls)
-    cells: dict[str, Any] = {**asdict(each), **telemetry, **stamp(machine)}
-    cells["noisy"] = is_noisy(each.p20_us, each.p50_us, each.p80_us)
+    each, timed = time_calls(machine, calls)
+    cells: dict[str, Any] = {**timed, **stamp(machine)}
     cells |= {"gb_s": nbytes / each.p50_us / 1e3} if nbytes else {}
     cells |= {"tflop_s": flops / each.p50_us / 1e6} if flops else {}
     how = implementation(machine.info.kind, "decode")

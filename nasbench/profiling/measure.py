@@ -61,7 +61,7 @@ def stamp(machine: Machine) -> dict[str, Any]:
 def time_calls(
     machine: Machine, calls: Sequence[Call], launched: bool = False, evict: Call | None = None
 ) -> tuple[Timing, dict[str, Any]]:
-    """(time of one call, telemetry cells with the energy of one call) on the machine.
+    """(time of one call, its cells with those of the telemetry and the energy of one call) on the machine.
 
     Args:
         launched: the engine launches these calls kernel by kernel. What the device takes for them is timed in a graph
@@ -69,20 +69,20 @@ def time_calls(
     """
     before, began = machine.telemetry.read(), time.perf_counter()
     loads: list[Load] = []
+
+    def watch(work: Call) -> None:
+        if machine.budget.watch > 0:
+            loads.append(machine.telemetry.load(work, machine.budget.watch))
+
     if machine.info.kind == "cuda":
-        watch_s = machine.budget.watch
-
-        def watch(work: Call) -> None:
-            if watch_s > 0:
-                loads.append(machine.telemetry.load(work, watch_s))
-
         together = time_cuda(calls, machine.budget, True, watch, fall_back=launched)
     else:
         together = time_cpu(calls, machine.budget, evict)
     seconds = time.perf_counter() - began
     timing = together.scaled(1 / len(calls))
     load = loads[0] if loads else Load(machine.telemetry.read())
-    return timing, _telemetry_cells(before, load, seconds, timing)
+    noisy = {"noisy": is_noisy(timing.p20_us, timing.p50_us, timing.p80_us)}
+    return timing, asdict(timing) | noisy | _telemetry_cells(before, load, seconds, timing)
 
 
 def _telemetry_cells(before: Reading, load: Load, seconds: float, timing: Timing) -> dict[str, Any]:
@@ -141,20 +141,17 @@ def _measured(machine: Machine, bench: Bench, point: Point) -> dict[str, Any]:
         # What it does is a part of other blocks' kernels, and of their rows.
         return {"p20_us": 0.0, "p50_us": 0.0, "p80_us": 0.0, "repeats": 0, "noisy": False, "reason": work.reason}
     launched = cuda and implementation("cuda", point.mode) == "torch-eager"
-    each, telemetry = time_calls(machine, work.calls, launched, work.evict)
+    each, timed = time_calls(machine, work.calls, launched, work.evict)
     # Work space, and of the weights and caches those of one instance.
     peak = torch.cuda.max_memory_allocated() - held + held // len(work.calls) if cuda else None
-    rates = _rates(machine, work, each, dtype_name(bench.dtype))
     return {
-        **asdict(each),
+        **timed,
         "host_us": launch_us(work.calls[0]) if launched else None,
-        "noisy": is_noisy(each.p20_us, each.p50_us, each.p80_us),
         "peak_bytes": peak,
         "cache_bytes": work.cache_bytes,
         "cache_formula_bytes": work.cache_formula_bytes,
         "conv_state_bytes": work.conv_state_bytes,
-        **rates,
-        **telemetry,
+        **_rates(machine, work, each, dtype_name(bench.dtype)),
     }
 
 

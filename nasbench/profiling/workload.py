@@ -147,18 +147,10 @@ def _layerless(shape: ModelSpec) -> Decoder:
     return Decoder(replace(shape, num_layers=0, published_placement=""), ())
 
 
-def _places(bench: Bench) -> Decoder:
-    """A decoder of one word, which knows where tokens stand."""
-    return _instances(bench, "places", partial(_layerless, replace(bench.shape, vocab_size=1)), 1)[0]
-
-
-def _fuses_norm(x: Tensor, meta: Meta) -> bool:
-    return stream_for(x, meta).fuses_norm
-
-
 def _meta(bench: Bench, point: Point) -> Meta:
     """Where the point's tokens stand, what its layers look up made already."""
-    decoder = _places(bench)
+    # A decoder of one word knows where tokens stand.
+    (decoder,) = _instances(bench, "places", partial(_layerless, replace(bench.shape, vocab_size=1)), 1)
     meta: Meta
     if point.mode == "prefill":
         meta = decoder.sequence_meta(point.context - point.chunk, point.chunk)
@@ -183,7 +175,7 @@ def _calls(
     bench: Bench, blocks: list[Any], x: Tensor, meta: Meta, caches: Sequence[BlockCache | None]
 ) -> list[Callable[[], object]]:
     norm = None
-    if _fuses_norm(x, meta):
+    if stream_for(x, meta).fuses_norm:
         # Its weight is too small to matter to the caches.
         size, eps = bench.shape.hidden_size, bench.shape.rms_eps
         (norm,) = _instances(bench, "norm before", partial(nn.RMSNorm, size, eps), 1)
@@ -224,18 +216,14 @@ def _block(bench: Bench, point: Point) -> Workload:
     )
 
 
-def _small(bench: Bench) -> int:
-    return SMALL.of(bench.device)
-
-
 def _norm(bench: Bench, point: Point) -> Workload:
     """Residual addition and RMSNorm, twice or four times in every layer."""
     size = bench.shape.hidden_size
     x, y = (_activations(bench, point, size) for _ in range(2))
     meta = _meta(bench, replace(point, context=max(1, point.chunk)))
-    if _fuses_norm(x, meta):
+    if stream_for(x, meta).fuses_norm:
         return Workload([], *_amounts(bench, point), reason=NO_CALL)
-    norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), _small(bench))
+    norms = _instances(bench, "norm", partial(nn.RMSNorm, size, bench.shape.rms_eps), SMALL.of(bench.device))
 
     def call(norm: nn.Module) -> Tensor:
         stream = stream_for(x, meta)
@@ -248,7 +236,8 @@ def _norm(bench: Bench, point: Point) -> Workload:
 def _embedding(bench: Bench, point: Point) -> Workload:
     """The look-up and, in a decode step, the rotary tables that all layers share."""
     (decoder,) = _instances(bench, "decoder", partial(_layerless, bench.shape), 1)
-    tokens = torch.randint(bench.shape.vocab_size, (_small(bench), point.batch, point.chunk or 1), device=bench.device)
+    size = (SMALL.of(bench.device), point.batch, point.chunk or 1)
+    tokens = torch.randint(bench.shape.vocab_size, size, device=bench.device)
     decoder.prepare(1)
     positions = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
 
@@ -266,7 +255,7 @@ def _head(bench: Bench, point: Point) -> Workload:
     count = 1 if nbytes >= 3 * bench.llc_bytes else _count(bench, point, nbytes)
     x = _activations(bench, replace(point, chunk=0), bench.shape.hidden_size)
     meta = _meta(bench, replace(point, context=1))
-    fuses = _fuses_norm(x, meta)
+    fuses = stream_for(x, meta).fuses_norm
     tokens = torch.zeros(point.batch, dtype=torch.int64, device=bench.device)
 
     def call(decoder: Decoder) -> Tensor:
