@@ -9,9 +9,10 @@ from nasbench.model.mixers.attention.spec import FullAttentionSpec
 from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec, JetBlockSpec
 from nasbench.model.mixers.mamba2.spec import Mamba2Spec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
+from nasbench.model.mixers.windowed.spec import WindowedJetBlockSpec
 from nasbench.model.spec import FFNS, MIXERS, LayerShape, MixerSpec, mixer_spec
 
-for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec, Mamba2Spec):
+for _mixer in (FullAttentionSpec, SlidingWindowSpec, JetBlockSpec, GatedDeltaNetSpec, Mamba2Spec, WindowedJetBlockSpec):
     MIXERS.register(_mixer.kind, _mixer)
 for _ffn in (GatedFFNSpec, MixtureSpec, NoFFNSpec):
     FFNS.register(_ffn.kind, _ffn)

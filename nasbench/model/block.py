@@ -168,10 +168,13 @@ class Block(nn.Module, ABC):
             norm: before the block; None where the stream's content is normalised already.
             post_norm: of the block's output before it is added.
         """
-        row = stream.read(norm, self.packed, self.epilogue)
-        y = stream.core(self, row, meta, cache)
+        y = self.features(stream, norm, meta, cache)
         assert self.out is not None
         stream.write(y, self.out, post_norm)
+
+    def features(self, stream: Stream, norm: nn.Module | None, meta: Meta, cache: BlockCache | None = None) -> Tensor:
+        """What the output projection reads, [.., Y]."""
+        return stream.core(self, stream.read(norm, self.packed, self.epilogue), meta, cache)
 
     def forward(self, x: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
         """Normalised input x [B, T, C] -> the block's output [B, T, C], in the way of the stream that fits the device
@@ -194,10 +197,10 @@ class Block(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves like any module, except that a change to a half-precision dtype leaves `fp32_parameters` fp32."""
-        kept = {name: getattr(self, name).detach() for name in self.fp32_parameters}
+        kept = {name: self.get_parameter(name).detach() for name in self.fp32_parameters}
         super()._apply(fn, recurse)
         for name, value in kept.items():
-            parameter = getattr(self, name)
+            parameter = self.get_parameter(name)
             if parameter.dtype.itemsize < value.dtype.itemsize:
                 parameter.data = value.to(parameter.device)
         return self
@@ -223,7 +226,7 @@ def features_of(block: Block, x: Tensor, meta: Meta) -> Tensor:
     from nasbench.model.stream import stream_for
 
     stream = stream_for(x, meta, residual=False)
-    return stream.core(block, stream.read(None, block.packed, block.epilogue), meta, None)
+    return block.features(stream, None, meta)
 
 
 @dataclass(frozen=True)
