@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import machine_errors, read_json, write_json, write_text
-from nasbench.core.sizes import format_size, parse_size
+from nasbench.core.sizes import format_size, parse_budget, parse_size
 
 RECIPES = Path(__file__).parent / "recipes"
 KINDS = ("cpu", "cuda")
@@ -141,7 +141,7 @@ def _scaled(name: str, value: Any, like: Any, scale: float) -> str:
     """A budget times the scale: a size, a count or seconds, as the recipe's own value is one."""
     try:
         if isinstance(like, str):
-            size = 0 if value == "0" else parse_size(value)
+            size = parse_budget(value)
             return str(value) if scale == 1 or not size else format_size(max(LEAST_TOKENS, int(size * scale)))
         if isinstance(like, int):
             return str(int(value) if scale == 1 else max(LEAST_COUNT, int(int(value) * scale)))

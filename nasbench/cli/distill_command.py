@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_settings, with_given
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_inputs, training_settings
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
@@ -53,22 +53,18 @@ def command(
     from nasbench.parallel.fsdp import check
     from nasbench.runs import Run, RunSpec
     from nasbench.spaces.space import original_of
+    from nasbench.supernet.budget import Budget
     from nasbench.supernet.train import distill
 
-    if dtype == "fp16":
-        raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
-    settings = read_settings(config, changes)
     seconds = {"align": align_seconds, "supernet": supernet_seconds}
     for stage, value in seconds.items():
         if not value >= 0:
             raise UserError(f"bad --{stage}-seconds {value}: at least 0")
         if value and (align_tokens if stage == "align" else supernet_tokens) is not None:
             raise UserError(f"--{stage}-seconds and --{stage}-tokens exclude each other: leave one out")
-    budgets = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
-    batches = {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
-    sizes = {key: 0 if text == "0" else parse_size(text) for key, text in budgets.items() if text is not None}
-    sizes |= {key: parse_size(text) for key, text in batches.items() if text is not None}
-    settings = with_given(settings.updated(sizes), shard=shard, tensorboard=tensorboard)
+    sizes = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
+    sizes |= {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
+    settings = training_settings(config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard)
     shape = resolve_shape(model)
     spec = RunSpec(
         model,
@@ -89,9 +85,11 @@ def command(
             return
         if any(seconds.values()) and workers.size > 1:
             raise UserError("seconds are measured by one process: under torchrun write tokens")
-        run, read = Run.create(out, spec), {}
+        run = Run.create(out, spec)
+        read: dict[str, Any] = {}
         if any(seconds.values()):
-            settings, read = _budgeted(run, settings, seconds, own, kind)
+            read = read_inputs(run, own, kind)
+            settings = Budget(run, settings, read["loaded"], read["corpus"], own, log).settings(seconds)
         with progress_bar() as progress:
             net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers, **read)
         source, version = net.source, net.version
@@ -101,19 +99,6 @@ def command(
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {source}")
     if as_json:
         print_json({"run": str(out), "names": list(run.spec.space.names), "version": version})
-
-
-def _budgeted(run, settings, seconds: dict[str, float], device: str, dtype):  # type: ignore[no-untyped-def]
-    """The settings with tokens that fill the seconds, and the model and text that were read for it."""
-    from nasbench.checkpoints.load import load_model
-    from nasbench.cli.common import log
-    from nasbench.data.packing import Corpus
-    from nasbench.supernet.budget import Budget
-
-    loaded = load_model(run.spec.model, dtype=dtype, device=device)
-    corpus = Corpus.load(run.spec.data, loaded.tokenizer, run.spec.sequence)
-    budget = Budget(run, settings, loaded, corpus, device, log)
-    return budget.settings(seconds), {"loaded": loaded, "corpus": corpus}
 
 
 def _dry_run(  # type: ignore[no-untyped-def]

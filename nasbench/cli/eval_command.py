@@ -113,9 +113,9 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
     from nasbench.checkpoints.load import load_model
     from nasbench.data.packing import Corpus
     from nasbench.evaluation.tasks import Context
+    from nasbench.model.block import kinds_without_varlen
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
-    from nasbench.supernet.forward import kinds_without_varlen
 
     teacher = None
     if is_final(Path(target)):

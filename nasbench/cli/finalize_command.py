@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_settings, with_given
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_inputs, training_settings
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import parse_size
+from nasbench.core.sizes import parse_budget, parse_size
 
 if TYPE_CHECKING:
     from nasbench.runs import Run
@@ -52,8 +52,6 @@ def command(
     from nasbench.supernet.budget import note_final
     from nasbench.supernet.finalize import AVERAGE, average_final, final_folder, finalize
 
-    if dtype == "fp16":
-        raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
     if not 0 <= average <= 1:
         raise UserError(f"bad --average {average}: choose 0 to 1")
     if not seconds >= 0:
@@ -62,18 +60,15 @@ def command(
         raise UserError(f"bad --variant {variant!r}: write letters, digits, _ and -")
     opened = Run.open(run)
     chosen = _chosen(opened, placement, full_attention)
-    settings = read_settings(config, changes)
-    budget = 0 if tokens == "0" else parse_size(tokens)
-    where = torch_device(device)
-    if batch:
-        settings = settings.updated({"supernet_batch_tokens": parse_size(batch)})
-    settings = with_given(settings, shard=shard, tensorboard=tensorboard)
+    sizes = {"supernet_batch_tokens": batch or None}
+    settings = training_settings(config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard)
+    budget, where = parse_budget(tokens), torch_device(device)
     kind, rows = torch_dtype(dtype), parse_size(sequence) if sequence else None
     folder = final_folder(opened, chosen, variant)
     with dist_context(where) as (workers, own), progress_bar() as progress:
         if seconds and workers.size > 1:
             raise UserError("--seconds is measured by one process: under torchrun write --tokens")
-        read = _read(opened, data, rows, own, kind) if data or seconds else {}
+        read = read_inputs(opened, own, kind, data, rows) if data or seconds else {}
         known = _budget(opened, settings, folder, read, own) if seconds else None
         if known is not None:
             settings, budget = known[0], known[1].tokens(seconds)
@@ -115,16 +110,6 @@ def _chosen(run: Run, placement: str, count: int | None) -> Placement:
     if count is not None:
         return best_searched(run, count)
     return run.spec.space.check(resolve_shape(run.spec.model).parse(placement))
-
-
-def _read(run: Run, data: str, sequence: int | None, device: str, dtype: Any) -> dict[str, Any]:
-    """The run's model and the text in rows."""
-    from nasbench.checkpoints.load import load_model
-    from nasbench.data.packing import Corpus
-
-    loaded = load_model(run.spec.model, dtype=dtype, device=device)
-    corpus = Corpus.load(data or run.spec.data, loaded.tokenizer, sequence or run.spec.sequence)
-    return {"loaded": loaded, "corpus": corpus}
 
 
 def _budget(run: Run, settings: Any, folder: Path, read: dict[str, Any], device: str) -> tuple[Any, Any]:

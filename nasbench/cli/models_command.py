@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,38 +16,35 @@ def command(
     from nasbench.model.shapes import DEFAULT_MODEL, MODELS
     from nasbench.spaces.placement import format_placement
 
-    models: list[dict[str, Any]] = []
-    for name in MODELS:
-        shape = MODELS[name]
-        models.append(
+    shapes = {name: MODELS[name] for name in MODELS}
+    if as_json:
+        names = ("family", "hidden_size", "head_dim", "max_context")
+        models = [
             {
                 "name": name,
-                "family": shape.family,
                 "layers": shape.num_layers,
-                "hidden_size": shape.hidden_size,
                 "heads": shape.num_heads,
                 "kv_heads": shape.num_kv_heads,
-                "head_dim": shape.head_dim,
+                **{key: getattr(shape, key) for key in names},
                 "parameters": shape.parameters(),
-                "max_context": shape.max_context,
                 "placement": format_placement(shape.placement),
                 "weights": name == DEFAULT_MODEL,
             }
-        )
-    if as_json:
+            for name, shape in shapes.items()
+        ]
         print_json({"default": DEFAULT_MODEL, "models": models})
         return
     rows = [
-        [
-            model["name"],
-            model["layers"],
-            model["hidden_size"],
-            f"{model['heads']}/{model['kv_heads']} x {model['head_dim']}",
-            f"{model['parameters'] / 1e9:.2f}B",
-            format_size(model["max_context"]),
-            model["placement"],
-        ]
-        for model in models
+        (
+            name,
+            shape.num_layers,
+            shape.hidden_size,
+            f"{shape.num_heads}/{shape.num_kv_heads} x {shape.head_dim}",
+            f"{shape.parameters() / 1e9:.2f}B",
+            format_size(shape.max_context),
+            format_placement(shape.placement),
+        )
+        for name, shape in shapes.items()
     ]
     print_table(("name", "layers", "hidden", "heads", "params", "context", "placement"), rows)
     print(f"\n`default` is {DEFAULT_MODEL}, with its weights. The other shapes serve speed alone, with random weights.")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nasbench.core.errors import UserError
+from nasbench.core.sizes import parse_budget
 
 if TYPE_CHECKING:
+    from nasbench.runs import Run
     from nasbench.supernet.settings import DistillConfig
 
 Shard = Annotated[
@@ -27,22 +29,34 @@ Settings = Annotated[
 ]
 
 
-def read_settings(config: Path | None, changes: list[str] | None) -> DistillConfig:
-    """The settings of a TOML file, or the defaults, with the changes of --set. Raises UserError."""
+def training_settings(
+    config: Path | None, changes: list[str] | None, dtype: str, sizes: dict[str, str | None], **options: bool | None
+) -> DistillConfig:
+    """The settings of a TOML file, or the defaults, then --set, sizes and options; what is None was not given.
+
+    Raises UserError, also for a data type that cannot train, and where TensorBoard is wanted and not installed.
+    """
+    from nasbench.supernet import tensorboard
     from nasbench.supernet.settings import DistillConfig
 
+    if dtype == "fp16":
+        raise UserError("dtype fp16 cannot train (its range is too small): choose fp32 or bf16")
     settings = DistillConfig.read(config) if config else DistillConfig()
     try:
-        return settings.updated(tomllib.loads("\n".join(changes or [])))
+        settings = settings.updated(tomllib.loads("\n".join(changes or [])))
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"bad --set {' '.join(changes or [])!r}: {error}") from None
-
-
-def with_given(settings: DistillConfig, **options: object) -> DistillConfig:
-    """The settings with those options that were given, not None. Raises UserError where TensorBoard is wanted and not
-    installed."""
-    from nasbench.supernet import tensorboard
-
-    settings = settings.updated({name: value for name, value in options.items() if value is not None})
+    given: dict[str, Any] = {name: parse_budget(text) for name, text in sizes.items() if text is not None}
+    settings = settings.updated(given | {name: value for name, value in options.items() if value is not None})
     tensorboard.check(settings.tensorboard)
     return settings
+
+
+def read_inputs(run: Run, device: str, dtype: Any, data: str = "", sequence: int | None = None) -> dict[str, Any]:
+    """`loaded` and `corpus`: the run's model, and its text, or other text, in rows."""
+    from nasbench.checkpoints.load import load_model
+    from nasbench.data.packing import Corpus
+
+    loaded = load_model(run.spec.model, dtype=dtype, device=device)
+    corpus = Corpus.load(data or run.spec.data, loaded.tokenizer, sequence or run.spec.sequence)
+    return {"loaded": loaded, "corpus": corpus}

@@ -27,6 +27,15 @@ def machine_errors(doing: str) -> Iterator[None]:
         raise MachineError(f"{doing}: {reason}") from error
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it over `path` when the block ends well, removes it when not.
@@ -42,17 +51,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+            flush(temporary)
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -24,6 +24,11 @@ def parse_size(text: str | int) -> int:
     return int(value)
 
 
+def parse_budget(text: str) -> int:
+    """As parse_size, and `0` -> 0."""
+    return 0 if text == "0" else parse_size(text)
+
+
 def parse_sizes(text: str) -> list[int]:
     """`"4k,64k"` -> [4096, 65536], sorted, without repeats."""
     return sorted({parse_size(part) for part in text.split(",") if part.strip()})

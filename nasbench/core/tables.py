@@ -152,14 +152,6 @@ def format_cell(value: object, digits: int | None = None) -> str:
     return str(value)
 
 
-def _lines(rows: Iterable[Any], names: Sequence[str], digits: int | None) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(
-        [format_cell(getattr(row, name), digits) for name in names] for row in rows
-    )
-    return text.getvalue()
-
-
 def write_table(path: Path, rows: Iterable[R], row: type[R] | None = None, *, digits: int | None = None) -> None:
     """Writes the header and the rows, atomically.
 
@@ -169,26 +161,7 @@ def write_table(path: Path, rows: Iterable[R], row: type[R] | None = None, *, di
     """
     found = list(rows)
     names = columns(row or type(found[0]))
-    with atomic_path(path) as temporary:
-        temporary.write_text(",".join(names) + "\n" + _lines(found, names, digits), encoding="utf-8")
-
-
-def append_row(path: Path, row: Any, *, digits: int | None = None) -> None:
-    """Adds one row at the end of a file, which the first row creates. A half line that a killed writer left is cut."""
-    path, names = Path(path), columns(type(row))
-    if not path.exists():
-        write_table(path, [row], digits=digits)
-        return
-    with machine_errors(f"writing {path}"), path.open("r+b") as file:
-        header = next(csv.reader([file.readline().decode("utf-8", "replace")]), [])
-        if header != list(names):
-            _match_header(path, header, type(row), True)
-            write_table(path, [*read_table(path, type(row)), row], digits=digits)
-            return
-        end = file.seek(0, io.SEEK_END)
-        file.seek(end - 1)
-        if file.read(1) != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rindex(b"\n") + 1)
-            file.seek(0, io.SEEK_END)
-        file.write(_lines([row], names, digits).encode())
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows([format_cell(getattr(row, name), digits) for name in names] for row in found)

@@ -21,6 +21,7 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import atomic_path
 from nasbench.core.sizes import cache_dir
 from nasbench.data.text import read_documents
+from nasbench.model.documents import Documents
 
 SPLITS = ("train", "search", "test")
 HELD_OUT = 0.1
@@ -120,6 +121,11 @@ class Batch:
 
     tokens: Tensor
     ages: Tensor | None = None
+
+    @property
+    def documents(self) -> Documents | None:
+        """Which tokens belong together; None where rows are read as one text each."""
+        return None if self.ages is None else Documents(self.ages)
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -12,9 +12,9 @@ from nasbench.data.packing import Batch, Corpus
 from nasbench.evaluation.reading import Reading
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.evaluation.tasks import Context, Task, parse_task
+from nasbench.model.block import kinds_without_varlen
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
-from nasbench.supernet.forward import kinds_without_varlen, meta_of
 from nasbench.supernet.supernet import Supernet
 
 SEARCH_TOKENS = 2048
@@ -158,8 +158,8 @@ class Evaluator:
     ) -> Iterator[tuple[Placement, Tensor]]:
         """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""
         teacher = self.supernet.teacher
-        meta = meta_of(teacher, batch)
-        states = [teacher.embed(batch.tokens)]
+        x, meta = teacher.begin(batch.tokens, batch.documents)
+        states = [x]
         last: Placement = ()
         for placement in placements:
             shared = next(

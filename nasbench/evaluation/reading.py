@@ -22,7 +22,6 @@ from torch.nn.utils.rnn import pad_sequence
 from nasbench.core.by_device import ByDevice
 from nasbench.data.packing import Batch
 from nasbench.model.decoder import Decoder
-from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import CHUNK
 
 BATCH_TOKENS = ByDevice(cpu=4096, cuda=32768)
@@ -58,7 +57,10 @@ class Reading(ABC):
 def read_alone(decoder: Decoder, reading: Reading) -> dict[str, Tensor]:
     """What one decoder gives."""
     with reading.kernels():
-        parts = [reading.read(decoder, i, hidden_of(decoder, batch)) for i, batch in enumerate(reading.batches)]
+        parts = [
+            reading.read(decoder, i, decoder.hidden_by_layer(batch.tokens, documents=batch.documents))
+            for i, batch in enumerate(reading.batches)
+        ]
     return reading.samples(parts)
 
 

@@ -21,7 +21,6 @@ from nasbench.core.sizes import format_size
 from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.model.decoder import Decoder
-from nasbench.supernet.forward import hidden_of
 
 NAMES = (
     "Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis", "Maria",
@@ -112,7 +111,9 @@ class AnswerKLEnds(AnswerEnds):
 
     def read(self, decoder: Decoder, index: int, hidden: Tensor) -> tuple[Tensor, ...]:
         if index not in self._said:
-            self._said[index] = self._log_p(self.teacher, index, hidden_of(self.teacher, self.batches[index]))
+            batch = self.batches[index]
+            hidden_states = self.teacher.hidden_by_layer(batch.tokens, batch.documents)
+            self._said[index] = self._log_p(self.teacher, index, hidden_states)
         target = self._said[index]
         return (torch.linalg.vecdot(target.exp(), target - self._log_p(decoder, index, hidden)),)
 

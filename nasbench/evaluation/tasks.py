@@ -26,7 +26,6 @@ from nasbench.data.packing import Batch, Corpus
 from nasbench.evaluation.reading import BATCH_TOKENS, Reading, read_alone
 from nasbench.evaluation.scores import Scores
 from nasbench.model.decoder import Decoder
-from nasbench.supernet.forward import hidden_of
 from nasbench.supernet.losses import Distribution, teacher_distribution, token_losses
 
 T = TypeVar("T")
@@ -187,7 +186,7 @@ class HeldOut(Reading):
         """The teacher's distribution while there is room, else its final hidden states, from which its logits are made
         again chunk by chunk."""
         if index not in self._said:
-            hidden, weight = hidden_of(teacher, batch), teacher.head_weight
+            hidden, weight = teacher.hidden_by_layer(batch.tokens, batch.documents), teacher.head_weight
             kept = sum(said.p.nbytes for said in self._said.values() if isinstance(said, Distribution))
             fits = kept + batch.tokens.numel() * len(weight) * 4 <= KEPT_BYTES
             self._said[index] = teacher_distribution(hidden, weight) if fits else hidden

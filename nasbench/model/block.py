@@ -13,7 +13,7 @@ Shapes: B sequences, T tokens, C hidden size, P outputs of all input projections
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -227,6 +227,11 @@ def features_of(block: Block, x: Tensor, meta: Meta) -> Tensor:
 
     stream = stream_for(x, meta, residual=False)
     return block.features(stream, None, meta)
+
+
+def kinds_without_varlen(blocks: Iterable[Block]) -> list[str]:
+    """The kinds that do not support packed documents."""
+    return sorted({str(block.spec.kind) for block in blocks if not block.supports_packed_documents})
 
 
 @dataclass(frozen=True)

@@ -232,6 +232,10 @@ class Decoder(nn.Module):
         self._check_context(start + tokens)
         return SequenceMeta(self._rotary, self.device, start, tokens, documents)
 
+    def begin(self, tokens: Tensor, documents: Documents | None = None) -> tuple[Tensor, SequenceMeta]:
+        """The residual stream [B, T, C] of tokens [B, T] before the first layer, and where they stand."""
+        return self.embed(tokens), self.sequence_meta(0, tokens.shape[1], documents)
+
     def step_meta(self, positions: Tensor, max_seqlen: int, equal_lengths: bool = False) -> StepMeta:
         """Where one new token of every sequence stands: positions [B] int64 on the device, each below max_seqlen."""
         return StepMeta(self._rotary, positions, max_seqlen, equal_lengths)
@@ -262,7 +266,7 @@ class Decoder(nn.Module):
     def hidden_by_layer(self, tokens: Tensor, documents: Documents | None = None) -> Tensor:
         """As `hidden` without a cache, by each layer's own forward, as a supernet runs it. In half precision
         the fused forms of whole prompts round in other places, which KL to a teacher would show."""
-        meta, x = self.sequence_meta(0, tokens.shape[1], documents), self.embed(tokens)
+        x, meta = self.begin(tokens, documents)
         for layer in self.layers:
             x = layer(x, meta)
         return self.model.norm(x)

@@ -16,7 +16,6 @@ processes write into one folder: several hosts need a file system in common.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from nasbench.core.errors import MachineError, UserError
-from nasbench.core.files import machine_errors, read_json, write_json
+from nasbench.core.files import flush, machine_errors, read_json, write_json
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import full_state_dict, is_sharded, local, sharded_like
 from nasbench.supernet.optimizer import MasterAdamW
@@ -44,14 +43,6 @@ def digest(path: Path) -> str:
     """Names a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True)
@@ -155,14 +146,14 @@ def _write(
                     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / file)
                 except SafetensorError as error:
                     raise OSError(str(error)) from None
-                _flush(temporary / file)
+                flush(temporary / file)
                 digests[file] = digest(temporary / file)
             if moments is not None:
                 moments.replace(temporary / MOMENTS)
             full = {**state, "digests": digests}
             write_json(temporary / STATE, full)
             temporary.replace(target)
-            _flush(folder)
+            flush(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     write_json(folder / LATEST, {"checkpoint": name})

@@ -24,6 +24,7 @@ from nasbench.parallel import fsdp
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
+from nasbench.spaces.space import Space
 from nasbench.supernet import checkpoint
 from nasbench.supernet.loop import Loop, Notice, Progress, silent, stop_on_signal
 from nasbench.supernet.optimizer import MasterAdamW
@@ -243,8 +244,6 @@ def average_final(
     of: str = "",
     share: float = 0.5,
     dtype: torch.dtype = torch.bfloat16,
-    device: str = "cpu",
-    loaded: LoadedModel | None = None,
 ) -> Path:
     """Writes a finalised hybrid's weights averaged with those that its training began from, and returns their folder:
     between the two lies what it learnt without all that it forgot for it (WiSE-FT, arXiv 2109.01903).
@@ -255,9 +254,9 @@ def average_final(
 
     Raises UserError when the finalised weights are damaged or are of another supernet.
     """
-    net = Supernet.load(run, dtype=dtype, device=device, loaded=loaded)
+    net = Supernet.load(run, dtype=dtype)
     source, folder = final_folder(run, placement, of), final_folder(run, placement, name)
-    data, weights = read_json(source / CONFIG), _weights(source, device)
+    data, weights = read_json(source / CONFIG), _weights(source, "cpu")
     if not isinstance(data, dict) or data.get("supernet") != net.version:
         raise UserError(f"{source} was not finalised from the supernet that {run.path} has now: finalize again")
     for key, start in _counterparts(net, placement, weights, source).items():
@@ -278,25 +277,10 @@ def load_final(path: Path, *, dtype: torch.dtype = torch.float32, device: torch.
     """The finalised hybrid of a folder as a model ready to run. Raises UserError when it is damaged."""
     loaded = load_model(teacher_name(path), dtype=dtype, device=device)
     placement = loaded.shape.parse(_entry(path, "placement"))
-    weights = _weights(path, device)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-
-    mixers = []
-    for i, (name, layer) in enumerate(zip(placement, loaded.decoder.layers, strict=True)):
-        own, original = part(f"layers.{i}.{name}."), name == loaded.decoder.placement[i]
-        mixer = layer.self_attn if original else loaded.shape.mixer(name, i).build().to(device=device, dtype=dtype)
-        try:
-            if own or not original:
-                mixer.load_state_dict(own)
-            # The model was read for this hybrid alone: its layers may be changed.
-            found = layer.load_state_dict(part(f"layers.{i}.{REST}."), strict=False)
-            reason = f"it has no {found.unexpected_keys[0]}" if found.unexpected_keys else ""
-        except RuntimeError as error:
-            reason = str(error).split("\n")[-1].strip()
-        if reason:
-            raise UserError(f"{path / MIXERS} does not fit layer {i} ({name}): {reason}")
-        mixers.append(mixer.eval().requires_grad_(False))
-    decoder = loaded.decoder.with_mixers(mixers, placement)
+    own = loaded.decoder.placement
+    # A supernet of nothing but this hybrid.
+    space = Space(tuple(tuple(dict.fromkeys(names)) for names in zip(own, placement, strict=True)))
+    net = Supernet(loaded, space)
+    use_final(net, path)
+    decoder = net.select(placement).requires_grad_(False)
     return LoadedModel(decoder, loaded.tokenizer, loaded.shape, f"{path} (finalised from {loaded.source})")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nasbench.data.packing import Batch
+from nasbench.model.documents import Documents
 from nasbench.model.meta import SequenceMeta
-from nasbench.supernet.forward import meta_of
 from nasbench.supernet.supernet import Supernet
 
 TEACHER = ""
@@ -57,8 +57,8 @@ class _Layer(nn.Module):
         self.teacher = [net.teacher]  # in a list: not a part of this module
 
     def forward(self, x: Tensor, ages: Tensor | None = None) -> Tensor:
-        # Only the shape of the tokens counts here.
-        return self.layer(x, meta_of(self.teacher[0], Batch(x[..., 0], ages)))
+        documents = None if ages is None else Documents(ages)
+        return self.layer(x, self.teacher[0].sequence_meta(0, x.shape[1], documents))
 
 
 class GraphedLayerCalls(LayerCalls):

@@ -12,13 +12,13 @@ from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import is_sharded, local, local_part, sharded_like
 
 
-def cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
-    """The learning rate's factor at 0-based `step`: linear warm-up over a share of the steps, cosine to `floor`."""
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor at 0-based `step`: linear warm-up over a share of the steps, cosine to a tenth."""
     warm = max(1, round(warmup * steps))
     if step < warm:
         return (step + 1) / warm
     progress = (step - warm) / max(1, steps - warm)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
 class MasterAdamW:

@@ -19,7 +19,6 @@ from nasbench.data.packing import Batch
 from nasbench.model.block import Block, features_of, with_weights
 from nasbench.model.decoder import Decoder
 from nasbench.parallel.fsdp import assign, full
-from nasbench.supernet.forward import meta_of
 
 ROUNDING = 1e-4
 """A share of the target's energy that is no error: bf16 rounds away about 4e-6. A window that sees the whole row is the
@@ -32,7 +31,7 @@ def calibrate(teacher: Decoder, mixers: list[dict[str, Block]], batch: Batch) ->
 
     The inputs have a common direction, so that a constant is nearly a linear function of them; least squares finds it.
     """
-    x, meta = teacher.embed(batch.tokens), meta_of(teacher, batch)
+    x, meta = teacher.begin(batch.tokens, batch.documents)
     for layer, alternatives in zip(teacher.layers, mixers, strict=True):
         inputs = layer.input_layernorm(x).flatten(0, -2).double()
         gram = inputs.T @ inputs
@@ -67,7 +66,7 @@ def solve_output_projections(
     sums: dict[tuple[int, str], tuple[Tensor, ...]] = {}
     done = 0
     for batch in batches:
-        x, meta = teacher.embed(batch.tokens), meta_of(teacher, batch)
+        x, meta = teacher.begin(batch.tokens, batch.documents)
         for i, layer in enumerate(teacher.layers):
             inputs = layer.input_layernorm(x)
             target = layer.self_attn(inputs, meta)

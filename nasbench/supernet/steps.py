@@ -19,7 +19,6 @@ from nasbench.parallel.fsdp import full
 from nasbench.runtime.graph import capture
 from nasbench.spaces.placement import Placement, is_of
 from nasbench.spaces.space import Space
-from nasbench.supernet.forward import meta_of
 from nasbench.supernet.layer_calls import TEACHER, GraphedLayerCalls, LayerCalls
 from nasbench.supernet.losses import distillation_kl, energy, relative_error
 from nasbench.supernet.optimizer import MasterAdamW
@@ -145,7 +144,7 @@ def align_step(net: Supernet, batch: Batch, sums: LossSums, workers: DistContext
     """Gradients of every trained mixer's relative L2 error on the teacher's activations of a batch."""
     teacher = net.teacher
     with torch.no_grad():
-        x, meta = teacher.embed(batch.tokens), meta_of(teacher, batch)
+        x, meta = teacher.begin(batch.tokens, batch.documents)
     trained = net.trained()
     for i, layer in enumerate(teacher.layers):
         with torch.no_grad():
@@ -187,10 +186,9 @@ def distill_step(
     teacher, layers = net.teacher, net.teacher.layers
     calls = calls or LayerCalls(net, config.recompute)
     firsts = [net.space.first_changed(placement) for placement in placements]
-    meta = meta_of(teacher, batch)
     with torch.no_grad():
-        shared = {0: teacher.embed(batch.tokens)}
-        x = shared[0]
+        x, meta = teacher.begin(batch.tokens, batch.documents)
+        shared = {0: x}
         for i in range(len(layers)):
             x = calls(i, TEACHER, x, meta)
             if i + 1 in firsts:
@@ -220,7 +218,7 @@ def distill_step(
 @torch.no_grad()
 def nonfinite_layer(net: Supernet, placement: Placement, batch: Batch, workers: DistContext = SINGLE) -> str | None:
     """The first layer of a sub-network whose output on a batch is not finite in any process, None where none is."""
-    x, meta = net.teacher.embed(batch.tokens), meta_of(net.teacher, batch)
+    x, meta = net.teacher.begin(batch.tokens, batch.documents)
     for i, name in enumerate(placement):
         x = net.layer(i, name)(x, meta)
         if workers.any(not bool(x.isfinite().all()), x.device):

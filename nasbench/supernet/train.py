@@ -26,13 +26,12 @@ from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch, Corpus
-from nasbench.model.block import Block
+from nasbench.model.block import Block, kinds_without_varlen
 from nasbench.parallel import fsdp
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
 from nasbench.supernet import checkpoint
-from nasbench.supernet.forward import kinds_without_varlen
 from nasbench.supernet.loop import Loop, Notice, Progress, silent, stop_on_signal
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.ridge import calibrate, out_name, solve_output_projections

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nasbench.core.errors import UserError
-from nasbench.core.tables import append_row, columns, read_table, write_table
+from nasbench.core.tables import read_table, write_table
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,6 @@ def test_files_of_an_older_version_are_read(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("name,count,seconds,watts\na,1,2.0,3.0\n")
     assert read_table(path, Sample) == [Sample("a", 1, 2.0, None, 3.0)]
-    path.write_text("name,count,seconds\na,1,2.0\n")
-    append_row(path, ROW)
-    assert path.read_text() == HEADER + "a,1,2.0,,\na,3,0.1,1,1.5\n"
 
 
 def test_other_columns_may_be_ignored(tmp_path):
@@ -98,13 +95,3 @@ def test_a_check_names_the_column(tmp_path):
     write_table(tmp_path / "t.csv", [ROW])
     with pytest.raises(UserError, match="line 2 column count: write an even number"):
         read_table(tmp_path / "t.csv", Sample, check=lambda row: "count: write an even number" if row.count % 2 else "")
-
-
-def test_appending_adds_a_row_and_cuts_what_a_killed_writer_left(tmp_path):
-    path = tmp_path / "t.csv"
-    append_row(path, ROW)
-    with path.open("a") as file:
-        file.write("half,of")
-    append_row(path, ROW)
-    assert read_table(path, Sample) == [ROW, ROW]
-    assert path.read_text().splitlines()[0].split(",") == list(columns(Sample))
