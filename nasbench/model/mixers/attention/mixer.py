@@ -132,8 +132,7 @@ class FullAttention(Block):
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """A copy of every weight."""
-        weight = attention.q_proj.weight
-        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
+        mixer = cls(spec).to(attention.q_proj.weight)
         mixer.load_state_dict(attention.state_dict())
         return mixer
 

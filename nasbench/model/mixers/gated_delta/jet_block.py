@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nasbench.model import fused
-from nasbench.model.block import BlockCache, SiluColumns
-from nasbench.model.documents import RESET_LOG_DECAY, Documents
-from nasbench.model.meta import SequenceMeta
+from nasbench.model.block import SiluColumns
+from nasbench.model.documents import RESET_LOG_DECAY
+from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
@@ -60,30 +60,19 @@ class JetBlock(GatedDeltaMixer):
         # What the convolution's weights are generated from stands behind q, k, v and the gate.
         self.epilogue = SiluColumns(2 * (spec.keys + spec.values), spec.generator_size)
 
-    def new_conv_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        size = (batch, self.spec.conv_size - 1, self.spec.values)
-        return {"values": torch.zeros(size, device=device, dtype=dtype)}
-
     def further_projections(self) -> Sequence[nn.Linear]:
         return (self.dynamic_conv1d.kernel_generator.w1,)
 
-    def convolve(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        further: Sequence[Tensor],
-        conv_state: dict[str, Tensor] | None,
-        single: bool,
-        documents: Documents | None,
-    ) -> tuple[Tensor, Tensor]:
-        weight = self.dynamic_conv1d.kernel_generator(further[0])
-        if documents is not None:
-            weight.mul_(documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
-        if single and conv_state is not None:
-            values = short_conv_step(v, weight, conv_state["values"])
+    def convolve(self, parts: Sequence[Tensor], meta: Meta, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k, v, _, middle, *_ = parts
+        weight = self.dynamic_conv1d.kernel_generator(middle)
+        if meta.documents is not None:
+            weight.mul_(meta.documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
+        if isinstance(meta, StepMeta):
+            assert past is not None
+            values = short_conv_step(v, weight, past)
         else:
-            values = short_conv(v, weight, conv_state["values"] if conv_state else None)
+            values = short_conv(v, weight, past)
         return F.silu(torch.cat((q, k), dim=-1)), values
 
     def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
@@ -98,19 +87,18 @@ class JetBlock(GatedDeltaMixer):
         v = fused.ops().triton_short_conv(v, self.dynamic_conv1d.kernel_generator(middle), None, ages)
         return q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, gate
 
-    def decode_convolve(self, row: Tensor, cache: BlockCache, active: Tensor | None) -> tuple[Tensor, Tensor]:
+    def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[Tensor, Tensor]:
         generator, at, size = self.dynamic_conv1d.kernel_generator, self.epilogue.begin, self.epilogue.size
         if row.shape[0] == 1:
             flat = fused.ops().gemv(row[:, at : at + size], generator.w2.weight, generator.w2.bias, before="silu")
         else:
             active = fused.ops().silu_part(row, at, size) if active is None else active
             flat = fused.linear(active, generator.w2.weight, generator.w2.bias)
-        return flat.view(row.shape[0], self.spec.values, -1), cache.conv_state["values"]
+        return flat.view(row.shape[0], self.spec.values, -1), past
 
-    def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[None, Tensor]:
+    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[None, Tensor]:
         at, size = self.epilogue.begin, self.epilogue.size
         weight = self.dynamic_conv1d.kernel_generator(row[..., at : at + size])
-        past = conv_state["values"] if conv_state else None
         values = row[..., self.row_layout.v : self.row_layout.v + self.spec.values]
         return None, fused.ops().triton_short_conv(values, weight, past)
 

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from nasbench.model import fused
 from nasbench.model.block import Block, BlockCache
-from nasbench.model.documents import RESET_LOG_DECAY, Documents
+from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.spec import GatedDeltaSpec
@@ -26,6 +27,8 @@ NORM_EPS = 1e-5
 L2_EPS = 1e-6
 SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE = 1.0, 256.0
 """Tokens after which a head's memory has halved, at the start of training; heads are spread in between."""
+STEP_SIZE = 0.1
+"""softplus(dt_bias) at the start: small enough for a_proj to change any head's memory by an order of magnitude."""
 WIDEST_KEY, WIDEST_TRAINED_KEY = 256, 128
 """Key dimensions up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
@@ -60,20 +63,9 @@ class GatedDeltaMixer(Block):
         self.a_proj = nn.Linear(hidden, heads, bias=False)
         self.g_proj = nn.Linear(hidden, spec.values, bias=False)
         self.o_proj = nn.Linear(spec.values, hidden, bias=False)
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = nn.Parameter((math.log(2) / spread_half_lives(heads) / STEP_SIZE).log())
+        self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE)), dtype=torch.float32))
         self.o_norm = nn.RMSNorm(spec.value_dim, eps=NORM_EPS)
-        self.spread_decays()
-
-    def spread_decays(self) -> None:
-        """Half-lives from a few to hundreds of tokens, evenly in the logarithm, at a step size softplus(dt_bias) of
-        0.1: small enough for a_proj to shorten or lengthen any head's memory by an order of magnitude."""
-        step_size = 0.1
-        share = torch.linspace(0, 1, self.heads) if self.heads > 1 else torch.full((1,), 0.5)
-        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share
-        with torch.no_grad():
-            self.A_log.copy_((math.log(2) / half_lives / step_size).log())
-            self.dt_bias.fill_(math.log(math.expm1(step_size)))
 
     @property
     def out(self) -> nn.Linear:
@@ -89,39 +81,27 @@ class GatedDeltaMixer(Block):
         wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.further_projections())
         return PackedProjections((*wide, self.a_proj, self.b_proj))
 
-    @abstractmethod
-    def new_conv_state(self, batch: int, *, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Empty states of the short convolutions, [B, W-1, channels]."""
-
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
-        """The state [B, H, K, V], fp32 or bf16 as specified, and the convolutions' last inputs."""
-        size = (batch, self.heads, self.key_dim, self.value_dim)
-        kind = torch.float32 if self.spec.state_bits == 32 else torch.bfloat16
-        state = {"state": torch.zeros(size, device=device, dtype=kind)}
-        return BlockCache(context, state, self.new_conv_state(batch, device=device, dtype=dtype))
+        """The state [B, H, K, V], fp32 or bf16 as specified, and the convolutions' last inputs [B, W-1, channels]."""
+        spec = self.spec
+        kind = torch.float32 if spec.state_bits == 32 else torch.bfloat16
+        state = torch.zeros(batch, self.heads, self.key_dim, self.value_dim, device=device, dtype=kind)
+        conv_state = torch.zeros(batch, spec.conv_size - 1, spec.conv_channels, device=device, dtype=dtype)
+        return BlockCache(context, {"state": state}, {"inputs": conv_state})
 
     @abstractmethod
-    def convolve(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        further: Sequence[Tensor],
-        conv_state: dict[str, Tensor] | None,
-        single: bool,
-        documents: Documents | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Short convolutions and SiLU of the projected q, k [B, T, H * K] and v [B, T, H * V], a conv state advanced in
-        place -> q and k side by side [B, T, 2 * H * K], v. `single`: a decode step."""
+    def convolve(self, parts: Sequence[Tensor], meta: Meta, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Short convolutions and SiLU of the projected q, k [B, T, H * K], v [B, T, H * V] and whatever follows them
+        -> q and k side by side [B, T, 2 * H * K], v. `past`: the conv state, advanced in place."""
 
     def recurrence_inputs(self, row: Tensor, meta: Meta, cache: BlockCache | None) -> tuple[Tensor, ...]:
         """row [B, T, P] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and beta [B, T, H], fp32 but for v,
         and the output gate before its SiLU [B, T, H * V]."""
-        q, k, v, gate, *further, decay, beta = self.packed.split(row)
-        conv_state = cache.conv_state if cache else None
-        both, v = self.convolve(q, k, v, further, conv_state, isinstance(meta, StepMeta), meta.documents)
+        parts = self.packed.split(row)
+        decay, beta = self.gates(parts[-2], parts[-1], meta)
+        both, v = self.convolve(parts, meta, cache.conv_state["inputs"] if cache else None)
         q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).chunk(2, dim=2)
-        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), *self.gates(decay, beta, meta), gate
+        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta, parts[3]
 
     def gates(self, decay: Tensor, beta: Tensor, meta: Meta) -> tuple[Tensor, Tensor]:
         """Projections [B, T, H] -> (log decay, beta), fp32."""
@@ -165,8 +145,8 @@ class GatedDeltaMixer(Block):
         if meta.documents is not None or self.key_dim > WIDEST_KEY:
             return self.core(row, meta, cache)
         ops, layout = fused.ops(), self.row_layout
-        conv_state, state = (cache.conv_state, cache.state["state"]) if cache else (None, None)
-        mixed, v = self.prefill_convolve(row, conv_state)
+        past, state = (cache.conv_state["inputs"], cache.state["state"]) if cache else (None, None)
+        mixed, v = self.prefill_convolve(row, past)
         q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
         output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
         if state is not None:
@@ -174,30 +154,27 @@ class GatedDeltaMixer(Block):
         return ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
 
     @abstractmethod
-    def prefill_convolve(self, row: Tensor, conv_state: dict[str, Tensor] | None) -> tuple[Tensor | None, Tensor]:
-        """Short convolutions and SiLU of rows [B, T, P], a conv state advanced in place -> queries and keys in the
-        first 2 H K columns of [B, T, >= 2 H K], or None where they have no convolution; values [B, T, H * V]."""
+    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """As `convolve`, of rows [B, T, P]: queries and keys in the first 2 H K columns of [B, T, >= 2 H K], or None
+        where they have no convolution; values [B, T, H * V]."""
 
     @abstractmethod
-    def decode_convolve(
-        self, row: Tensor, cache: BlockCache, active: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Prepares a decode step: either convolves q, k and v in the rows [B, P] in place and returns (None, None), or
         returns the dynamic convolution weights [B, H * V, W] and the values' conv state for the kernel to do it."""
 
     @cached_property
     def row_layout(self) -> RowLayout:
         """Where the parts of the packed projections' rows begin."""
-        keys, values = self.spec.keys, self.spec.values
-        end = sum(self.packed.sizes)
-        return RowLayout(0, keys, 2 * keys, 2 * keys + values, end - 2 * self.heads, end - self.heads)
+        begins = [0, *accumulate(self.packed.sizes)]
+        return RowLayout(*begins[:4], *begins[-3:-1])
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         assert cache is not None
-        conv_weight, conv_state = self.decode_convolve(row, cache, active)
+        convolution = self.decode_convolve(row, cache.conv_state["inputs"], active)
         return fused.ops().recurrent_step(
             row, self.row_layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
-            fused.workspace(row.device), conv_weight, conv_state,
+            fused.workspace(row.device), *convolution,
         )  # fmt: skip
 
     def calibration(self, constant: Tensor) -> dict[str, Tensor]:
@@ -211,20 +188,30 @@ class GatedDeltaMixer(Block):
         A head whose dimension differs copies the leading channels; further channels start small and random, with
         zeros in the output projection.
         """
-        weight = attention.q_proj.weight
-        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
-        source_heads, dim, group = attention.num_heads, attention.head_dim, attention.group
+        mixer = cls(spec).to(attention.q_proj.weight)
+        q, k, v, o = heads_of(attention)
         with torch.no_grad():
-            for ours, theirs, size, repeat in (
-                (mixer.q_proj, attention.q_proj, mixer.key_dim, 1),
-                (mixer.k_proj, attention.k_proj, mixer.key_dim, group),
-                (mixer.v_proj, attention.v_proj, mixer.value_dim, group),
-            ):
-                source = theirs.weight.unflatten(0, (-1, dim)).repeat_interleave(repeat, 0)
-                copy_heads(ours.weight.view(mixer.heads, size, -1), source)
-            output = mixer.o_proj.weight.zero_().view(-1, mixer.heads, mixer.value_dim).permute(1, 2, 0)
-            copy_heads(output, attention.o_proj.weight.view(-1, source_heads, dim).permute(1, 2, 0))
+            for ours, source in ((mixer.q_proj, q), (mixer.k_proj, k), (mixer.v_proj, v)):
+                copy_heads(ours.weight.unflatten(0, (mixer.heads, -1)), source)
+            output = mixer.o_proj.weight.zero_().unflatten(1, (mixer.heads, -1))
+            copy_heads(output.permute(1, 2, 0), o)
         return mixer
+
+
+def spread_half_lives(heads: int) -> Tensor:
+    """Half-lives in tokens, fp32 [H], evenly in the logarithm."""
+    share = torch.linspace(0, 1, heads, dtype=torch.float32) if heads > 1 else torch.full((1,), 0.5)
+    return SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share.float()
+
+
+def heads_of(attention: FullAttention) -> tuple[Tensor, ...]:
+    """The attention's q, k, v and output weights by query head, [H, D, C]; keys and values repeated for their group."""
+    dim, group = attention.head_dim, attention.group
+    q, k, v = (
+        projection.weight.unflatten(0, (-1, dim)).repeat_interleave(times, 0)
+        for projection, times in ((attention.q_proj, 1), (attention.k_proj, group), (attention.v_proj, group))
+    )
+    return q, k, v, attention.o_proj.weight.unflatten(1, (-1, dim)).permute(1, 2, 0)
 
 
 def copy_heads(ours: Tensor, source: Tensor) -> None:

@@ -1,13 +1,13 @@
 """Specifications of the gated-delta family: G, Gated DeltaNet (arXiv 2412.06464), and J, JetBlock (arXiv 2508.15884).
 
 Both keep one matrix of key_dim x value_dim per head, in fp32 unless asked otherwise, and update it by the gated delta
-rule. They differ in what
-stands before it: G convolves queries, keys and values with static kernels; J convolves the values alone, with a kernel
-that a small network makes from each token.
+rule. They differ in what stands before it: G convolves queries, keys and values with static kernels; J convolves the
+values alone, with a kernel that a small network makes from each token.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 STATE_BITS = (32, 16)
 """Of an element of the recurrent state: fp32, as published checkpoints were trained, or bf16."""
-CHUNK = 64
-"""Tokens that the chunked-parallel form solves at once."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,13 @@ class GatedDeltaSpec(MixerSpec):
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
         args = args or f"{shape.num_heads}x{shape.head_dim}x{shape.head_dim}"
-        names = ("heads", "key_dim", "value_dim")
-        if args.count("x") < 3:
-            return cls(shape, *parse_ints(cls.kind, args, names))
-        heads, key_dim, value_dim, bits = parse_ints(cls.kind, args, (*names, "state bits"))
-        if bits not in STATE_BITS:
+        names = ("heads", "key_dim", "value_dim", "state bits")
+        heads, key_dim, value_dim, *bits = parse_ints(cls.kind, args, names if args.count("x") > 2 else names[:3])
+        if bits and bits[0] not in STATE_BITS:
             raise UserError(
                 f"bad arguments {args!r} of layer kind {cls.kind}: the state has 32 bits (fp32) or 16 (bf16)"
             )
-        return cls(shape, heads, key_dim, value_dim, state_bits=bits)
+        return cls(shape, heads, key_dim, value_dim, cls.conv_size, *bits)
 
     @property
     def args(self) -> str:
@@ -64,20 +60,29 @@ class GatedDeltaSpec(MixerSpec):
         """Value channels of all heads."""
         return self.num_heads * self.value_dim
 
+    @property
+    @abstractmethod
+    def conv_channels(self) -> int:
+        """Channels of the short convolutions."""
+
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return batch * self.num_heads * self.key_dim * self.value_dim * self.state_bits // 8
+
+    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
+        return batch * (self.conv_size - 1) * self.conv_channels * dtype_bytes
 
     def traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return 2 * (self.cache_bytes(batch, context, dtype_bytes) + self.conv_state_bytes(batch, dtype_bytes))
 
-    def projection_parameters(self) -> int:
-        """q, k, v, beta, decay, output gate, output; A_log and dt_bias; the output norm's weight."""
-        hidden = self.shape.hidden_size
-        return hidden * (2 * self.keys + 3 * self.values + 2 * self.num_heads) + 2 * self.num_heads + self.value_dim
+    def parameters(self) -> int:
+        """q, k, v, beta, decay, output gate, output; A_log and dt_bias; the output norm's weight; convolutions."""
+        hidden, gates = self.shape.hidden_size, 2 * self.num_heads
+        projections = hidden * (2 * self.keys + 3 * self.values + gates)
+        return projections + gates + self.value_dim + self.conv_channels * self.conv_size
 
-    def recurrence_flops(self, tokens: int) -> int:
-        """FLOPs of the recurrence: decay, read, write and output of the state, 8 a state element and token."""
-        return 8 * tokens * self.num_heads * self.key_dim * self.value_dim
+    def flops(self, tokens: int, context: int) -> int:
+        """The products; decay, read, write and output of the state, 8 a state element and token."""
+        return tokens * (2 * self.parameters() + 8 * self.num_heads * self.key_dim * self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -87,14 +92,9 @@ class GatedDeltaNetSpec(GatedDeltaSpec):
     kind: ClassVar[str] = "G"
     title: ClassVar[str] = "Gated DeltaNet"
 
-    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
-        return batch * (self.conv_size - 1) * (2 * self.keys + self.values) * dtype_bytes
-
-    def parameters(self) -> int:
-        return self.projection_parameters() + self.conv_size * (2 * self.keys + self.values)
-
-    def flops(self, tokens: int, context: int) -> int:
-        return 2 * tokens * self.parameters() + self.recurrence_flops(tokens)
+    @property
+    def conv_channels(self) -> int:
+        return 2 * self.keys + self.values
 
     @classmethod
     def block_class(cls) -> type[Block]:
@@ -113,19 +113,20 @@ class JetBlockSpec(GatedDeltaSpec):
     title: ClassVar[str] = "JetBlock"
 
     @property
+    def conv_channels(self) -> int:
+        return self.values
+
+    @property
     def generator_size(self) -> int:
         """Width of the kernel generator's middle layer."""
         return max(1, self.values // self.generator_reduction)
 
-    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
-        return batch * (self.conv_size - 1) * self.values * dtype_bytes
-
     def parameters(self) -> int:
         taps = self.values * self.conv_size
-        return self.projection_parameters() + self.generator_size * (self.shape.hidden_size + taps) + taps
+        return super().parameters() + self.generator_size * (self.shape.hidden_size + taps)
 
     def flops(self, tokens: int, context: int) -> int:
-        return 2 * tokens * (self.parameters() + self.values * self.conv_size) + self.recurrence_flops(tokens)
+        return super().flops(tokens, context) + 2 * tokens * self.values * self.conv_size
 
     @classmethod
     def block_class(cls) -> type[Block]:

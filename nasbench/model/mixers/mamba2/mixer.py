@@ -15,17 +15,19 @@ from nasbench.model.block import Block, BlockCache, with_weights
 from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.mixers.gated_delta.mixer import copy_heads
+from nasbench.model.mixers.gated_delta.mixer import (
+    START_SHARPNESS,
+    START_VALUE_SCALE,
+    STEP_SIZE,
+    copy_heads,
+    heads_of,
+    spread_half_lives,
+)
 from nasbench.model.mixers.mamba2.spec import Mamba2Spec
 from nasbench.model.packed import PackedProjections
 
 NORM_EPS = 1e-5
 """Of the output norm, in published checkpoints."""
-SHORTEST_HALF_LIFE, LONGEST_HALF_LIFE, STEP_SIZE = 1.0, 256.0, 0.1
-"""Tokens after which a head's state has halved at the start of training, spread over the heads, at this step size."""
-START_SHARPNESS, START_VALUE_SCALE = 4.0, 0.25
-"""What the convolution multiplies the attention's queries and keys, and its values, by. As for G and J: large queries
-and keys make SiLU a ReLU, small values keep it near a line. The output norm makes the scales free."""
 START_GATE, START_NORM = 2.0, 0.1
 """Where z starts on the layer's inputs, and the norm's weight. A random z gives every channel a random sign. With a
 norm of 1, features are larger than the attention's: its output projection on them is worse than zeros. On
@@ -53,9 +55,7 @@ class Mamba2(Block):
         # Holds the weights; the arithmetic is in nasbench_kernels.
         self.conv1d = nn.Conv1d(spec.channels, spec.channels, spec.conv_size, groups=spec.channels)
         self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE)), dtype=torch.float32))
-        share = torch.linspace(0, 1, heads, dtype=torch.float32) if heads > 1 else torch.full((1,), 0.5)
-        half_lives = SHORTEST_HALF_LIFE * (LONGEST_HALF_LIFE / SHORTEST_HALF_LIFE) ** share
-        self.A_log = nn.Parameter((math.log(2) / half_lives.float() / STEP_SIZE).log())
+        self.A_log = nn.Parameter((math.log(2) / spread_half_lives(heads) / STEP_SIZE).log())
         self.D = nn.Parameter(torch.ones(heads, dtype=torch.float32))
         self.norm = nn.RMSNorm(spec.inner, eps=NORM_EPS)
         self.out_proj = nn.Linear(spec.inner, hidden, bias=False)
@@ -177,21 +177,16 @@ class Mamba2(Block):
 
         A group has one B and C: of its heads, the first gives them.
         """
-        weight = attention.q_proj.weight
-        mixer = cls(spec).to(device=weight.device, dtype=weight.dtype)
-        dim, repeat = attention.head_dim, attention.group
+        mixer = cls(spec).to(attention.q_proj.weight)
+        q, k, v, o = heads_of(attention)
         shared, each = spec.groups * spec.state_size, spec.num_heads // spec.groups
         with torch.no_grad():
             _, x, b, c, _ = mixer.in_proj.weight.split((spec.inner, spec.inner, shared, shared, spec.num_heads))
-            q, k, v = (
-                part.weight.unflatten(0, (-1, dim)).repeat_interleave(times, 0)
-                for part, times in ((attention.q_proj, 1), (attention.k_proj, repeat), (attention.v_proj, repeat))
-            )
             copy_heads(x.view(spec.num_heads, spec.head_dim, -1), v)
             copy_heads(b.view(spec.groups, spec.state_size, -1), k[::each])
             copy_heads(c.view(spec.groups, spec.state_size, -1), q[::each])
             output = mixer.out_proj.weight.zero_().view(-1, spec.num_heads, spec.head_dim).permute(1, 2, 0)
-            copy_heads(output, attention.o_proj.weight.view(-1, attention.num_heads, dim).permute(1, 2, 0))
+            copy_heads(output, o)
             mixer.conv_bias.zero_()
             last = mixer.conv1d.weight.zero_()[..., -1]
             last[: spec.inner] = START_VALUE_SCALE
