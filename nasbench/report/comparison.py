@@ -6,8 +6,8 @@ over items, `_low` and `_high` the ends of 95 % intervals.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -103,17 +103,15 @@ class Comparison:
         """Whether any placement beside the model was scored on the test split."""
         return any(row.method != TEACHER and self.scores(row, "kl") is not None for row in self.rows)
 
-    def version(self, row: Compared) -> str:
-        """Names the weights that a row stands for."""
-        if not row.weights.startswith(FINAL):
-            return self._supernet
-        folder = final_folder(self.run, row.placement, row.weights.partition(":")[2])
-        history = final_history(folder)
-        return next(reversed(history)) if history else final_version(folder)
-
     @cached_property
     def _versions(self) -> dict[Compared, str]:
-        return {row: self.version(row) for row in self.rows}
+        """Of the weights that each row stands for."""
+        found = dict.fromkeys(self.rows, self._supernet)
+        for row in (row for row in self.rows if row.weights.startswith(FINAL)):
+            folder = final_folder(self.run, row.placement, row.weights.partition(":")[2])
+            history = final_history(folder)
+            found[row] = next(reversed(history)) if history else final_version(folder)
+        return found
 
     def scores(self, row: Compared | None, task: str) -> Scores | None:
         """What was measured of a placement; a few items of a benchmark also out of all of them."""
@@ -210,13 +208,11 @@ class Comparison:
 
     def _table_row(self, row: Compared) -> dict[str, Any]:
         teacher = self.scores(self.teacher, "loss")
-        gap = difference(self.scores(row, "loss"), teacher)
+        gap, suite = difference(self.scores(row, "loss"), teacher), self.suite(row)
         cells: dict[str, Any] = {"k": row.k, "method": row.method, "fill": row.fill, "weights": row.weights}
         cells |= {"placement": row.text, **self._mean(row, "loss")}
         cells |= {"loss_above_teacher": gap.mean, "loss_above_teacher_se": gap.stderr, **self._mean(row, "kl")}
-        suite = self.suite(row)
-        for name in SuiteScore.__dataclass_fields__:
-            cells[f"suite_{name}"] = getattr(suite, name) if suite else math.nan
+        cells |= {f"suite_{name}": getattr(suite, name, math.nan) for name in SuiteScore.__dataclass_fields__}
         for task in self.tasks("retrieval", "agreement"):
             cells |= self._mean(row, task)
         for context in self.contexts:
@@ -225,8 +221,7 @@ class Comparison:
         return cells
 
     def _mean(self, row: Compared, task: str) -> dict[str, float]:
-        found, name = self.scores(row, task), column(task)
-        return {name: found.value if found else math.nan, f"{name}_se": found.stderr if found else math.nan}
+        return _mean(column(task), self.scores(row, task))
 
     def suites(self) -> pd.DataFrame:
         """Every benchmark of every placement, beside the teacher's accuracy on the same items."""
@@ -271,66 +266,59 @@ class Comparison:
         `pairs`: all, or those of equal K, among which a search chooses. `low`, `high`: over placements drawn anew.
         """
         known = {row.text: row for row in self.rows if row.weights == SUPERNET and row.fill == BEST}
-        values = {name: self._values(known.values(), name) for name in (*SCORES, *self._dear())}
+        slow = [task for task in self.tasks("retrieval", "agreement") if not task.endswith(".prefix")]
+        slow = [*(["suite"] if self.benchmarks else []), *slow]
+        values = {name: np.array([self._value(row, name) for row in known.values()]) for name in (*SCORES, *slow)}
         counts = np.array([row.k for row in known.values()])
         rows = []
-        for score in SCORES:
-            for pairs in ("all", "equal K"):
-                for name in self._dear():
-                    there = ~np.isnan(values[score]) & ~np.isnan(values[name])
-                    groups = counts if pairs == "equal K" else np.zeros(len(counts))
-                    # A placement that is alone in its group is in no pair.
-                    there &= np.array([(groups[there] == group).sum() > 1 for group in groups], dtype=bool)
-                    if there.sum() < FEWEST:
-                        continue
-                    tau, low, high = kendall(-values[score][there], values[name][there], groups[there])
-                    if not math.isnan(tau):
-                        rows.append(
-                            {"score": score, "pairs": pairs, "measure": column(name), "placements": int(there.sum()),
-                             "tau": tau, "low": low, "high": high}
-                        )  # fmt: skip
+        for score, pairs, name in itertools.product(SCORES, ("all", "equal K"), slow):
+            there = ~np.isnan(values[score]) & ~np.isnan(values[name])
+            groups = counts if pairs == "equal K" else np.zeros(len(counts))
+            # A placement that is alone in its group is in no pair.
+            there &= np.array([(groups[there] == group).sum() > 1 for group in groups], dtype=bool)
+            if there.sum() < FEWEST:
+                continue
+            tau, low, high = kendall(-values[score][there], values[name][there], groups[there])
+            if not math.isnan(tau):
+                cells = {"score": score, "pairs": pairs, "measure": column(name), "placements": int(there.sum())}
+                rows.append({**cells, "tau": tau, "low": low, "high": high})
         return pd.DataFrame(rows)
 
-    def _dear(self) -> list[str]:
-        tasks = [task for task in self.tasks("retrieval", "agreement") if not task.endswith(".prefix")]
-        return [*(["suite"] if self.benchmarks else []), *tasks]
-
-    def _values(self, rows: Any, name: str) -> np.ndarray:
-        """(n,) means of a measure; NaN where it was not measured."""
-        found = [self.suite(row, False) if name == "suite" else self.scores(row, name) for row in rows]
-        return np.array([math.nan if s is None else s.average if isinstance(s, SuiteScore) else s.value for s in found])
+    def _value(self, row: Compared, name: str) -> float:
+        """Mean of a measure; NaN where it was not measured."""
+        if name == "suite":
+            return getattr(self.suite(row, False), "average", math.nan)
+        return getattr(self.scores(row, name), "value", math.nan)
 
     def curve(self) -> pd.DataFrame:
         """Loss, KL and retrieval of finalised placements after every number of tokens at which they were measured."""
-        rows = []
-        task = next((task for task in self.tasks("retrieval") if self._compares(task)), "")
+        rows: list[dict[str, Any]] = []
+        task, teacher = self.common_retrieval(), self.scores(self.teacher, "loss")
         for row in (row for row in self.rows if row.weights.startswith(FINAL)):
             folder = final_folder(self.run, row.placement, row.weights.partition(":")[2])
             for version, tokens in {self._supernet: 0, **final_history(folder)}.items():
                 loss, kl, found = (self._scores.get((version, row.text, name)) for name in (*SCORES, task))
                 if kl is None:
                     continue
-                gap = difference(loss, self.scores(self.teacher, "loss"))
-                rows.append(
-                    {"k": row.k, "placement": row.text, "weights": row.weights, "tokens": tokens,
-                     "loss_above_teacher": gap.mean, "loss_above_teacher_se": gap.stderr, "kl": kl.value,
-                     "kl_se": kl.stderr, "retrieval": found.value if found else math.nan,
-                     "retrieval_se": found.stderr if found else math.nan}
-                )  # fmt: skip
+                gap = difference(loss, teacher)
+                cells = {"k": row.k, "placement": row.text, "weights": row.weights, "tokens": tokens}
+                cells |= {"loss_above_teacher": gap.mean, "loss_above_teacher_se": gap.stderr}
+                rows.append(cells | _mean("kl", kl) | _mean("retrieval", found))
         return pd.DataFrame(rows).sort_values(["k", "weights", "tokens"]) if rows else pd.DataFrame()
-
-    def _compares(self, task: str) -> bool:
-        """Whether every placement has the task."""
-        return all(self.scores(row, task) is not None for row in self.rows)
 
     def common_retrieval(self) -> str:
         """Retrieval of a length that every placement was asked, of several the middle one; "" where there is none."""
-        found = [task for task in self.tasks("retrieval") if self._compares(task)]
+        tasks = self.tasks("retrieval")
+        found = [task for task in tasks if all(self.scores(row, task) is not None for row in self.rows)]
         return found[len(found) // 2] if found else ""
 
 
 def _samples(scores: Scores) -> np.ndarray:
     return scores.samples if scores.samples is not None else np.full(scores.n, scores.value)
+
+
+def _mean(name: str, found: Scores | None) -> dict[str, float]:
+    return {name: found.value if found else math.nan, f"{name}_se": found.stderr if found else math.nan}
 
 
 def _gap(name: str, gap: Gap) -> dict[str, float]:
@@ -339,8 +327,5 @@ def _gap(name: str, gap: Gap) -> dict[str, float]:
 
 def tables(found: Comparison) -> dict[str, pd.DataFrame]:
     """Every table by the name of its CSV file; those without rows are left out."""
-    named: Sequence[tuple[str, pd.DataFrame]] = (
-        ("table", found.table()), ("comparison", found.gaps()), ("ranks", found.ranks()), ("curve", found.curve()),
-        ("suite", found.suites()),
-    )  # fmt: skip
-    return {name: table for name, table in named if len(table)}
+    named = {"table": found.table(), "comparison": found.gaps(), "ranks": found.ranks(), "curve": found.curve()}
+    return {name: table for name, table in {**named, "suite": found.suites()}.items() if len(table)}

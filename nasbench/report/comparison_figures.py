@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from nasbench.core.sizes import format_size
+from nasbench.evaluation.scores import Z95
 from nasbench.report import style
 from nasbench.report.comparison import Comparison, column, length_of
 from nasbench.report.figures import Draw, Drawing, new_figure
@@ -17,7 +19,8 @@ from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = "os^Dvp*PX"
+LOOKS = tuple(zip(style.PALETTE, "os^Dvp*PX", strict=True)) * 9
+"""Colours and markers, again and again."""
 DRAWN_LABEL, FINAL_LABEL = "random", "finalised"
 
 
@@ -64,19 +67,16 @@ def _series(table: pd.DataFrame, name: str) -> dict[str, pd.DataFrame]:
     return {label: rows.sort_values("k") for label, rows in found.items() if len(rows)}
 
 
-def _looks(labels: list[str]) -> dict[str, tuple[str, str]]:
+def _looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour and marker of each label."""
     named = [label for label in labels if label != DRAWN_LABEL]
-    looks = {
-        label: (style.PALETTE[index % len(style.PALETTE)], MARKERS[index % len(MARKERS)])
-        for index, label in enumerate(named)
-    }
-    return {DRAWN_LABEL: (style.SOFT, "."), **looks}
+    found = {DRAWN_LABEL: (style.SOFT, "."), **dict(zip(named, LOOKS, strict=False))}
+    return {name: {"color": colour, "marker": marker, "label": name} for name, (colour, marker) in found.items()}
 
 
-def _errors(rows: pd.DataFrame, name: str) -> list[float]:
-    errors = rows[f"{name}_se"] if f"{name}_se" in rows else pd.Series(0.0, index=rows.index)
-    return [1.96 * float(error) for error in errors.fillna(0.0)]
+def _errors(rows: pd.DataFrame, name: str) -> pd.Series:
+    """Half of each 95 % interval."""
+    return Z95 * rows[f"{name}_se"].fillna(0.0)
 
 
 def _by_count(table: pd.DataFrame, name: str, title: str, narrow: bool) -> Drawing:
@@ -84,14 +84,12 @@ def _by_count(table: pd.DataFrame, name: str, title: str, narrow: bool) -> Drawi
     drawing = Drawing(new_figure(narrow, 3.4, 3.2))
     axes = drawing.figure.subplots()
     series = _series(table, name)
-    looks = _looks(list(series))
+    looks = _looks(series)
     for label, rows in series.items():
-        colour, marker = looks[label]
         line = "none" if label.startswith((DRAWN_LABEL, FINAL_LABEL)) else "-"
-        axes.errorbar(
-            rows["k"], rows[name], yerr=None if label == DRAWN_LABEL else _errors(rows, name), color=colour,
-            marker=marker, linestyle=line, capsize=2, label=label, markersize=8 if label.startswith(FINAL_LABEL) else 5,
-        )  # fmt: skip
+        size = 8 if label.startswith(FINAL_LABEL) else 5
+        errors = None if label == DRAWN_LABEL else _errors(rows, name)
+        axes.errorbar(rows["k"], rows[name], errors, linestyle=line, markersize=size, capsize=2, **looks[label])
     for value in table.loc[table["method"] == TEACHER, name].dropna():
         axes.axhline(value, color=style.MUTED, linewidth=0.8, linestyle=":")
     axes.set_xticks(sorted(set(table["k"]) - set(table.loc[table["method"] == TEACHER, "k"])))
@@ -121,7 +119,7 @@ def _by_length(found: Comparison, narrow: bool) -> Drawing:
         if label in axes.get_legend_handles_labels()[1]:
             continue
         axes.errorbar(
-            lengths, [score.value for score in known], yerr=[1.96 * score.stderr for score in known], marker="o",
+            lengths, [score.value for score in known], yerr=[Z95 * score.stderr for score in known], marker="o",
             markersize=4, capsize=2, linestyle=line, label=label,
         )  # fmt: skip
     axes.set_xscale("log", base=2)
@@ -139,9 +137,9 @@ def _against_speed(table: pd.DataFrame, at: str, narrow: bool) -> Drawing:
     axes = drawing.figure.subplots()
     speed = f"decode_tok_s_{at}"
     series = _series(table[table[speed].notna()], "kl")
+    looks = _looks(series)
     for label, rows in series.items():
-        colour, marker = _looks(list(series))[label]
-        axes.plot(rows[speed], rows["kl"], marker=marker, color=colour, linestyle="none", label=label)
+        axes.plot(rows[speed], rows["kl"], linestyle="none", **looks[label])
     axes.set_xlabel(f"measured decode tokens/s at {at}")
     axes.set_ylabel("KL to the model, nats a token")
     axes.set_title("KL against decode speed")

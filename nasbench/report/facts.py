@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
@@ -23,7 +26,7 @@ from nasbench.runs import Run
 from nasbench.search.trials import UNIFORM, FrontRow, Target, Trial, latest, read_front, read_trials, unique
 from nasbench.search.validation import ValidationRow, mean_error, read_validation
 from nasbench.spaces.placement import Placement
-from nasbench.store import Row, block_cells
+from nasbench.store import Row, block_cells, select
 
 
 @dataclass(frozen=True)
@@ -82,39 +85,14 @@ class TargetFacts:
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Decode time and cache of one layer kind over the context, at one batch.
+class Facts:
+    """A report's contents.
 
     Attributes:
-        us: p50 of one decode step of one mixer, microseconds; [p20, p80] in `low_us`, `high_us`.
-        cache_bytes: of one layer, by formula.
-        estimated: per point.
+        curves: one decode step of one mixer at one batch, a row for each kind and context: name, title, batch, context,
+            us (p50, microseconds), low_us and high_us (p20, p80), cache_bytes (of the layer, by formula), estimated.
+        training: mean logged loss of the layers, a row for each stage, name ("" is the whole network) and tokens: loss.
     """
-
-    name: str
-    title: str
-    batch: int
-    contexts: list[int]
-    us: list[float]
-    low_us: list[float]
-    high_us: list[float]
-    cache_bytes: list[int]
-    estimated: list[bool]
-
-
-@dataclass(frozen=True)
-class TrainingCurve:
-    """Mean logged loss of one stage and layer kind; "" is the whole network."""
-
-    stage: str
-    name: str
-    tokens: list[int]
-    loss: list[float]
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A report's contents."""
 
     run: Run
     shape: ModelSpec
@@ -123,9 +101,9 @@ class Facts:
     version: str
     targets: list[TargetFacts]
     importance: list[Importance]
-    curves: list[Curve]
+    curves: pd.DataFrame
     validation: list[ValidationRow]
-    training: list[TrainingCurve]
+    training: pd.DataFrame
     comparison: Comparison
     sources: list[Source]
     commands: list[str]
@@ -175,7 +153,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
     rows, curves = _profile(targets, shape, run, db)
-    if not curves:
+    if curves.empty:
         missing.append(Missing("speed and cache of every layer kind", f"nasbench profile --model {run.spec.model}"))
     if not validation:
         missing.append(Missing("predicted against measured speed", f"nasbench validate {folder}"))
@@ -186,7 +164,7 @@ def collect(run: Run, db: Path | None = None) -> Facts:
     if not comparison.measured:
         missing.append(Missing("placements compared item by item", f"nasbench eval {folder} --placements auto"))
     training = _training(run.supernet / "losses.csv")
-    if not training:
+    if training.empty:
         missing.append(Missing("training curves", f"nasbench distill --model {run.spec.model} --out {folder}"))
     return Facts(
         run=run,
@@ -244,66 +222,50 @@ def _target(
     return TargetFacts(target, full, unique(mine), even, points)
 
 
-def _training(path: Path) -> list[TrainingCurve]:
-    """The mean over the layers of every logged step, per stage and layer kind. Raises UserError for a damaged file."""
+def _training(path: Path) -> pd.DataFrame:
+    """The mean over the layers of every logged step. Raises UserError for a damaged file."""
+    columns = ["stage", "name", "tokens", "loss"]
     if not path.is_file():
-        return []
-    import pandas as pd
-
+        return pd.DataFrame(columns=columns)
     try:
-        rows = pd.read_csv(path, usecols=["stage", "tokens", "name", "loss"], keep_default_na=False)
-        means = rows.astype({"tokens": int, "loss": float}).groupby(["stage", "name", "tokens"], sort=False).loss.mean()
+        rows = pd.read_csv(path, usecols=columns, keep_default_na=False).astype({"tokens": int, "loss": float})
     except ValueError as error:
         raise UserError(f"{path} is not a table of losses: {error}") from None
-    curves: dict[tuple[str, str], TrainingCurve] = {}
-    for stage, name, tokens, loss in means.reset_index().itertuples(index=False):
-        curve = curves.setdefault((str(stage), str(name)), TrainingCurve(str(stage), str(name), [], []))
-        curve.tokens.append(int(tokens))
-        curve.loss.append(float(loss))
-    return list(curves.values())
+    return rows.groupby(columns[:3], sort=False)["loss"].mean().reset_index()
 
 
 def _profile(
     targets: Sequence[TargetFacts], shape: ModelSpec, run: Run, db: Path | None
-) -> tuple[list[Row], list[Curve]]:
+) -> tuple[list[Row], pd.DataFrame]:
     """Rows of the model on the main target's device, and the decode curves at the target's batch (or the nearest)."""
     if not targets:
-        return [], []
+        return [], pd.DataFrame()
     target = targets[0].target
     try:
         rows = find_profiles(target.device, db)
     except UserError:
         if db is not None:
             raise
-        return [], []
+        return [], pd.DataFrame()
     rows = [row for row in rows if row.hidden_size in (0, shape.hidden_size) and row.dtype == target.dtype]
-    return rows, [curve for name in run.spec.space.names if (curve := _curve(name, rows, shape, target)) is not None]
+    return rows, pd.DataFrame([point for name in run.spec.space.names for point in _curve(name, rows, shape, target)])
 
 
-def _curve(name: str, rows: Iterable[Row], shape: ModelSpec, target: Target) -> Curve | None:
+def _curve(name: str, rows: Sequence[Row], shape: ModelSpec, target: Target) -> list[dict[str, Any]]:
     config = shape.mixer(name)
-    cells = block_cells(shape, config.kind, config.args)
-    own = [
-        row
-        for row in rows
-        if row.mode == "decode" and row.status == "ok" and all(getattr(row, key) == cells[key] for key in cells)
-    ]
+    own = select(rows, **block_cells(shape, config.kind, config.args), mode="decode", status="ok")
     if not own:
-        return None
+        return []
     batch = min({row.batch for row in own}, key=lambda size: (abs(size - target.batch), size))
     fastest: dict[int, Row] = {}
     for row in sorted((row for row in own if row.batch == batch), key=lambda row: row.p50_us or math.inf):
         fastest.setdefault(row.context, row)
-    contexts = sorted(fastest)
-
-    def times(column: str) -> list[float]:
-        found = [getattr(fastest[context], column) for context in contexts]
-        return [math.nan if value is None else float(value) for value in found]
-
-    caches = [config.cache_bytes(batch, context, dtype_bytes(target.dtype)) for context in contexts]
-    guesses = [fastest[context].source == "estimated" for context in contexts]
-    title = kind_title(shape, name)
-    return Curve(name, title, batch, contexts, times("p50_us"), times("p20_us"), times("p80_us"), caches, guesses)
+    return [
+        {"name": name, "title": kind_title(shape, name), "batch": batch, "context": context, "us": row.p50_us,
+         "low_us": row.p20_us, "high_us": row.p80_us, "estimated": row.source == "estimated",
+         "cache_bytes": config.cache_bytes(batch, context, dtype_bytes(target.dtype))}
+        for context, row in sorted(fastest.items())
+    ]  # fmt: skip
 
 
 def target_words(target: Target) -> str:

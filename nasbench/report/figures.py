@@ -7,13 +7,15 @@ drawn points to what the page shows when they are pointed at.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.facts import Facts, Point, TargetFacts
+from nasbench.search.trials import UNIFORM
 from nasbench.spaces.space import is_full
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 WIDE_IN, NARROW_IN = 9.0, 3.9
 STRIPS = 14
 """Placements that fit beside a Pareto figure; the table has all."""
+STAGES = {
+    "align": ("Alignment", "relative error of a layer"),
+    "supernet": ("Random sub-networks", "KL, nats a token"),
+}
+"""Title and unit of a training stage's losses."""
 
 
 @dataclass
@@ -81,22 +88,15 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
 
 
 def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
-    others = [trial for trial in target.trials if trial.strategy != "uniform"]
-    plot.plot(
-        [t.decode_tok_s for t in others], [t.front_score for t in others],
-        "o", color=style.SOFT, markersize=2.6, alpha=0.75, markeredgewidth=0, label="tried", zorder=2,
-    )  # fmt: skip
-    label: str | None = "even spread"
+    others = [(t.decode_tok_s, t.front_score) for t in target.trials if t.strategy != UNIFORM]
+    dots: dict[str, Any] = {"color": style.SOFT, "markersize": 2.6, "alpha": 0.75, "markeredgewidth": 0}
+    plot.plot(*(zip(*others, strict=True) if others else ([], [])), "o", label="tried", zorder=2, **dots)
+    look: dict[str, Any] = {"markerfacecolor": style.PAPER, "markeredgecolor": style.MUTED, "markersize": 5}
     for index, trial in enumerate(target.even):
-        name = f"uniform-{index}"
-        plot.plot(
-            [trial.decode_tok_s], [trial.front_score],
-            "D", markerfacecolor=style.PAPER, markeredgecolor=style.MUTED, markersize=5, label=label, gid=name,
-            zorder=3,
-        )  # fmt: skip
-        label = None
-        drawing.tips[name] = f"even spread, K = {trial.k}\n{trial.placement}\nloss {trial.loss:.4f}, " + (
-            f"{trial.decode_tok_s:,.1f} tokens/s"
+        name, label = f"uniform-{index}", None if index else "even spread"
+        plot.plot([trial.decode_tok_s], [trial.front_score], "D", label=label, gid=name, zorder=3, **look)
+        drawing.tips[name] = (
+            f"even spread, K = {trial.k}\n{trial.placement}\nloss {trial.loss:.4f}, {trial.decode_tok_s:,.1f} tokens/s"
         )
 
 
@@ -182,22 +182,23 @@ def contexts(facts: Facts, narrow: bool) -> Drawing:
     """Decode time and cache of one layer of every kind against the context."""
     drawing = Drawing(new_figure(narrow, 3.3, 5.6))
     time, cache = drawing.figure.subplots(*((2, 1) if narrow else (1, 2)))
-    for position, curve in enumerate(facts.curves):
-        shared = {"color": style.colour(curve.name), "linestyle": style.dash(position)}
-        time.fill_between(curve.contexts, curve.low_us, curve.high_us, color=style.colour(curve.name), alpha=0.15, lw=0)
-        time.plot(curve.contexts, curve.us, label=curve.title, **shared)
-        cache.plot(curve.contexts, [size / 2**20 for size in curve.cache_bytes], "o", label=curve.title, **shared)
-        for index, (context, us, guess) in enumerate(zip(curve.contexts, curve.us, curve.estimated, strict=True)):
+    for position, (name, rows) in enumerate(facts.curves.groupby("name", sort=False)):
+        colour, title = style.colour(str(name)), facts.title(str(name))
+        shared: dict[str, Any] = {"color": colour, "linestyle": style.dash(position), "label": title}
+        time.fill_between(rows["context"], rows["low_us"], rows["high_us"], color=colour, alpha=0.15, lw=0)
+        time.plot(rows["context"], rows["us"], **shared)
+        cache.plot(rows["context"], rows["cache_bytes"] / 2**20, marker="o", **shared)
+        points: Iterable[Any] = rows.itertuples()
+        for index, row in enumerate(points):
             gid = f"curve-{position}-{index}"
-            fill = style.PAPER if guess else style.colour(curve.name)
-            time.plot([context], [us], "o", color=style.colour(curve.name), markerfacecolor=fill, gid=gid)
-            source = "estimated" if guess else "measured"
-            size = curve.cache_bytes[index] / 2**20
+            fill = style.PAPER if row.estimated else colour
+            time.plot([row.context], [row.us], "o", color=colour, markerfacecolor=fill, gid=gid)
             drawing.tips[gid] = (
-                f"{curve.title}\ncontext {format_size(context)}, batch {curve.batch}\n{us:,.1f} µs {source}, "
-                f"cache {size:,.3f} MiB a layer"
+                f"{title}\ncontext {format_size(int(row.context))}, batch {row.batch}\n"
+                f"{row.us:,.1f} µs {'estimated' if row.estimated else 'measured'}, "
+                f"cache {row.cache_bytes / 2**20:,.3f} MiB a layer"
             )
-    ticks = sorted({context for curve in facts.curves for context in curve.contexts})
+    ticks = sorted(set(facts.curves["context"]))
     for axes, title, label in ((time, "Decode step", "µs a layer"), (cache, "Cache", "MiB a layer")):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -252,24 +253,25 @@ def validation(facts: Facts, narrow: bool) -> Drawing:
 
 def training(facts: Facts, narrow: bool) -> Drawing:
     """Logged losses by training tokens, one chart a stage."""
-    stages = list(dict.fromkeys(curve.stage for curve in facts.training))
+    stages = facts.training["stage"].unique()
     drawing = Drawing(new_figure(narrow, 2.8, 2.5 * len(stages)))
     grid = (len(stages), 1) if narrow else (1, len(stages))
     charts = drawing.figure.subplots(*grid, squeeze=False).flatten()
     for axes, stage in zip(charts, stages, strict=True):
-        curves = [curve for curve in facts.training if curve.stage == stage]
-        for position, curve in enumerate(curves):
+        rows = facts.training[facts.training["stage"] == stage]
+        for position, (name, curve) in enumerate(rows.groupby("name", sort=False)):
+            label = facts.title(str(name)) if name else "whole network"
             axes.plot(
-                curve.tokens, curve.loss, color=style.colour(curve.name) if curve.name else style.INK,
-                linestyle=style.dash(position), linewidth=1.4,
-                label=facts.title(curve.name) if curve.name else "whole network",
+                curve["tokens"], curve["loss"], color=style.colour(str(name)) if name else style.INK,
+                linestyle=style.dash(position), linewidth=1.4, label=label,
             )  # fmt: skip
-        if all(value > 0 for curve in curves for value in curve.loss):
+        if (rows["loss"] > 0).all():
             axes.set_yscale("log")
             _log_ticks(axes)
-        axes.set_title({"align": "Alignment", "supernet": "Random sub-networks"}.get(stage, stage))
+        title, unit = STAGES.get(str(stage), (str(stage), "loss"))
+        axes.set_title(title)
         axes.set_xlabel("tokens")
-        axes.set_ylabel({"align": "relative error of a layer", "supernet": "KL, nats a token"}.get(stage, "loss"))
+        axes.set_ylabel(unit)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,g}k" if value else "0")
         axes.legend(loc="upper right")
     return drawing
@@ -280,17 +282,17 @@ Draw = Callable[[bool], Drawing]
 
 def drawings(facts: Facts) -> dict[str, Draw]:
     """The figures that these facts have, by file name: functions of `narrow`."""
-    found: dict[str, Draw] = {}
-    for index, target in enumerate(facts.targets):
-        number = f"-{index + 1}" if index else ""
-        if target.points:
-            found[f"pareto{number}"] = lambda narrow, target=target: pareto(target, narrow)  # type: ignore[misc]
+    fronts = [target for target in facts.targets if target.points]
+    found: dict[str, Draw] = {
+        "pareto" + (f"-{number}" if number > 1 else ""): partial(pareto, target)
+        for number, target in enumerate(fronts, 1)
+    }
     for name, draw, rows in (
         ("layer-importance", importance, facts.importance),
         ("speed-and-cache", contexts, facts.curves),
         ("predicted-against-measured", validation, facts.validation),
         ("training", training, facts.training),
     ):
-        if rows:
-            found[name] = lambda narrow, draw=draw: draw(facts, narrow)  # type: ignore[misc]
+        if len(rows):
+            found[name] = partial(draw, facts)
     return found

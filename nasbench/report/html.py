@@ -60,7 +60,7 @@ def listed(words: Sequence[str]) -> str:
 def introduction(facts: Facts) -> str:
     """What was done, plainly, as far as the run has got."""
     text = f"The model is {facts.teacher}: {facts.shape.num_layers} layers, all with full attention."
-    learned = {curve.name for curve in facts.training}
+    learned = set(facts.training["name"])
     trained = [title for name, title in facts.kinds if name in learned]
     kept = [title for name, title in facts.kinds if not is_full(name) and name not in learned]
     if trained:

@@ -51,17 +51,16 @@ def span(times: Sequence[str]) -> str:
     return "" if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def _distinct(values: Sequence[str]) -> str:
-    return ", ".join(sorted({value for value in values if value}))
+def _distinct(rows: Sequence[Any], column: str) -> str:
+    """Each value that rows have of a column, once."""
+    return ", ".join(sorted({getattr(row, column, "") for row in rows} - {""}))
 
 
 def _source(numbers: str, file: str, rows: Sequence[Any], note: str) -> Source:
-    """Of rows that carry device, versions and time, each value once."""
+    """Of rows that carry device, versions and time."""
     named = {"torch": "torch", "triton": "triton", "driver": "driver", "project": "nasbench", "nasbench": "nasbench"}
-    known = {name: _distinct([getattr(row, column, "") for row in rows]) for column, name in named.items()}
-    versions = ", ".join(f"{name} {text}" for name, text in known.items() if text)
-    dates = span([row.measured_utc for row in rows])
-    return Source(numbers, file, _distinct([row.device for row in rows]), dates, versions, note)
+    versions = ", ".join(f"{name} {text}" for column, name in named.items() if (text := _distinct(rows, column)))
+    return Source(numbers, file, _distinct(rows, "device"), span([row.measured_utc for row in rows]), versions, note)
 
 
 def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
@@ -73,7 +72,7 @@ def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[Va
     """
     found = []
     if trials:
-        versions = f"supernet {_distinct([trial.supernet for trial in trials])}"
+        versions = f"supernet {_distinct(trials, 'supernet')}"
         files, dates = "trials.csv, front.csv, scores/", span([trial.created_utc for trial in trials])
         found.append(Source("losses, KL, searched placements", files, "", dates, versions, f"{len(trials)} trials"))
     measured = [row for row in rows if row.source == "measured"]

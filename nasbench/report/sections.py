@@ -201,7 +201,11 @@ def _speeds(found: Comparison) -> Section:
     for row in found.rows if found.contexts else []:
         layers = composition(row.placement)
         speeds = [found.speed(row, context) for context in found.contexts]
-        cells = [text for tok_s, cache in speeds for text in (_speed(tok_s), f"{cache / 2**30:.3f}")]
+        cells = [
+            text
+            for tok_s, cache in speeds
+            for text in ("" if math.isnan(tok_s) else f"{tok_s:,.0f}", f"{cache / 2**30:.3f}")
+        ]
         rows.setdefault(layers, [Cell(layers), *map(Cell, cells)])
     longest = found.shape.max_context
     told = "; ".join(
@@ -213,7 +217,3 @@ def _speeds(found: Comparison) -> Section:
     head = ["layers", *(f"{what} {at}" for at in names for what in ("tokens/s at", "cache, GiB, at"))]
     words = f"Measured end to end; the order of the layers does not matter. {told}."
     return Section("Speed and cache", words, head, list(rows.values()))
-
-
-def _speed(tok_s: float) -> str:
-    return "" if math.isnan(tok_s) else f"{tok_s:,.0f}"

@@ -31,10 +31,11 @@ def test_facts_are_those_of_the_files(made, facts):
         assert point.measured_tok_s > 0
     assert {trial.k for trial in main.even} == {1, 2, 4, 8, 15}
     assert facts.mean_error == pytest.approx(sum(abs(v.error) for v in facts.validation) / len(facts.validation))
-    assert [curve.name for curve in facts.curves] == ["A", "W", "J", "G"]
-    assert facts.curves[0].contexts == [1024, 2048, 4096, 8192]
-    assert facts.curves[0].batch == 4
-    assert facts.curves[0].cache_bytes[-1] * 30 == front[0].cache_bytes
+    curves = facts.curves[facts.curves["name"] == "A"]
+    assert facts.curves["name"].unique().tolist() == ["A", "W", "J", "G"]
+    assert curves["context"].tolist() == [1024, 2048, 4096, 8192]
+    assert (curves["batch"] == 4).all()
+    assert curves["cache_bytes"].iloc[-1] * 30 == front[0].cache_bytes
     assert facts.missing == []
     assert "Q4_1 GGUF dequantised" in facts.teacher
 
