@@ -72,12 +72,12 @@ class BlockCache:
     @property
     def nbytes(self) -> int:
         """Allocated bytes of `state`."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.state.values())
+        return _allocated(self.state)
 
     @property
     def conv_state_nbytes(self) -> int:
         """Allocated bytes of `conv_state`."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.conv_state.values())
+        return _allocated(self.conv_state)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -92,6 +92,10 @@ class BlockCache:
         """Random non-zero contents of ordinary size, as after many tokens: what a profiler must decode from."""
         for tensor in self.tensors.values():
             tensor.normal_(generator=generator)
+
+
+def _allocated(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 class Block(nn.Module, ABC):
@@ -120,7 +124,8 @@ class Block(nn.Module, ABC):
     @property
     @abstractmethod
     def out(self) -> nn.Linear | None:
-        """The output projection; None for a block that writes to the stream in its own way."""
+        """The output projection; None for a block whose `core` has every product in it: normalised input [B, T, C] ->
+        what is added [B, T, C]."""
 
     def new_cache(
         self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype
@@ -168,9 +173,10 @@ class Block(nn.Module, ABC):
             norm: before the block; None where the stream's content is normalised already.
             post_norm: of the block's output before it is added.
         """
-        y = self.features(stream, norm, meta, cache)
-        assert self.out is not None
-        stream.write(y, self.out, post_norm)
+        if self.out is None:
+            stream.add(self.core(stream.normed(norm), meta, cache), post_norm)
+        else:
+            stream.write(self.features(stream, norm, meta, cache), self.out, post_norm)
 
     def features(self, stream: Stream, norm: nn.Module | None, meta: Meta, cache: BlockCache | None = None) -> Tensor:
         """What the output projection reads, [.., Y]."""

@@ -221,7 +221,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> [B, T, C]."""
-        x = with_weights(self.model.embed_tokens, _call, tokens)
+        x = with_weights(self.model.embed_tokens, nn.Module.__call__, tokens)
         if self.shape.embedding_scale == 1.0:
             return x
         # Published code rounds the factor to the model's dtype before it multiplies.
@@ -310,7 +310,3 @@ class Decoder(nn.Module):
     def _check_context(self, context: int) -> None:
         if not 1 <= context <= self.shape.max_context:
             raise UserError(f"context {context} is beyond {self.shape.name}'s: choose 1 to {self.shape.max_context}")
-
-
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x)

@@ -19,11 +19,6 @@ def _triton() -> bool:
     return find_spec("triton") is not None
 
 
-def inference_kernels(x: Tensor) -> bool:
-    """Whether kernels without a backward can run on x: a CUDA tensor, triton installed, no gradient asked for."""
-    return autograd_kernels(x) and not torch.is_grad_enabled()
-
-
 def autograd_kernels(x: Tensor) -> bool:
     """Whether kernels that have a backward can run on x: a CUDA tensor, triton installed."""
     return x.is_cuda and _triton()
@@ -66,4 +61,5 @@ def swiglu_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def most_likely(logits: Tensor) -> Tensor:
     """Greedy tokens [B] int64 of logits [B, V], the first of equals."""
-    return ops().argmax(logits) if inference_kernels(logits) else logits.argmax(-1)
+    fast = autograd_kernels(logits) and not torch.is_grad_enabled()
+    return ops().argmax(logits) if fast else logits.argmax(-1)

@@ -62,13 +62,16 @@ class PackedProjections:
         learns = any(linear.weight.requires_grad for linear in self.linears)
         if not (learns and torch.is_grad_enabled()):
             return F.linear(x, *self.weight_and_bias())
-        weights, missing = [linear.weight for linear in self.linears], -sum(self.sizes) % ALIGNED
-        if missing:
-            weights.append(weights[0].new_zeros(missing, x.shape[-1]))
-        if self.linears[0].bias is None:
+        weights, biases = self._parameters()
+        missing = -sum(self.sizes) % ALIGNED
+        weights.append(weights[0].new_zeros(missing, x.shape[-1]))
+        if not biases:
             return F.linear(x, torch.cat(weights))
-        biases = [linear.bias for linear in self.linears] + ([weights[0].new_zeros(missing)] if missing else [])
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        return F.linear(x, torch.cat(weights), torch.cat([*biases, weights[0].new_zeros(missing)]))
+
+    def _parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        weights: list[Tensor] = [linear.weight for linear in self.linears]
+        return weights, [linear.bias for linear in self.linears if linear.bias is not None]
 
     def unpack(self) -> None:
         """Gives every parameter that lies in one matrix with others its own memory again, and leaves it there."""
@@ -80,13 +83,11 @@ class PackedProjections:
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The one weight [P, C] and bias [P]. The parameters are views of them from now on, unless unpacked."""
+        weights, biases = self._parameters()
         if self.unpacked:
-            weights: list[Tensor] = [linear.weight for linear in self.linears]
-            biases: list[Tensor] = [linear.bias for linear in self.linears if linear.bias is not None]
             return torch.cat(weights), torch.cat(biases) if biases else None
-        self.weight = packed_parameters(self.weight, [linear.weight for linear in self.linears])
-        if self.linears[0].bias is not None:
-            self.bias = packed_parameters(self.bias, [linear.bias for linear in self.linears])
+        self.weight = packed_parameters(self.weight, weights)
+        self.bias = packed_parameters(self.bias, biases) if biases else None
         return self.weight, self.bias
 
 

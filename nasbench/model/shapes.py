@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from nasbench.core.registry import Registry
-from nasbench.model.spec import FFNSpec, LayerShape, MixerSpec, ffn_spec, mixer_spec
+from nasbench.model.spec import BlockSpec, FFNSpec, LayerShape, MixerSpec, ffn_spec, mixer_spec
 from nasbench.spaces.placement import Placement, is_of, parse_placement
 
 
@@ -51,21 +51,10 @@ class ModelSpec:
     def layer(self, index: int = 0) -> LayerShape:
         """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary base of
         windows may differ."""
-        theta, scaling = self.rope_theta, self.rope_scaling
+        shape = LayerShape(**{field.name: getattr(self, field.name) for field in fields(LayerShape)})
         if self.window_rope_theta is not None and is_of(self.placement[index], "W"):
-            theta, scaling = self.window_rope_theta, ()
-        return LayerShape(
-            hidden_size=self.hidden_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            max_context=self.max_context,
-            qkv_bias=self.qkv_bias,
-            qk_norm=self.qk_norm,
-            rope_theta=theta,
-            rms_eps=self.rms_eps,
-            rope_scaling=scaling,
-        )
+            return replace(shape, rope_theta=self.window_rope_theta, rope_scaling=())
+        return shape
 
     @property
     def placement(self) -> Placement:
@@ -77,15 +66,10 @@ class ModelSpec:
 
     def mixers(self, placement: Placement) -> list[MixerSpec]:
         """One specification per layer; equal ones share one object."""
-        known: dict[tuple[str, LayerShape], MixerSpec] = {}
         shapes = [self.layer(i) for i in range(len(placement))] if self.window_rope_theta else [self.layer()]
-        found = []
-        for index, name in enumerate(placement):
-            shape = shapes[index % len(shapes)]
-            if (name, shape) not in known:
-                known[name, shape] = mixer_spec(name, shape, self.defaults)
-            found.append(known[name, shape])
-        return found
+        keys = [(name, shapes[i % len(shapes)]) for i, name in enumerate(placement)]
+        known = {key: mixer_spec(*key, self.defaults) for key in dict.fromkeys(keys)}
+        return [known[key] for key in keys]
 
     def ffn_spec(self, index: int = 0) -> FFNSpec:
         """The specification of a layer's FFN. Raises UserError."""
@@ -97,6 +81,10 @@ class ModelSpec:
         known = {text: self.ffn_spec(self.ffn.index(text)) for text in dict.fromkeys(self.ffn)}
         return [known[text] for text in self.ffn] if self.ffn else [self.ffn_spec()] * self.num_layers
 
+    def blocks(self, placement: Placement) -> list[BlockSpec]:
+        """The specifications of all mixers and FFNs."""
+        return [*self.mixers(placement), *self.ffns()]
+
     def parse(self, placement: str) -> Placement:
         """Reads a placement of this model: layer count, letters and arguments checked. Raises UserError."""
         layers = parse_placement(placement, self.num_layers)
@@ -105,11 +93,11 @@ class ModelSpec:
 
     def cache_bytes(self, placement: Placement, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Keys, values and recurrent states of all layers, as arXiv 2508.15884 counts the cache."""
-        return sum(block.cache_bytes(batch, context, dtype_bytes) for block in (*self.mixers(placement), *self.ffns()))
+        return sum(block.cache_bytes(batch, context, dtype_bytes) for block in self.blocks(placement))
 
     def conv_state_bytes(self, placement: Placement, batch: int, dtype_bytes: int = 2) -> int:
         """Inputs of short convolutions of all layers, which the paper's cache size leaves out."""
-        return sum(block.conv_state_bytes(batch, dtype_bytes) for block in (*self.mixers(placement), *self.ffns()))
+        return sum(block.conv_state_bytes(batch, dtype_bytes) for block in self.blocks(placement))
 
     @property
     def norms_per_layer(self) -> int:
@@ -117,11 +105,10 @@ class ModelSpec:
 
     def parameters(self, placement: Placement | None = None) -> int:
         """Number of parameters with this placement (default: the published one); tied embeddings count once."""
-        mixers = sum(spec.parameters() for spec in self.mixers(placement or self.placement))
-        ffns = sum(spec.parameters() for spec in self.ffns())
+        blocks = sum(block.parameters() for block in self.blocks(placement or self.placement))
         norms = (self.num_layers * self.norms_per_layer + 1) * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return mixers + ffns + norms + embeddings
+        return blocks + norms + embeddings
 
 
 DEFAULT_MODEL = "smollm2-135m"

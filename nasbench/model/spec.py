@@ -9,9 +9,8 @@ specification class under the entry-point group `nasbench.blocks` (a mixer, its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
@@ -158,8 +157,6 @@ class FFNSpec(BlockSpec):
         return 2 * tokens * self.product_parameters()
 
 
-S = TypeVar("S", bound=BlockSpec)
-
 MIXERS: Registry[type[MixerSpec]] = Registry("layer kind", group="nasbench.blocks")
 FFNS: Registry[type[FFNSpec]] = Registry("FFN kind", group="nasbench.ffns")
 
@@ -175,11 +172,6 @@ def mixer_spec(name: str, shape: LayerShape, defaults: tuple[tuple[str, str], ..
     """
     letter, args = split_name(name)
     return MIXERS[letter].parse(shape, args or dict(defaults).get(letter, ""))
-
-
-def specs_of(kind: type[S], specs: Iterable[BlockSpec]) -> list[S]:
-    """Those of the specifications that are of one kind."""
-    return [spec for spec in specs if isinstance(spec, kind)]
 
 
 def ffn_spec(text: str, hidden_size: int, intermediate_size: int, activation: str) -> FFNSpec:

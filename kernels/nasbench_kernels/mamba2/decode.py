@@ -16,12 +16,8 @@ from torch import Tensor
 
 from nasbench_kernels.common.launch import sm_limits
 from nasbench_kernels.common.pdl import pdl_launch, wait
-from nasbench_kernels.mamba2.norm import gated_norm_of_groups
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
+from nasbench_kernels.common.tile import silu
+from nasbench_kernels.mamba2.norm import gated_norm_of_groups, inputs_of, keep_inputs
 
 
 @triton.jit
@@ -29,16 +25,6 @@ def _kernel_of(weight, channel, inside, TAPS: tl.constexpr, BLOCK_T: tl.constexp
     tap = tl.arange(0, BLOCK_T)[:, None]
     both = inside[None, :] & (tap < TAPS)
     return tl.load(weight + channel[None, :] * TAPS + tap, mask=both, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _inputs_of(columns, past, channel, inside, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The last W inputs of channels, [BLOCK_T, channels] fp32."""
-    tap = tl.arange(0, BLOCK_T)[:, None]
-    newest = tl.load(columns + channel, mask=inside, other=0.0).to(tl.float32)
-    before = inside[None, :] & (tap < TAPS - 1)
-    earlier = tl.load(past + tap * CHANNELS + channel[None, :], mask=before, other=0.0).to(tl.float32)
-    return tl.where(tap == TAPS - 1, newest[None, :], earlier)
 
 
 @triton.jit
@@ -81,17 +67,13 @@ def mamba2_step_kernel(
     b_bias = tl.load(conv_bias + b_at, mask=in_state, other=0.0).to(tl.float32)
     c_bias = tl.load(conv_bias + c_at, mask=in_state, other=0.0).to(tl.float32)
     wait(PDL)
-    inputs = _inputs_of(columns, past, channel, in_mine, CHANNELS, TAPS, BLOCK_T)
-    b_inputs = _inputs_of(columns, past, b_at, in_state, CHANNELS, TAPS, BLOCK_T)
-    c_inputs = _inputs_of(columns, past, c_at, in_state, CHANNELS, TAPS, BLOCK_T)
-    x = _silu(tl.sum(inputs * x_kernel, 0) + x_bias)
-    b = tl.where(in_state, _silu(tl.sum(b_inputs * b_kernel, 0) + b_bias), 0.0)
-    c = tl.where(in_state, _silu(tl.sum(c_inputs * c_kernel, 0) + c_bias), 0.0)
-    # Several threads may hold one element: all must have read before any writes.
-    tl.debug_barrier()
-    tap = tl.arange(0, BLOCK_T)[:, None]
-    moved = in_mine[None, :] & (tap > 0) & (tap < TAPS)
-    tl.store(past + (tap - 1) * CHANNELS + channel[None, :], inputs.to(conv_state.dtype.element_ty), mask=moved)
+    inputs = inputs_of(columns, past, channel, in_mine, CHANNELS, TAPS, BLOCK_T)
+    b_inputs = inputs_of(columns, past, b_at, in_state, CHANNELS, TAPS, BLOCK_T)
+    c_inputs = inputs_of(columns, past, c_at, in_state, CHANNELS, TAPS, BLOCK_T)
+    x = silu(tl.sum(inputs * x_kernel, 0) + x_bias)
+    b = tl.where(in_state, silu(tl.sum(b_inputs * b_kernel, 0) + b_bias), 0.0)
+    c = tl.where(in_state, silu(tl.sum(c_inputs * c_kernel, 0) + c_bias), 0.0)
+    keep_inputs(inputs, past, channel, in_mine, CHANNELS, TAPS, BLOCK_T)
     if TILES > 1:
         tl.store(results + channel, x, mask=in_mine)
         tl.debug_barrier()

@@ -7,13 +7,7 @@ from torch import Tensor
 
 
 def naive_mamba2(
-    x: Tensor,
-    dt: Tensor,
-    decay: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor | None = None,
-    state: Tensor | None = None,
+    x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, skip: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(decay_t) h_{t-1} + dt_t x_t b_t^T,  y_t = h_t c_t + skip x_t.
 

@@ -7,25 +7,37 @@ import triton.language as tl
 from torch import Tensor
 
 from nasbench_kernels.common.pdl import pdl_launch, wait
+from nasbench_kernels.common.tile import silu
 
 BLOCK = 4096
 """Channels that a program holds at once."""
 
 
 @triton.jit
-def shift_inputs(row, conv_state, at, SIZE: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-                 BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """Drops the oldest of the W-1 inputs of channels at..at+SIZE and appends the row's."""
+def inputs_of(columns, past, channel, inside, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The last W inputs of channels, [BLOCK_T, channels] fp32."""
     tap = tl.arange(0, BLOCK_T)[:, None]
-    lanes = tl.arange(0, BLOCK_S)
-    inside = lanes < SIZE
-    newest = tl.load(row + at + lanes, mask=inside, other=0.0).to(conv_state.dtype.element_ty)
-    past = conv_state + tap * CHANNELS + (at + lanes)[None, :]
-    earlier = tl.load(past, mask=inside[None, :] & (tap < TAPS - 1), other=0.0)
-    moved = tl.where(tap == TAPS - 1, newest[None, :], earlier)
+    newest = tl.load(columns + channel, mask=inside, other=0.0).to(tl.float32)
+    before = inside[None, :] & (tap < TAPS - 1)
+    earlier = tl.load(past + tap * CHANNELS + channel[None, :], mask=before, other=0.0).to(tl.float32)
+    return tl.where(tap == TAPS - 1, newest[None, :], earlier)
+
+
+@triton.jit
+def keep_inputs(inputs, past, channel, inside, CHANNELS: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Writes all but the oldest of the last W inputs of channels back."""
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    moved = inside[None, :] & (tap > 0) & (tap < TAPS)
     # Several threads may hold one element: all must have read before any writes.
     tl.debug_barrier()
-    tl.store(past - CHANNELS, moved, mask=inside[None, :] & (tap > 0) & (tap < TAPS))
+    tl.store(past + (tap - 1) * CHANNELS + channel[None, :], inputs.to(past.dtype.element_ty), mask=moved)
+
+
+@triton.jit
+def _gated(y, gate, at, inside):
+    # Past the first-level cache, which does not see what other multiprocessors wrote.
+    value = tl.load(y + at, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+    return value * silu(tl.load(gate + at, mask=inside, other=0.0).to(tl.float32))
 
 
 @triton.jit
@@ -34,19 +46,13 @@ def normalise(y, gate, weight, out, SIZE: tl.constexpr, BLOCK_C: tl.constexpr, E
     lanes = tl.arange(0, BLOCK_C)
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for start in tl.static_range(0, SIZE, BLOCK_C):
-        inside = start + lanes < SIZE
-        # Past the first-level cache, which does not see what other multiprocessors wrote.
-        value = tl.load(y + start + lanes, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-        opening = tl.load(gate + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        value *= opening / (1.0 + tl.exp(-opening))
+        value = _gated(y, gate, start + lanes, start + lanes < SIZE)
         squares += value * value
     factor = tl.rsqrt(tl.sum(squares) / SIZE + EPS)
     for start in tl.static_range(0, SIZE, BLOCK_C):
         inside = start + lanes < SIZE
-        value = tl.load(y + start + lanes, mask=inside, other=0.0, cache_modifier=".cg").to(tl.float32)
-        opening = tl.load(gate + start + lanes, mask=inside, other=0.0).to(tl.float32)
         scale = tl.load(weight + start + lanes, mask=inside, other=0.0).to(tl.float32)
-        value *= opening / (1.0 + tl.exp(-opening)) * factor * scale
+        value = _gated(y, gate, start + lanes, inside) * factor * scale
         tl.store(out + start + lanes, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -64,11 +70,11 @@ def gated_norm_of_groups_kernel(
     at = index * GROUPS * SIZE + group * SIZE
     if SHIFT:
         # Here, not in the step: all heads of a group read these inputs.
-        first = GROUPS * SIZE + group * WIDTH
-        shift_inputs(
-            base + GROUPS * SIZE, conv_state + index * (TAPS - 1) * CHANNELS, first, WIDTH, CHANNELS, TAPS, BLOCK_T,
-            BLOCK_S,
-        )  # fmt: skip
+        lanes = tl.arange(0, BLOCK_S)
+        channel = GROUPS * SIZE + group * WIDTH + lanes
+        past = conv_state + index * (TAPS - 1) * CHANNELS
+        inputs = inputs_of(base + GROUPS * SIZE, past, channel, lanes < WIDTH, CHANNELS, TAPS, BLOCK_T)
+        keep_inputs(inputs, past, channel, lanes < WIDTH, CHANNELS, TAPS, BLOCK_T)
     normalise(y + at, base + group * SIZE, weight + group * SIZE, out + at, SIZE, BLOCK_C, EPS)
 
 

@@ -113,13 +113,7 @@ class _ChunkedMamba2(torch.autograd.Function):
 
 
 def triton_mamba2(
-    x: Tensor,
-    dt: Tensor,
-    decay: Tensor,
-    b: Tensor,
-    c: Tensor,
-    skip: Tensor | None = None,
-    state: Tensor | None = None,
+    x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, skip: Tensor | None = None, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results of `naive_mamba2`, differentiable in all of them.
 

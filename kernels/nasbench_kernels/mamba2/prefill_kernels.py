@@ -28,19 +28,34 @@ def mamba2_scores_kernel(
 
 
 @triton.jit
+def _place(
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A program's sequence, head and group; channels and lanes of its tile of the state, and which of them exist."""
+    head = tl.program_id(1) % HEADS
+    lanes = tl.arange(0, BLOCK_N)
+    channels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    sequence = (tl.program_id(1) // HEADS).to(tl.int64)
+    return sequence, head, head // (HEADS // GROUPS), channels, lanes, channels < DIM, lanes < STATE
+
+
+@triton.jit
+def _decay(at, in_rows):
+    """Log decays of a chunk: summed from its start to each token, and in all."""
+    rate = tl.load(at, mask=in_rows, other=0.0)
+    return tl.cumsum(rate, 0), tl.sum(rate)
+
+
+@triton.jit
 def mamba2_scan_kernel(
     x, x_stride, dt, decay, b, b_stride, c, c_stride, scores, skip, state_in, state_out, states, out, T,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, INITIAL: tl.constexpr, SKIP: tl.constexpr, KEEP: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    sequence = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
-    group = head // (HEADS // GROUPS)
+    sequence, head, group, channels, lanes, in_channels, in_lanes = _place(HEADS, GROUPS, DIM, STATE, BLOCK_P, BLOCK_N)
     rows = tl.arange(0, CHUNK)
-    lanes = tl.arange(0, BLOCK_N)
-    channels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_lanes, in_channels = lanes < STATE, channels < DIM
     kind = b.dtype.element_ty
     tile = channels[None, :] * STATE + lanes[:, None]
     at_head = (sequence * HEADS + head) * DIM * STATE
@@ -57,9 +72,7 @@ def mamba2_scan_kernel(
         in_rows = start + rows < T
         first = sequence * T + start
         step = tl.load(dt + (first + rows) * HEADS + head, mask=in_rows, other=0.0)
-        rate = tl.load(decay + (first + rows) * HEADS + head, mask=in_rows, other=0.0)
-        total = tl.cumsum(rate, 0)
-        last = tl.sum(rate)
+        total, last = _decay(decay + (first + rows) * HEADS + head, in_rows)
         keys = matrix(b + first * b_stride + group * STATE, rows, lanes, b_stride, in_rows, in_lanes)
         queries = matrix(c + first * c_stride + group * STATE, rows, lanes, c_stride, in_rows, in_lanes)
         score = matrix(scores + (first * GROUPS + group) * CHUNK, rows, rows, GROUPS * CHUNK, in_rows, rows < CHUNK)
@@ -87,13 +100,8 @@ def mamba2_unscan_kernel(
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the states behind every chunk, from the last chunk to the first."""
-    sequence = (tl.program_id(1) // HEADS).to(tl.int64)
-    head = tl.program_id(1) % HEADS
-    group = head // (HEADS // GROUPS)
+    sequence, head, group, channels, lanes, in_channels, in_lanes = _place(HEADS, GROUPS, DIM, STATE, BLOCK_P, BLOCK_N)
     rows = tl.arange(0, CHUNK)
-    lanes = tl.arange(0, BLOCK_N)
-    channels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_lanes, in_channels = lanes < STATE, channels < DIM
     kind = c.dtype.element_ty
     tile = channels[None, :] * STATE + lanes[:, None]
     at_head = (sequence * HEADS + head) * DIM * STATE
@@ -105,9 +113,7 @@ def mamba2_unscan_kernel(
         start = n * CHUNK
         in_rows = start + rows < T
         first = sequence * T + start
-        rate = tl.load(decay + (first + rows) * HEADS + head, mask=in_rows, other=0.0)
-        total = tl.cumsum(rate, 0)
-        last = tl.sum(rate)
+        total, last = _decay(decay + (first + rows) * HEADS + head, in_rows)
         tl.store(dstates + at_head * count + n * DIM * STATE + tile, dstate.to(kind), mask=in_tile)
         queries = matrix(c + first * c_stride + group * STATE, rows, lanes, c_stride, in_rows, in_lanes)
         given = matrix(dout + (first * HEADS + head) * DIM, rows, channels, HEADS * DIM, in_rows, in_channels)
@@ -137,9 +143,7 @@ def mamba2_collect_kernel(
     kind = b.dtype.element_ty
     gates = (first + rows) * HEADS + head
     step = tl.load(dt + gates, mask=in_rows, other=0.0)
-    rate = tl.load(decay + gates, mask=in_rows, other=0.0)
-    total = tl.cumsum(rate, 0)
-    last = tl.sum(rate)
+    total, last = _decay(decay + gates, in_rows)
     left = tl.exp(last - total)
     within = decays(total, rows, in_rows, False)
     keys = matrix(b + first * b_stride + group * STATE, rows, lanes, b_stride, in_rows, in_lanes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nasbench.model.block import Block, BlockCache, Gate
-from nasbench.model.ffn.spec import GatedFFNSpec, NoFFNSpec
+from nasbench.model.ffn.spec import GatedFFNSpec
 from nasbench.model.meta import Meta
 from nasbench.model.packed import PackedProjections
-from nasbench.model.stream import Stream
 
 
 class GatedFFN(Block):
@@ -31,17 +32,11 @@ class GatedFFN(Block):
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
         return row
 
-    def decode_core(self, row: Tensor, meta: Meta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
-        return row
-
 
 class NoFFN(Block):
     """Adds nothing."""
 
     supports_packed_documents = True
-
-    def __init__(self, spec: NoFFNSpec) -> None:
-        super().__init__(spec)
 
     @property
     def out(self) -> None:
@@ -50,12 +45,5 @@ class NoFFN(Block):
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
         return row
 
-    def run(
-        self,
-        stream: Stream,
-        norm: nn.Module | None,
-        meta: Meta,
-        cache: BlockCache | None = None,
-        post_norm: nn.Module | None = None,
-    ) -> None:
+    def run(self, *arguments: Any, **further: Any) -> None:
         pass

@@ -16,13 +16,12 @@ from nasbench.model.ffn.gated import GatedFFN
 from nasbench.model.ffn.spec import GatedFFNSpec, MixtureSpec
 from nasbench.model.meta import Meta
 from nasbench.model.packed import PackedProjections
-from nasbench.model.stream import Stream
 
 
 class MixtureOfExperts(Block):
     """Every token's chosen experts, weighted by the router's softmax, plus the shared experts.
 
-    Routing needs the layer's input itself, so the block does its own products: the stream gives it norm(x).
+    Routing needs the layer's input itself, so the block does its own products.
     """
 
     spec: MixtureSpec
@@ -57,48 +56,35 @@ class MixtureOfExperts(Block):
         return (ACTIVATIONS[self.spec.activation](first) * second) @ down.mT
 
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
-        """Normalised input [B, T, C] -> [B, T, C], expert by expert: the plain form."""
+        """Normalised input [B, T, C] -> [B, T, C]."""
+        # Grouped products want half precision and rows of 16 bytes.
+        grouped = fused.autograd_kernels(row) and row.dtype == torch.bfloat16 and self.spec.width % 8 == 0
         hidden = row.flatten(0, -2)
-        weights, experts = self.route(hidden)
+        output = (self.grouped if grouped else self.by_expert)(hidden, *self.route(hidden))
+        if self.shared is not None:
+            first, second = self.shared.packed.parts(hidden)
+            output = output + self.shared.down_proj(ACTIVATIONS[self.spec.activation](first) * second)
+        return output.view_as(row)
+
+    def by_expert(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """hidden [N, C], routed -> [N, C], expert by expert: the plain form."""
         output = torch.zeros_like(hidden)
         for index in experts.unique().tolist():
             token, place = torch.where(experts == index)
             mixed = self.expert(hidden[token], self.gate_up[index], self.down[index])
             output.index_add_(0, token, mixed * weights[token, place, None].to(mixed.dtype))
-        return self._with_shared(output.view_as(row), row)
+        return output
 
-    def grouped(self, row: Tensor) -> Tensor:
-        """As `core`, tokens sorted by expert, so that each product runs over all experts at once: shapes do not depend
-        on the routing, and nothing waits for the device."""
-        hidden = row.flatten(0, -2)
-        weights, experts = self.route(hidden)
+    def grouped(self, hidden: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `by_expert`, tokens sorted by expert, so that each product runs over all experts at once: shapes do not
+        depend on the routing, and nothing waits for the device."""
         order = experts.flatten().argsort(stable=True)
         token = order // self.spec.chosen
         ends = torch.searchsorted(
-            experts.flatten()[order], torch.arange(self.spec.experts, device=row.device), right=True
+            experts.flatten()[order], torch.arange(self.spec.experts, device=hidden.device), right=True
         ).to(torch.int32)
         inner = F.grouped_mm(hidden[token], self.gate_up.mT, offs=ends)
         first, second = inner.chunk(2, dim=-1)
         gated = ACTIVATIONS[self.spec.activation](first) * second
-        mixed = F.grouped_mm(gated, self.down.mT, offs=ends) * weights.flatten()[order, None].to(row.dtype)
-        output = torch.zeros_like(hidden).index_add_(0, token, mixed)
-        return self._with_shared(output.view_as(row), row)
-
-    def _with_shared(self, output: Tensor, row: Tensor) -> Tensor:
-        if self.shared is None:
-            return output
-        first, second = self.shared.packed.parts(row)
-        return output + self.shared.down_proj(ACTIVATIONS[self.spec.activation](first) * second)
-
-    def run(
-        self,
-        stream: Stream,
-        norm: nn.Module | None,
-        meta: Meta,
-        cache: BlockCache | None = None,
-        post_norm: nn.Module | None = None,
-    ) -> None:
-        hidden = stream.normed(norm)
-        # Grouped products want half precision and rows of 16 bytes.
-        grouped = fused.autograd_kernels(hidden) and hidden.dtype == torch.bfloat16 and self.spec.width % 8 == 0
-        stream.add(self.grouped(hidden) if grouped else self.core(hidden, meta, cache), post_norm)
+        mixed = F.grouped_mm(gated, self.down.mT, offs=ends) * weights.flatten()[order, None].to(hidden.dtype)
+        return torch.zeros_like(hidden).index_add_(0, token, mixed)

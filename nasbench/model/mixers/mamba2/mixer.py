@@ -37,9 +37,6 @@ WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
 
-RecurrenceInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
 class Mamba2(Block):
     """z, x, B, C, dt from one projection; a state per head that x is written to along B and read from along C."""
 
@@ -88,7 +85,7 @@ class Mamba2(Block):
         spec = self.spec
         return row[..., : spec.projected].split((spec.inner, spec.channels, spec.num_heads), dim=-1)
 
-    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> RecurrenceInputs:
+    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> tuple[Tensor, ...]:
         """After the convolution: x [B, T, H, P], step size and log decay [B, T, H] fp32, B and C [B, T, G, N]."""
         spec = self.spec
         shared = spec.groups * spec.state_size
@@ -120,37 +117,33 @@ class Mamba2(Block):
             state.copy_(new_state)
         return self.gated(y, z)
 
+    def by_kernels(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        """Convolution and recurrence by kernels that have a backward: row -> [B, T, H, P]."""
+        from nasbench_kernels.conv.train import triton_short_conv
+        from nasbench_kernels.mamba2.prefill import triton_mamba2
+
+        _, columns, dt = self.parts(row)
+        ages = None if meta.documents is None else meta.documents.ages
+        conv_state, state = (cache.conv_state["xbc"], cache.state["state"]) if cache else (None, None)
+        mixed = triton_short_conv(columns, self.taps, conv_state, ages, self.conv_bias)
+        y, new_state = triton_mamba2(*self.recurrence_inputs(mixed, dt, meta), self.D, state)
+        if state is not None:
+            state.copy_(new_state)
+        return y
+
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
         if not torch.is_grad_enabled():
             return self.prefill_core(row, meta)
         if self.spec.state_size > WIDEST_TRAINED_STATE:
             return self.core(row, meta)
-        from nasbench_kernels.mamba2.prefill import triton_mamba2
-
-        z, columns, dt = self.parts(row)
-        y, _ = triton_mamba2(*self.recurrence_inputs(self.convolved(columns, meta, None), dt, meta), self.D)
-        return self.gated(y, z)
-
-    def convolved(self, columns: Tensor, meta: SequenceMeta, cache: BlockCache | None) -> Tensor:
-        """Convolution and SiLU by a kernel that has a backward."""
-        from nasbench_kernels.conv.train import triton_short_conv
-
-        ages = None if meta.documents is None else meta.documents.ages
-        return triton_short_conv(columns, self.taps, cache.conv_state["xbc"] if cache else None, ages, self.conv_bias)
+        return self.gated(self.by_kernels(row, meta), self.parts(row)[0])
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
         if self.spec.state_size > WIDEST_STATE:
             return self.core(row, meta, cache)
         from nasbench_kernels.mamba2.norm import gated_norm_of_groups
-        from nasbench_kernels.mamba2.prefill import triton_mamba2
 
-        _, columns, dt = self.parts(row)
-        state = cache.state["state"] if cache else None
-        inputs = self.recurrence_inputs(self.convolved(columns, meta, cache), dt, meta)
-        y, new_state = triton_mamba2(*inputs, self.D, state)
-        if state is not None:
-            state.copy_(new_state)
-        rows = row.flatten(0, 1)
+        y, rows = self.by_kernels(row, meta, cache), row.flatten(0, 1)
         out = torch.empty(len(rows), self.spec.inner, device=row.device, dtype=row.dtype)
         gated_norm_of_groups(y.view_as(out), rows, self.norm.weight, self.spec.groups, NORM_EPS, out)
         return out.unflatten(0, row.shape[:2])
