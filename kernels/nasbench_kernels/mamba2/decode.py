@@ -119,25 +119,27 @@ class StepLaunch:
     stages: int = 1
 
 
-def step_launch(
-    batch: int, heads: int, heads_of_group: int, dim: int, size: int, sms: int, shared_memory: int
-) -> StepLaunch:
-    """Four tiles one after the other, two of them on their way, where there are many heads; else small blocks of rows.
+TILE_ELEMENTS = 2048
+"""Of the state that one warp of a launch for many heads holds at a time."""
 
-    The tiles are of 8192 elements, of 4096 on cards of little shared memory; smaller where a group has few rows.
 
-    Chosen of 25 launches on an H200 for 80 heads of 64 x 128 in fp32, before the tile index changed. Fractions of an
-    in-place pass over the states, batch 64 and 256: 0.79 and 0.89 by four heads in turn, 0.66 and 0.69 by one head a
-    program. At batch 1 and 8 blocks of 8 rows took 5.4 and 19.0 us, whole heads 6.5 and 22.8.
+def step_launch(batch: int, heads: int, heads_of_group: int, dim: int, size: int, sms: int) -> StepLaunch:
+    """Four small tiles one after the other by one warp, two of them on their way, where there are many heads; else
+    small blocks of rows.
+
+    Chosen of 14 launches on an H200 for 80 heads of 64 x 128. The whole step with its norm, as a fraction of what an
+    in-place pass over the states and the rest of the traffic take, at batch 64 and 256: 0.85 and 0.91 in fp32, 0.82
+    and 0.91 in bf16. Tiles of four times the elements by two warps: 0.80, 0.90, 0.72, 0.85. One head a program: 0.67,
+    0.70, 0.47, 0.47. With 8 and 80 groups at batch 64: 0.86 and 0.86. At batch 1 and 8 blocks of 8 rows took 5.4 and
+    19.0 us, whole heads 6.5 and 22.8.
     """
     elements = triton.next_power_of_2(size)
     if batch * heads >= 8 * sms:
-        most = 8192 if shared_memory >= 160 << 10 else 4096
-        block = min(dim & -dim, max(1, most // elements))
+        block = min(dim & -dim, max(1, TILE_ELEMENTS // elements))
         while block > 1 and heads_of_group * (dim // block) % 4:
             block //= 2
         if heads_of_group * (dim // block) % 4 == 0:
-            return StepLaunch(block, 4, warps=2, stages=3)
+            return StepLaunch(block, 4, warps=1, stages=3)
     return StepLaunch(max(1, min(triton.next_power_of_2(dim), 1024 // elements)), warps=1)
 
 
@@ -174,8 +176,8 @@ def fused_mamba2_step(
     batch, heads, dim, size = state.shape
     taps, channels = conv_weight.shape[1], conv_weight.shape[0]
     groups = (channels - heads * dim) // (2 * size)
-    sms, shared_memory = sm_limits(row.device)
-    launch = launch or step_launch(batch, heads, heads // groups, dim, size, sms, shared_memory)
+    sms, _ = sm_limits(row.device)
+    launch = launch or step_launch(batch, heads, heads // groups, dim, size, sms)
     parts = triton.cdiv(dim, launch.block_p)
     if launch.tiles > 1 and (dim % launch.block_p or heads // groups * parts % launch.tiles):
         raise ValueError(f"{launch} does not divide {groups} groups of {heads // groups} heads of {dim}")

@@ -16,9 +16,6 @@ from nasbench.model.mixers.windowed.spec import WindowedJetBlockSpec
 from nasbench.model.packed import PackedProjections
 from nasbench.model.stream import Stream
 
-CONV = "conv_inputs"
-"""A cache's name of the last inputs of the JetBlock's convolution."""
-
 
 class WindowedJetBlock(Block):
     """out(window(x) beside jet_block(x)). The parts read the input by products of their own, since only the window's
@@ -43,8 +40,7 @@ class WindowedJetBlock(Block):
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
         near = self.near.new_cache(batch, context, device=device, dtype=dtype)
         far = self.far.new_cache(batch, context, device=device, dtype=dtype)
-        # The ring and the convolution's inputs are both called values.
-        return BlockCache(context, {**near.state, **far.state}, {CONV: far.conv_state["values"]})
+        return BlockCache(context, {**near.state, **far.state}, far.conv_state)
 
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
         """Normalised input [B, T, C] -> features of both, [B, T, Y]."""
@@ -57,7 +53,7 @@ class WindowedJetBlock(Block):
         if cache is None:
             return (self.near, None), (self.far, None)
         rings = {name: cache.state[name] for name in ("keys", "values")}
-        far = BlockCache(cache.context, {"state": cache.state["state"]}, {"values": cache.conv_state[CONV]})
+        far = BlockCache(cache.context, {"state": cache.state["state"]}, cache.conv_state)
         return (self.near, BlockCache(cache.context, rings)), (self.far, far)
 
     def calibration(self, constant: Tensor) -> dict[str, Tensor]:
