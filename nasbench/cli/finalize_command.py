@@ -34,12 +34,12 @@ def command(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
     average: Annotated[
-        float,
+        str,
         typer.Option(
             help="Also write a mean with the weights before, this share of it finalised: keeps more of what they could "
-            "do (0.5). 0: no mean."
+            "do (0.5). auto: the share with the lowest held-out loss. 0: no mean."
         ),
-    ] = 0.0,
+    ] = "0",
     shard: Shard = None,
     tensorboard: TensorBoard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -52,8 +52,7 @@ def command(
     from nasbench.supernet.budget import note_final
     from nasbench.supernet.finalize import AVERAGE, average_final, final_folder, finalize
 
-    if not 0 <= average <= 1:
-        raise UserError(f"bad --average {average}: choose 0 to 1")
+    share = _share_of(average)
     if not seconds >= 0:
         raise UserError(f"bad --seconds {seconds}: at least 0")
     if not re.fullmatch(r"[\w-]*", variant):
@@ -88,16 +87,37 @@ def command(
         return
     note_final(folder, budget)
     log(f"finalised {format_placement(chosen)} in {folder}")
-    mean = None
-    if average:
+    mean: dict[str, Any] = {}
+    if share is None:
+        from nasbench.evaluation.averaging import losses_by_share
+
+        losses = losses_by_share(opened, chosen, of=variant, device=where, dtype=kind)
+        share = min(losses, key=losses.__getitem__)
+        log("held-out loss by share: " + ", ".join(f"{key:g} {loss:.4f}" for key, loss in losses.items()))
+        mean = {"losses_by_share": losses}
+    if share or mean:
         # On the CPU: of a model that is sharded, no GPU holds the whole.
         name = f"{variant}-{AVERAGE}" if variant else AVERAGE
-        mean = average_final(opened, chosen, name, of=variant, share=average, dtype=kind)
-        note_final(mean, budget)
-        log(f"mean with the weights before in {mean}")
+        path = average_final(opened, chosen, name, of=variant, share=share, dtype=kind)
+        note_final(path, budget)
+        log(f"mean with the weights before, {share:g} finalised, in {path}")
+        mean |= {"average": str(path), "share": share}
     if as_json:
         found = {"run": str(run), "placement": format_placement(chosen), "folder": str(folder), "tokens": budget}
-        print_json(found | ({} if mean is None else {"average": str(mean)}))
+        print_json(found | mean)
+
+
+def _share_of(text: str) -> float | None:
+    """--average as a number; None for auto. Raises UserError."""
+    if text == "auto":
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UserError(f"bad --average {text!r}: choose auto or 0 to 1")
+    return share
 
 
 def _chosen(run: Run, placement: str, count: int | None) -> Placement:

@@ -254,16 +254,27 @@ def average_final(
 
     Raises UserError when the finalised weights are damaged or are of another supernet.
     """
-    net = Supernet.load(run, dtype=dtype)
     source, folder = final_folder(run, placement, of), final_folder(run, placement, name)
-    data, weights = read_json(source / CONFIG), _weights(source, "cpu")
-    if not isinstance(data, dict) or data.get("supernet") != net.version:
-        raise UserError(f"{source} was not finalised from the supernet that {run.path} has now: finalize again")
-    for key, start in _counterparts(net, placement, weights, source).items():
-        learnt = weights[key]
-        weights[key] = torch.lerp(start.detach().float(), learnt.float(), share).to(learnt.dtype)
-    _write(folder, weights, {**data, "averaged": share})
+    parameters, weights = before_and_after(Supernet.load(run, dtype=dtype), source, placement)
+    for key, start in parameters.items():
+        weights[key] = mean_of(start.detach(), weights[key], share)
+    _write(folder, weights, {**read_json(source / CONFIG), "averaged": share})
     return folder
+
+
+def before_and_after(
+    net: Supernet, folder: Path, placement: Placement
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """The supernet's parameters that a training began from, and what it made of them, by name. Raises UserError."""
+    data, weights = read_json(folder / CONFIG), _weights(folder, net.teacher.device)
+    if not isinstance(data, dict) or data.get("supernet") != net.version:
+        raise UserError(f"{folder} was not finalised from the supernet that its run has now: finalize again")
+    return _counterparts(net, placement, weights, folder), weights
+
+
+def mean_of(before: Tensor, after: Tensor, share: float) -> Tensor:
+    """The mean in which `after` has this share, in its dtype."""
+    return torch.lerp(before.float(), after.float(), share).to(after.dtype)
 
 
 def _weights(path: Path, device: torch.device | str) -> dict[str, Tensor]:

@@ -68,6 +68,8 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
     mean = json.loads(nas("eval", both["average"], *args, *common).out)
     assert mean["placement"] == "2J W8 A"
     assert mean["scores"] != again["scores"]
+    chosen = json.loads(nas("finalize", run, *args_again[:-1], "auto", *common).out)
+    assert chosen["losses_by_share"][str(chosen["share"])] == min(chosen["losses_by_share"].values())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         (("finalize", tmp_path / "absent", "--placement", "4J"), "not a run folder"),
         (("finalize", run, "--placement", "4G"), "unknown layer kind at layer 0"),
         (("finalize", run, "--placement", "4J", "--shard"), "needs several processes"),
-        (("finalize", run, "--placement", "4J", "--average", "1.5"), "bad --average 1.5: choose 0 to 1"),
+        (("finalize", run, "--placement", "4J", "--average", "1.5"), "bad --average '1.5': choose auto or 0 to 1"),
         (("finalize", run), "write either --placement or --full-attention K"),
         (("finalize", run, "-k", "1", "--placement", "4J"), "write either"),
         (("finalize", run, "-k", "1"), "has no trials"),

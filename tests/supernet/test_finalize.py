@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from nasbench.core.errors import UserError
 from nasbench.data.packing import Corpus
+from nasbench.evaluation.averaging import SHARES, losses_by_share
+from nasbench.evaluation.evaluator import Evaluator
+from nasbench.evaluation.tasks import HeldOutLoss
 from nasbench.supernet import checkpoint
 from nasbench.supernet.finalize import MIXERS, average_final, final_folder, finalize, is_final, load_final, use_final
 from nasbench.supernet.settings import DistillConfig
@@ -96,6 +99,19 @@ def test_an_average_lies_between_before_and_after(run, whole):
     distill(run, CONFIG.updated({"supernet_tokens": 256}), dtype=torch.float32)
     with pytest.raises(UserError, match="not finalised from"):
         average_final(run, PLACEMENT, "average", dtype=torch.float32)
+
+
+def test_the_losses_by_share_run_from_before_to_after(run):
+    folder = finalize(run, PLACEMENT, CONFIG, 4096, dtype=torch.float32)
+    losses = losses_by_share(run, PLACEMENT, dtype=torch.float32)
+    assert list(losses) == list(SHARES)
+    assert len(set(losses.values())) == len(SHARES)
+    evaluator = Evaluator.open(run, dtype=torch.float32)
+    for share in (0.0, 1.0):
+        if share:
+            use_final(evaluator.supernet, folder)
+        found = HeldOutLoss().score(evaluator.supernet.select(PLACEMENT), evaluator.context("search"))
+        assert found.value == pytest.approx(losses[share], abs=1e-5)
 
 
 def test_no_tokens_takes_the_supernet_as_it_is(run):
