@@ -2,7 +2,8 @@
 
 from nasbench.cost.calibration import CalibrationRow, add_calibration, find_calibration
 from nasbench.cost.files import find_profiles, load_cost_model, profiled_devices
-from nasbench.cost.model import Cost, CostModel, check_context
+from nasbench.cost.model import Cost, CostModel
+from nasbench.profiling.plan import check_context
 
 __all__ = [
     "CalibrationRow",

@@ -18,13 +18,13 @@ from math import ceil
 
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import BS1_OVERHEAD, LAUNCH, OVERHEAD, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
 from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.model.spec import BlockSpec
+from nasbench.profiling.plan import check_context
 from nasbench.runtime.memory import USABLE, activation_bytes
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.store import Row, ffn_names
@@ -109,13 +109,6 @@ class Parts:
     @property
     def joules(self) -> float | None:
         return total(time for _, time in self.times).joules
-
-
-def check_context(shape: ModelSpec, context: int) -> int:
-    """Returns the context, or raises UserError when it is beyond the model's."""
-    if not 1 <= context <= shape.max_context:
-        raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
-    return context
 
 
 class CostModel:
