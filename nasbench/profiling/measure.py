@@ -56,7 +56,7 @@ def stamp(machine: Machine) -> dict[str, Any]:
     """Versions and the time now, as every measured row carries them."""
     info = machine.info
     found = provenance(info.slug, f"{torch.get_num_threads()} threads" if info.kind == "cpu" else info.driver)
-    return found.cells("torch", "triton", "driver", "project", "measured_utc")
+    return found.cells("torch", "triton", "driver", "project", "kernels", "measured_utc")
 
 
 def time_calls(
