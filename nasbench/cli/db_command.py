@@ -146,7 +146,7 @@ def estimate(
     measured_keys = {row.key for row in Database(path).read() if row.source == "measured"}
     new = [row for row in found if row.key not in measured_keys]
     Database(path).merge(new)
-    summary = {"device": target, "from": source, "path": str(path), "source": "estimated"}
+    summary: dict[str, Any] = {"device": target, "from": source, "path": str(path), "source": "estimated"}
     summary |= {"estimated": len(new), "measured": len(found) - len(new)}
     if as_json:
         print_json(summary)
@@ -169,7 +169,7 @@ def _print_check(folder: Path, source: str, target: str, found: list[Row], measu
         raise UserError(f"nothing to compare: {target} has no measured rows of the blocks of {source}")
     table = pd.DataFrame(points).assign(size=lambda t: t["error"].abs())
     parts = [(names, part) for names, part in table.groupby(["mode", "block"])]
-    lines = []
+    lines: list[list[Any]] = []
     for names, part in [*parts, (("all", ""), table)]:
         shares = (part["size"].mean(), part["size"].max(), part["inside"].mean())
         lines.append([*names, len(part), *(round(100 * float(share), 1) for share in shares)])

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import log
+from typing import Any
 
 import numpy as np
 
@@ -154,7 +155,9 @@ def _row(row: Row, target: DeviceSpec, us: float, sd: float, reason: str) -> Row
     """The row on the target. Its error is a factor: p20 is never negative."""
     factor = float(np.exp(PERCENTILE_SD * sd))
     faster = (row.p50_us or 0.0) / us if us else 1.0
-    rates = {name: None if (value := getattr(row, name)) is None else value * faster for name in ("gb_s", "tflop_s")}
+    rates: dict[str, Any] = {
+        name: None if (value := getattr(row, name)) is None else value * faster for name in ("gb_s", "tflop_s")
+    }
     return replace(
         row, device=target.slug, p20_us=us / factor, p50_us=us, p80_us=us * factor, repeats=None, noisy=None,
         **rates, bandwidth_fraction=None, compute_fraction=None, power_w=None, energy_j=None, sm_clock_mhz=None,

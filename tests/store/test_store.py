@@ -208,10 +208,10 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
     Database(path).merge([row()])
     before = path.read_bytes()
 
-    def full(target, *args, **kwargs):
+    def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("nasbench.core.files.os.fsync", full)
     with pytest.raises(MachineError, match="no space left"):
         Database(path).merge([row(batch=4)])
     assert path.read_bytes() == before
