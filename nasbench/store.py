@@ -17,14 +17,15 @@ from typing import Any
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import locked
 from nasbench.core.noise import is_noisy
+from nasbench.core.provenance import kernels_version
 from nasbench.core.tables import columns, read_table, read_text, write_table
 from nasbench.model.shapes import ModelSpec
 from nasbench.model.spec import FFNS, BlockSpec, ffn_spec
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the columns below. Older files are read, and written as this version by the next change or by
 `nasbench db migrate`; newer ones are refused, never guessed at."""
-ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",)}
+ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",), 5: ("kernels",)}
 """Columns that a version brought, by version."""
 RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
 """New and old names of the columns that a version renamed."""
@@ -98,12 +99,19 @@ class Row:
     triton: str = ""
     driver: str = ""
     project: str = ""
+    kernels: str = ""
     measured_utc: str = ""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the row measures; unique in a database, and the order of its rows."""
         return tuple(getattr(self, name) for name in KEY)
+
+    @property
+    def stale(self) -> bool:
+        """Whether other GPU kernels than the installed ones were measured. A CPU runs none of them."""
+        on_gpu = bool(self.driver) and not self.driver.endswith("threads")
+        return on_gpu and self.source == "measured" and self.kernels != kernels_version()
 
 
 SIZE_COLUMNS = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")

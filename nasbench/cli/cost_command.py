@@ -33,7 +33,14 @@ def command(
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, mark_source, print_json
-    from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
+    from nasbench.cost import (
+        CostModel,
+        find_profiles,
+        how_to_get_rows,
+        load_cost_model,
+        profiled_devices,
+        stale_warning,
+    )
     from nasbench.cost.model import INTERVAL_SD
     from nasbench.devices import DEVICES, detect
 
@@ -46,7 +53,13 @@ def command(
     width = dtype or _profiled_dtype(rows, shape)
     costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width, device=slug)
     cost, reason = costs.cache(layers, tokens, sequences), ""
+    most = costs.largest_batch(layers, tokens)
     try:
+        if cost.fits is False:
+            largest = f"the largest batch is {most}" if most else "not even one sequence fits"
+            raise UserError(f"batch {sequences} does not fit in the memory of {slug}: {largest}")
+        if not rows:
+            raise UserError(how_to_get_rows(slug, shape.name, db))
         cost = costs.cost(layers, tokens, sequences, extrapolate)
     except UserError as error:
         reason = str(error)
@@ -54,8 +67,10 @@ def command(
     else:
         if cost.prefill_tok_s is None:
             log("no prefill rows for this: prefill_tok_s is left out")
+    if cost.stale:
+        log(stale_warning(cost.stale, slug, shape.name))
     if as_json:
-        extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms}
+        extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms, "largest_batch": most}
         extra |= {"reason": reason} if reason else {}
         print_json(asdict(cost) | extra)
         return
@@ -75,6 +90,8 @@ def command(
     print(f"cache    {cache:.2f} MiB, and {conv_state:.2f} MiB of convolution inputs")
     limit = "" if cost.fits is None else f", {'fits' if cost.fits else 'DOES NOT FIT'} in the memory of {slug}"
     print(f"memory   {cost.needed_bytes / 1e9:.2f} GB of weights, caches and activations{limit}")
+    if most is not None:
+        print(f"batch    {most} at most")
 
 
 def _calibrated(rows: int) -> str:

@@ -1,16 +1,19 @@
-"""`nasbench db check|migrate|show|merge`: profile databases as files."""
+"""`nasbench db check|migrate|show|merge|estimate|judge`: profile databases as files, and how far to trust them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nasbench.core.errors import UserError
 
-command = typer.Typer(help="Validate, list and merge profile databases.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from nasbench.store import Row
+
+command = typer.Typer(help="Validate, list, merge, estimate and judge profile databases.", no_args_is_help=True)
 
 
 def _files(path: Path) -> list[Path]:
@@ -97,7 +100,7 @@ def merge(
     db: Annotated[Path | None, typer.Option(help="Folder to merge into; default: the user's own.")] = None,
 ) -> None:
     """Add the rows of databases to a folder, each to its device's file. The later measurement of a key wins."""
-    from nasbench.store import Database, Row, db_path, read_db
+    from nasbench.store import Database, db_path, read_db
 
     by_device: dict[str, list[Row]] = {}
     for row in (row for path in paths for file in _files(path) for row in read_db(file)):
@@ -106,3 +109,114 @@ def merge(
         target = db_path(device, db)
         changed = Database(target).merge(rows)
         print(f"{target}: {changed} of {len(rows)} rows added or replaced")
+
+
+@command.command("estimate")
+def estimate(
+    source: Annotated[str, typer.Option("--from", help="A GPU that was measured, as nvidia-h200.")],
+    target: Annotated[str, typer.Option("--to", help="A GPU of `nasbench devices`; it need not be here.")],
+    db: Annotated[Path | None, typer.Option(help="Folder of the databases; default: the user's own.")] = None,
+    check: Annotated[
+        Path | None, typer.Option(help="Write no rows: compare with those measured on --to, tables into this folder.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Estimate the rows of a GPU from those of another one, by data sheet. They are marked estimated everywhere."""
+    from nasbench.cli.common import print_json
+    from nasbench.cost import find_profiles, profiled_devices
+    from nasbench.devices import DEVICES
+    from nasbench.profiling.estimate import estimate as estimate_rows
+    from nasbench.store import Database, db_path
+
+    specs = DEVICES[source], DEVICES[target]
+
+    def rows_of(device: str) -> list[Row]:
+        """Measured ones: those of --db, or else those that ship and the user's."""
+        for place in (db, None) if db is not None and db.exists() else (None,):
+            rows = find_profiles(device, place) if device in profiled_devices(place) else []
+            if measured := [row for row in rows if row.source == "measured"]:
+                return measured
+        return []
+
+    found = estimate_rows(rows_of(source), *specs)
+    if check:
+        _print_check(check, source, target, found, rows_of(target), as_json)
+        return
+    path = db_path(target, db)
+    measured_keys = {row.key for row in Database(path).read() if row.source == "measured"}
+    new = [row for row in found if row.key not in measured_keys]
+    Database(path).merge(new)
+    summary: dict[str, Any] = {"device": target, "from": source, "path": str(path), "source": "estimated"}
+    summary |= {"estimated": len(new), "measured": len(found) - len(new)}
+    if as_json:
+        print_json(summary)
+    else:
+        print(f"{path}: {len(new)} rows ESTIMATED from {source}; {len(found) - len(new)} are measured and stay")
+
+
+def _print_check(folder: Path, source: str, target: str, found: list[Row], measured: list[Row], as_json: bool) -> None:
+    """Prints errors by mode and block, and writes them and every comparison beside each other."""
+    import pandas as pd
+
+    from nasbench.cli.common import print_json, print_table
+    from nasbench.core.files import write_text
+    from nasbench.core.provenance import command_line
+    from nasbench.core.tables import write_table
+    from nasbench.profiling.estimate import Checked, check
+
+    points = check(found, measured)
+    if not points:
+        raise UserError(f"nothing to compare: {target} has no measured rows of the blocks of {source}")
+    table = pd.DataFrame(points).assign(size=lambda t: t["error"].abs())
+    parts = [(names, part) for names, part in table.groupby(["mode", "block"])]
+    lines: list[list[Any]] = []
+    for names, part in [*parts, (("all", ""), table)]:
+        shares = (part["size"].mean(), part["size"].max(), part["inside"].mean())
+        lines.append([*names, len(part), *(round(100 * float(share), 1) for share in shares)])
+    columns = ["mode", "block", "rows", "mean error %", "worst %", "in 90 % interval, %"]
+    name = f"{source}-to-{target}"
+    write_table(folder / f"{name}.csv", points, Checked, digits=4)
+    text = [f"Rows of {target} estimated from {source}, against those measured on {target}.", ""]
+    text += [f"    {command_line()}", ""]
+    text += [f"| {' | '.join(map(str, cells))} |" for cells in (columns, ["---"] * len(columns), *lines)]
+    write_text(folder / f"{name}.md", "\n".join(text) + "\n")
+    if as_json:
+        print_json({"from": source, "to": target, "errors": [dict(zip(columns, line, strict=True)) for line in lines]})
+    else:
+        print_table(columns, lines, f"{target} estimated from {source}")
+
+
+@command.command("judge")
+def judge(
+    files: Annotated[list[Path], typer.Argument(help="CSV files of measured whole steps and prompts.")],
+    db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write every comparison into this CSV file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Evaluate the cost model on whole steps and prompts that did not calibrate it. `nasbench profile --holdout N`
+    measures some."""
+    from nasbench.cli.common import print_json, print_table
+    from nasbench.core.tables import write_table
+    from nasbench.cost.calibration import read_calibration
+    from nasbench.cost.holdout import Comparison, judge
+
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
+    lines, points = judge((row for file in files for row in read_calibration(file)), db)
+    if out:
+        write_table(out, points, Comparison, digits=4)
+    if as_json:
+        print_json({"judged": lines})
+        return
+    columns = ["device", "model", "mode", "points", "mean %", "worst %", "in 90 %"]
+    shares = ("mean_error", "worst_error", "in_90_percent_interval")
+    cells = []
+    for line in lines:
+        percent = ["" if line.get(name) is None else round(100 * line[name], 1) for name in shares]
+        mode = line["mode"] + (" ESTIMATED" if line.get("source") == "estimated" else "")
+        cells.append([line["device"], line["model"], mode, line["points"], *percent])
+    print_table(columns, cells)
+    left = sum(line["not_covered"] for line in lines)
+    if left:
+        print(f"{left} measurements are outside of the profiled points")

@@ -5,22 +5,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nasbench.cli.common import chunk_help
-from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
-    from nasbench.cost.holdout import Holdout
-    from nasbench.model.shapes import ModelSpec
-    from nasbench.profiling.plan import Point
     from nasbench.profiling.sweep import SweepPlan, SweepResult
 
 
@@ -41,9 +36,6 @@ def command(
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and how long it takes.")] = False,
-    estimate: Annotated[
-        str, typer.Option(help="Write rows of this known device by roofline, marked estimated, instead of measuring.")
-    ] = "",
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Then measure a few whole steps and prompts, for the cost model.")
     ] = False,
@@ -61,8 +53,7 @@ def command(
 ) -> None:
     """Measure decode and prefill of mixers, FFNs, norm, embedding and head. Rows that exist are skipped."""
     from nasbench.cli.common import log, torch_device
-    from nasbench.devices import DEVICES
-    from nasbench.profiling.plan import parse_batches, plan
+    from nasbench.profiling.plan import parse_batches
 
     for option, seconds in (("budget", budget), ("timeout", timeout), ("limit", limit)):
         if seconds < 0:
@@ -76,17 +67,10 @@ def command(
     from nasbench.profiling.sweep import prepare
 
     shape, names = resolve_shape(model), _names(blocks)
-    if estimate and (calibrate or holdout or device != "auto"):
-        raise UserError("--estimate measures nothing: leave out --calibrate, --holdout and --device")
-    name = "cuda" if estimate else torch_device(device)
+    name = torch_device(device)
     on_gpu = name.startswith("cuda")
     context_list = asked_contexts or default_contexts(shape.max_context, on_gpu)
     batch_list = asked_batches or (["auto"] if on_gpu else [1, 4])
-    if estimate:
-        memory = DEVICES[estimate].memory_bytes
-        groups = plan(shape, names, context_list, batch_list, mode_list, tokens or PREFILL_CHUNK.of(name), memory, 2)
-        _print_summary(_estimate(shape, estimate, groups, dtype or "bf16", db, dry_run), as_json)
-        return
     todo = prepare(
         shape, names, context_list, batch_list, mode_list, device=name, db=db,
         dtype=dtype or ("bf16" if on_gpu else "fp32"), chunk=tokens, force=force, seconds_per_row=budget or None,
@@ -135,31 +119,6 @@ def _print_summary(summary: dict[str, Any], as_json: bool) -> None:
         print(", ".join(f"{key} {value}" for key, value in summary.items() if value or key == "measured"))
 
 
-def _estimate(
-    shape: ModelSpec, device: str, groups: list[list[Point]], dtype: str, db: Path | None, dry_run: bool
-) -> dict[str, Any]:
-    """Writes estimated rows where the database has no measured ones; returns what the command prints."""
-    from nasbench.cost import find_profiles, profiled_devices
-    from nasbench.devices import DEVICES
-    from nasbench.profiling.estimate import Estimator
-    from nasbench.store import Database, db_path
-
-    spec = DEVICES[device]
-    # The shipped measurements always teach; those of --db, which may be a new folder, too.
-    places = [None, *([db] if db is not None and db.is_dir() else [])]
-    known = [row for place in places for name in profiled_devices(place) for row in find_profiles(name, place)]
-    estimator = Estimator({row.key: row for row in known}.values(), dtype)
-    rows = estimator.rows(spec, shape, [point for group in groups for point in group])
-    path = db_path(spec.slug, db)
-    measured = {row.key for row in Database(path).read() if row.source == "measured"}
-    new = [row for row in rows if row.key not in measured]
-    if not dry_run:
-        Database(path).merge(new)
-    errors = {f"{block} {mode}": round(rule.error, 3) for (block, mode), rule in sorted(estimator.rules.items())}
-    counts = {"estimated": len(new), "measured": len(rows) - len(new)}
-    return {"device": spec.slug, "path": str(path), "source": "estimated", **counts, "errors": errors}
-
-
 def _whole_models(
     todo: SweepPlan,
     names: Sequence[str],
@@ -195,14 +154,8 @@ def _whole_models(
         measure_missing(whole, points, holdout_path(todo.path), log, chunk, read_calibration(path))
         costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)
         found, uncovered = evaluate(costs, read_calibration(holdout_path(todo.path)))
-        told["holdout"] = {mode: _errors(errors) for mode, errors in found.items()} | {"not_covered": uncovered}
+        told["holdout"] = {mode: errors.cells() for mode, errors in found.items()} | {"not_covered": uncovered}
     return told
-
-
-def _errors(found: Holdout) -> dict[str, float | None]:
-    ranks = None if isnan(found.spearman) else round(found.spearman, 4)
-    shares = {"mean_error": found.mean, "worst_error": found.worst, "in_90_percent_interval": found.inside}
-    return {"points": len(found.rows), "spearman": ranks, **{name: round(x, 4) for name, x in shares.items()}}
 
 
 def default_contexts(max_context: int, on_gpu: bool) -> list[int]:

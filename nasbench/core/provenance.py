@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import sys
+import tokenize
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from nasbench import __version__
@@ -22,6 +27,7 @@ class Provenance:
         torch, triton: versions; "" where a package is absent.
         driver: version of the GPU driver, "" on a CPU.
         project: version of nasbench.
+        kernels: version of its GPU kernels.
         threads: CPU threads that torch uses, or those of this process where torch is not loaded.
         command: what ran, as one would type it.
         measured_utc: the time, as 2026-11-30T12:00:00Z.
@@ -32,6 +38,7 @@ class Provenance:
     triton: str
     driver: str
     project: str
+    kernels: str
     threads: int
     command: str
     measured_utc: str
@@ -57,6 +64,27 @@ def _version(package: str) -> str:
         return ""
 
 
+_BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING)
+
+
+@cache
+def kernels_version() -> str:
+    """Eight digits that differ between kernels of different code; comments, docstrings, the naive forms and the tuner
+    do not count. "" without the package."""
+    spec, digest = find_spec("nasbench_kernels"), hashlib.sha256()
+    folders = spec.submodule_search_locations if spec else None
+    for path in sorted(path for folder in folders or () for path in Path(folder).rglob("*.py")):
+        if path.name == "naive.py" or path.parent.name == "tune":
+            continue
+        with path.open("rb") as file:
+            begins = True
+            for token in tokenize.tokenize(file.readline):
+                if token.type not in _BLANK and not (begins and token.type == tokenize.STRING):
+                    digest.update(token.string.encode() + b" ")
+                begins = token.type in _BLANK
+    return digest.hexdigest()[:8] if folders else ""
+
+
 def command_line() -> str:
     """The command of this process, its program without its folder."""
     name = os.path.basename(sys.argv[0]) if sys.argv else ""
@@ -77,6 +105,7 @@ def provenance(device: str = "", driver: str = "") -> Provenance:
         triton=_version("triton"),
         driver=driver,
         project=__version__,
+        kernels=kernels_version(),
         threads=torch.get_num_threads() if torch else cores,
         command=command_line(),
         measured_utc=utc_now(),

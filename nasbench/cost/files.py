@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.provenance import kernels_version
 from nasbench.core.sizes import profiles_dir
 from nasbench.cost.calibration import find_calibration
 from nasbench.cost.model import CostModel
+from nasbench.devices import DEVICES
 from nasbench.model.shapes import ModelSpec
 from nasbench.store import Database, Row, default_db_dir, read_db, replaces
 
@@ -59,9 +62,27 @@ def load_cost_model(device: str, shape: ModelSpec, dtype: str, db: Path | None =
     return CostModel(find_profiles(device, db), shape, dtype, find_calibration(beside))
 
 
+def how_to_get_rows(device: str, model: str = "MODEL", db: Path | None = None) -> str:
+    """What to do about a known device without rows: measure it, or estimate it from one that was measured."""
+    profiled = profiled_devices(db)
+    sources = [known for known in profiled if known in DEVICES] if device in DEVICES else []
+    estimate = f", or estimate: `nasbench db estimate --from {sources[0]} --to {device}`" if sources else ""
+    others = "" if profiled else ", nor of any other device"
+    return f"no profile rows of {device}{others}: measure with `nasbench profile --model {model}` there{estimate}"
+
+
+def stale_warning(blocks: Iterable[str], device: str, model: str = "MODEL") -> str:
+    """Says which rows are of other kernels than the installed ones."""
+    return (
+        f"stale: the rows of {', '.join(blocks)} on {device} are of other kernels than the installed "
+        f"{kernels_version()}; measure again with `nasbench profile --model {model} --force`"
+    )
+
+
 def _no_rows(device: str, db: Path | None) -> list[Row]:
     known = profiled_devices(db)
-    measure = "measure this machine with `nasbench profile --model MODEL`"
-    if not known:
-        raise UserError(f"no profile rows of device {device!r}, nor of any other: {measure}")
-    raise UserError(f"{unknown('device', device, known)}; or {measure}")
+    if device in DEVICES or not known:
+        raise UserError(how_to_get_rows(device, db=db))
+    raise UserError(
+        f"{unknown('device', device, known)}; or measure this machine with `nasbench profile --model MODEL`"
+    )

@@ -1,6 +1,6 @@
 """Holdout evaluation of the cost model: whole decode steps and prompts that calibrated nothing, predicted and measured.
 
-The measurements lie in `holdout/<device>.csv` beside the profile database.
+The measurements lie in `holdout/<device>.csv` beside the profile database, or in any file of such rows.
 """
 
 from __future__ import annotations
@@ -9,15 +9,18 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import isnan
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nasbench.core.errors import UserError
 from nasbench.cost.calibration import CalibrationRow
+from nasbench.cost.files import load_cost_model
 from nasbench.cost.model import INTERVAL_SD, CostModel
-from nasbench.model.shapes import ModelSpec
+from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.runtime.memory import sequences_that_fit
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 
@@ -50,6 +53,9 @@ class Comparison:
         inside: whether the 90 % interval of the prediction holds the measurement.
     """
 
+    device: str
+    model: str
+    mode: str
     placement: str
     context: int
     batch: int
@@ -70,6 +76,12 @@ class Holdout:
     worst: float
     spearman: float
     inside: float
+
+    def cells(self) -> dict[str, float | None]:
+        """What tables and --json show of it; shares, rounded."""
+        ranks = None if isnan(self.spearman) else round(self.spearman, 4)
+        shares = {"mean_error": self.mean, "worst_error": self.worst, "in_90_percent_interval": self.inside}
+        return {"points": len(self.rows), "spearman": ranks, **{name: round(x, 4) for name, x in shares.items()}}
 
 
 def compare_point(
@@ -97,8 +109,8 @@ def compare_point(
         predicted, relative = cost.prefill_tok_s, (cost.prefill_stderr_tok_s or 0.0) / (cost.prefill_tok_s or 1.0)
     assert predicted is not None
     error = predicted / measured_tok_s - 1
-    name, inside = format_placement(point.placement), abs(error) <= INTERVAL_SD * relative
-    return Comparison(name, point.context, point.batch, predicted, measured_tok_s, error, inside, cost.source)
+    about = (costs.device, costs.shape.name, point.mode, format_placement(point.placement), point.context, point.batch)
+    return Comparison(*about, predicted, measured_tok_s, error, abs(error) <= INTERVAL_SD * relative, cost.source)
 
 
 def summarise(mode: str, rows: Sequence[Comparison]) -> Holdout:
@@ -125,6 +137,39 @@ def evaluate(costs: CostModel, measured: Iterable[CalibrationRow]) -> tuple[dict
             except UserError:
                 uncovered += 1
     return {mode: summarise(mode, rows) for mode, rows in found.items()}, uncovered
+
+
+def judge(measured: Iterable[CalibrationRow], db: Path | None = None) -> tuple[list[dict[str, Any]], list[Comparison]]:
+    """Evaluates the cost model on measured steps and prompts of any devices and built-in models.
+
+    Args:
+        db: of the profiles, as nasbench.cost.load_cost_model takes it. Measurements that calibrate them do not count.
+
+    Returns:
+        (one line of `Holdout.cells` for each device, model, dtype and mode, every comparison)
+
+    Raises:
+        UserError: an unknown model, a device without rows, or nothing to evaluate with.
+    """
+    groups: dict[tuple[str, str, str, str], list[CalibrationRow]] = {}
+    for row in measured:
+        groups.setdefault((row.device, row.model, row.dtype, row.mode), []).append(row)
+    lines: list[dict[str, Any]] = []
+    points: list[Comparison] = []
+    for (device, model, dtype, mode), rows in sorted(groups.items()):
+        costs = load_cost_model(device, MODELS[model], dtype, db)
+        fresh = [row for row in rows if row.key not in costs.calibrated_by]
+        found, uncovered = evaluate(costs, fresh)
+        line = {"device": device, "model": model, "dtype": dtype, "mode": mode, "not_covered": uncovered}
+        line |= {"calibrating": len(rows) - len(fresh), "points": 0}
+        if mode in found:
+            sources = {row.source for row in found[mode].rows}
+            line |= {"source": "estimated" if "estimated" in sources else "measured", **found[mode].cells()}
+            points += found[mode].rows
+        lines.append(line)
+    if not lines:
+        raise UserError("nothing to judge the cost model with: the files have no measurements")
+    return lines, points
 
 
 def holdout_path(profile: Path) -> Path:

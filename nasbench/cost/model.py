@@ -12,22 +12,22 @@ What a whole step costs beyond that sum is nasbench.cost.calibration's.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import format_size
 from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import BS1_OVERHEAD, LAUNCH, OVERHEAD, SHARED, CalibrationRow, Features, calibrate
 from nasbench.cost.table import NOTHING, Time, total
 from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.model.spec import BlockSpec
-from nasbench.runtime.memory import USABLE, activation_bytes
+from nasbench.profiling.plan import check_context
+from nasbench.runtime.memory import USABLE, activation_bytes, sequences_that_fit
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
-from nasbench.store import Row, ffn_names
+from nasbench.store import Row, ffn_names, is_shared
 
 INTERVAL_SD = 1.645
 """Half a 90 % interval, in standard errors."""
@@ -52,6 +52,7 @@ class Cost:
             error bars), the calibration's coefficients and what it leaves.
         calibration_rows: end-to-end measurements behind the calibration of the step; 0 is the sum of the rows as it is.
         j_per_token: energy of a decode step for each of its tokens, where the rows tell.
+        stale: blocks whose rows other kernels than the installed ones made.
     """
 
     placement: str
@@ -71,6 +72,7 @@ class Cost:
     prefill_stderr_tok_s: float | None = None
     calibration_rows: int = 0
     j_per_token: float | None = None
+    stale: tuple[str, ...] = ()
 
     @property
     def step_interval_ms(self) -> tuple[float, float] | None:
@@ -89,11 +91,13 @@ class Parts:
         times: (feature, time) of every block by itself: blocks err independently of one another.
         layers: layers times chunks, what the calibration's constant counts.
         constant: which of its constants.
+        stale: blocks with rows of other kernels than the installed ones.
     """
 
     times: tuple[tuple[str, Time], ...]
     layers: int
     constant: str = OVERHEAD
+    stale: tuple[str, ...] = ()
 
     @property
     def features(self) -> Features:
@@ -109,13 +113,6 @@ class Parts:
     @property
     def joules(self) -> float | None:
         return total(time for _, time in self.times).joules
-
-
-def check_context(shape: ModelSpec, context: int) -> int:
-    """Returns the context, or raises UserError when it is beyond the model's."""
-    if not 1 <= context <= shape.max_context:
-        raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
-    return context
 
 
 class CostModel:
@@ -159,6 +156,7 @@ class CostModel:
         self._others = {shape.name: self}
         self._calibrations = {}
         usable = [row for row in calibration if row.device == self.device and row.dtype == dtype]
+        self.calibrated_by = {row.key for row in usable}
         for name in {row.model for row in usable} - {shape.name}:
             if name in MODELS:
                 self._others[name] = CostModel(rows, MODELS[name], dtype)
@@ -181,6 +179,7 @@ class CostModel:
             step_stderr_ms=stderr_us / 1e3,
             calibration_rows=self._calibrations["decode"].rows,
             j_per_token=None if parts.joules is None else parts.joules / batch,
+            stale=parts.stale,
         )
 
     def prefill(
@@ -204,8 +203,9 @@ class CostModel:
         us, stderr_us = self._predict(parts, "prefill")
         tok_s = batch * context * 1e6 / us
         return replace(
-            cost, prefill_tok_s=tok_s, source=_source(parts.estimated), prefill_stderr_tok_s=tok_s * stderr_us / us
-        )
+            cost, prefill_tok_s=tok_s, source=_source(parts.estimated), prefill_stderr_tok_s=tok_s * stderr_us / us,
+            stale=parts.stale,
+        )  # fmt: skip
 
     def cost(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
         """Decode and prefill together; prefill_tok_s is None where prefill was not measured."""
@@ -220,6 +220,7 @@ class CostModel:
             prefill_tok_s=prefill.prefill_tok_s,
             prefill_stderr_tok_s=prefill.prefill_stderr_tok_s,
             source=source,
+            stale=tuple(sorted({*cost.stale, *prefill.stale})),
         )
 
     def cache(self, placement: Placement, context: int, batch: int) -> Cost:
@@ -238,6 +239,12 @@ class CostModel:
             fits=None if self.room_bytes is None else needed <= self.room_bytes, source="none",
         )  # fmt: skip
 
+    def largest_batch(self, placement: Placement, context: int) -> int | None:
+        """Sequences that fit in the device's memory, 0 if not even one; None where its memory is not known."""
+        if self.room_bytes is None:
+            return None
+        return sequences_that_fit(self.shape, placement, context, self.dtype_bytes, self.room_bytes)
+
     def _bytes_of(self, name: str, batch: int, context: int) -> tuple[int, int, int]:
         """(weights, cache, conv state) of a mixer; "" for everything else in the model."""
         key = (name, batch, context)
@@ -253,47 +260,50 @@ class CostModel:
     def _shared_counts(self) -> Counter[str]:
         """How often each shared block but the head runs."""
         norms = self.shape.num_layers * self.shape.norms_per_layer + 1
-        return Counter(ffn_names(self.shape)) + Counter({"embedding": 1, "norm": norms})
+        return Counter({"embedding": 1, "norm": norms}) + Counter(ffn_names(self.shape))
 
     def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
-        counts = self._shared_counts() + Counter({"head": 1})
-        times = [
-            (SHARED, self._blocks.time(name, "decode", 0, batch, extrapolate) * count)
-            for name, count in sorted(counts.items())
-        ]
-        for name, count in Counter(placement).items():
-            time = self._blocks.time(name, "decode", context, batch, extrapolate) * count
-            times.append((self.shape.mixer(name).kind, time))
-        return Parts(tuple(times), len(placement), BS1_OVERHEAD if batch == 1 else OVERHEAD)
+        counts = self._shared_counts() + Counter({"head": 1}) + Counter(placement)
+        times = {}
+        for name, count in counts.items():
+            at = 0 if is_shared(name) else context
+            times[name] = self._blocks.time(name, "decode", at, batch, extrapolate) * count
+        found = tuple((self._feature(name), time) for name, time in times.items())
+        return Parts(found, len(placement), BS1_OVERHEAD if batch == 1 else OVERHEAD, _stale(times))
+
+    def _feature(self, name: str) -> str:
+        return SHARED if is_shared(name) else self.shape.mixer(name).kind
 
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
-        chunks, shared = ceil(context / chunk), self._shared_counts()
-        features = dict.fromkeys(sorted(shared), SHARED)
-        features |= {name: self.shape.mixer(name).kind for name in placement}
-        counts = shared + Counter(placement)
-        sums = dict.fromkeys(features, NOTHING)
+        chunks, counts = ceil(context / chunk), self._shared_counts() + Counter(placement)
+        sums = dict.fromkeys(counts, NOTHING)
         host = NOTHING
         for begin in range(0, context, chunk):
             tokens = min(chunk, context - begin)
             times = {
                 name: self._blocks.of_chunk(name, begin, tokens, batch, chunk, extrapolate) * counts[name]
-                for name in features
+                for name in sums
             }
             every = total(times.values())
             if every.host_us > every.us:
                 host += replace(every, us=every.host_us, sd_us=0.0)
             else:
                 sums = {name: sums[name] + time for name, time in times.items()}
-        found = [(features[name], time) for name, time in sums.items() if time.us]
+        found = [(self._feature(name), time) for name, time in sums.items() if time.us]
         found += [(LAUNCH, host)] if host.us else []
-        return Parts((*found, (SHARED, self._blocks.head(batch, extrapolate))), len(placement) * chunks)
+        head = self._blocks.head(batch, extrapolate)
+        return Parts((*found, (SHARED, head)), len(placement) * chunks, stale=_stale(sums | {"head": head}))
 
     def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
         """(microseconds, their standard error)."""
         fit = self._calibrations[mode]
         us, stderr_us = fit.apply(parts.features)
-        scatter = sum((fit.coefficient(feature) * time.sd_us) ** 2 for feature, time in parts.times)
-        return us, (stderr_us**2 + scatter) ** 0.5
+        scatter = {True: 0.0, False: 0.0}
+        for feature, time in parts.times:
+            # Estimates err together: what one device has more of than another, all of its blocks have.
+            sd_us = fit.coefficient(feature) * time.sd_us
+            scatter[time.estimated] += sd_us if time.estimated else sd_us**2
+        return us, (stderr_us**2 + scatter[True] ** 2 + scatter[False]) ** 0.5
 
     def _features_of(self, row: CalibrationRow) -> Features | None:
         """The features of an end-to-end measurement; None where the rows do not cover it."""
@@ -307,6 +317,10 @@ class CostModel:
             return costs._prefill_parts(placement, row.context, row.batch, row.chunk, False).features
         except UserError:
             return None
+
+
+def _stale(times: Mapping[str, Time]) -> tuple[str, ...]:
+    return tuple(sorted(name for name, time in times.items() if time.stale))
 
 
 def _source(estimated: bool) -> str:

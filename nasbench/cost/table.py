@@ -23,6 +23,7 @@ class Time:
 
     Attributes:
         estimated: whether an estimated row is in them.
+        stale: whether a row of other kernels than the installed ones is.
         sd_us: standard deviation, from p20 and p80 of the rows: scatter of measured ones, error bar of estimates.
         joules: energy; None where a row does not tell.
         host_us: what the host needs to launch it; 0 where it runs from a captured graph, or on a CPU.
@@ -33,10 +34,11 @@ class Time:
     sd_us: float = 0.0
     joules: float | None = None
     host_us: float = 0.0
+    stale: bool = False
 
     def __mul__(self, factor: float) -> Time:
         joules = None if self.joules is None else self.joules * factor
-        return Time(self.us * factor, self.estimated, self.sd_us * factor, joules, self.host_us * factor)
+        return Time(self.us * factor, self.estimated, self.sd_us * factor, joules, self.host_us * factor, self.stale)
 
     def scaled(self, factor: float) -> Time:
         """The time of as many launches with `factor` times the work."""
@@ -46,7 +48,8 @@ class Time:
         """The sum of times whose errors are correlated: they are of the same rows."""
         joules = None if self.joules is None or other.joules is None else self.joules + other.joules
         estimated, host_us = self.estimated or other.estimated, self.host_us + other.host_us
-        return Time(self.us + other.us, estimated, self.sd_us + other.sd_us, joules, host_us)
+        stale = self.stale or other.stale
+        return Time(self.us + other.us, estimated, self.sd_us + other.sd_us, joules, host_us, stale)
 
 
 NOTHING = Time(0.0, joules=0.0)
@@ -64,7 +67,7 @@ def of_row(row: Row) -> Time:
     assert row.p80_us is not None
     energy_j = row.energy_j if row.p50_us else 0.0
     sd_us = (row.p80_us - row.p20_us) / SPREAD_SD
-    return Time(row.p50_us, row.source == "estimated", sd_us, energy_j, row.host_us or 0.0)
+    return Time(row.p50_us, row.source == "estimated", sd_us, energy_j, row.host_us or 0.0, row.stale)
 
 
 def _bracket(known: Sequence[int], at: int, extrapolate: bool) -> tuple[int, int, float] | None:
@@ -97,6 +100,7 @@ def blend(low: Time, high: Time, weight: float) -> Time:
         low.sd_us + inside * (high.sd_us - low.sd_us),
         joules,
         low.host_us + inside * (high.host_us - low.host_us),
+        low.stale or high.stale,
     )
 
 

@@ -17,6 +17,7 @@ from nasbench.devices import DeviceInfo
 from nasbench.profiling.plan import Point
 from nasbench.profiling.telemetry import SHARED_REASON, Load, Reading, Telemetry, shared
 from nasbench.profiling.workload import Bench, Workload, build
+from nasbench.runtime.memory import ran_out
 from nasbench.runtime.timing import Budget, Call, Timing, launch_us, time_cpu, time_cuda
 from nasbench.store import Row, block_cells
 
@@ -55,7 +56,7 @@ def stamp(machine: Machine) -> dict[str, Any]:
     """Versions and the time now, as every measured row carries them."""
     info = machine.info
     found = provenance(info.slug, f"{torch.get_num_threads()} threads" if info.kind == "cpu" else info.driver)
-    return found.cells("torch", "triton", "driver", "project", "measured_utc")
+    return found.cells("torch", "triton", "driver", "project", "kernels", "measured_utc")
 
 
 def time_calls(
@@ -113,14 +114,11 @@ def measure(machine: Machine, bench: Bench, point: Point) -> Row:
     try:
         with torch.inference_mode():
             return Row(**cells, **_measured(machine, bench, point), **stamp(machine))
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        problem = {"status": "oom", "reason": _reason(error)}
     except NotImplementedError as error:
         problem = {"status": "unsupported", "reason": _reason(error)}
     except Exception as error:
         # A kind from a third party may raise anything; the sweep must reach the rows behind it.
-        short = any(text in str(error) for text in ("not enough memory", "can't allocate memory", "out of memory"))
-        problem = {"status": "oom" if short else "failed", "reason": _reason(error)}
+        problem = {"status": "oom" if ran_out(error) else "failed", "reason": _reason(error)}
     release(machine)
     return Row(**cells, **problem, **stamp(machine))
 

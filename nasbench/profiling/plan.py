@@ -49,6 +49,13 @@ class Point:
         return f"{self.mode} {self.block}{where}, batch {self.batch}"
 
 
+def check_context(shape: ModelSpec, context: int) -> int:
+    """Returns the context, or raises UserError when it is beyond the model's."""
+    if not 1 <= context <= shape.max_context:
+        raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
+    return context
+
+
 def parse_batches(text: str) -> list[int | str]:
     """`"1,4,max"` -> [1, 4, "max"]; `auto` stands for powers of two up to the largest that fits. Raises UserError."""
     parts = [part.strip().lower() for part in text.split(",") if part.strip()]
@@ -102,8 +109,7 @@ def plan(
     for name in names:
         shape.mixer(name)
     for context in contexts:
-        if context > shape.max_context:
-            raise UserError(f"context {context} is not of {shape.name}: choose up to {format_size(shape.max_context)}")
+        check_context(shape, context)
 
     def batches_at(name: str, context: int) -> list[int]:
         largest = batch_limit(shape, name, names, context, memory_bytes, dtype_bytes)

@@ -53,10 +53,6 @@ class Reading:
     over_current: int | None = None
     others_s: float | None = None
 
-    @property
-    def throttled(self) -> bool | None:
-        return None if self.reasons is None else bool(self.reasons)
-
 
 @dataclass(frozen=True)
 class Load:

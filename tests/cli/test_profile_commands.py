@@ -8,13 +8,14 @@ import pytest
 
 from nasbench.cli.main import run
 from nasbench.core.by_device import ByDevice
+from nasbench.core.provenance import kernels_version
 from nasbench.cost import add_calibration
 from nasbench.cost.calibration import calibration_path, read_calibration
 from nasbench.cost.end_to_end import EndToEnd
 from nasbench.cost.holdout import holdout_path
 from nasbench.devices import detect
 from nasbench.model.shapes import MODELS, ModelSpec
-from nasbench.store import Database, Row, columns_of, read_db
+from nasbench.store import SCHEMA, Database, Row, block_cells, columns_of, read_db
 
 CPU = detect("cpu").slug
 TINY = ModelSpec("tiny", "llama", 4, 64, 128, 4, 2, 16, 256, 512, 1e4, 1e-5)
@@ -105,10 +106,43 @@ def test_what_does_not_fit_in_memory_says_so(placement, batch, fits, capsys):
     asked += ["--profile", "nvidia-h100-sxm"]
     assert run([*asked, "--json"]) == 0
     found = stdout_json(capsys)
-    assert found["fits"] is fits
+    assert (found["fits"], found["batch"] <= found["largest_batch"]) == (fits, fits)
+    # Nothing has a speed that cannot run.
+    assert found["decode_tok_s"] is None
+    assert ("does not fit" in found["reason"]) is not fits
     assert found["needed_bytes"] > found["cache_bytes"] + found["conv_state_bytes"]
     assert run(asked) == 0
     assert ("DOES NOT FIT in the memory of nvidia-h100-sxm" in capsys.readouterr().out) is not fits
+
+
+def card_rows(**cells) -> list[Row]:
+    """One kind and the shared blocks of the default model at 4k on a card that is not here."""
+    blocks = [block_cells(MODELS["smollm2-135m"], name) for name in ("A", "mlp", "embedding", "norm", "head")]
+    cells = {"device": "nvidia-rtx-3090", "dtype": "bf16", "p20_us": 9.0, "p50_us": 10.0, "p80_us": 11.0, **cells}
+    return [
+        Row(**block, batch=batch, context=4096 * (block["block"] == "A"), **cells)
+        for block in blocks
+        for batch in (1, 1024)
+    ]
+
+
+def test_what_cannot_run_has_no_speed_and_stale_rows_are_named(tmp_path, capsys):
+    Database(tmp_path / "nvidia-rtx-3090.csv").merge(card_rows(driver="580.1", kernels="0ld", measured_utc="1"))
+    asked = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--profile", "nvidia-rtx-3090"]
+    asked += ["--db", str(tmp_path), "--json"]
+    assert run([*asked, "--batch", "1024"]) == 0
+    found = stdout_json(capsys)
+    assert (found["fits"], found["decode_tok_s"], found["step_ms"]) == (False, None, None)
+    assert f"the largest batch is {found['largest_batch']}" in found["reason"]
+    assert run([*asked, "--batch", str(found["largest_batch"])]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["decode_tok_s"] > 0
+    assert json.loads(captured.out)["stale"] == ["A", "embedding", "head", "mlp", "norm"]
+    assert "stale: the rows of A, embedding" in captured.err
+    fresh = card_rows(driver="580.1", kernels=kernels_version(), measured_utc="2")
+    Database(tmp_path / "nvidia-rtx-3090.csv").merge(fresh)
+    assert run(asked) == 0
+    assert stdout_json(capsys)["stale"] == []
 
 
 def test_a_known_device_needs_no_profile(capsys):
@@ -165,57 +199,49 @@ def test_bad_input_is_one_line(args, said, capsys):
 
 def test_estimates_are_marked_and_give_way_to_measurements(tmp_path, capsys, monkeypatch):
     shipped = tmp_path / "shipped"
-    known = [
-        Row(
-            device="nvidia-h200", block=block, mode=mode, dtype="bf16", batch=batch, chunk=2048 * (mode == "prefill"),
-            p20_us=9.0 * batch, p50_us=10.0 * batch, p80_us=11.0 * batch, gb_s=1000.0, tflop_s=10.0,
-        )
-        for block in ("A", "mlp")
-        for mode in ("decode", "prefill")
-        for batch in (1, 4, 16)
-    ]  # fmt: skip
+    known = card_rows(device="nvidia-h200", gb_s=1000.0, tflop_s=10.0)
     Database(shipped / "nvidia-h200.csv").merge(known)
     monkeypatch.setattr("nasbench.cost.files.profiles_dir", lambda: shipped)
     db = str(tmp_path / "mine")
-    command = ["profile", "--model", "smollm2-135m", "--blocks", "AJ", "--contexts", "4k", "--batches", "1,8"]
-    command += ["--estimate", "nvidia-rtx-3090", "--db", db]
-    assert run([*command, "--dry-run", "--json"]) == 0
-    planned = stdout_json(capsys)["estimated"]
-    assert not (tmp_path / "mine").exists()
+    cost = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--device", "nvidia-rtx-3090"]
+    command = ["db", "estimate", "--from", "nvidia-h200", "--to", "nvidia-rtx-3090", "--db", db]
+    assert run(cost) == 0
+    assert "`nasbench db estimate --from nvidia-h200 --to nvidia-rtx-3090`" in capsys.readouterr().err
     assert run([*command, "--json"]) == 0
     summary = stdout_json(capsys)
-    assert (summary["source"], summary["estimated"], summary["measured"]) == ("estimated", planned, 0)
+    assert (summary["source"], summary["estimated"], summary["measured"]) == ("estimated", len(known), 0)
     path = tmp_path / "mine" / "nvidia-rtx-3090.csv"
     rows = read_db(path)
     assert {row.source for row in rows} == {"estimated"}
     assert all("nvidia-h200" in row.reason for row in rows if row.p50_us)
     assert run(["db", "show", db]) == 0
     assert "ESTIM" in capsys.readouterr().out
-    cost = ["cost", "30A", "--model", "smollm2-135m", "--context", "4k", "--device", "nvidia-rtx-3090", "--db", db]
+    cost += ["--db", db]
     assert run(cost) == 0
     assert "ESTIMATED" in capsys.readouterr().out
     assert run([*cost, "--json"]) == 0
     assert stdout_json(capsys)["source"] == "estimated"
-    # Someone measures one of the rows: a new estimate leaves it alone.
+    # Someone measures one of the rows: a new estimate leaves it alone, and can be checked against it.
     real = replace(rows[0], source="measured", p20_us=1.0, p50_us=1.0, p80_us=1.0)
     Database(path).merge([real])
     assert run([*command, "--json"]) == 0
     assert stdout_json(capsys)["measured"] == 1
     assert real in read_db(path)
+    assert run([*command, "--check", str(tmp_path / "check")]) == 0
+    assert "all" in capsys.readouterr().out
+    assert sorted(p.suffix for p in (tmp_path / "check").iterdir()) == [".csv", ".md"]
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "said"),
+    ("options", "said"),
     [
-        (["--estimate", "nvidia-rtx-3080"], 2, "unknown device 'nvidia-rtx-3080': choose from"),
-        (["--estimate", "nvidia-rtx-3090", "--device", "cpu"], 2, "measures nothing"),
-        (["--estimate", "nvidia-rtx-3090", "--dtype", "fp32"], 2, "unknown dtype of an estimate 'fp32'"),
-        (["--estimate", "nvidia-rtx-3090"], 2, "nothing to estimate from"),
-        (["--timeout", "-1"], 2, "timeout -1"),
+        ("--from nvidia-h200 --to nvidia-rtx-3080", "unknown device 'nvidia-rtx-3080': choose from"),
+        ("--from nvidia-h200 --to nvidia-rtx-3090", "nothing to estimate from"),
+        ("--from intel --to nvidia-rtx-3090", "unknown device 'intel'"),
     ],
 )
-def test_what_cannot_be_estimated_is_one_line(more, code, said, tmp_path, capsys):
-    assert run(["profile", "--model", "smollm2-135m", "--contexts", "4k", "--db", str(tmp_path), *more]) == code
+def test_what_cannot_be_estimated_is_one_line(options, said, tmp_path, capsys):
+    assert run(["db", "estimate", *options.split(), "--db", str(tmp_path)]) == 2
     captured = capsys.readouterr()
     assert said in captured.err
     assert captured.err.count("\n") == 1
@@ -232,9 +258,9 @@ def test_an_older_database_is_migrated(tmp_path, capsys):
         writer.writeheader()
         writer.writerow(lines[0] | {"schema": "1"})
     assert run(["db", "check", str(path)]) == 0
-    assert f"schema 1: `nasbench db migrate {path}` brings it to 4" in capsys.readouterr().out
+    assert f"schema 1: `nasbench db migrate {path}` brings it to {SCHEMA}" in capsys.readouterr().out
     assert run(["db", "migrate", str(tmp_path)]) == 0
-    assert "schema 1 became 4" in capsys.readouterr().out
+    assert f"schema 1 became {SCHEMA}" in capsys.readouterr().out
     assert path.read_text() == now
     assert run(["db", "migrate", str(path)]) == 0
     assert "already" in capsys.readouterr().out

@@ -1,12 +1,15 @@
 """Calibration by end-to-end measurements, uncertainty, judgement, and the speed of the cost model."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_cost import CHUNK, SHAPE, rows_of
 
+from nasbench.cli.main import run
 from nasbench.core.errors import UserError
+from nasbench.core.tables import read_table
 from nasbench.cost import CalibrationRow, CostModel, add_calibration, load_cost_model
 from nasbench.cost.calibration import (
     FOREIGN,
@@ -19,7 +22,7 @@ from nasbench.cost.calibration import (
     read_calibration,
 )
 from nasbench.cost.end_to_end import calibration_points
-from nasbench.cost.holdout import WholePoint, compare_point, evaluate, holdout_points, spearman
+from nasbench.cost.holdout import Comparison, WholePoint, compare_point, evaluate, holdout_points, judge, spearman
 from nasbench.devices import DeviceInfo
 from nasbench.spaces.placement import format_placement
 from nasbench.store import Database
@@ -171,6 +174,27 @@ def test_holdout(plain):
     assert evaluate(plain, [replace(rows[0], model="other")]) == ({}, 0)
     with pytest.raises(UserError, match="batch 9"):
         compare_point(plain, WholePoint("decode", SHAPE.placement, 2048, 9), 1.0)
+
+
+def test_files_of_measurements_judge_the_cost_model(plain, tmp_path, capsys):
+    Database(tmp_path / "dev.csv").merge(rows_of())
+    step_ms = plain.decode(SHAPE.placement, 2048, 1).step_ms
+    own = end_to_end("30A", 2048, 1, step_ms)
+    add_calibration(calibration_path(tmp_path / "dev.csv"), [own])
+    seen = [end_to_end("30A", 2048, 2, step_ms * 1.2), end_to_end("30A", 2048, 9, step_ms)]
+    measured, points = tmp_path / "elsewhere" / "measured.csv", tmp_path / "points.csv"
+    add_calibration(measured, [own, *seen])
+    (line,), (comparison,) = judge([own, *seen], tmp_path)
+    assert (line["points"], line["not_covered"], line["calibrating"]) == (1, 1, 1)
+    assert line["mean_error"] == line["worst_error"] == pytest.approx(abs(comparison.error), abs=1e-4)
+    assert run(["db", "judge", str(measured), "--db", str(tmp_path), "--out", str(points), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"judged": [line]}
+    assert read_table(points, Comparison)[0].placement == comparison.placement
+    assert run(["db", "judge", str(measured), "--db", str(tmp_path)]) == 0
+    assert "1 measurements are outside of the profiled points" in capsys.readouterr().out
+    for bad, said in ((tmp_path / "absent.csv", "no such file"), (measured, "no such profile folder")):
+        assert run(["db", "judge", str(bad), "--db", str(tmp_path / "nowhere")]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", ["decode", "prefill"])

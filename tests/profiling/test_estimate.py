@@ -1,15 +1,19 @@
-"""Rows by roofline: efficiencies that a played device really has are found again, and the error bar is honest."""
+"""Rows of a device from those of another one: the roofline scales, launches do not, and the error bar says how sure."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import nasbench
 from nasbench.core.errors import UserError
 from nasbench.devices import DEVICES
 from nasbench.model.shapes import MODELS
 from nasbench.profiling.amounts import amounts
-from nasbench.profiling.estimate import LEAST_ERROR, Estimator, learn, samples
+from nasbench.profiling.estimate import check, estimate
 from nasbench.profiling.plan import Point
-from nasbench.store import Row, block_cells
+from nasbench.store import Row, block_cells, read_db
 
 SHAPE = MODELS["jet-nemotron-2b"]
 POINTS = [
@@ -35,61 +39,72 @@ def played(device: str, launch_us=5.0, memory=0.8, compute=0.6, noise=0.0) -> li
     return rows
 
 
-def estimated(rows: list[Row], device: str) -> dict[Point, Row]:
-    return dict(zip(POINTS, Estimator(rows).rows(DEVICES[device], SHAPE, POINTS), strict=True))
-
-
-def test_efficiencies_of_a_device_that_obeys_a_roofline_are_found():
-    rule = Estimator(played("nvidia-h200")).rule("A", "decode")
-    assert (rule.launch_us, rule.memory) == (pytest.approx(5.0, rel=0.02), pytest.approx(0.8, rel=0.02))
-    assert Estimator(played("nvidia-h200")).rule("A", "prefill").compute == pytest.approx(0.6, rel=0.02)
-    assert rule.error == LEAST_ERROR
-    assert (rule.rows, rule.devices) == (8, ("nvidia-h200",))
+def to(device: str, rows: list[Row]) -> list[Row]:
+    return estimate(rows, DEVICES["nvidia-h200"], DEVICES[device])
 
 
 @pytest.mark.parametrize("device", ["nvidia-rtx-3090", "nvidia-h100-sxm", "nvidia-jetson-orin-nx-16gb"])
-def test_another_device_of_the_same_efficiencies_is_predicted(device):
-    found, true = estimated(played("nvidia-h200"), device), played(device)
-    for (point, row), real in zip(found.items(), true, strict=True):
-        assert row.p50_us == pytest.approx(real.p50_us, rel=0.05), point
+def test_a_device_of_the_same_shares_is_predicted(device):
+    """Launches of 5 us that no bandwidth shortens, 0.8 of the bandwidth, 0.6 of the rate."""
+    measured = played("nvidia-h200")
+    shares = [("read", {"gb_s": 0.8 * 4800.0}), ("matmul", {"tflop_s": 0.6 * 989.0, "dtype": "bf16"})]
+    times = {"p20_us": 1.0, "p50_us": 1.0, "p80_us": 1.0}
+    measured += [Row(device="nvidia-h200", block="ceiling", args=args, **times, **cells) for args, cells in shares]
+    found, true = to(device, measured), played(device)
+    for row, real in zip(found, true, strict=False):
+        assert row.key == real.key
+        # The launches of a row that products bind are taken for their inefficiency.
+        assert row.p50_us == pytest.approx(real.p50_us, rel=0.02 if row.reason.startswith("memory") else 0.2), row
         assert row.p20_us < row.p50_us < row.p80_us
         assert (row.source, row.status, row.device) == ("estimated", "ok", device)
-        assert (row.key[:12], row.batch, row.context) == (real.key[:12], real.batch, real.context)
-    regimes = {point.mode: found[point].reason.split("-")[0] for point in POINTS if point.block == "A"}
-    assert regimes["prefill"] == "compute"
-    assert found[POINTS[7]].reason.startswith("memory-bound, +-5%, from 8 rows of nvidia-h200")
+        assert row.gb_s * row.p50_us == pytest.approx(real.gb_s * real.p50_us)
+    assert {row.reason.split("-")[0] for row in found if row.block == "A"} == {"memory", "compute"}
+    assert len(check(found, true)) == len(POINTS)
 
 
-def test_the_error_bar_is_that_of_left_out_groups():
-    calm = Estimator(played("nvidia-h200", noise=0.02)).rule("A", "decode").error
-    wild = Estimator(played("nvidia-h200", noise=0.3)).rule("A", "decode").error
-    assert calm < 0.1 < wild
-    # Two devices of unlike efficiency: the bar says how little one tells of the other.
-    both = [*played("nvidia-h200"), *played("nvidia-a100-sxm", memory=0.4)]
-    assert Estimator(both).rule("A", "decode").error > 0.3
-    assert learn(samples(played("nvidia-h200"), "bf16")["mlp", "decode"][:1]).error == 0.5
+def test_what_is_far_from_its_roofline_and_another_architecture_is_less_sure():
+    def bar(device: str, **how) -> float:
+        row = to(device, played("nvidia-h200", **how))[0]
+        return row.p80_us / row.p50_us
+
+    near, far, elsewhere = bar("nvidia-h100-sxm"), bar("nvidia-h100-sxm", launch_us=100.0), bar("nvidia-rtx-3090")
+    assert 1.02 < near < far
+    assert near + 0.1 < elsewhere
 
 
-def test_a_kind_that_nobody_measured_is_taken_for_the_average():
-    estimator = Estimator(played("nvidia-h200"))
-    (row,) = estimator.rows(DEVICES["nvidia-rtx-4090"], SHAPE, [Point("G", "decode", 8, 4096)])
-    assert row.p50_us is not None
-    assert row.cache_formula_bytes == SHAPE.mixer("G").cache_bytes(8, 4096)
-    decode = Estimator([row for row in played("nvidia-h200") if row.mode == "decode"])
-    with pytest.raises(UserError, match="nothing to estimate prefill from"):
-        decode.rule("A", "prefill")
-
-
-def test_only_measured_rows_of_known_devices_teach():
-    rows = played("nvidia-h200")
-    strangers = [
-        Row(**{**row.__dict__, "device": "some-cpu", "p50_us": 1.0, "p20_us": 1.0, "p80_us": 1.0}) for row in rows
+def test_a_check_counts_what_lies_in_the_interval():
+    rows = to("nvidia-h100-sxm", played("nvidia-h200"))
+    real = [
+        replace(row, source="measured", p20_us=0.1, p50_us=row.p50_us * (1.5 if i else 1.0), p80_us=1e9)
+        for i, row in enumerate(rows)
     ]
-    guesses = [Row(**{**row.__dict__, "source": "estimated", "device": "nvidia-a100-sxm"}) for row in rows]
-    assert Estimator([*rows, *strangers, *guesses]).rules == Estimator(rows).rules
-    for useless in ([], strangers, guesses):
+    assert [point.inside for point in check(rows, real)] == [True] + [False] * (len(rows) - 1)
+    assert [round(point.error, 3) for point in check(rows, real)][:2] == [0.0, -0.333]
+    assert check(rows, rows) == []
+
+
+def test_an_h100_and_an_h200_predict_each_other():
+    """The bars of the project: a mean error of at most 12 % over 40 points or more, a 90 % interval that holds 85 to
+    95 % of them."""
+    names = ("nvidia-h100-sxm", "nvidia-h200")
+    folder = Path(nasbench.__file__).parents[1] / "reports" / "estimates" / "rows"
+    rows = {name: read_db(folder / f"{name}.csv") for name in names}
+    for source, target in (names, names[::-1]):
+        points = check(estimate(rows[source], DEVICES[source], DEVICES[target]), rows[target])
+        assert len(points) >= 40
+        assert np.mean([abs(point.error) for point in points]) <= 0.12
+        assert 0.85 <= np.mean([point.inside for point in points]) <= 0.95
+
+
+def test_only_measured_rows_of_the_source_teach():
+    rows = played("nvidia-h200")
+    strangers = [replace(row, device="some-cpu") for row in rows]
+    guesses = [replace(row, source="estimated", batch=3) for row in rows]
+    failed = [replace(row, status="oom", batch=5) for row in rows]
+    assert len(to("nvidia-a100-sxm", [*rows, *strangers, *guesses, *failed])) == len(rows)
+    for useless in ([], strangers, guesses, [replace(row, dtype="fp32") for row in rows]):
         with pytest.raises(UserError, match="nothing to estimate from"):
-            Estimator(useless)
+            to("nvidia-a100-sxm", useless)
 
 
 def test_ceilings_keep_their_share_of_the_data_sheet():
@@ -99,9 +114,10 @@ def test_ceilings_keep_their_share_of_the_data_sheet():
         Row(args="matmul", dtype="bf16", tflop_s=494.5, **ceiling),
         Row(args="launch", **ceiling),
     ]
-    rows = Estimator([*played("nvidia-h200"), *measured]).rows(DEVICES["nvidia-rtx-3090"], SHAPE, [])
-    found = {row.args: row for row in rows}
+    found = {
+        row.args: row for row in to("nvidia-rtx-3090", [*played("nvidia-h200"), *measured]) if row.block == "ceiling"
+    }
     assert found["read"].gb_s == pytest.approx(468.0)
     assert found["matmul"].tflop_s == pytest.approx(35.5)
     assert found["launch"].p50_us == 1.0
-    assert {row.source for row in rows} == {"estimated"}
+    assert {row.source for row in found.values()} == {"estimated"}

@@ -265,7 +265,7 @@ def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch)
 
 def test_without_nvml_readings_are_empty():
     reading = Telemetry("cpu").read()
-    assert (reading.power_w, reading.throttled) == (None, None)
+    assert (reading.power_w, reading.reasons) == (None, None)
     assert Telemetry("cuda").read().power_w is None or torch.cuda.is_available()
 
 

@@ -117,7 +117,7 @@ def test_which_row_of_a_key_stays(path):
         ("source", "guessed", "estimated, measured"),
         ("device", "", "bad device name"),
         ("chunk", "512", "decode row has 0"),
-        ("schema", "99", "the header is of schema 4"),
+        ("schema", "99", f"the header is of schema {store.SCHEMA}"),
     ],
 )
 def test_a_bad_cell_is_named_by_file_line_and_column(path, column, value, said):
@@ -158,14 +158,14 @@ def test_broken_files_are_refused(path):
         read_db(path.with_name("absent.csv"))
 
 
-NEW_IN_2_OR_3 = ("noisy", "throttle_reasons", "host_us")
+NEW_SINCE_1 = ("noisy", "throttle_reasons", "host_us", "kernels")
 
 
 def older(path: Path) -> str:
     """The same file as schema 1 had it."""
     lines = list(csv.DictReader(path.open()))
     with path.open("w", newline="") as file:
-        names = dict(zip(store.columns_of(1), [name for name in COLUMNS if name not in NEW_IN_2_OR_3], strict=True))
+        names = dict(zip(store.columns_of(1), [name for name in COLUMNS if name not in NEW_SINCE_1], strict=True))
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(names)
         writer.writerows([(line | {"schema": "1"})[now] for now in names.values()] for line in lines)
@@ -190,9 +190,10 @@ def test_an_older_schema_is_read_and_becomes_the_present_one(path):
 
 def test_a_newer_schema_is_refused_with_what_to_do(path):
     Database(path).merge([row()])
-    text = path.read_text().replace("schema,", "schema,soul,", 1).replace("\n4,", "\n5,1,")
+    newer = store.SCHEMA + 1
+    text = path.read_text().replace("schema,", "schema,soul,", 1).replace(f"\n{store.SCHEMA},", f"\n{newer},1,")
     path.write_text(text)
-    with pytest.raises(UserError, match=r"schema 5 is of a newer nasbench, .*`pip install -U nasbench`"):
+    with pytest.raises(UserError, match=rf"schema {newer} is of a newer nasbench, .*`pip install -U nasbench`"):
         Database(path).merge([row(batch=2)])
     assert path.read_text() == text
 
@@ -207,10 +208,10 @@ def test_a_full_disk_leaves_the_old_file(path, monkeypatch):
     Database(path).merge([row()])
     before = path.read_bytes()
 
-    def full(target, *args, **kwargs):
+    def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("nasbench.core.files.os.fsync", full)
     with pytest.raises(MachineError, match="no space left"):
         Database(path).merge([row(batch=4)])
     assert path.read_bytes() == before
