@@ -107,31 +107,36 @@ def test_a_hybrid_reads_shared_prefixes_as_whole_requests(pair, monkeypatch):
     hybrid = harness_model.HarnessModel(decoder, ours.words, batch_size=3)
     shots = words(random.Random(0), 14)
     requests = [asked(f"{shots} {word}", f" {other}") for word in WORDS[:4] for other in WORDS[:3]]
+    # Continuations, too, begin alike.
+    requests += [asked(shots[:60], f"{shots[60:]} {word}") for word in WORDS[:4]]
     found, read = hybrid.loglikelihood(requests, disable_tqdm=True), []
     prefill = harness_model.prefill
     monkeypatch.setattr(harness_model, "prefill", lambda d, t, c: (read.append(t.shape), prefill(d, t, c))[1])
     assert hybrid.loglikelihood(requests, disable_tqdm=True) == found
     assert read
-    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows: [Group((i,), 0) for i in range(len(rows))])
+    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows, most: [Group((i,), 0) for i in range(len(rows))])
     whole = hybrid.loglikelihood(requests, disable_tqdm=True)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in whole], abs=1e-4)
 
 
 def test_prefixes_save_the_most_tokens():
+    def prefixes(rows):
+        return sorted(shared_prefixes(rows, [len(row) - 1 for row in rows]), key=str)
+
     def row(*parts):
         return (*(token for part, blocks in parts for token in [part] * (BLOCK * blocks)), 0)
 
     # Two questions with the same eight blocks before them, four alternatives each: one prefix for all saves more.
     alternatives = [row((1, 8), (question, 1), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
-    assert sorted(shared_prefixes(alternatives), key=str) == [Group(tuple(range(8)), 8 * BLOCK)]
+    assert prefixes(alternatives) == [Group(tuple(range(8)), 8 * BLOCK)]
     # With longer questions each has its own.
     longer = [row((1, 1), (question, 4), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
-    assert sorted(shared_prefixes(longer), key=str) == [
+    assert prefixes(longer) == [
         Group((0, 1, 2, 3), 5 * BLOCK),
         Group((4, 5, 6, 7), 5 * BLOCK),
     ]
-    assert shared_prefixes([row((1, 1)), row((2, 1))]) == [Group((0,), 0), Group((1,), 0)]
-    assert shared_prefixes([]) == []
-    # A token stays behind the prefix.
+    assert prefixes([row((1, 1)), row((2, 1))]) == [Group((0,), 0), Group((1,), 0)]
+    assert prefixes([]) == []
+    # What is scored stays behind the prefix.
     whole = (1,) * BLOCK
-    assert shared_prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
+    assert prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
