@@ -1,5 +1,6 @@
 """The model class of lm-evaluation-harness against the harness's own transformers backend, and its tasks by name."""
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.core.errors import UserError
 from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
 from nasbench.spaces.placement import parse_placement
 
@@ -140,3 +142,76 @@ def test_prefixes_save_the_most_tokens():
     # What is scored stays behind the prefix.
     whole = (1,) * BLOCK
     assert prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
+
+
+YAML = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 3.0}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A harness task of four questions, as a user has one: a YAML and a JSONL file."""
+    generator = random.Random(0)
+    items = [{"question": words(generator, 5), "options": ["a state", "key"], "gold": i % 2} for i in range(4)]
+    (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "choice.yaml").write_text(YAML.format(folder=tmp_path))
+    return tmp_path
+
+
+def test_a_task_of_a_folder_is_scored_and_kept_with_its_settings(folder, make_run, tmp_path, monkeypatch):
+    """As mc: scores the same choices; twice asked, once measured; also as an objective of a search."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from nasbench.evaluation.evaluator import Evaluator
+    from nasbench.evaluation.harness_model import HarnessModel
+    from nasbench.evaluation.tasks import parse_task
+    from nasbench.search.objective import parse_objective
+    from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.train import distill
+
+    run = make_run(names=("A", "J"))
+    distill(run, DistillConfig(ridge_tokens=512, align_tokens=0, supernet_tokens=0), dtype=torch.float32)
+    evaluator = Evaluator.open(run, dtype=torch.float32)
+    text, placement = f"tiny_choice:{folder}", ("J", "A", "J", "A")
+    found = evaluator.scores(placement, [text])[text]
+    (key,) = evaluator.store.find(task="tiny_choice")
+    assert key.settings.startswith("lm-eval-0.")
+    assert found.about["task_versions"] == {"tiny_choice": 3.0}
+    assert (len(found.about["items"]), found.about["num_fewshot"]) == (4, {"tiny_choice": 0})
+    beside = evaluator.store.find(task="tiny_choice.acc_norm")
+    assert [scores.n for scores in beside.values()] == [4]
+
+    items = [json.loads(line) for line in (folder / "choice.jsonl").read_text().splitlines()]
+    same = [{"query": i["question"], "choices": [f" {o}" for o in i["options"]], "gold": i["gold"]} for i in items]
+    (folder / "same.jsonl").write_text("\n".join(map(json.dumps, same)))
+    plain = evaluator.scores(placement, [f"mc-plain:{folder}/same.jsonl"])[f"mc-plain:{folder}/same.jsonl"]
+    assert found.samples.tolist() == plain.samples.tolist()
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", lambda *_: pytest.fail("measured again"))
+    assert evaluator.scores(placement, [text])[text] == found
+    assert [task.label for _, task in parse_objective(f"kl+0.5*{text}")] == ["kl", text]
+    assert parse_task(f"tiny_choice@2:0:{folder}").label == f"tiny_choice@2:0:{folder}"
+
+
+def test_a_name_that_nobody_knows(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from nasbench.evaluation import harness
+    from nasbench.evaluation.tasks import parse_task
+
+    with pytest.raises(UserError, match=r"unknown task 'tiny_choic'.*\(tiny_choice\)"):
+        parse_task(f"tiny_choic:{folder}")
+    with pytest.raises(UserError, match="no such folder of task files: absent"):
+        parse_task("tiny_choice:absent")
+    monkeypatch.setattr(harness, "manager", lambda folder: (_ for _ in ()).throw(ImportError()))
+    with pytest.raises(UserError, match=r"unknown task 'mmlu'.*pip install 'nasbench\[eval\]'"):
+        parse_task("mmlu")
