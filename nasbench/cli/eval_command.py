@@ -82,8 +82,8 @@ def command(
     if is_run:
         scored, found = _score_run(Path(target), placement, parsed, split, where, kind)
     else:
-        options = CheckpointOptions(placement, split, data, parse_size(sequence), scores)
-        scored, found = _score_checkpoint(target, parsed, options, where, kind)
+        own = CheckpointOptions(placement, split, data, parse_size(sequence), scores)
+        scored, found = _score_checkpoint(target, parsed, own, where, kind)
     if as_json:
         rows = {
             name: {"metric": s.metric, "value": s.value, "stderr": None if s.n < 2 else s.stderr, "n": s.n}

@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         return self.words.encode(string) if add_special_tokens is False else self.words.encode_prompt(string)
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[tuple[float, bool]]:
         """Sum of log-probabilities in nats of each continuation, and whether greedy decoding would write it."""
         inputs: dict[tuple[int, ...], int] = {}
         places, ends = [], []

@@ -19,7 +19,7 @@ class Group:
     prefix: int
 
 
-def shared_prefixes(rows: Sequence[Sequence[int]], most: Sequence[int]) -> list[Group]:
+def shared_prefixes(rows: Sequence[tuple[int, ...]], most: Sequence[int]) -> list[Group]:
     """Divides rows of token ids into groups whose prefixes save the most tokens.
 
     Args:
@@ -30,7 +30,7 @@ def shared_prefixes(rows: Sequence[Sequence[int]], most: Sequence[int]) -> list[
     return [Group(tuple(order[first : last + 1]), prefix) for first, last, prefix in _divide(shared, 0, len(rows) - 1)]
 
 
-def _common(one: Sequence[int], other: Sequence[int], most: int) -> int:
+def _common(one: tuple[int, ...], other: tuple[int, ...], most: int) -> int:
     """Tokens with which both begin, in whole blocks, at most `most`."""
     length = 0
     while length + BLOCK <= most and one[length : length + BLOCK] == other[length : length + BLOCK]:
