@@ -128,7 +128,6 @@ def _score_checkpoint(
     from nasbench.data.packing import Corpus
     from nasbench.evaluation.evaluator import score_checkpoint
     from nasbench.evaluation.tasks import Context
-    from nasbench.model.block import kinds_without_varlen
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
 
