@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,8 @@ from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
+    import torch
+
     from nasbench.evaluation.scores import Scores
     from nasbench.evaluation.tasks import Task
 
@@ -18,7 +21,11 @@ if TYPE_CHECKING:
 def command(
     target: Annotated[str, typer.Argument(help="A run folder, a finalised hybrid, a model folder or name.")],
     tasks: Annotated[
-        str, typer.Option(help="With settings, as loss,retrieval@2k,suite:FILE.jsonl; `list` names all tasks.")
+        str,
+        typer.Option(
+            help="As loss,retrieval@2k,suite:FILE.jsonl; tasks of lm-evaluation-harness by name, as mmlu or "
+            "arc_easy@200:5 (200 items, 5 examples), or NAME:FOLDER of YAML files."
+        ),
     ] = "loss",
     placement: Annotated[str | None, typer.Option(help="Of a run: default full attention.")] = None,
     placements: Annotated[
@@ -44,6 +51,7 @@ def command(
     split: Annotated[str, typer.Option(help="Held-out text: test, or search (what searches see).")] = "test",
     data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",
     sequence: Annotated[str, typer.Option(help="Tokens of a held-out sequence for a checkpoint.")] = "256",
+    scores: Annotated[Path | None, typer.Option(help="Folder that keeps a checkpoint's scores, item by item.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -67,26 +75,28 @@ def command(
     parsed = parse_tasks(tasks)
     if split not in ("search", "test"):
         raise unknown("split", split, ("search", "test"))
-    where, kind = torch_device(device), torch_dtype(dtype)
-    if (Path(target) / "run.json").is_file():
-        if data:
-            raise UserError("--data is the run's own: leave it out, or evaluate a checkpoint")
-        scored, scores = _score_run(Path(target), placement, parsed, split, where, kind)
+    where, kind, is_run = torch_device(device), torch_dtype(dtype), (Path(target) / "run.json").is_file()
+    if is_run and (data or scores):
+        option = "data" if data else "scores"
+        raise UserError(f"--{option} is the run's own: leave it out, or evaluate a checkpoint")
+    if is_run:
+        scored, found = _score_run(Path(target), placement, parsed, split, where, kind)
     else:
-        scored, scores = _score_checkpoint(target, placement, parsed, split, data, parse_size(sequence), where, kind)
+        own = CheckpointOptions(placement, split, data, parse_size(sequence), scores)
+        scored, found = _score_checkpoint(target, parsed, own, where, kind)
     if as_json:
         rows = {
             name: {"metric": s.metric, "value": s.value, "stderr": None if s.n < 2 else s.stderr, "n": s.n}
-            for name, s in scores.items()
+            for name, s in found.items()
         }
         print_json({"target": target, "placement": scored, "split": split, "dtype": dtype, "scores": rows})
         return
-    table = [(name, s.metric, f"{s.value:.4f}", f"{s.stderr:.4f}", s.n) for name, s in scores.items()]
+    table = [(name, s.metric, f"{s.value:.4f}", f"{s.stderr:.4f}", s.n) for name, s in found.items()]
     print_table(("task", "metric", "value", "stderr", "n"), table, title=f"{target}: {scored}")
 
 
-def _score_run(  # type: ignore[no-untyped-def]
-    path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype
+def _score_run(
+    path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype: torch.dtype
 ) -> tuple[str, dict[str, Scores]]:
     from nasbench.checkpoints.load import resolve_shape
     from nasbench.evaluation.evaluator import Evaluator
@@ -100,20 +110,24 @@ def _score_run(  # type: ignore[no-untyped-def]
     return format_placement(chosen), evaluator.scores(chosen, tasks, split)
 
 
-def _score_checkpoint(  # type: ignore[no-untyped-def]
-    target: str,
-    placement: str | None,
-    tasks: list[Task],
-    split: str,
-    data: str,
-    sequence: int,
-    device: str,
-    dtype,
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """The options of `nasbench eval` that are for a checkpoint."""
+
+    placement: str | None
+    split: str
+    data: str
+    sequence: int
+    scores: Path | None
+
+
+def _score_checkpoint(
+    target: str, tasks: list[Task], options: CheckpointOptions, device: str, dtype: torch.dtype
 ) -> tuple[str, dict[str, Scores]]:
     from nasbench.checkpoints.load import load_model
     from nasbench.data.packing import Corpus
+    from nasbench.evaluation.evaluator import score_checkpoint
     from nasbench.evaluation.tasks import Context
-    from nasbench.model.block import kinds_without_varlen
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.finalize import is_final, load_final, teacher_name
 
@@ -124,13 +138,11 @@ def _score_checkpoint(  # type: ignore[no-untyped-def]
             teacher = load_model(teacher_name(Path(target)), dtype=dtype, device=device).decoder
     else:
         loaded = load_model(target, dtype=dtype, device=device)
-    own = loaded.decoder.placement
-    if placement and loaded.shape.parse(placement) != own:
+    own, longest = loaded.decoder.placement, loaded.shape.max_context
+    if options.placement and loaded.shape.parse(options.placement) != own:
         raise UserError(f"{target} has the placement {format_placement(own)}: others need a run folder")
-    if sequence > loaded.shape.max_context:
-        raise UserError(f"sequence {sequence} is beyond the context of {loaded.shape.name}, {loaded.shape.max_context}")
-    corpus = Corpus.load(data, loaded.tokenizer, sequence)
-    if kinds_without_varlen(loaded.decoder.mixers):
-        corpus = corpus.without_documents()
-    context = Context(loaded.tokenizer, corpus, teacher, split)
-    return format_placement(own), {task.label: task.score(loaded.decoder, context) for task in tasks}
+    if options.sequence > longest:
+        raise UserError(f"sequence {options.sequence} is beyond the context of {loaded.shape.name}, {longest}")
+    corpus = Corpus.load(options.data, loaded.tokenizer, options.sequence)
+    context = Context(loaded.tokenizer, corpus, teacher, options.split)
+    return format_placement(own), score_checkpoint(loaded.decoder, tasks, context, options.scores)

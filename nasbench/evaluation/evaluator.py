@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from nasbench.evaluation.reading import Reading
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.evaluation.tasks import Context, Task, parse_task
 from nasbench.model.block import kinds_without_varlen
+from nasbench.model.decoder import Decoder
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement
 from nasbench.supernet.supernet import Supernet
@@ -122,7 +126,8 @@ class Evaluator:
             self.supernet.space.check(placement)
         task.check(context)
         for placement, measures in self._samples(task, missing, context, progress):
-            new = {title: task.scores(samples, self.supernet.teacher.device) for title, samples in measures.items()}
+            device = self.supernet.teacher.device
+            new = {title: task.scores(samples, title, context, device) for title, samples in measures.items()}
             self.store.put({self.key(placement, task, context, title): scores for title, scores in new.items()})
             found[placement] = new[task.title]
         return {placement: scores for placement, scores in found.items() if scores is not None}
@@ -171,3 +176,42 @@ class Evaluator:
                     states.append(self.supernet.layer(i, placement[i])(states[-1], meta))
             last = placement
             yield placement, teacher.model.norm(states[-1])
+
+
+def score_checkpoint(
+    decoder: Decoder, tasks: Sequence[Task], context: Context, folder: Path | None = None
+) -> dict[str, Scores]:
+    """Scores by task label of a decoder without a run.
+
+    Args:
+        folder: keeps the scores, every measure of a task item by item; what is there is not measured again.
+    """
+    if kinds_without_varlen(decoder.mixers):
+        context = replace(context, corpus=context.corpus.without_documents())
+    store = ScoreStore(folder) if folder else None
+    dtype, weights = str(decoder.dtype).removeprefix("torch."), weights_digest(decoder) if folder else ""
+    found = {}
+    for task in tasks:
+        task.check(context)
+
+        def key(title: str, task: Task = task) -> ScoreKey:
+            return ScoreKey.of(weights, decoder.placement, title, task.settings(context), dtype)
+
+        known = store.get(key(task.title)) if store else None
+        if known is None:
+            measures = task.measures(decoder, context)
+            new = {title: task.scores(samples, title, context, decoder.device) for title, samples in measures.items()}
+            if store:
+                store.put({key(title): scores for title, scores in new.items()})
+            known = new[task.title]
+        found[task.label] = known
+    return found
+
+
+def weights_digest(decoder: Decoder) -> str:
+    """Tells weights apart on any device: their bits, summed name by name."""
+    digest = hashlib.sha256()
+    for name, tensor in decoder.state_dict().items():
+        bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+        digest.update(f"{name} {tuple(tensor.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()[:16]

@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         return self.words.encode(string) if add_special_tokens is False else self.words.encode_prompt(string)
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[tuple[float, bool]]:
         """Sum of log-probabilities in nats of each continuation, and whether greedy decoding would write it."""
         inputs: dict[tuple[int, ...], int] = {}
         places, ends = [], []
@@ -77,7 +77,9 @@ class HarnessModel(TemplateLM):
         for request, row in enumerate(places):
             asked[row].append(request)
         rows, answers = list(inputs), [(0.0, False)] * len(requests)
-        for batch, prefix in self._batches(rows):
+        # Hidden states are read where a token is scored: that is behind every prefix.
+        most = [len(row) - max(len(ends[request]) for request in asked[place]) for place, row in enumerate(rows)]
+        for batch, prefix in self._batches(rows, most):
             known = [request for row in batch for request in asked[row]]
             hidden = self._hidden([rows[row] for row in batch], prefix)
             line = [index for index, row in enumerate(batch) for request in asked[row] for _ in ends[request]]
@@ -95,13 +97,13 @@ class HarnessModel(TemplateLM):
                     self.cache_hook.add_partial("loglikelihood", requests[request][0], answers[request])
         return answers
 
-    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[list[int], int]]:
+    def _batches(self, rows: Sequence[tuple[int, ...]], most: Sequence[int]) -> Iterator[tuple[list[int], int]]:
         """(places of rows, length of the prefix that they read from a cache), rows of like length together."""
 
         def tail(group: Group) -> int:
             return max(len(rows[row]) for row in group.rows) - group.prefix
 
-        groups = sorted(shared_prefixes(rows), key=lambda group: (group.prefix, tail(group)))
+        groups = sorted(shared_prefixes(rows, most), key=lambda group: (group.prefix, tail(group)))
         for prefix, members in groupby(groups, lambda group: group.prefix):
             order = [row for group in members for row in group.rows]
             for start in range(0, len(order), self.batch_size):

@@ -19,18 +19,21 @@ class Group:
     prefix: int
 
 
-def shared_prefixes(rows: Sequence[Sequence[int]]) -> list[Group]:
-    """Divides rows of token ids into groups whose prefixes save the most tokens. At least one token of each row stays
-    behind its prefix."""
+def shared_prefixes(rows: Sequence[tuple[int, ...]], most: Sequence[int]) -> list[Group]:
+    """Divides rows of token ids into groups whose prefixes save the most tokens.
+
+    Args:
+        most: tokens of each row that may stand in a prefix.
+    """
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    shared = [_common(rows[one], rows[other]) for one, other in pairwise(order)]
+    shared = [_common(rows[one], rows[other], min(most[one], most[other])) for one, other in pairwise(order)]
     return [Group(tuple(order[first : last + 1]), prefix) for first, last, prefix in _divide(shared, 0, len(rows) - 1)]
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens with which both begin, in whole blocks, the last token of either left out."""
-    length, longest = 0, min(len(one), len(other)) - 1
-    while length + BLOCK <= longest and one[length : length + BLOCK] == other[length : length + BLOCK]:
+def _common(one: tuple[int, ...], other: tuple[int, ...], most: int) -> int:
+    """Tokens with which both begin, in whole blocks, at most `most`."""
+    length = 0
+    while length + BLOCK <= most and one[length : length + BLOCK] == other[length : length + BLOCK]:
         length += BLOCK
     return length
 

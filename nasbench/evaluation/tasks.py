@@ -119,13 +119,14 @@ class Task(ABC):
         """This task's samples out of those of `larger`."""
         return samples
 
-    def scores(self, samples: Tensor, device: object = "") -> Scores:
+    def scores(self, samples: Tensor, title: str = "", context: Context | None = None, device: object = "") -> Scores:
+        """Of the samples that `measures` gave under a title."""
         about = {"device": str(device), **provenance().cells("torch", "project")}
         return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better, about)
 
     def score(self, decoder: Decoder, context: Context) -> Scores:
         """Measured now, and kept nowhere."""
-        return self.scores(self.measures(decoder, context)[self.title])
+        return self.scores(self.measures(decoder, context)[self.title], self.title, context, decoder.device)
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
@@ -140,10 +141,15 @@ def task_names() -> list[str]:
 
 
 def parse_task(text: str) -> Task:
-    """`loss`, `retrieval@512`, `mc:questions.jsonl` -> the task. Raises UserError naming the legal ones."""
+    """`loss`, `retrieval@512`, `mc:questions.jsonl`, or a name that lm-evaluation-harness knows -> the task. Raises
+    UserError naming the legal ones."""
     task_names()
     head, _, argument = text.strip().partition(":")
     name, _, length = head.partition("@")
+    if name not in TASKS:
+        from nasbench.evaluation.harness import HarnessTask
+
+        return HarnessTask.of(name, length, argument)
     return TASKS[name].parse(length, argument)
 
 

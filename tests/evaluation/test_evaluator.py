@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 
+from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.tables import read_table
 from nasbench.data.packing import Corpus
-from nasbench.evaluation.evaluator import Evaluator
+from nasbench.evaluation.evaluator import Evaluator, score_checkpoint
 from nasbench.evaluation.importance import Importance, importance_path, layer_importance
-from nasbench.evaluation.tasks import HeldOutLoss, parse_task
+from nasbench.evaluation.scores import ScoreStore
+from nasbench.evaluation.tasks import Context, HeldOutLoss, parse_task
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import distill
 
@@ -165,3 +167,17 @@ def test_importance_is_the_loss_of_single_replacements(evaluator):
     assert all(row.kl > 0 for row in rows)
     read = read_table(importance_path(evaluator.run.path), Importance)
     assert [row.loss_increase for row in read] == pytest.approx([row.loss_increase for row in rows], abs=1e-6)
+
+
+def test_scores_of_a_checkpoint_are_kept_where_asked(tiny_model, text_file, tmp_path, monkeypatch):
+    loaded = load_model(str(tiny_model))
+    context = Context(loaded.tokenizer, Corpus.load(str(text_file), loaded.tokenizer, 32), None)
+    tasks = [parse_task("loss"), parse_task("retrieval@96:3")]
+    first = score_checkpoint(loaded.decoder, tasks, context, tmp_path / "scores")
+    assert {key.task for key in ScoreStore(tmp_path / "scores").find()} == {"loss", "retrieval@96:3"}
+    monkeypatch.setattr(HeldOutLoss, "measures", lambda *_: pytest.fail("measured again"))
+    assert score_checkpoint(loaded.decoder, tasks, context, tmp_path / "scores") == first
+    with torch.no_grad():
+        loaded.decoder.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    with pytest.raises(pytest.fail.Exception):
+        score_checkpoint(loaded.decoder, tasks, context, tmp_path / "scores")

@@ -1,5 +1,6 @@
 """The model class of lm-evaluation-harness against the harness's own transformers backend, and its tasks by name."""
 
+import json
 import random
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from nasbench.checkpoints.load import load_model, random_decoder
+from nasbench.core.errors import UserError
 from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
 from nasbench.spaces.placement import parse_placement
 
@@ -107,31 +109,109 @@ def test_a_hybrid_reads_shared_prefixes_as_whole_requests(pair, monkeypatch):
     hybrid = harness_model.HarnessModel(decoder, ours.words, batch_size=3)
     shots = words(random.Random(0), 14)
     requests = [asked(f"{shots} {word}", f" {other}") for word in WORDS[:4] for other in WORDS[:3]]
+    # Continuations, too, begin alike.
+    requests += [asked(shots[:60], f"{shots[60:]} {word}") for word in WORDS[:4]]
     found, read = hybrid.loglikelihood(requests, disable_tqdm=True), []
     prefill = harness_model.prefill
     monkeypatch.setattr(harness_model, "prefill", lambda d, t, c: (read.append(t.shape), prefill(d, t, c))[1])
     assert hybrid.loglikelihood(requests, disable_tqdm=True) == found
     assert read
-    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows: [Group((i,), 0) for i in range(len(rows))])
+    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows, most: [Group((i,), 0) for i in range(len(rows))])
     whole = hybrid.loglikelihood(requests, disable_tqdm=True)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in whole], abs=1e-4)
 
 
 def test_prefixes_save_the_most_tokens():
+    def prefixes(rows):
+        return sorted(shared_prefixes(rows, [len(row) - 1 for row in rows]), key=str)
+
     def row(*parts):
         return (*(token for part, blocks in parts for token in [part] * (BLOCK * blocks)), 0)
 
     # Two questions with the same eight blocks before them, four alternatives each: one prefix for all saves more.
     alternatives = [row((1, 8), (question, 1), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
-    assert sorted(shared_prefixes(alternatives), key=str) == [Group(tuple(range(8)), 8 * BLOCK)]
+    assert prefixes(alternatives) == [Group(tuple(range(8)), 8 * BLOCK)]
     # With longer questions each has its own.
     longer = [row((1, 1), (question, 4), (9 + choice, 1)) for question in (2, 3) for choice in range(4)]
-    assert sorted(shared_prefixes(longer), key=str) == [
+    assert prefixes(longer) == [
         Group((0, 1, 2, 3), 5 * BLOCK),
         Group((4, 5, 6, 7), 5 * BLOCK),
     ]
-    assert shared_prefixes([row((1, 1)), row((2, 1))]) == [Group((0,), 0), Group((1,), 0)]
-    assert shared_prefixes([]) == []
-    # A token stays behind the prefix.
+    assert prefixes([row((1, 1)), row((2, 1))]) == [Group((0,), 0), Group((1,), 0)]
+    assert prefixes([]) == []
+    # What is scored stays behind the prefix.
     whole = (1,) * BLOCK
-    assert shared_prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
+    assert prefixes([whole, (*whole, 2)]) == [Group((0,), 0), Group((1,), 0)]
+
+
+YAML = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choice.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{options}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+metadata: {{version: 3.0}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A harness task of four questions, as a user has one: a YAML and a JSONL file."""
+    generator = random.Random(0)
+    items = [{"question": words(generator, 5), "options": ["a state", "key"], "gold": i % 2} for i in range(4)]
+    (tmp_path / "choice.jsonl").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "choice.yaml").write_text(YAML.format(folder=tmp_path))
+    return tmp_path
+
+
+def test_a_task_of_a_folder_is_scored_and_kept_with_its_settings(folder, make_run, tmp_path, monkeypatch):
+    """As mc: scores the same choices; twice asked, once measured; also as an objective of a search."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from nasbench.evaluation.evaluator import Evaluator
+    from nasbench.evaluation.harness_model import HarnessModel
+    from nasbench.evaluation.tasks import parse_task
+    from nasbench.search.objective import parse_objective
+    from nasbench.supernet.settings import DistillConfig
+    from nasbench.supernet.train import distill
+
+    run = make_run(names=("A", "J"))
+    distill(run, DistillConfig(ridge_tokens=512, align_tokens=0, supernet_tokens=0), dtype=torch.float32)
+    evaluator = Evaluator.open(run, dtype=torch.float32)
+    text, placement = f"tiny_choice:{folder}", ("J", "A", "J", "A")
+    found = evaluator.scores(placement, [text])[text]
+    (key,) = evaluator.store.find(task="tiny_choice")
+    assert key.settings.startswith("lm-eval-0.")
+    assert found.about["task_versions"] == {"tiny_choice": 3.0}
+    assert (len(found.about["items"]), found.about["num_fewshot"]) == (4, {"tiny_choice": 0})
+    beside = evaluator.store.find(task="tiny_choice.acc_norm")
+    assert [scores.n for scores in beside.values()] == [4]
+
+    items = [json.loads(line) for line in (folder / "choice.jsonl").read_text().splitlines()]
+    same = [{"query": i["question"], "choices": [f" {o}" for o in i["options"]], "gold": i["gold"]} for i in items]
+    (folder / "same.jsonl").write_text("\n".join(map(json.dumps, same)))
+    plain = evaluator.scores(placement, [f"mc-plain:{folder}/same.jsonl"])[f"mc-plain:{folder}/same.jsonl"]
+    assert found.samples.tolist() == plain.samples.tolist()
+
+    monkeypatch.setattr(HarnessModel, "loglikelihood", lambda *_: pytest.fail("measured again"))
+    assert evaluator.scores(placement, [text])[text] == found
+    assert [task.label for _, task in parse_objective(f"kl+0.5*{text}")] == ["kl", text]
+    assert parse_task(f"tiny_choice@2:0:{folder}").label == f"tiny_choice@2:0:{folder}"
+
+
+def test_a_name_that_nobody_knows(folder, monkeypatch):
+    pytest.importorskip("lm_eval")
+    from nasbench.evaluation import harness
+    from nasbench.evaluation.tasks import parse_task
+
+    with pytest.raises(UserError, match=r"unknown task 'tiny_choic'.*\(tiny_choice\)"):
+        parse_task(f"tiny_choic:{folder}")
+    with pytest.raises(UserError, match="no such folder of task files: absent"):
+        parse_task("tiny_choice:absent")
+    monkeypatch.setattr(harness, "manager", lambda folder: (_ for _ in ()).throw(ImportError()))
+    with pytest.raises(UserError, match=r"unknown task 'mmlu'.*pip install 'nasbench\[eval\]'"):
+        parse_task("mmlu")
