@@ -11,6 +11,7 @@ from nasbench.cli.main import run
 from nasbench.core.errors import UserError
 from nasbench.pipeline import Step, plan, prepare, read_recipe, recipe_names, run_steps
 from nasbench.report import html
+from nasbench.report.svg import Rendered
 from nasbench.supernet.settings import DistillConfig
 
 RECIPE = """
@@ -192,8 +193,7 @@ def test_dry_run_prints_and_writes_nothing(capsys, tmp_path):
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Figures take longer to draw than the tiny model takes to measure; tests/report looks at them."""
-    monkeypatch.setattr(html, "inline_svg", lambda *_: "")
-    monkeypatch.setattr(html, "png", lambda *_: b"")
+    monkeypatch.setattr(html, "rendered", lambda draw, name, title: Rendered(title, "", "", b""))
 
 
 def test_the_quickstart_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_path, capsys):

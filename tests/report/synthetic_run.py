@@ -32,9 +32,11 @@ def profile_rows(shape, device="made-up-cpu-2c", source="measured"):
         for batch in BATCHES:
             for context in (0,) if shared else CONTEXTS:
                 us = base * (0.6 + 0.4 * batch) + PER_KTOKEN_US.get(name, 0.0) * batch * context / 1024
+                rate = {"gb_s": 3000 / us, "tflop_s": 90 / us / batch, "energy_j": 1e-6 * us}
+                rate |= {"bandwidth_fraction": 150 / us, "compute_fraction": 45 / us / batch}
                 rows.append(
                     Row(
-                        device=device, **cells, batch=batch, context=context, dtype="bf16", source=source,
+                        device=device, **cells, batch=batch, context=context, dtype="bf16", source=source, **rate,
                         p20_us=0.97 * us, p50_us=us, p80_us=1.06 * us, repeats=30, torch="2.13.0", project="0.1.0",
                         measured_utc="2026-01-02T03:04:05Z",
                     )
