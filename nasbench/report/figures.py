@@ -60,9 +60,11 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
         plot, strips = drawing.figure.subplots(2, 1, height_ratios=[3.2, 0.24 * rows + 0.3])
     else:
         plot, strips = drawing.figure.subplots(1, 2, width_ratios=[1.5, 1])
-    _cloud(plot, target, drawing)
+    low, top = _limits(target)
+    cut = sum(trial.front_score > top for trial in target.trials)
+    _cloud(plot, target, top, drawing)
     _front(plot, target.points, points, best, 9.5 if narrow else 11.5, drawing)
-    cut = _limits(plot, target)
+    plot.set_ylim(low, top)
     plot.set_xlabel("decode tokens/s, " + ("estimated (hatched)" if target.estimated else "predicted"))
     if target.estimated:
         style.hatch(plot)
@@ -71,7 +73,7 @@ def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     plot.set_title("Accuracy against speed")
     plot.legend(loc="best")
     if cut:
-        plot.set_title(f"{cut} more above", loc="right", fontsize=8, fontweight="normal")
+        plot.set_title(f"{cut:,} more above", loc="right", fontsize=8, fontweight="normal")
     _strips(strips, points)
     return drawing
 
@@ -83,25 +85,18 @@ def thinned(points: np.ndarray, cells: int = 160) -> np.ndarray:
     return points[np.sort(np.unique(places, axis=0, return_index=True)[1])] if len(points) > cells else points
 
 
-def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
-    others = [(t.decode_tok_s, t.front_score) for t in target.trials if t.strategy != UNIFORM]
+def _cloud(plot: Axes, target: TargetFacts, top: float, drawing: Drawing) -> None:
+    """What was tried and scored below `top`, and the even spreads."""
+    others = [trial for trial in target.trials if trial.strategy != UNIFORM and trial.front_score <= top]
     dots: dict[str, Any] = {"color": style.SOFT, "markersize": 2.6, "alpha": 0.75, "markeredgewidth": 0}
     if others:
-        shown = thinned(np.array(others))
+        shown = thinned(np.array([(trial.decode_tok_s, trial.front_score) for trial in others]))
         label = "tried" if len(shown) == len(others) else f"tried, {len(shown):,} of {len(others):,} drawn"
         plot.plot(shown[:, 0], shown[:, 1], "o", label=label, zorder=2, **dots)
     look: dict[str, Any] = {"markerfacecolor": style.PAPER, "markeredgecolor": style.MUTED, "markersize": 5}
     for index, trial in enumerate(target.even):
-        name = f"uniform-{index}"
-        plot.plot(
-            [trial.decode_tok_s],
-            [trial.front_score],
-            "D",
-            label=None if index else "even spread",
-            gid=name,
-            zorder=3,
-            **look,
-        )
+        name, label = f"uniform-{index}", "" if index else "even spread"
+        plot.plot([trial.decode_tok_s], [trial.front_score], "D", label=label, gid=name, zorder=3, **look)
         drawing.tips[name] = (
             f"even spread, K = {trial.k}\n{trial.placement}\nloss {trial.loss:.4f}, {trial.decode_tok_s:,.1f} tokens/s"
         )
@@ -150,16 +145,14 @@ def _tip(point: Point) -> str:
     return "\n".join([*lines, *(["scores exactly as the model does"] if point.identical else [])])
 
 
-def _limits(plot: Axes, target: TargetFacts) -> int:
-    """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
+def _limits(target: TargetFacts) -> tuple[float, float]:
+    """The scores between which the front and the best even spreads are seen whole."""
     wanted = [point.row.front_score for point in target.points]
     for count in {trial.k for trial in target.even}:
         wanted.append(min(trial.front_score for trial in target.even if trial.k == count))
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
-    top = high + 0.25 * margin
-    plot.set_ylim(low - 0.07 * margin, top)
-    return sum(trial.front_score > top for trial in target.trials)
+    return low - 0.07 * margin, high + 0.25 * margin
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -183,7 +176,7 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def importance(facts: Facts, narrow: bool) -> Drawing:
-    """What each layer costs replaced alone, for every task and kind: darker is dearer, each task with its own scale."""
+    """What each layer costs replaced alone, for every task and kind: stronger is dearer, each task with its own scale."""
     tasks = facts.importance.groupby("task", sort=False)
     kinds = [len(rows["name"].unique()) for _, rows in tasks]
     heights = [0.62 + 0.24 * count for count in kinds]
@@ -214,7 +207,7 @@ def _heat(axes: Axes, facts: Facts, task: str, rows: pd.DataFrame, drawing: Draw
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     unit = "nats a token" if task in ("loss", "kl") else "above the model"
-    axes.set_title(f"{task}, darkest {most:.3g} {unit}")
+    axes.set_title(f"{task}, strongest {most:.3g} {unit}")
 
 
 def training(facts: Facts, narrow: bool) -> Drawing:

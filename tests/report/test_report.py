@@ -7,6 +7,8 @@ import math
 import re
 import shlex
 import shutil
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -14,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-from report.synthetic_run import make_run
+from report.synthetic_run import crowd, make_run
 
 from nasbench.cli.main import parse
 from nasbench.core.errors import UserError
@@ -269,3 +271,23 @@ def test_command(made, capsys, monkeypatch, tmp_path):
     assert run(["report", path, "--db", "/nonexistent"]) == 2
     assert run(["report", str(made[1])]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_of_20_000_trials(tmp_path):
+    """Written in 20 s of CPU time, at most 5 MB, and opened by a browser within 2 s of its start."""
+    run, db = make_run(tmp_path, evaluations=80)
+    crowd(run, 20_000)
+    began = time.process_time()
+    path = Page.of(collect(run, db)).write(run.report)
+    assert time.process_time() - began <= 20
+    assert path.stat().st_size <= 5e6
+    chromium = shutil.which("chromium")
+    if chromium:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+        took = []
+        for address in ("about:blank", path.resolve().as_uri()):
+            began = time.perf_counter()
+            subprocess.run([chromium, *options, "--dump-dom", address], capture_output=True, check=True, timeout=60)
+            took.append(time.perf_counter() - began)
+        assert took[1] - took[0] <= 2
