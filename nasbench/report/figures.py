@@ -176,7 +176,7 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def importance(facts: Facts, narrow: bool) -> Drawing:
-    """What each layer costs replaced alone, for every task and kind: stronger is dearer, each task with its own scale."""
+    """What each layer costs replaced alone, for every task and kind: stronger is dearer, each task on its own."""
     tasks = facts.importance.groupby("task", sort=False)
     kinds = [len(rows["name"].unique()) for _, rows in tasks]
     heights = [0.62 + 0.24 * count for count in kinds]
