@@ -1,4 +1,4 @@
-"""`nasbench report`: one HTML file and PNGs of a run."""
+"""`nasbench report`: one HTML file, figures and tables of a run, or of several beside each other."""
 
 from __future__ import annotations
 
@@ -7,19 +7,36 @@ from typing import Annotated
 
 import typer
 
+from nasbench.core.errors import UserError
+
 
 def command(
-    run: Annotated[Path, typer.Argument(help="Run folder, e.g. runs/NAME.")],
-    db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Run folder, e.g. runs/NAME; several with --compare.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Set several runs beside each other.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: report/ in the (first) run.")] = None,
+    db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases; default: the run's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write runs/NAME/report/index.html and a PNG of every figure; prints the page's path."""
+    """Write index.html, and every figure (PNG, SVG) and table (CSV, Markdown); prints the page's path.
+
+    nasbench report runs/mine
+
+    nasbench report --compare runs/a runs/b
+    """
     from nasbench.cli.common import print_json
-    from nasbench.report.html import report
+    from nasbench.report.compare import RunsPage
+    from nasbench.report.facts import collect
+    from nasbench.report.html import Page
     from nasbench.runs import Run
 
-    path = report(Run.open(run), db)
+    if compare != (len(runs) > 1):
+        raise UserError("write one run, or --compare and at least two")
+    opened = [Run.open(run) for run in runs]
+    facts = [collect(run, db) for run in opened]
+    page = RunsPage.of(facts) if compare else Page.of(facts[0])
+    path = page.write(out or (opened[0].report / "compared" if compare else opened[0].report))
     if json:
-        print_json({"report": str(path), "pngs": sorted(str(png) for png in path.parent.glob("*.png"))})
+        figures = sorted(str(figure) for figure in (path.parent / "figures").glob("*.png"))
+        print_json({"report": str(path), "recommended": page.recommendation, "figures": figures})
     else:
         print(path)

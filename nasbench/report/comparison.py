@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.evaluation.ranks import kendall
 from nasbench.evaluation.scores import Gap, Scores, ScoreStore, difference, mean_and_stderr
@@ -30,10 +29,9 @@ from nasbench.search.compared import (
     Compared,
     compared,
     composition,
-    latest_trials,
     read_benchmarks,
 )
-from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
+from nasbench.search.trials import DRAWN, TEACHER, UNIFORM, read_trials
 from nasbench.search.validation import ValidationRow, read_validation
 from nasbench.supernet.budget import final_history
 from nasbench.supernet.finalize import final_folder, final_version
@@ -77,20 +75,21 @@ def length_of(task: str) -> int:
 class Comparison:
     """The compared placements of a run and what was measured of them; empty where nothing was searched."""
 
-    def __init__(self, run: Run, shape: ModelSpec) -> None:
+    def __init__(self, run: Run, shape: ModelSpec, store: ScoreStore | None = None) -> None:
         self.run, self.shape = run, shape
-        try:
-            self.rows = compared(run)
-            self._supernet = latest_trials(run)[-1].supernet
-        except UserError:
-            self.rows, self._supernet = [], ""
+        store = store or ScoreStore(run.scores)
+        self.trials = trials = read_trials(run.trials, store)
+        self.rows = compared(run, trials) if trials else []
+        self._supernet = trials[-1].supernet if trials else ""
         self.benchmarks: dict[str, Benchmark] = read_benchmarks(run)
         self._scores: dict[tuple[str, str, str], Scores] = {}
-        for key, found in ScoreStore(run.scores).find().items():
-            known = self._scores.get((key.weights, key.placement, key.task))
-            # What searches see is another text; of the rest, the most samples count, of those the newest.
-            if not key.settings.startswith("search") and (known is None or found.n >= known.n):
-                self._scores[key.weights, key.placement, key.task] = found
+        self._searched: dict[tuple[str, str, str], Scores] = {}
+        for key, found in store.find().items():
+            # What searches see is another text; of each, the most samples count, of those the newest.
+            table = self._searched if key.settings.startswith("search") else self._scores
+            known = table.get((key.weights, key.placement, key.task))
+            if known is None or found.n >= known.n:
+                table[key.weights, key.placement, key.task] = found
         limits = [length_of(task) for _, _, task in self._scores if task.startswith("suite@")]
         self.few = max(limits, default=0)
 
@@ -124,6 +123,26 @@ class Comparison:
             samples = whole.samples[evenly(length_of(task), len(whole.samples))]
             return Scores.of(samples, whole.metric, whole.higher_is_better)
         return found
+
+    def above_teacher(self, text: str, task: str = "loss") -> Gap:
+        """A placement with the supernet's weights minus the model itself, item by item, on text that no search saw."""
+        return difference(self._scores.get((self._supernet, text, task)), self.scores(self.teacher, task))
+
+    def gap(self, row: Compared, task: str = "loss") -> Gap:
+        """A row minus the model itself, item by item."""
+        return difference(self.scores(row, task), self.scores(self.teacher, task))
+
+    def while_searching(self, text: str) -> dict[str, float]:
+        """Every task's cost (nats, or 1 - accuracy) of a placement above the model's, on the text that searches see."""
+        if not self.teacher:
+            return {}
+        whole = {task: self._searched.get((self._supernet, self.teacher.text, task)) for task in self._search_tasks}
+        mine = {task: self._searched.get((self._supernet, text, task)) for task in self._search_tasks}
+        return {task: found.cost - own.cost for task, own in whole.items() if own and (found := mine[task])}
+
+    @cached_property
+    def _search_tasks(self) -> list[str]:
+        return sorted({task for _, _, task in self._searched})
 
     def tasks(self, *kinds: str) -> list[str]:
         """The tasks of these kinds that any placement has, the shorter lengths first."""
@@ -207,8 +226,7 @@ class Comparison:
         return pd.DataFrame([self._table_row(row) for row in self.rows])
 
     def _table_row(self, row: Compared) -> dict[str, Any]:
-        teacher = self.scores(self.teacher, "loss")
-        gap, suite = difference(self.scores(row, "loss"), teacher), self.suite(row)
+        gap, suite = self.gap(row), self.suite(row)
         cells: dict[str, Any] = {"k": row.k, "method": row.method, "fill": row.fill, "weights": row.weights}
         cells |= {"placement": row.text, **self._mean(row, "loss")}
         cells |= {"loss_above_teacher": gap.mean, "loss_above_teacher_se": gap.stderr, **self._mean(row, "kl")}

@@ -12,7 +12,7 @@ from nasbench.core.sizes import format_size
 from nasbench.evaluation.scores import Z95
 from nasbench.report import style
 from nasbench.report.comparison import Comparison, column, length_of
-from nasbench.report.figures import Draw, Drawing, new_figure
+from nasbench.report.drawing import Draw, Drawing, new_figure
 from nasbench.search.compared import BEST, FINAL, SUPERNET
 from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
 
@@ -40,7 +40,7 @@ def comparison_drawings(found: Comparison) -> dict[str, tuple[str, Draw]]:
         # A curve over K takes more than the finalised placements; the figure over length shows those.
         if name in table and table.loc[table[name].notna(), "k"].nunique() > 2:
             made[name.replace("_", "-")] = title, partial(_by_count, table, name, title)
-    if found.tasks("retrieval"):
+    if len(found.tasks("retrieval")) > 1:
         made["retrieval"] = "Retrieval by length", partial(_by_length, found)
     for context in found.contexts:
         at = format_size(context)

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from nasbench import __version__
 from nasbench.checkpoints.resolve import classify, resolve_shape
-from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
 from nasbench.core.provenance import utc_now
-from nasbench.core.sizes import format_size
 from nasbench.core.tables import read_table
-from nasbench.cost import find_profiles
+from nasbench.cost import CostModel
 from nasbench.evaluation.importance import Importance
+from nasbench.evaluation.scores import ScoreStore
 from nasbench.model.shapes import ModelSpec
 from nasbench.report.comparison import Comparison
 from nasbench.report.provenance import Source, commands, sources, teacher_source
+from nasbench.report.speeds import kind_title, layer_curves, profile_rows, roofline_points, whole_models
+from nasbench.report.targets import TargetFacts, target_facts
 from nasbench.runs import Run
-from nasbench.search.trials import UNIFORM, FrontRow, Target, Trial, latest, read_front, read_trials, unique
+from nasbench.search.trials import read_front
 from nasbench.search.validation import ValidationRow, mean_error, read_validation
-from nasbench.spaces.placement import Placement
-from nasbench.store import Row, block_cells, select
+from nasbench.spaces.placement import format_placement
 
 
 @dataclass(frozen=True)
@@ -38,59 +36,13 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Point:
-    """One point of a front, with what the report says beside it.
-
-    Attributes:
-        delta: loss above the full-attention model's on the search split, nats; `delta_test` on the test split.
-        speedup: decode tokens/s over the full-attention model's, both predicted.
-        measured_tok_s: end to end, NaN where not validated; `measured_utc` when.
-    """
-
-    row: FrontRow
-    delta: float
-    delta_test: float
-    speedup: float
-    measured_tok_s: float
-    measured_utc: str
-
-    @property
-    def estimated(self) -> bool:
-        return self.row.source == "estimated"
-
-
-@dataclass(frozen=True)
-class TargetFacts:
-    """What was searched for one target; `even` has every evenly spread placement, also those that searches found."""
-
-    target: Target
-    full: Trial | None
-    trials: list[Trial]
-    even: list[Trial]
-    points: list[Point]
-
-    @property
-    def measure(self) -> str:
-        """What the front sets against the speed."""
-        objective = self.points[0].row.objective if self.points else "kl"
-        return "loss, nats a token" if objective in ("loss", "kl") else f"score of {objective}"
-
-    @property
-    def hypervolume(self) -> float:
-        return self.points[0].row.hypervolume if self.points else math.nan
-
-    @property
-    def estimated(self) -> bool:
-        return any(trial.source == "estimated" for trial in self.trials)
-
-
-@dataclass(frozen=True)
 class Facts:
     """A report's contents.
 
     Attributes:
-        curves: one decode step of one mixer at one batch, a row for each kind and context: name, title, batch, context,
-            us (p50, microseconds), low_us and high_us (p20, p80), cache_bytes (of the layer, by formula), estimated.
+        importance: what each layer costs replaced alone: task, name, layer, value (above the model's, lower is better).
+        curves, whole, roofline: see nasbench.report.speeds.
+        cost: the cost model of the main target, without rows where nobody profiled its device.
         training: mean logged loss of the layers, a row for each stage, name ("" is the whole network) and tokens: loss.
     """
 
@@ -100,7 +52,10 @@ class Facts:
     created_utc: str
     version: str
     targets: list[TargetFacts]
-    importance: list[Importance]
+    importance: pd.DataFrame
+    whole: pd.DataFrame
+    cost: CostModel | None
+    roofline: pd.DataFrame
     curves: pd.DataFrame
     validation: list[ValidationRow]
     training: pd.DataFrame
@@ -129,38 +84,43 @@ class Facts:
         return mean_error(self.validation) if self.validation else math.nan
 
 
-def kind_title(shape: ModelSpec, name: str) -> str:
-    """What a layer name is called in this model: the kind's title and its arguments."""
-    config = shape.mixer(name)
-    return f"{config.title} {config.args.replace('x', '×')}".strip()
-
-
 def collect(run: Run, db: Path | None = None) -> Facts:
     """Reads the run's files and the profile rows of its targets.
+
+    Args:
+        db: folder or file of profile databases; by default the run's own, else the shipped and the user's.
 
     Raises:
         UserError: a damaged file, named with line and column. Files that are not there yet are listed in `missing`.
     """
     missing: list[Missing] = []
+    db = run.path / "profiles" if db is None and (run.path / "profiles").is_dir() else db
     shape = resolve_shape(run.spec.model)
     folder = str(run.path)
-    trials, fronts = read_trials(run.trials), read_front(run.front)
+    store = ScoreStore(run.scores)
+    fronts, comparison = read_front(run.front), Comparison(run, shape, store)
+    trials = comparison.trials
     everything = read_validation(run.validation)
     # Placements at a context that no cost model predicts stand among the speeds of the comparison.
     validation = [row for row in everything if row.predicted_tok_s > 0 and row.measured_tok_s > 0]
     original = run.spec.space.original
-    targets = [_target(target, trials, fronts, validation, original) for target in _targets(trials)]
+    targets = [
+        target_facts(target, trials, fronts, validation, original, comparison)
+        for target in dict.fromkeys(trial.target for trial in reversed(trials))
+    ]
     if not any(found.points for found in targets):
         missing.append(Missing("placements", f"nasbench search {folder} --strategy beam --full-attention 4,8"))
-    rows, curves = _profile(targets, shape, run, db)
+    main = targets[0].target if targets else None
+    rows = profile_rows(main, shape, db) if main else []
+    curves = layer_curves(run.spec.space.names, rows, shape, main) if main else pd.DataFrame()
+    whole, cost = whole_models(targets[0], shape, db) if targets else (pd.DataFrame(), None)
     if curves.empty:
         missing.append(Missing("speed and cache of every layer kind", f"nasbench profile --model {run.spec.model}"))
     if not validation:
         missing.append(Missing("predicted against measured speed", f"nasbench validate {folder}"))
-    importance = read_table(run.path / "importance.csv", Importance, exact=False)
-    if not importance:
+    importance = _importance(run, comparison)
+    if importance.empty:
         missing.append(Missing("layer importance", f"nasbench search {folder} --strategy beam --full-attention 4"))
-    comparison = Comparison(run, shape)
     if not comparison.measured:
         missing.append(Missing("placements compared item by item", f"nasbench eval {folder} --placements auto"))
     training = _training(run.supernet / "losses.csv")
@@ -174,52 +134,17 @@ def collect(run: Run, db: Path | None = None) -> Facts:
         version=__version__,
         targets=targets,
         importance=importance,
+        whole=whole,
+        cost=cost,
+        roofline=roofline_points(rows, main.batch if main else 1),
         curves=curves,
         validation=validation,
         training=training,
         comparison=comparison,
-        sources=sources(trials, rows, validation),
+        sources=sources(run, trials, rows, validation),
         commands=commands(run, trials),
         missing=missing,
     )
-
-
-def _targets(trials: Sequence[Trial]) -> list[Target]:
-    """Every target, that of the latest trial first."""
-    return list(dict.fromkeys(trial.target for trial in reversed(trials)))
-
-
-def _target(
-    target: Target,
-    trials: Sequence[Trial],
-    fronts: Sequence[FrontRow],
-    validation: Sequence[ValidationRow],
-    original: Placement,
-) -> TargetFacts:
-    mine = latest(trials, target)
-    mine = [trial for trial in mine if trial.scoring == mine[-1].scoring]
-    full = next((trial for trial in mine if trial.layers == original), None)
-    measured = {
-        row.placement: row
-        for row in validation
-        if (row.device, row.context, row.batch, row.dtype or target.dtype) == astuple(target)
-    }
-    full_row = next((row for row in fronts if row.target == target and row.layers == original), None)
-    points = []
-    for row in sorted((row for row in fronts if row.target == target), key=lambda row: row.rank):
-        seen = measured.get(row.placement)
-        points.append(
-            Point(
-                row,
-                row.loss - full.loss if full else math.nan,
-                row.loss_test - full_row.loss_test if full_row else math.nan,
-                row.decode_tok_s / full.decode_tok_s if full else math.nan,
-                seen.measured_tok_s if seen else math.nan,
-                seen.measured_utc if seen else "",
-            )
-        )
-    even = [trial for trial in mine if trial.strategy == UNIFORM]
-    return TargetFacts(target, full, unique(mine), even, points)
 
 
 def _training(path: Path) -> pd.DataFrame:
@@ -234,40 +159,22 @@ def _training(path: Path) -> pd.DataFrame:
     return rows.groupby(columns[:3], sort=False)["loss"].mean().reset_index()
 
 
-def _profile(
-    targets: Sequence[TargetFacts], shape: ModelSpec, run: Run, db: Path | None
-) -> tuple[list[Row], pd.DataFrame]:
-    """Rows of the model on the main target's device, and the decode curves at the target's batch (or the nearest)."""
-    if not targets:
-        return [], pd.DataFrame()
-    target = targets[0].target
-    try:
-        rows = find_profiles(target.device, db)
-    except UserError:
-        if db is not None:
-            raise
-        return [], pd.DataFrame()
-    rows = [row for row in rows if row.hidden_size in (0, shape.hidden_size) and row.dtype == target.dtype]
-    return rows, pd.DataFrame([point for name in run.spec.space.names for point in _curve(name, rows, shape, target)])
-
-
-def _curve(name: str, rows: Sequence[Row], shape: ModelSpec, target: Target) -> list[dict[str, Any]]:
-    config = shape.mixer(name)
-    own = select(rows, **block_cells(shape, config.kind, config.args), mode="decode", status="ok")
-    if not own:
-        return []
-    batch = min({row.batch for row in own}, key=lambda size: (abs(size - target.batch), size))
-    fastest: dict[int, Row] = {}
-    for row in sorted((row for row in own if row.batch == batch), key=lambda row: row.p50_us or math.inf):
-        fastest.setdefault(row.context, row)
-    return [
-        {"name": name, "title": kind_title(shape, name), "batch": batch, "context": context, "us": row.p50_us,
-         "low_us": row.p20_us, "high_us": row.p80_us, "estimated": row.source == "estimated",
-         "cache_bytes": config.cache_bytes(batch, context, dtype_bytes(target.dtype))}
-        for context, row in sorted(fastest.items())
-    ]  # fmt: skip
-
-
-def target_words(target: Target) -> str:
-    """`nvidia-h200, context 8k, batch 4, bf16`."""
-    return f"{target.device}, context {format_size(target.context)}, batch {target.batch}, {target.dtype}"
+def _importance(run: Run, compared: Comparison) -> pd.DataFrame:
+    """importance.csv, and of every other task the scores that a search has of placements with one layer replaced."""
+    space = run.spec.space
+    rows = [
+        {"task": task, "name": row.name, "layer": row.layer, "value": value}
+        for row in read_table(run.path / "importance.csv", Importance, exact=False)
+        for task, value in (("kl", row.kl), ("loss", row.loss_increase))
+        if not math.isnan(value)
+    ]
+    known = {row["task"] for row in rows}
+    for layer in range(space.num_layers):
+        for name in space.alternatives(layer):
+            text = format_placement((*space.original[:layer], name, *space.original[layer + 1 :]))
+            rows += [
+                {"task": task, "name": name, "layer": layer, "value": value}
+                for task, value in compared.while_searching(text).items()
+                if task not in known
+            ]
+    return pd.DataFrame(rows)

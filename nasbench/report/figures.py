@@ -1,50 +1,34 @@
-"""The figures of a report: each draws facts, and computes nothing that a number in the text would rest on.
-
-Every figure is drawn twice, wide and narrow, because a wide one on a phone is not readable. `tips` maps the ids of
-drawn points to what the page shows when they are pointed at.
-"""
+"""The figures of a report: each draws facts, and computes nothing that a number in the text would rest on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nasbench.core.sizes import format_size
+import numpy as np
+import pandas as pd
+
 from nasbench.report import style
-from nasbench.report.facts import Facts, Point, TargetFacts
+from nasbench.report.drawing import Draw, Drawing, log_ticks, new_figure, thousands
+from nasbench.report.facts import Facts
+from nasbench.report.speed_figures import layers, roofline, validation, whole
+from nasbench.report.targets import Point, TargetFacts, recommended
 from nasbench.search.trials import UNIFORM
 from nasbench.spaces.space import is_full
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-WIDE_IN, NARROW_IN = 9.0, 3.9
 STRIPS = 14
 """Placements that fit beside a Pareto figure; the table has all."""
+_NO_ID = str.maketrans("@.:+*", "-----")
 STAGES = {
     "align": ("Alignment", "relative error of a layer"),
     "supernet": ("Random sub-networks", "KL, nats a token"),
 }
 """Title and unit of a training stage's losses."""
-
-
-@dataclass
-class Drawing:
-    """A drawn figure and its tips."""
-
-    figure: Figure
-    tips: dict[str, str] = field(default_factory=dict)
-
-
-def new_figure(narrow: bool, height: float, narrow_height: float) -> Figure:
-    """A figure as wide as its place on the page."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(NARROW_IN if narrow else WIDE_IN, narrow_height if narrow else height), layout="constrained")
 
 
 def _note(number: float, form: str) -> str:
@@ -67,44 +51,70 @@ def shown_points(points: Sequence[Point], most: int = STRIPS) -> list[Point]:
 
 def pareto(target: TargetFacts, narrow: bool) -> Drawing:
     """Loss against decode tokens/s: trials, even spreads, the front with ranks, and its placements as strips."""
-    points = shown_points(target.points, STRIPS - 4 if narrow else STRIPS)
+    best = recommended(target)
+    shown = shown_points(target.points, STRIPS - 4 if narrow else STRIPS)
+    points = [point for point in target.points if point in shown or point is best]
     rows = len(points)
     drawing = Drawing(new_figure(narrow, 4.4, 3.6 + 0.24 * rows))
     if narrow:
         plot, strips = drawing.figure.subplots(2, 1, height_ratios=[3.2, 0.24 * rows + 0.3])
     else:
         plot, strips = drawing.figure.subplots(1, 2, width_ratios=[1.5, 1])
-    _cloud(plot, target, drawing)
-    _front(plot, target.points, points, 9.5 if narrow else 11.5, drawing)
-    cut = _limits(plot, target)
-    plot.set_xlabel("decode tokens/s, predicted" + (" (~ estimated rows)" if target.estimated else ""))
+    low, top = _limits(target)
+    cut = sum(trial.front_score > top for trial in target.trials)
+    _cloud(plot, target, top, drawing)
+    _front(plot, target.points, points, best, 9.5 if narrow else 11.5, drawing)
+    plot.set_ylim(low, top)
+    plot.set_xlabel("decode tokens/s, " + ("estimated (hatched)" if target.estimated else "predicted"))
+    if target.estimated:
+        style.hatch(plot)
     plot.set_ylabel(target.measure)
+    thousands(plot.xaxis)
     plot.set_title("Accuracy against speed")
     plot.legend(loc="best")
     if cut:
-        plot.set_title(f"{cut} more above", loc="right", fontsize=8, fontweight="normal")
+        plot.set_title(f"{cut:,} more above", loc="right", fontsize=8, fontweight="normal")
     _strips(strips, points)
     return drawing
 
 
-def _cloud(plot: Axes, target: TargetFacts, drawing: Drawing) -> None:
-    others = [(t.decode_tok_s, t.front_score) for t in target.trials if t.strategy != UNIFORM]
+def thinned(points: np.ndarray, cells: int = 160) -> np.ndarray:
+    """[N, 2] points without those that hide under another one: one in each cell of a grid over the middle 98 %."""
+    low, high = np.nanquantile(points, 0.01, axis=0), np.nanquantile(points, 0.99, axis=0)
+    places = np.floor(cells * (points - low) / np.where(high > low, high - low, 1.0))
+    return points[np.sort(np.unique(places, axis=0, return_index=True)[1])] if len(points) > cells else points
+
+
+def _cloud(plot: Axes, target: TargetFacts, top: float, drawing: Drawing) -> None:
+    """What was tried and scored below `top`, and the even spreads."""
+    others = [trial for trial in target.trials if trial.strategy != UNIFORM and trial.front_score <= top]
     dots: dict[str, Any] = {"color": style.SOFT, "markersize": 2.6, "alpha": 0.75, "markeredgewidth": 0}
-    plot.plot(*(zip(*others, strict=True) if others else ([], [])), "o", label="tried", zorder=2, **dots)
+    if others:
+        shown = thinned(np.array([(trial.decode_tok_s, trial.front_score) for trial in others]))
+        label = "tried" if len(shown) == len(others) else f"tried, {len(shown):,} of {len(others):,} drawn"
+        plot.plot(shown[:, 0], shown[:, 1], "o", label=label, zorder=2, **dots)
     look: dict[str, Any] = {"markerfacecolor": style.PAPER, "markeredgecolor": style.MUTED, "markersize": 5}
     for index, trial in enumerate(target.even):
-        name, label = f"uniform-{index}", None if index else "even spread"
+        name, label = f"uniform-{index}", "" if index else "even spread"
         plot.plot([trial.decode_tok_s], [trial.front_score], "D", label=label, gid=name, zorder=3, **look)
         drawing.tips[name] = (
             f"even spread, K = {trial.k}\n{trial.placement}\nloss {trial.loss:.4f}, {trial.decode_tok_s:,.1f} tokens/s"
         )
 
 
-def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: float, drawing: Drawing) -> None:
-    """The line through the whole front; numbers at `points`, in circles of `size`."""
+def _front(
+    plot: Axes, front: Sequence[Point], points: Sequence[Point], best: Point | None, size: float, drawing: Drawing
+) -> None:
+    """The line through the whole front; numbers at `points`, in circles of `size`; a ring around the best."""
     x, y = [point.row.decode_tok_s for point in front], [point.row.front_score for point in front]
     plot.plot(x, y, "-", color=style.INK, linewidth=1.2, zorder=4, label="front")
-    plot.plot(x, y, "o", color=style.INK, markersize=3, zorder=4)
+    for point in front:
+        plot.plot(
+            [point.row.decode_tok_s], [point.row.front_score], "o", color=style.INK, markersize=3.5, zorder=4,
+            gid="" if point in points else f"point-{point.row.rank}",
+        )  # fmt: skip
+        drawing.tips[f"point-{point.row.rank}"] = _tip(point)
+        drawing.placements[f"point-{point.row.rank}"] = point.row.placement
     for point in points:
         row, name = point.row, f"point-{point.row.rank}"
         plot.plot(
@@ -115,25 +125,34 @@ def _front(plot: Axes, front: Sequence[Point], points: Sequence[Point], size: fl
             str(row.rank), (row.decode_tok_s, row.front_score), color=style.PAPER, ha="center", va="center_baseline",
             fontsize=0.66 * size, fontweight="bold", zorder=6, gid=f"{name}-rank",
         )  # fmt: skip
-        measured = "" if math.isnan(point.measured_tok_s) else f", measured {point.measured_tok_s:,.1f}"
-        drawing.tips[name] = (
-            f"{row.rank}. {row.placement}\nK = {row.k}, found by {row.strategy}\n"
-            f"loss {row.loss:.4f} ± {_note(row.loss_stderr, '.4f')} (+{_note(point.delta, '.4f')})\n"
-            f"{row.decode_tok_s:,.1f} tokens/s predicted{measured}\n"
-            f"{_note(point.speedup, '.2f')} × full attention, cache {row.cache_bytes / 2**20:,.2f} MiB"
-        )
+    if best:
+        plot.plot(
+            [best.row.decode_tok_s], [best.row.front_score], "o", markersize=size + 7, markerfacecolor="none",
+            markeredgecolor=style.ACCENT, markeredgewidth=2, gid="ring", zorder=7, label="recommended",
+        )  # fmt: skip
 
 
-def _limits(plot: Axes, target: TargetFacts) -> int:
-    """Shows the front and the best even spreads whole. Returns how many trials are cut off above."""
+def _tip(point: Point) -> str:
+    row = point.row
+    lines = [f"{row.rank}. K = {row.k}, found by {row.strategy}", row.placement]
+    lines.append(f"loss {row.loss:.4f} ± {_note(row.loss_stderr, '.4f')}, {_note(point.delta, '+.4f')} above the model")
+    if point.test.n:
+        lines.append(f"on other text {point.test.mean:+.4f} ({point.test.low:+.4f} to {point.test.high:+.4f})")
+    lines.append(f"{row.decode_tok_s:,.1f} tokens/s {'estimated' if point.estimated else 'predicted'}")
+    if not math.isnan(point.measured_tok_s):
+        lines.append(f"{point.measured_tok_s:,.1f} tokens/s measured")
+    lines.append(f"{_note(point.speedup, '.2f')} × the model ({point.basis}), cache {row.cache_bytes / 2**20:,.1f} MiB")
+    return "\n".join([*lines, *(["scores exactly as the model does"] if point.identical else [])])
+
+
+def _limits(target: TargetFacts) -> tuple[float, float]:
+    """The scores between which the front and the best even spreads are seen whole."""
     wanted = [point.row.front_score for point in target.points]
     for count in {trial.k for trial in target.even}:
         wanted.append(min(trial.front_score for trial in target.even if trial.k == count))
     low, high = min(wanted), max(wanted)
     margin = (high - low) or 0.05
-    top = high + 0.25 * margin
-    plot.set_ylim(low - 0.07 * margin, top)
-    return sum(trial.front_score > top for trial in target.trials)
+    return low - 0.07 * margin, high + 0.25 * margin
 
 
 def _strips(axes: Axes, points: Sequence[Point]) -> None:
@@ -157,98 +176,38 @@ def _strips(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def importance(facts: Facts, narrow: bool) -> Drawing:
-    """KL to the full-attention model of each layer replaced alone (the loss where an older file has no KL), one small
-    chart a layer kind, each with its own scale."""
-    names = list(dict.fromkeys(row.name for row in facts.importance))
-    drawing = Drawing(new_figure(narrow, 0.4 + 1.35 * len(names), 0.4 + 1.35 * len(names)))
-    charts = drawing.figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, name in zip(charts, names, strict=True):
-        rows = [row for row in facts.importance if row.name == name]
-        for row in rows:
-            gid = f"importance-{name.replace('@', '-').replace('.', '-')}-{row.layer}"
-            height = row.loss_increase if math.isnan(row.kl) else row.kl
-            axes.bar([row.layer], [height], color=style.colour(name), width=0.8, gid=gid)
-            drawing.tips[gid] = f"layer {row.layer} replaced by {name}\nKL {row.kl:.4f}, loss {row.loss_increase:+.4f}"
-        axes.axhline(0, color=style.SOFT, linewidth=0.8)
-        axes.grid(visible=False, axis="x")
-        axes.set_title(facts.title(name))
-        axes.margins(x=0.01)
+    """What each layer costs replaced alone, for every task and kind: stronger is dearer, each task on its own."""
+    tasks = facts.importance.groupby("task", sort=False)
+    kinds = [len(rows["name"].unique()) for _, rows in tasks]
+    heights = [0.62 + 0.24 * count for count in kinds]
+    drawing = Drawing(new_figure(narrow, 0.3 + sum(heights), 0.3 + sum(heights)))
+    charts = drawing.figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (task, rows) in zip(charts, tasks, strict=True):
+        _heat(axes, facts, str(task), rows, drawing)
     charts[-1].set_xlabel("layer, from the first")
-    drawing.figure.supylabel("KL to the model, nats a token", fontsize=9, color=style.MUTED)
     return drawing
 
 
-def contexts(facts: Facts, narrow: bool) -> Drawing:
-    """Decode time and cache of one layer of every kind against the context."""
-    drawing = Drawing(new_figure(narrow, 3.3, 5.6))
-    time, cache = drawing.figure.subplots(*((2, 1) if narrow else (1, 2)))
-    for position, (name, rows) in enumerate(facts.curves.groupby("name", sort=False)):
-        colour, title = style.colour(str(name)), facts.title(str(name))
-        shared: dict[str, Any] = {"color": colour, "linestyle": style.dash(position), "label": title}
-        time.fill_between(rows["context"], rows["low_us"], rows["high_us"], color=colour, alpha=0.15, lw=0)
-        time.plot(rows["context"], rows["us"], **shared)
-        cache.plot(rows["context"], rows["cache_bytes"] / 2**20, marker="o", **shared)
-        points: Iterable[Any] = rows.itertuples()
-        for index, row in enumerate(points):
-            gid = f"curve-{position}-{index}"
-            fill = style.PAPER if row.estimated else colour
-            time.plot([row.context], [row.us], "o", color=colour, markerfacecolor=fill, gid=gid)
-            drawing.tips[gid] = (
-                f"{title}\ncontext {format_size(int(row.context))}, batch {row.batch}\n"
-                f"{row.us:,.1f} µs {'estimated' if row.estimated else 'measured'}, "
-                f"cache {row.cache_bytes / 2**20:,.3f} MiB a layer"
-            )
-    ticks = sorted(set(facts.curves["context"]))
-    for axes, title, label in ((time, "Decode step", "µs a layer"), (cache, "Cache", "MiB a layer")):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(ticks, [format_size(tick) for tick in ticks])
-        _log_ticks(axes)
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel(label)
-        axes.set_title(title)
-    time.legend(loc="upper left")
-    return drawing
+def _heat(axes: Axes, facts: Facts, task: str, rows: pd.DataFrame, drawing: Drawing) -> None:
+    from matplotlib.patches import Rectangle
 
-
-def _log_ticks(axes: Axes) -> None:
-    """Labels at 1, 2 and 5 of every decade, so that a short logarithmic axis has more than one."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-
-
-def validation(facts: Facts, narrow: bool) -> Drawing:
-    """Predicted against measured decode tokens/s, with the line of no error and a band of 10 %."""
-    drawing = Drawing(new_figure(narrow, 3.6, 3.5))
-    axes = drawing.figure.subplots()
-    numbers = [value for row in facts.validation for value in (row.predicted_tok_s, row.measured_tok_s)]
-    low, high = 0.9 * min(numbers), 1.1 * max(numbers)
-    axes.fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color=style.GRID, lw=0, alpha=0.7)
-    axes.plot([low, high], [low, high], color=style.SOFT, linewidth=1)
-    devices = list(dict.fromkeys(row.device for row in facts.validation))
-    for device, marker in zip(devices, "osD^v" * len(devices), strict=False):
-        rows = [row for row in facts.validation if row.device == device]
-        for index, row in enumerate(rows):
-            gid = f"validation-{devices.index(device)}-{index}"
-            axes.plot(
-                [row.measured_tok_s], [row.predicted_tok_s], marker, color=style.INK, gid=gid,
-                label=device if index == 0 else None,
-            )  # fmt: skip
-            drawing.tips[gid] = (
-                f"{row.placement}\ncontext {format_size(row.context)}, batch {row.batch}\n"
-                f"predicted {row.predicted_tok_s:,.1f}, measured {row.measured_tok_s:,.1f} ({row.error:+.1%})"
-            )
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.set_xlabel("measured tokens/s")
-    axes.set_ylabel("predicted tokens/s")
-    axes.annotate("band: ±10 %", (0.98, 0.04), xycoords="axes fraction", ha="right", color=style.MUTED, fontsize=8)
-    axes.legend(loc="upper left")
-    return drawing
+    names, most = list(rows["name"].unique()), max(float(rows["value"].max()), 1e-9)
+    axes.set_facecolor("none")
+    for cell in rows.to_dict("records"):
+        layer, place = int(cell["layer"]), names.index(cell["name"])
+        gid = f"importance-{task}-{place}-{layer}".translate(_NO_ID)
+        share = max(0.0, float(cell["value"])) / most
+        look: dict[str, Any] = {"facecolor": style.HEAT, "alpha": 0.06 + 0.94 * share, "edgecolor": "none"}
+        axes.add_patch(Rectangle((layer - 0.46, place - 0.44), 0.92, 0.88, gid=gid, **look))
+        drawing.tips[gid] = f"layer {layer} replaced by {facts.title(str(cell['name']))}\n{task} {cell['value']:+.4f}"
+    axes.set_xlim(-0.6, facts.shape.num_layers - 0.4)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_yticks(range(len(names)), names)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    unit = "nats a token" if task in ("loss", "kl") else "above the model"
+    axes.set_title(f"{task}, strongest {most:.3g} {unit}")
 
 
 def training(facts: Facts, narrow: bool) -> Drawing:
@@ -267,7 +226,7 @@ def training(facts: Facts, narrow: bool) -> Drawing:
             )  # fmt: skip
         if (rows["loss"] > 0).all():
             axes.set_yscale("log")
-            _log_ticks(axes)
+            log_ticks(axes)
         title, unit = STAGES.get(str(stage), (str(stage), "loss"))
         axes.set_title(title)
         axes.set_xlabel("tokens")
@@ -275,9 +234,6 @@ def training(facts: Facts, narrow: bool) -> Drawing:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,g}k" if value else "0")
         axes.legend(loc="upper right")
     return drawing
-
-
-Draw = Callable[[bool], Drawing]
 
 
 def drawings(facts: Facts) -> dict[str, Draw]:
@@ -289,7 +245,9 @@ def drawings(facts: Facts) -> dict[str, Draw]:
     }
     for name, draw, rows in (
         ("layer-importance", importance, facts.importance),
-        ("speed-and-cache", contexts, facts.curves),
+        ("whole-model", whole, facts.whole),
+        ("speed-and-cache", layers, facts.curves),
+        ("roofline", roofline, facts.roofline),
         ("predicted-against-measured", validation, facts.validation),
         ("training", training, facts.training),
     ):

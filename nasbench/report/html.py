@@ -1,12 +1,14 @@
-"""The report's page: facts in words, tables and figures, in one file that loads nothing from anywhere."""
+"""The report's page: a verdict, figures and tables in one file that loads nothing from anywhere."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -15,46 +17,116 @@ from nasbench.core.sizes import format_size
 from nasbench.report import style
 from nasbench.report.comparison import tables
 from nasbench.report.comparison_figures import comparison_drawings
-from nasbench.report.facts import Facts, Point, TargetFacts, collect, target_words
-from nasbench.report.figures import Draw, drawings
-from nasbench.report.sections import markdown, sections
-from nasbench.report.svg import inline_svg, png
-from nasbench.runs import Run
+from nasbench.report.drawing import Draw
+from nasbench.report.facts import Facts
+from nasbench.report.figures import drawings
+from nasbench.report.front_tables import front_table, missing_table, source_table, target_table, validation_table
+from nasbench.report.front_tables import number as cell_number
+from nasbench.report.sections import Section, markdown, sections
+from nasbench.report.svg import Rendered, rendered
+from nasbench.report.targets import target_words
+from nasbench.report.verdict import Verdict, listed, verdicts
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.spaces.space import is_full
 
 HERE = Path(__file__).parent
-WITHIN = 0.05
-"""Perplexity increase within which the summary names the fastest placement."""
-
 TITLES = {
-    "pareto": "Loss against predicted decode speed, with the placement of every point of the front",
-    "layer-importance": "Loss increase of replacing each layer alone, by layer kind",
+    "pareto": "Accuracy against decode speed, with the placement of every point of the front",
+    "layer-importance": "What each layer costs replaced alone, by task and layer kind",
+    "whole-model": "Decode, prompt, memory and energy against context, recommended placement and full attention",
     "speed-and-cache": "Decode time and cache size of one layer against context, by layer kind",
+    "roofline": "What every block reached of the device's bandwidth and matrix rate",
     "predicted-against-measured": "Predicted against measured decode speed",
     "training": "Losses while the alternatives were trained",
 }
 
 
 @dataclass(frozen=True)
-class Headline:
-    """The points that the summary names: the fastest within WITHIN, and the fastest of all."""
+class Page:
+    """Everything that is written of a report: figures and tables by file name, each made once."""
 
-    near: Point | None
-    fastest: Point | None
+    facts: Facts
+    verdicts: list[Verdict]
+    best: int
+    figures: dict[str, Rendered]
+    compared: list[str]
+    fronts: list[Section]
+    sections: list[Section]
+    others: dict[str, Section]
+    frames: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, facts: Facts) -> Page:
+        """Draws every figure and fills every table."""
+        draws: dict[str, tuple[str, Draw]] = {
+            name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()
+        }
+        compared = comparison_drawings(facts.comparison)
+        figures = {name: rendered(draw, name, title) for name, (title, draw) in (draws | compared).items()}
+        fronts = [target for target in facts.targets if target.points]
+        others = [target_table(facts), validation_table(facts), missing_table(facts), source_table(facts)]
+        measured = facts.comparison.measured
+        frames = {name: getattr(facts, attribute) for name, attribute in FRAMES.items()}
+        return cls(
+            facts,
+            *verdicts(facts),
+            figures,
+            list(compared),
+            [front_table(target, count) for count, target in enumerate(fronts, 1)],
+            sections(facts.comparison) if measured else [],
+            {each.name: each for each in others if each.rows},
+            {**frames, **(tables(facts.comparison) if measured else {})},
+        )
+
+    @property
+    def tables(self) -> list[Section]:
+        return [*self.fronts, *self.sections, *self.others.values()]
+
+    def summary(self) -> str:
+        """The verdict and all tables as Markdown."""
+        told = self.verdicts[self.best] if self.verdicts else None
+        text = f"# Hybrid attention for {self.facts.shape.name}\n\n"
+        if told is not None:
+            text += "\n".join(told.sentences) + "\n\n" + "".join(f"    {line}\n" for line in told.commands) + "\n"
+            text += "".join(f"- {line}\n" for line in told.cautions) + "\n"
+        return text + markdown(self.tables)
+
+    @property
+    def recommendation(self) -> dict[str, Any] | None:
+        """The recommended placement in figures, for --json."""
+        if not self.verdicts:
+            return None
+        told = self.verdicts[self.best]
+        point, row = told.point, told.point.row
+        numbers = {"loss_above_model": point.delta, "loss_above_model_other_text": point.test.mean}
+        numbers |= {"decode_tok_s": point.tok_s, "speedup": point.speedup}
+        known = {name: None if math.isnan(value) else value for name, value in numbers.items()}
+        about = {"placement": row.placement, "k": row.k, **known, "basis": point.basis, "cache_bytes": row.cache_bytes}
+        return {**about, "commands": list(told.commands), "cautions": list(told.cautions)}
+
+    def html(self) -> str:
+        facts = self.facts
+        values = {"facts": facts, "main": facts.main, "introduction": introduction(facts)}
+        return template("page.html", [facts], page=self, **values)
+
+    def write(self, folder: Path) -> Path:
+        """Writes index.html (its path is returned), summary.md, figures (PNG, SVG) and tables (CSV, Markdown).
+
+        Raises MachineError where the folder cannot be written.
+        """
+        frames = {
+            f"tables/{name}.csv": frame.to_csv(index=False, float_format="%.6g") for name, frame in self.frames.items()
+        }
+        texts = {**frames, "summary.md": self.summary(), "index.html": self.html()}
+        write_files(folder, texts, self.figures, self.tables)
+        return folder / "index.html"
 
 
-def headline(target: TargetFacts) -> Headline:
-    """Picks them among the hybrids of the front."""
-    hybrids = [point for point in target.points if point.row.k < len(point.row.layers) and not math.isnan(point.delta)]
-    near = [point for point in hybrids if point.delta <= math.log1p(WITHIN)]
-    fastest: Callable[[Point], float] = lambda point: point.row.decode_tok_s  # noqa: E731
-    return Headline(max(near, key=fastest, default=None), max(hybrids, key=fastest, default=None))
-
-
-def listed(words: Sequence[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+FRAMES = {
+    "layer-importance": "importance", "whole-model": "whole", "speed-and-cache": "curves", "roofline": "roofline",
+    "training": "training",
+}  # fmt: skip
+"""Data behind figures: the file's name, and the frame of the facts."""
 
 
 def introduction(facts: Facts) -> str:
@@ -64,32 +136,15 @@ def introduction(facts: Facts) -> str:
     trained = [title for name, title in facts.kinds if name in learned]
     kept = [title for name, title in facts.kinds if not is_full(name) and name not in learned]
     if trained:
-        text += (
-            f" Beside the attention of every layer, {listed(trained)} learned by distillation to do its work, "
-            "everything else frozen."
-        )
-        text += f" Another alternative, {listed(kept)}, keeps the attention's weights." if kept else ""
+        text += f" {listed(trained)} learned by distillation to do the work of each layer's attention."
+        text += f" {listed(kept)} keeps the attention's weights." if kept else ""
     if facts.main:
         times = "estimated" if facts.main.estimated else "measured"
         text += (
-            f" Then {len(facts.main.trials)} placements of full attention and its replacements were scored on "
-            "held-out text by their divergence from the model and their loss, and by the decode speed that a cost "
-            f"model predicts from {times} layer times."
+            f" Then {len(facts.main.trials):,} placements were scored on held-out text, and their decode speed was "
+            f"predicted from {times} layer times."
         )
     return text
-
-
-def number(value: float | None, form: str = ",.4f", unknown: str = "–") -> str:
-    """A formatted number with a real minus sign; a dash where it is not known."""
-    if value is None or math.isnan(value):
-        return unknown
-    return format(value, form).replace("-", "−")
-
-
-def speed(value: float, estimated: bool = False) -> Markup:
-    """Tokens/s in three to four digits; estimated ones carry a mark."""
-    mark = Markup('<abbr class="estimated" title="rests on estimated rows">~</abbr>') if estimated else Markup("")
-    return mark + number(value, ",.0f" if abs(value) >= 1000 else ",.1f")
 
 
 def strip(placement: Placement) -> Markup:
@@ -98,68 +153,33 @@ def strip(placement: Placement) -> Markup:
     return Markup('<span class="strip" role="img" aria-label="{}">{}</span>').format(format_placement(placement), cells)
 
 
-def all_drawings(facts: Facts) -> dict[str, tuple[str, Draw]]:
-    """(title, function) of every figure of the page, by file name."""
-    named = {name: (TITLES[name.rstrip("-0123456789")], draw) for name, draw in drawings(facts).items()}
-    return named | comparison_drawings(facts.comparison)
-
-
-def figure_markup(name: str, title: str, draw: Draw) -> Markup:
-    """A figure as two inline SVGs, of which the page shows the one that fits."""
-    return Markup("").join(
-        Markup('<div class="{}">').format(width)
-        + Markup(inline_svg(draw, name, title, width == "narrow"))
-        + Markup("</div>")
-        for width in ("wide", "narrow")
-    )
-
-
-def render(facts: Facts) -> str:
-    """The page."""
+def template(name: str, shown: Sequence[Facts], **values: Any) -> str:
+    """A page's HTML: its own template inside the one that all share."""
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "strip": strip, "size": format_size, "target": target_words}
-    environment.globals |= {"speed": speed, "within": WITHIN, "isnan": math.isnan}
-    colours = "".join(
-        sorted({f".{style.css_class(name)}{{background:{style.colour(name)}}}" for name, _ in facts.kinds})
-    )
-    drawn = all_drawings(facts)
-    return environment.get_template("page.html").render(
-        facts=facts,
-        main=facts.main,
-        headline=headline(facts.main) if facts.main else None,
-        figures={name: figure_markup(name, title, draw) for name, (title, draw) in drawn.items()},
-        compared={name: title for name, (title, _) in comparison_drawings(facts.comparison).items()},
-        sections=sections(facts.comparison) if facts.comparison.measured else [],
-        tables=sorted(tables(facts.comparison)) if facts.comparison.measured else [],
+    environment.filters |= {"number": cell_number, "strip": strip, "size": format_size, "target": target_words}
+    kinds = {style.css_class(name): (name, title) for each in shown for name, title in each.kinds}
+    colours = "".join(f".{css}{{background:{style.colour(name)}}}" for css, (name, _) in sorted(kinds.items()))
+    return environment.get_template(name).render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
-        introduction=introduction(facts),
-        legend=[(style.css_class(name), name, title) for name, title in facts.kinds],
+        legend=[(css, name, title) for css, (name, title) in kinds.items()],
+        **values,
     )
 
 
-def report(run: Run, db: Path | None = None) -> Path:
-    """Writes runs/NAME/report/: index.html, a PNG of every figure, a CSV of every table of the comparison, summary.md.
-
-    Args:
-        db: folder or file of profile databases; None for the shipped and the user's.
-
-    Raises:
-        UserError: a damaged file of the run. MachineError: the folder cannot be written.
-    """
-    facts = collect(run, db)
-    page = render(facts)
-    with machine_errors(f"writing {run.report}"):
-        run.report.mkdir(parents=True, exist_ok=True)
-    for name, (_, draw) in all_drawings(facts).items():
-        with atomic_path(run.report / f"{name}.png") as temporary:
-            temporary.write_bytes(png(draw, name))
-    if facts.comparison.measured:
-        for name, table in tables(facts.comparison).items():
-            write_text(run.report / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
-        write_text(run.report / "summary.md", markdown(sections(facts.comparison)))
-    path = run.report / "index.html"
-    write_text(path, page)
-    return path
+def write_files(folder: Path, texts: dict[str, str], figures: dict[str, Rendered], tables: Iterable[Section]) -> None:
+    """Writes the figures and tables of a page into folders of their own, then the texts by file name."""
+    with machine_errors(f"writing {folder}"):
+        for part in ("figures", "tables"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        write_text(folder / "figures" / f"{name}.svg", figure.svg)
+        with atomic_path(folder / "figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(figure.png)
+    for section in tables:
+        write_text(folder / "tables" / f"{section.name}.csv", section.csv)
+        write_text(folder / "tables" / f"{section.name}.md", markdown([section]))
+    for name, text in texts.items():
+        write_text(folder / name, text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nasbench.checkpoints.resolve import ModelName
@@ -25,7 +26,7 @@ DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of one group of numbers."""
+    """The origin of one group of numbers. `sha256`: the first twelve digits of each file's hash."""
 
     numbers: str
     file: str
@@ -33,6 +34,7 @@ class Source:
     dates: str
     versions: str
     note: str
+    sha256: str = ""
 
 
 def teacher_source(model: ModelName) -> str:
@@ -63,7 +65,13 @@ def _source(numbers: str, file: str, rows: Sequence[Any], note: str) -> Source:
     return Source(numbers, file, _distinct(rows, "device"), span([row.measured_utc for row in rows]), versions, note)
 
 
-def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
+def _hashes(run: Run, *names: str) -> str:
+    """Of the files that are there."""
+    paths = [run.path / name for name in names]
+    return " ".join(hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in paths if path.is_file())
+
+
+def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[ValidationRow]) -> list[Source]:
     """One entry per group of numbers that the report has.
 
     Args:
@@ -73,8 +81,10 @@ def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[Va
     found = []
     if trials:
         versions = f"supernet {_distinct(trials, 'supernet')}"
-        files, dates = "trials.csv, front.csv, scores/", span([trial.created_utc for trial in trials])
-        found.append(Source("losses, KL, searched placements", files, "", dates, versions, f"{len(trials)} trials"))
+        files = ("trials.csv", "front.csv", "scores/samples.jsonl")
+        dates = span([trial.created_utc for trial in trials])
+        note, hashes = f"{len(trials):,} trials", _hashes(run, *files)
+        found.append(Source("losses, KL, searched placements", ", ".join(files), "", dates, versions, note, hashes))
     measured = [row for row in rows if row.source == "measured"]
     for kind, own in (("measured", measured), ("estimated", [row for row in rows if row.source != "measured"])):
         if own:
@@ -82,7 +92,11 @@ def sources(trials: Sequence[Trial], rows: Sequence[Row], validated: Sequence[Va
             found.append(_source("predicted tokens/s, speed by context", file, own, f"{len(own)} {kind} rows"))
     if validated:
         note = f"{len(validated)} placements end to end"
-        found.append(_source("measured tokens/s", "validation.csv", validated, note))
+        source = _source("measured tokens/s", "validation.csv", validated, note)
+        found.append(replace(source, sha256=_hashes(run, "validation.csv")))
+    for numbers, name in (("layer importance", "importance.csv"), ("training curves", "supernet/losses.csv")):
+        if hashes := _hashes(run, name):
+            found.append(Source(numbers, name, "", "", "", "", hashes))
     formula = "keys, values and recurrent states by formula (arXiv 2508.15884, table 1)"
     return [*found, Source("cache sizes", "computed", "", "", "", formula)]
 

@@ -7,11 +7,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
+
 from nasbench.core.sizes import format_size
 from nasbench.evaluation.scores import Z95
 from nasbench.report.comparison import MEDIAN, Comparison, column
 from nasbench.search.compared import BEST, FINAL, SUPERNET, Compared, composition
 from nasbench.search.trials import TEACHER, UNIFORM
+from nasbench.spaces.placement import Placement
 
 NAMES = {TEACHER: "the model itself", UNIFORM: "evenly spread", MEDIAN: MEDIAN, "kl": "KL", "suite": "benchmarks"}
 AGREEMENT = "agreement@128"
@@ -24,21 +27,43 @@ class Cell:
     Attributes:
         sure: the whole interval is on the better side; shown in bold.
         partly: rests on a few items of each benchmark; shown in italics.
+        estimated: rests on estimated rows; shown hatched, and marked ~ in text.
+        placement: the layers, shown as a strip above the text.
+        code: a command or a file.
     """
 
     text: str
     sure: bool = False
     partly: bool = False
+    estimated: bool = False
+    placement: Placement = ()
+    code: bool = False
+
+    @property
+    def plain(self) -> str:
+        return f"~{self.text}" if self.estimated and self.text else self.text
 
 
 @dataclass(frozen=True)
 class Section:
-    """A table with its title and the words before it."""
+    """A table with its title and the words before it.
 
+    Attributes:
+        name: of its files, NAME.csv and NAME.md.
+        lines: how many are shown at once; the page folds the others away.
+    """
+
+    name: str
     title: str
     words: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    lines: int = 40
+
+    @property
+    def csv(self) -> str:
+        frame = pd.DataFrame([[cell.plain for cell in row] for row in self.rows], columns=list(self.head))
+        return frame.to_csv(index=False)
 
 
 def sections(found: Comparison) -> list[Section]:
@@ -52,12 +77,16 @@ def markdown(parts: Iterable[Section]) -> str:
     text = []
     for part in parts:
         lines = [part.head, ["---"] * len(part.head), *([_marked(cell) for cell in row] for row in part.rows)]
-        text.append(f"## {part.title}\n\n{part.words}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        words = f"{part.words}\n\n" if part.words else ""
+        text.append(f"## {part.title}\n\n{words}" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join(text)
 
 
 def _marked(cell: Cell) -> str:
-    return f"**{cell.text}**" if cell.sure else f"*{cell.text}*" if cell.partly and cell.text else cell.text
+    text = cell.plain.replace("|", "\\|")
+    if not text:
+        return ""
+    return f"**{text}**" if cell.sure else f"*{text}*" if cell.partly else f"`{text}`" if cell.code else text
 
 
 def name_of(found: Comparison, row: Compared) -> str:
@@ -128,7 +157,7 @@ def _placements(found: Comparison) -> Section:
         "retrieval: share of the model's score on the same items; the suite's above chance. Agreement: share of 128 "
         "tokens of the model's own text that are the placement's first choice. Italics: a few items of each benchmark."
     )
-    return Section("Placements compared", words, head, shown)
+    return Section("compared", "Placements compared", words, head, shown)
 
 
 def _cell(cells: Mapping[Hashable, Any], name: str, percent: bool = False) -> str:
@@ -154,6 +183,7 @@ def _gaps(found: Comparison) -> Section:
         rows.append(line)
     titles = {"kl": "KL", "loss": "loss", "suite": "benchmarks", **({column(task): _task_name(task)} if task else {})}
     return Section(
+        "searched-minus-others",
         "Searched minus others, over the same rows of text and the same questions",
         "KL and loss: nats a token, less is better. Retrieval and benchmarks: points of accuracy, more is better. "
         "Bold: the whole 95 % interval is better.",
@@ -172,6 +202,7 @@ def _ranks(found: Comparison) -> Section:
         rows.setdefault((cells["score"], cells["pairs"]), {})[cells["measure"]] = Cell(text, sure=cells["low"] > 0)
     shown = [name for name in names if any(name in line for line in rows.values())]
     return Section(
+        "rank-correlation",
         "What loss and KL say about the slower measures",
         "Kendall's tau between placements before finalising: 1 is the same ranking, 0 is chance. Equal K: only pairs "
         "with as many full-attention layers, among which a search chooses. Intervals over placements drawn anew. Bold: "
@@ -192,7 +223,8 @@ def _curve(found: Comparison) -> Section:
         for row in found.curve().to_dict("records")
     ]  # fmt: skip
     head = ["K", "variant", "million tokens", "loss", "KL", "retrieval"]
-    return Section("What more tokens of finalising bring", "Loss: nats a token above the model's.", head, rows)
+    words = "Loss: nats a token above the model's."
+    return Section("finalising", "What more tokens of finalising bring", words, head, rows)
 
 
 def _speeds(found: Comparison) -> Section:
@@ -216,4 +248,4 @@ def _speeds(found: Comparison) -> Section:
     names = [format_size(context) for context in found.contexts]
     head = ["layers", *(f"{what} {at}" for at in names for what in ("tokens/s at", "cache, GiB, at"))]
     words = f"Measured end to end; the order of the layers does not matter. {told}."
-    return Section("Speed and cache", words, head, list(rows.values()))
+    return Section("measured-speeds", "Speed and cache", words, head, list(rows.values()))

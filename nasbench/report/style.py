@@ -15,7 +15,11 @@ _OTHER = "#999999"
 
 # Stand-ins that the SVG text is searched for: the page replaces them by its own light and dark colours.
 INK, MUTED, GRID, PAPER, SOFT = "#1b1f26", "#5d6672", "#e2e5ea", "#fefefe", "#aeb6c0"
-ROLES = {INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper", SOFT: "--soft"}
+ACCENT, WARN, HEAT = "#0b63ce", "#b35c01", "#0d5fa8"
+ROLES = {
+    INK: "--ink", MUTED: "--muted", GRID: "--line", PAPER: "--paper", SOFT: "--soft", ACCENT: "--accent",
+    WARN: "--warn", HEAT: "--heat",
+}  # fmt: skip
 
 _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 
@@ -34,6 +38,11 @@ def css_class(name: str) -> str:
 def dash(position: int) -> object:
     """A line style, so that lines differ in more than colour."""
     return _DASHES[position % len(_DASHES)]
+
+
+def hatch(axes: Any) -> None:
+    """Marks a chart whose numbers are estimated."""
+    axes.patch.set(hatch="///", edgecolor=GRID, linewidth=0)
 
 
 @contextmanager

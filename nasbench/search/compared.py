@@ -100,10 +100,14 @@ def compositions(run: Run) -> list[Placement]:
     return list(found.values())
 
 
-def compared(run: Run) -> list[Compared]:
+def compared(run: Run, trials: Sequence[Trial] | None = None) -> list[Compared]:
     """All of them, the most full attention first; one K's placements in the order of method. A placement that two
-    searches found stands there for each."""
-    trials = latest_trials(run)
+    searches found stands there for each.
+
+    Args:
+        trials: all of the run, where they have been read.
+    """
+    trials = latest(trials, trials[-1].target) if trials else latest_trials(run)
     original = run.spec.space.original
     base = _base(trials)
     rows = [Compared(count_full(original), TEACHER, original, weights=TEACHER)]

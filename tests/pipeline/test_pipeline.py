@@ -11,6 +11,7 @@ from nasbench.cli.main import run
 from nasbench.core.errors import UserError
 from nasbench.pipeline import Step, plan, prepare, read_recipe, recipe_names, run_steps
 from nasbench.report import html
+from nasbench.report.svg import Rendered
 from nasbench.supernet.settings import DistillConfig
 
 RECIPE = """
@@ -192,8 +193,7 @@ def test_dry_run_prints_and_writes_nothing(capsys, tmp_path):
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Figures take longer to draw than the tiny model takes to measure; tests/report looks at them."""
-    monkeypatch.setattr(html, "inline_svg", lambda *_: "")
-    monkeypatch.setattr(html, "png", lambda *_: b"")
+    monkeypatch.setattr(html, "rendered", lambda draw, name, title: Rendered(title, "", "", b""))
 
 
 def test_the_quickstart_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_path, capsys):
@@ -234,7 +234,7 @@ def test_smollm2_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_path):
     changes = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
     assert run(["run", "smollm2-135m", "--out", str(out), "--device", "cpu", *changes]) == 0
 
-    table = pd.read_csv(out / "report" / "table.csv", keep_default_na=False)
+    table = pd.read_csv(out / "report" / "tables" / "table.csv", keep_default_na=False)
     methods = {(row.k, row.method, row.fill) for row in table.itertuples() if row.weights == "supernet"}
     for count in (1, 2):
         names = ("uniform", "random-0", "random-1", "beam", "kl-greedy", "greedy-swap, kl+retrieval-kl@128:2")
@@ -246,10 +246,10 @@ def test_smollm2_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_path):
     final = table[table["weights"] == "final"].iloc[0]
     assert final["suite_items"] == 9
     assert float(teacher["decode_tok_s_1k"]) > 0
-    curve = pd.read_csv(out / "report" / "curve.csv")
+    curve = pd.read_csv(out / "report" / "tables" / "curve.csv")
     tokens = curve[curve["weights"] == "final"]["tokens"].tolist()
     assert len(tokens) == 3
     assert tokens == sorted(tokens)
-    assert set(pd.read_csv(out / "report" / "comparison.csv")["against"]) == {"uniform", "median random"}
+    assert set(pd.read_csv(out / "report" / "tables" / "comparison.csv")["against"]) == {"uniform", "median random"}
     assert "| the model itself |" in (out / "report" / "summary.md").read_text()
-    assert "final:average" in (out / "report" / "table.csv").read_text()
+    assert "final:average" in (out / "report" / "tables" / "table.csv").read_text()

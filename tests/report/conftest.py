@@ -4,7 +4,7 @@ import pytest
 from report.synthetic_run import make_run
 
 from nasbench.report.facts import collect
-from nasbench.report.html import report
+from nasbench.report.html import Page
 
 
 @pytest.fixture(scope="session")
@@ -19,5 +19,12 @@ def facts(made):
 
 
 @pytest.fixture(scope="session")
-def page(made):
-    return report(*made)
+def whole(facts):
+    """Everything of the report, before it is written."""
+    return Page.of(facts)
+
+
+@pytest.fixture(scope="session")
+def page(made, whole):
+    """The written page."""
+    return whole.write(made[0].report)

@@ -1,6 +1,7 @@
 """A run folder with every file that a report reads, made up but of one piece. Nothing in it was measured."""
 
 import math
+import random
 
 import numpy as np
 from search.synthetic import SyntheticObjective
@@ -13,7 +14,8 @@ from nasbench.runs import Run, RunSpec
 from nasbench.search.objective import Speed
 from nasbench.search.session import Options, Session, run_search
 from nasbench.search.strategies import STRATEGIES
-from nasbench.search.trials import Target, front_rows, write_front
+from nasbench.search.trials import Target, TrialRow, add_trials, front_rows, read_trials, write_front
+from nasbench.spaces.placement import format_placement
 from nasbench.store import SHARED_BLOCKS, Database, Row, block_cells
 
 NAMES = ("A", "W", "J", "G")
@@ -32,9 +34,11 @@ def profile_rows(shape, device="made-up-cpu-2c", source="measured"):
         for batch in BATCHES:
             for context in (0,) if shared else CONTEXTS:
                 us = base * (0.6 + 0.4 * batch) + PER_KTOKEN_US.get(name, 0.0) * batch * context / 1024
+                rate = {"gb_s": 3000 / us, "tflop_s": 90 / us / batch, "energy_j": 1e-6 * us}
+                rate |= {"bandwidth_fraction": 150 / us, "compute_fraction": 45 / us / batch}
                 rows.append(
                     Row(
-                        device=device, **cells, batch=batch, context=context, dtype="bf16", source=source,
+                        device=device, **cells, batch=batch, context=context, dtype="bf16", source=source, **rate,
                         p20_us=0.97 * us, p50_us=us, p80_us=1.06 * us, repeats=30, torch="2.13.0", project="0.1.0",
                         measured_utc="2026-01-02T03:04:05Z",
                     )
@@ -128,3 +132,27 @@ def _write_extras(run, objective, front):
             wiggle = np.random.default_rng(len(trial.placement)).normal(0, 0.02, 32)
             scores[key] = Scores.of(value + wiggle - wiggle.mean(), "nats", False)
     objective.store.put(scores)
+
+
+def crowd(run, count):
+    """Adds random placements to a made-up run until its last target has `count` trials."""
+    trials = read_trials(run.trials)
+    objective = MadeUpObjective(resolve_shape("default"), profile_rows(resolve_shape("default")), 8192, 4)
+    draw, known = random.Random(1), {trial.placement for trial in trials}
+    like = {name: getattr(trials[-1], name) for name in TrialRow.__dataclass_fields__} | {"strategy": "random"}
+    rows, scores = [], {}
+    wiggle = np.random.default_rng(0).normal(0, 0.02, 32)
+    while len(known) < count:
+        placement = tuple(draw.choices(NAMES, [draw.random() for _ in NAMES], k=30))
+        text = format_placement(placement)
+        if text not in known:
+            known.add(text)
+            speed = vars(objective.speed(placement))
+            told = like | speed | {"placement": text, "k": placement.count("A"), "score": objective.kl(placement)}
+            rows.append(TrialRow(**told))
+            scores[rows[-1].score_key("loss")] = Scores.of(objective.loss(placement) + wiggle, "nats", False)
+            scores[rows[-1].score_key("kl")] = Scores.of(objective.kl(placement) + wiggle, "nats", False)
+    ScoreStore(run.scores).put(scores)
+    add_trials(run.trials, rows)
+    found = front_rows(read_trials(run.trials), objective.reference, objective.test_scores)
+    write_front(run.front, objective.target, found)
