@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nasbench.cli.common import AsJson, Device, DryRun
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,9 +21,9 @@ def command(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands with time and memory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe. Stopped at any moment, the same command continues; finished stages are skipped."""
     found = {}

@@ -98,7 +98,7 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
         words = ["profile", "--model", spec.model, "--blocks", " ".join(spec.names)]
         words += ["--contexts", format_size(target.context), "--batches", str(target.batch), "--dtype", target.dtype]
         lines.append(f"{_command(words)}    # on {target.device}")
-    words = ["distill", "--model", spec.model, "--names", ",".join(name for name in spec.names if name != "A")]
+    words = ["distill", "--model", spec.model, "--blocks", " ".join(name for name in spec.names if name != "A")]
     words += ["--out", folder, *(["--data", spec.data] if spec.data else [])]
     words += ["--sequence", format_size(spec.sequence), "--seed", str(spec.seed)]
     lines.append(_command([*words, *_settings(run)]))

@@ -117,15 +117,16 @@ class DistillConfig:
             raise UserError("shard and graphs exclude each other: the layers' weights move; set one of them to false")
 
     @classmethod
-    def read(cls, path: Path) -> DistillConfig:
-        """From a TOML file whose keys are the attributes. Raises UserError for an unknown key or a bad value."""
+    def read(cls, path: Path, base: DistillConfig | None = None) -> DistillConfig:
+        """The settings `base`, by default cls(), changed by a TOML file whose keys are the attributes. Raises UserError
+        for an unknown key or a bad value."""
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(f"no such file: {path}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path} is not valid TOML: {error}") from None
-        return cls().updated(data)
+        return (base or cls()).updated(data)
 
     def updated(self, changes: dict[str, Any]) -> DistillConfig:
         """With some attributes changed. Raises UserError for one that does not exist."""

@@ -107,6 +107,8 @@ class Distiller:
         """Runs what is left of the stages and returns the trained supernet."""
         saved = checkpoint.latest(self.run.supernet)
         self.workers.wait(self.device)  # nobody writes before all have read
+        if self.workers.is_main:
+            checkpoint.tidy(self.run.supernet, saved)
         if saved is None:
             self.prepare()
             saved = self._between(STAGES[0] if self.net.trained() else "done")
