@@ -48,9 +48,9 @@ def generate(
     budget = parse_size(tokens)
     if out.suffix != ".jsonl":
         raise UserError(f"bad name {out}: a corpus is a .jsonl")
-    loaded = load_model(model, dtype=torch_dtype(choose_dtype(dtype, where)), device=where)
-    began = time.perf_counter()
+    kind, began = torch_dtype(choose_dtype(dtype, where)), time.perf_counter()
     with progress_bar("corpus: reads the model") as progress:
+        loaded = load_model(model, dtype=kind, device=where)
         written = write_corpus(loaded, writing, budget, out, progress)
     seconds = time.perf_counter() - began
     log(f"{out}: {written:,} tokens written by {loaded.source} in {seconds:.0f} s")

@@ -30,11 +30,5 @@ def command(
 
     asked = {"model": model, "context": context, "batch": batch, "dtype": dtype}
     asked |= {"full_attention": full_attention, "scale": scale}
-    run_recipe(
-        "quickstart",
-        out,
-        device,
-        {name: text for name, text in asked.items() if text},
-        dry_run=dry_run,
-        as_json=as_json,
-    )
+    changes = {name: text for name, text in asked.items() if text}
+    run_recipe("quickstart", out, device, changes, dry_run=dry_run, as_json=as_json)
