@@ -19,11 +19,10 @@ from typing import get_origin, get_type_hints
 
 from nasbench.core.errors import UserError
 from nasbench.core.files import read_json, write_json
-from nasbench.spaces.placement import parse_placement
+from nasbench.spaces.placement import MOST_LAYERS, parse_placement
 from nasbench.spaces.space import Space
 
 OPTIONS = "options.json"
-MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)

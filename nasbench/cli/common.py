@@ -16,7 +16,7 @@ from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.core.files import strict_json
-from nasbench.core.sizes import format_size
+from nasbench.core.sizes import format_size, is_count
 
 if TYPE_CHECKING:
     from nasbench.model.shapes import ModelSpec
@@ -155,7 +155,7 @@ def torch_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    if kind not in ("cpu", "cuda") or (index and not is_count(index)):
         raise unknown("torch device", name, ("auto", "cpu", "cuda"))
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")

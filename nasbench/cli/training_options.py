@@ -61,7 +61,7 @@ def training_settings(
     settings = DistillConfig.read(config, settings) if config else settings
     try:
         settings = settings.updated(tomllib.loads("\n".join(changes or [])))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"bad --set {' '.join(changes or [])!r}: {error}") from None
     given: dict[str, Any] = {name: parse_budget(text) for name, text in sizes.items() if text is not None}
     settings = settings.updated(given | {name: value for name, value in options.items() if value is not None})

@@ -11,7 +11,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from nasbench.core.errors import MachineError, UserError
 
 LOCK = ".writer.lock"
-_PLAIN_NAME = re.compile(r"[\w@+-][\w.@+-]*")
+_PLAIN_NAME = re.compile(r"[\w@+-][\w.@+-]{0,199}")
 
 
 @contextmanager
@@ -207,9 +208,22 @@ def write_json(path: Path, data: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Reads JSON. Raises UserError naming the file when it is absent or not JSON."""
+    return _parsed(path, json.loads, "JSON")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads TOML. Raises UserError naming the file when it is absent or not TOML."""
+    found: dict[str, Any] = _parsed(path, tomllib.loads, "TOML")
+    return found
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no such file: {path}") from None
+        with machine_errors(f"reading {path}"):
+            if not path.is_file():
+                raise UserError(f"no such file: {path}")
+            return parse(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid {kind}: {error}") from None

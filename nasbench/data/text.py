@@ -65,7 +65,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 text = json.loads(line)["text"]
             except UnicodeDecodeError:
                 raise
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise UserError(f'{path}:{number}: not a JSON object with a string "text"')

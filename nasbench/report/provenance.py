@@ -10,7 +10,7 @@ from typing import Any
 
 from nasbench.checkpoints.resolve import ModelName
 from nasbench.core.files import read_json
-from nasbench.core.sizes import format_size, parse_size
+from nasbench.core.sizes import format_size, is_count, parse_size
 from nasbench.runs import Run
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import UNIFORM, Trial
@@ -118,7 +118,7 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
 def _scoring(trial: Trial) -> list[str]:
     """On which text and in which dtype a search scored: `search/8x256/...` are 8 rows of 256 tokens."""
     rows, times, length = trial.settings.split("/")[1].partition("x") if "/" in trial.settings else ("", "", "")
-    tokens = ["--search-tokens", format_size(int(rows) * parse_size(length))] if times and rows.isdecimal() else []
+    tokens = ["--search-tokens", format_size(int(rows) * parse_size(length))] if times and is_count(rows) else []
     return [*tokens, *(["--eval-dtype", DTYPES[trial.eval_dtype]] if trial.eval_dtype in DTYPES else [])]
 
 
