@@ -44,7 +44,7 @@ def export(
         MachineError: the folder cannot be written.
     """
     check_export(format, out)
-    run.spec.space.check(placement)
+    placement = run.spec.space.check(placement)
     loaded, weights = _load(run, placement, dtype)
     about = {"placement": format_placement(placement), "weights": weights, "teacher": loaded.source}
     return write_model(loaded, out, format, {"nasbench": __version__, "run": run.path.resolve().name, **about})

@@ -22,8 +22,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nasbench.core.errors import UserError, unknown
-from nasbench.core.files import machine_errors, read_json, write_json, write_text
+from nasbench.core.files import machine_errors, read_json, read_toml, write_json, write_text
 from nasbench.core.sizes import format_size, parse_budget, parse_size
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -106,12 +105,9 @@ def recipe_names() -> list[str]:
 def read_recipe(text: str) -> Recipe:
     """A shipped recipe by its name, or a TOML file. Raises UserError naming what is wrong with it."""
     path = RECIPES / f"{text}.toml" if text in recipe_names() else Path(text)
-    if not path.is_file():
-        raise unknown("recipe", text, recipe_names()) if path.suffix != ".toml" else UserError(f"no such file: {path}")
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    if path.suffix != ".toml":
+        raise unknown("recipe", text, recipe_names())
+    data = read_toml(path)
     for key in data:
         if key not in _TABLES:
             raise unknown(f"table of {path}", key, _TABLES)
@@ -157,17 +153,24 @@ def plan(recipe: Recipe, values: dict[str, Any]) -> list[Step]:
     """The steps of a recipe with these settings. Raises UserError for a setting that a stage names and nobody has."""
     steps = []
     for stage in recipe.stages:
-        parts: list[dict[str, Any]] = [{}]
-        if each := stage.get("each"):
-            if each not in values:
-                raise unknown(f"setting of {recipe.name}", each, values)
-            parts = [{"each": part.strip()} for part in str(values[each]).split(",") if part.strip()]
-        for part in parts:
-            known = {**values, **part}
-            makes = Path(_filled(stage["makes"], known)) if "makes" in stage else None
-            words = tuple(word for text in shlex.split(stage["command"]) for word in _words(text, known))
-            steps.append(Step(_filled(stage["title"], known), words, makes, _seconds(stage, known)))
+        try:
+            steps += _steps(stage, values)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"recipe {recipe.name}, stage {stage['title'][:60]!r}: {error}") from None
     return steps
+
+
+def _steps(stage: dict[str, Any], values: dict[str, Any]) -> Iterator[Step]:
+    parts: list[dict[str, Any]] = [{}]
+    if each := stage.get("each"):
+        if each not in values:
+            raise unknown("setting", each, values)
+        parts = [{"each": part.strip()} for part in str(values[each]).split(",") if part.strip()]
+    for part in parts:
+        known = {**values, **part}
+        makes = Path(_filled(stage["makes"], known)) if "makes" in stage else None
+        words = tuple(word for text in shlex.split(stage["command"]) for word in _words(text, known))
+        yield Step(_filled(stage["title"], known), words, makes, _seconds(stage, known))
 
 
 def _filled(text: str, values: dict[str, Any]) -> str:

@@ -1,17 +1,43 @@
-"""What several commands share: printing JSON and tables, choosing a device and a data type."""
+"""What several commands share: options, printing JSON and tables, progress, choosing a device and a data type."""
 
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from nasbench.core.by_device import PREFILL_CHUNK
 from nasbench.core.dtypes import torch_dtype as torch_dtype
-from nasbench.core.errors import MachineError, unknown
+from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.core.files import strict_json
-from nasbench.core.sizes import format_size
+from nasbench.core.sizes import format_size, is_count
+
+if TYPE_CHECKING:
+    from nasbench.model.shapes import ModelSpec
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it takes; do nothing.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: the faster one of fp32 and bf16 there.")]
+Blocks = Annotated[
+    str, typer.Option(help="Layer kinds beside full attention, as in placements: 'W256 J', W256,J or WJ.")
+]
+Model = Annotated[str, typer.Option(help="`default`, a Hugging Face folder, a GGUF file or a hub name.")]
+
+LINE_S = 20.0
+"""Without a terminal, progress is a line this often."""
+
+
+class Output:
+    """How much this process tells."""
+
+    quiet = False
 
 
 def chunk_help() -> str:
@@ -31,8 +57,9 @@ def mark_source(source: str) -> str:
 
 
 def log(message: str) -> None:
-    """One line for the person who waits, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the person who waits, on standard error; none with --quiet."""
+    if not Output.quiet:
+        print(message, file=sys.stderr, flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
@@ -49,22 +76,76 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     Console().print(table)
 
 
+Progress = Callable[[str, int, int], None]
+"""Called with a stage, what is done of it, and its whole."""
+
+
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields `progress(stage, done, total)`; each stage gets a bar on standard error, with the time that is left."""
+def progress_bar(doing: str = "") -> Iterator[Progress]:
+    """Yields a `Progress` on standard error: bars with the time left on a terminal, elsewhere a plain line every 20 s.
+
+    Args:
+        doing: said while no stage has begun, as "distill: reads the model".
+    """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
+    console = Console(stderr=True)
+    if Output.quiet:
+        yield lambda stage, done, total: None
+    elif console.is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
 
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn())
+        with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bars:
+            tasks: dict[str, Any] = {}
 
-        yield progress
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done, total=total)
+
+            yield progress
+    else:
+        with _Lines(doing) as lines:
+            yield lines.progress
+
+
+class _Lines:
+    """A thread that prints the state of the work every LINE_S seconds, also while the work tells nothing."""
+
+    def __init__(self, doing: str) -> None:
+        self.began = time.monotonic()
+        self.doing = doing or "works"
+        self.stage: tuple[str, int, int, int, float] | None = None  # name, done, whole, done at its beginning, then
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> _Lines:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end.set()
+        self.thread.join()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Notes where the work stands."""
+        if self.stage is None or self.stage[0] != stage:
+            self.stage = (stage, done, total, done, time.monotonic())
+        self.stage = (stage, done, total, *self.stage[3:])
+
+    def _run(self) -> None:
+        while not self.end.wait(LINE_S):
+            log(self.line(time.monotonic()))
+
+    def line(self, now: float) -> str:
+        """The state of the work in one line."""
+        if self.stage is None:
+            return f"{self.doing} since {now - self.began:.0f} s"
+        stage, done, total, first, began = self.stage
+        left = "" if done <= first else f", about {(now - began) * (total - done) / (done - first):.0f} s left"
+        return f"{stage}: {done:,} of {total:,} ({done / max(1, total):.0%}) after {now - began:.0f} s{left}"
 
 
 def torch_device(name: str) -> str:
@@ -73,8 +154,49 @@ def torch_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not is_count(index)):
         raise unknown("torch device", name, ("auto", "cpu", "cuda"))
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise MachineError(f"device {name!r} is not there: this machine has no CUDA GPU that torch can use")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise MachineError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
     return name
+
+
+def choose_dtype(name: str, device: str) -> str:
+    """A data type that was given, else the faster one of fp32 and bf16 on a torch device. Raises UserError."""
+    from nasbench.core.dtypes import check_dtype
+    from nasbench.devices.dtype import faster_dtype
+
+    return check_dtype(name) if name else faster_dtype(device)
+
+
+def trained_with(run: Path) -> dict[str, Any]:
+    """The settings that a run's supernet was trained with, its dtype among them; {} before there is one."""
+    from nasbench.supernet import checkpoint
+
+    saved = checkpoint.latest(run / "supernet")
+    settings = {} if saved is None else saved.state.get("settings", {})
+    return settings if isinstance(settings, dict) else {}
+
+
+def run_dtype(run: Path, name: str, device: str) -> str:
+    """A data type that was given, else that in which the run was trained, else as `choose_dtype`. Raises UserError."""
+    from nasbench.core.dtypes import dtype_name
+
+    trained = "" if name else trained_with(run).get("dtype", "")
+    return dtype_name(trained) if trained else choose_dtype(name, device)
+
+
+def parse_kinds(text: str, shape: ModelSpec) -> tuple[str, ...]:
+    """`W256 J`, `W256,J` or `WJ` -> ("A", "W256", "J"): layer kinds as in placements, each checked against the model.
+
+    Raises UserError, also for nothing beside full attention.
+    """
+    from nasbench.spaces.placement import parse_placement
+
+    names = tuple(dict.fromkeys(("A", *parse_placement(text))))
+    for name in names:
+        shape.mixer(name)
+    if len(names) < 2:
+        raise UserError(f"no layer kind beside full attention in {text!r}: name at least one, as 'W256 J'")
+    return names

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_inputs, training_settings
+from nasbench.cli.common import AsJson, Blocks, Device, DryRun, Model
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, TrainDtype, read_inputs, training_settings
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
+
+if TYPE_CHECKING:
+    from nasbench.runs import RunSpec
 
 
 def command(
     out: Annotated[Path, typer.Option(help="The run's folder, as runs/NAME.")],
-    model: Annotated[
-        str, typer.Option(help="`default`, a Hugging Face folder, a GGUF file or a hub name.")
-    ] = "default",
-    names: Annotated[str, typer.Option(help="Layer kinds beside full attention, as W,J,G or W1152,J.")] = "W,J",
+    model: Model = "",
+    blocks: Blocks = "",
     config: Annotated[Path | None, typer.Option(help="TOML file with settings of the training.")] = None,
     data: Annotated[
         str, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, hf:NAME[:SPLIT]; default: Python's help.")
@@ -31,28 +34,27 @@ def command(
     changes: Settings = None,
     align_batch: Annotated[str | None, typer.Option(help="Tokens of an alignment step.")] = None,
     supernet_batch: Annotated[str | None, typer.Option(help="Tokens of a supernet step.")] = None,
-    sequence: Annotated[str, typer.Option(help="Tokens of a training sequence.")] = "256",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    sequence: Annotated[str, typer.Option(help="Tokens of a training sequence; default: 256.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Of everything random; default: 0.")] = None,
+    device: Device = "auto",
+    dtype: TrainDtype = "",
     shard: Shard = None,
     tensorboard: TensorBoard = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Time a few steps, say tokens, memory and time, and write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
 
-    Asked for more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps. Under
-    torchrun, every process takes its rows of each batch.
+    Options that are not given are the run's own, in a new run the defaults (--model default --blocks "W J"). Asked for
+    more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps. Under torchrun, every
+    process takes its rows of each batch. --dry-run times a few steps and says tokens, memory and time.
     """
-    from nasbench.checkpoints.load import resolve_shape
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.core.files import sole_writer
+    from nasbench.data.text import data_files
     from nasbench.parallel.context import dist_context
-    from nasbench.parallel.fsdp import check
-    from nasbench.runs import Run, RunSpec
-    from nasbench.spaces.space import original_of
+    from nasbench.parallel.fsdp import check, place_of
+    from nasbench.runs import Run
     from nasbench.supernet.budget import Budget
     from nasbench.supernet.train import distill
 
@@ -64,20 +66,12 @@ def command(
             raise UserError(f"--{stage}-seconds and --{stage}-tokens exclude each other: leave one out")
     sizes = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
     sizes |= {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
-    settings = training_settings(config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard)
-    shape = resolve_shape(model)
-    spec = RunSpec(
-        model,
-        parse_names(names, shape),
-        shape.num_layers,
-        data,
-        parse_size(sequence),
-        seed,
-        original_of(shape.placement),
+    chosen = torch_device(device)
+    settings, dtype = training_settings(
+        out, chosen, config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard
     )
-    if spec.sequence > shape.max_context:
-        raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
-    chosen, kind = torch_device(device), torch_dtype(dtype)
+    spec, kind = _specification(out, model, blocks, data, sequence, seed), torch_dtype(dtype)
+    data_files(spec.data)
     with dist_context(chosen) as (workers, own):
         check(settings.shard, workers)
         if dry_run:
@@ -85,20 +79,46 @@ def command(
             return
         if any(seconds.values()) and workers.size > 1:
             raise UserError("seconds are measured by one process: under torchrun write tokens")
-        run = Run.create(out, spec)
-        read: dict[str, Any] = {}
-        if any(seconds.values()):
-            read = read_inputs(run, own, kind)
-            settings = Budget(run, settings, read["loaded"], read["corpus"], own, log).settings(seconds)
-        with progress_bar() as progress:
+        with (
+            sole_writer(out, "distills") if workers.is_main else nullcontext(),
+            progress_bar("distill: reads model and text") as progress,
+        ):
+            read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own), kind)
+            run = Run.create(out, spec)
+            if any(seconds.values()):
+                settings = Budget(run, settings, read["loaded"], read["corpus"], own, log).settings(seconds)
             net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers, **read)
         source, version = net.source, net.version
-        del net  # before the processes part
+        del net, read  # before the processes part
     if not workers.is_main:
         return
     log(f"{out}: supernet of {', '.join(run.spec.space.names)} over {source}")
     if as_json:
         print_json({"run": str(out), "names": list(run.spec.space.names), "version": version})
+
+
+def _specification(out: Path, model: str, blocks: str, data: str, sequence: str, seed: int | None) -> RunSpec:
+    """What the run is about, by what was given, and else by its run.json. Raises UserError."""
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.cli.common import parse_kinds
+    from nasbench.runs import Run, RunSpec
+    from nasbench.spaces.space import original_of
+
+    old = Run.open(out).spec if (out / "run.json").is_file() else None
+    model = model or (old.model if old else "default")
+    shape = resolve_shape(model)
+    spec = RunSpec(
+        model,
+        parse_kinds(blocks or "W J", shape) if blocks or old is None else old.names,
+        shape.num_layers,
+        data or (old.data if old else ""),
+        parse_size(sequence) if sequence else old.sequence if old else 256,
+        seed if seed is not None else old.seed if old else 0,
+        original_of(shape.placement),
+    )
+    if spec.sequence > shape.max_context:
+        raise UserError(f"sequence {spec.sequence} is beyond the context of {shape.name}, {shape.max_context}")
+    return spec
 
 
 def _dry_run(  # type: ignore[no-untyped-def]
@@ -131,15 +151,3 @@ def _dry_run(  # type: ignore[no-untyped-def]
         f"state, {found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
         + (f", in each of {found.processes} processes" if found.processes > 1 else "")
     )
-
-
-def parse_names(text: str, shape) -> tuple[str, ...]:  # type: ignore[no-untyped-def]
-    """`W,J` or `WJ` -> ("A", "W", "J"), each checked against the model. Raises UserError."""
-    from nasbench.spaces.placement import parse_placement
-
-    names = tuple(dict.fromkeys(("A", *parse_placement(text))))
-    for name in names:
-        shape.mixer(name)
-    if len(names) < 2:
-        raise UserError(f"no layer kind beside full attention in {text!r}: name at least one, as W,J")
-    return names

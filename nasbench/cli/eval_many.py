@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import UserError, unknown
-from nasbench.core.sizes import parse_size
+from nasbench.core.sizes import is_count, parse_size
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _tasks(run: Any, options: ManyOptions, longest: int) -> tuple[list[Any], lis
 
 def _share(text: str) -> tuple[int, int]:
     number, _, of = (text or "0/1").partition("/")
-    if not number.isdecimal() or not of.isdecimal() or not int(number) < int(of):
+    if not is_count(number) or not is_count(of) or not int(number) < int(of):
         raise UserError(f"bad --share {text!r}: write N/OF with N from 0, as 1/2")
     return int(number), int(of)
 

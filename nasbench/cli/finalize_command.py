@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.training_options import Settings, Shard, TensorBoard, read_inputs, training_settings
+from nasbench.cli.common import AsJson, Device, DryRun
+from nasbench.cli.training_options import Settings, Shard, TensorBoard, TrainDtype, read_inputs, training_settings
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_budget, parse_size
 
@@ -31,8 +33,8 @@ def command(
     batch: Annotated[str, typer.Option(help="Tokens of a step; default: the settings'.")] = "",
     data: Annotated[str, typer.Option(help="Other text than the run's, e.g. of nasbench corpus.")] = "",
     variant: Annotated[str, typer.Option(help="Name of this training, where a placement gets several.")] = "",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16; master weights are fp32 either way.")] = "bf16",
+    device: Device = "auto",
+    dtype: TrainDtype = "",
     average: Annotated[
         str,
         typer.Option(
@@ -42,11 +44,15 @@ def command(
     ] = "0",
     shard: Shard = None,
     tensorboard: TensorBoard = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Distil one placement from the supernet's weights on. Run again after a stop, or for more tokens, it continues."""
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.core.files import sole_writer
+    from nasbench.data.text import data_files
     from nasbench.parallel.context import dist_context
+    from nasbench.parallel.fsdp import check, place_of
     from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
     from nasbench.supernet.budget import note_final
@@ -60,14 +66,23 @@ def command(
     opened = Run.open(run)
     chosen = _chosen(opened, placement, full_attention)
     sizes = {"supernet_batch_tokens": batch or None}
-    settings = training_settings(config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard)
     budget, where = parse_budget(tokens), torch_device(device)
+    settings, dtype = training_settings(run, where, config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard)
     kind, rows = torch_dtype(dtype), parse_size(sequence) if sequence else None
     folder = final_folder(opened, chosen, variant)
-    with dist_context(where) as (workers, own), progress_bar() as progress:
+    data_files(data or opened.spec.data)
+    if dry_run:
+        _dry_run(opened, chosen, folder, settings, rows or opened.spec.sequence, budget, seconds, as_json)
+        return
+    with (
+        dist_context(where) as (workers, own),
+        sole_writer(folder, "finalises") if workers.is_main else nullcontext(),
+        progress_bar("finalize: reads model and text") as progress,
+    ):
+        check(settings.shard, workers)
         if seconds and workers.size > 1:
             raise UserError("--seconds is measured by one process: under torchrun write --tokens")
-        read = read_inputs(opened, own, kind, data, rows) if data or seconds else {}
+        read = read_inputs(opened, place_of(settings.shard, own), kind, data, rows)
         known = _budget(opened, settings, folder, read, own) if seconds else None
         if known is not None:
             settings, budget = known[0], known[1].tokens(seconds)
@@ -118,6 +133,29 @@ def _share_of(text: str) -> float | None:
     if not 0 <= share <= 1:
         raise UserError(f"bad --average {text!r}: choose auto or 0 to 1")
     return share
+
+
+def _dry_run(
+    run: Run, chosen: Placement, folder: Path, settings: Any, row: int, tokens: int, seconds: float, as_json: bool
+) -> None:
+    """Says what would be trained, and how long it takes at the speed of the supernet's random sub-networks."""
+    import csv
+
+    from nasbench.cli.common import print_json
+    from nasbench.spaces.placement import format_placement
+    from nasbench.supernet.loop import PROGRESS
+
+    path = run.supernet / PROGRESS
+    rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    speeds = [float(line["tok_s"]) for line in rows if line["stage"] == "supernet"]
+    step = max(1, settings.supernet_batch_tokens // row) * row
+    took = seconds or (tokens / speeds[-1] if speeds else None)
+    plan = {"placement": format_placement(chosen), "folder": str(folder), "tokens_of_a_step": step, "seconds": took}
+    plan |= {} if seconds else {"tokens": tokens}
+    if as_json:
+        print_json(plan)
+    else:
+        print(", ".join(f"{name} {'not known' if value is None else value}" for name, value in plan.items()))
 
 
 def _chosen(run: Run, placement: str, count: int | None) -> Placement:

@@ -5,18 +5,25 @@ A command module imports nothing heavy at its top, so that `nasbench --help` ans
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from nasbench import __version__
+from nasbench.cli.common import Output
+from nasbench.cli.examples import EXAMPLES
 from nasbench.core.errors import NasbenchError
 
 COMMANDS = (
     "quickstart",
     "run",
+    "init",
+    "doctor",
     "devices",
     "models",
     "profile",
@@ -40,7 +47,6 @@ app = typer.Typer(
     help="Find the hybrid of full, sliding-window and linear attention that is the most accurate at a given speed "
     "on your device.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -60,12 +66,38 @@ def root(
     """Find the hybrid of full, sliding-window and linear attention that is the most accurate at a given speed."""
 
 
+def _with_quiet(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command with --quiet, which no command needs to take itself."""
+
+    @functools.wraps(function)
+    def call(*args: Any, quiet: bool = False, **options: Any) -> Any:
+        Output.quiet = Output.quiet or quiet
+        return function(*args, **options)
+
+    option = typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")
+    own = inspect.signature(function, eval_str=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    quiet = inspect.Parameter("quiet", kind, default=False, annotation=Annotated[bool, option])
+    call.__signature__ = own.replace(parameters=[*own.parameters.values(), quiet])  # type: ignore[attr-defined]
+    call.__annotations__ = {name: each.annotation for name, each in call.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    return call
+
+
+def _examples(*names: str) -> str | None:
+    """The epilog of a command's help."""
+    lines = [line for line in EXAMPLES if line.split()[1 : 1 + len(names)] == list(names)]
+    return "\n\n".join(["Examples:", *lines]) if lines else None
+
+
 for _name in COMMANDS:
     _command = importlib.import_module(f"nasbench.cli.{_name}_command").command
     if isinstance(_command, typer.Typer):
+        for _info in _command.registered_commands:
+            assert _info.callback is not None
+            _info.callback, _info.epilog = _with_quiet(_info.callback), _examples(_name, str(_info.name))
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name)(_command)
+        app.command(_name, epilog=_examples(_name))(_with_quiet(_command))
 
 
 def parse(args: list[str]) -> None:
@@ -83,6 +115,7 @@ def _fail(message: str, code: int) -> int:
 
 def run(args: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0 done, 1 failed, 2 wrong input, 130 stopped by Ctrl-C."""
+    quiet = Output.quiet
     try:
         result = app(args, standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -100,6 +133,8 @@ def run(args: list[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         return _fail(error.format_message() or "no command given: see nasbench --help", getattr(error, "exit_code", 2))
+    finally:
+        Output.quiet = quiet  # a recipe runs many commands in one process
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.common import chunk_help
+from nasbench.cli.common import Blocks, chunk_help
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
-    blocks: Annotated[str, typer.Option(help="Mixers, with arguments where wanted, as 'A W2048'; default: all.")] = "",
+    blocks: Blocks = "",
     contexts: Annotated[
         str, typer.Option(help="Contexts, e.g. 4k,64k; default: powers of two from 1k (CPU) or 4k.")
     ] = "",
@@ -51,7 +51,10 @@ def command(
     ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure decode and prefill of mixers, FFNs, norm, embedding and head. Rows that exist are skipped."""
+    """Measure decode and prefill of mixers, FFNs, norm, embedding and head. Rows that exist are skipped.
+
+    Without --blocks every layer kind is measured.
+    """
     from nasbench.cli.common import log, torch_device
     from nasbench.profiling.plan import parse_batches
 
@@ -103,11 +106,11 @@ def command(
 
 
 def _names(blocks: str) -> list[str]:
-    """The mixers of `--blocks`, without repeats; every registered kind for none."""
+    """Full attention and the mixers of `--blocks`, without repeats; every registered kind for none."""
     from nasbench.model import MIXERS
     from nasbench.spaces.placement import parse_placement
 
-    return list(dict.fromkeys(parse_placement(blocks))) if blocks else list(MIXERS)
+    return list(dict.fromkeys(("A", *parse_placement(blocks)))) if blocks else list(MIXERS)
 
 
 def _print_summary(summary: dict[str, Any], as_json: bool) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nasbench.cli.common import AsJson, Device, DryRun
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,9 +23,9 @@ def command(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be repeated.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands with time and memory.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe. Stopped at any moment, the same command continues; finished stages are skipped."""
     found = {}
@@ -38,7 +41,7 @@ def run_recipe(
     name: str, out: Path | None, device: str, changes: dict[str, str], *, dry_run: bool = False, as_json: bool = False
 ) -> None:
     """What `nasbench run` and `nasbench quickstart` do. Raises typer.Exit with the code of a stage that failed."""
-    from nasbench.cli.common import log, torch_device
+    from nasbench.cli.common import log, print_json, torch_device
     from nasbench.cli.main import parse, run
     from nasbench.pipeline import memory_words, prepare, read_recipe, run_steps
 
@@ -50,11 +53,16 @@ def run_recipe(
     if dry_run:
         _print_plan(recipe.title, steps, out, memory_words(state.settings), as_json)
         return
-    began = time.monotonic()
-    if code := run_steps(steps, state, run, log):
-        raise typer.Exit(code)
-    _summary(out)
-    log(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes. Open {out / 'report' / 'index.html'} in a browser.")
+    began, page = time.monotonic(), out / "report" / "index.html"
+    # What stages print belongs to standard output only where a person reads it.
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        if code := run_steps(steps, state, run, log):
+            raise typer.Exit(code)
+        _summary(out)
+    minutes = (time.monotonic() - began) / 60
+    log(f"\nDone in {minutes:.1f} minutes. Open {page} in a browser.")
+    if as_json:
+        print_json({"out": str(out), "report": str(page) if page.is_file() else None, "minutes": minutes})
 
 
 def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: bool) -> None:

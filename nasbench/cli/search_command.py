@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import parse_size
+from nasbench.core.sizes import is_count, parse_size
 
 if TYPE_CHECKING:
     from nasbench.search.run_folder import Outcome
@@ -111,7 +111,7 @@ def command(
 def parse_counts(text: str) -> tuple[int, ...]:
     """`"4,8,15"` -> (4, 8, 15), ascending. Raises UserError for anything but whole numbers."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() for part in parts):
+    if not all(is_count(part) for part in parts):
         raise UserError(f"bad --full-attention {text!r}: write whole numbers of layers, as 4 or 4,8,15")
     return tuple(sorted({int(part) for part in parts}))
 

@@ -34,8 +34,8 @@ def torch_dtype(name: str) -> torch.dtype:
     return kind
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a torch type. Raises UserError for one that has none."""
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a torch type, or of torch's own name for it. Raises UserError for one that has none."""
     text = str(dtype).removeprefix("torch.")
     for name, (torchs, _) in _TABLE.items():
         if torchs == text:

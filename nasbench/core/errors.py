@@ -11,6 +11,10 @@ class NasbenchError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        """One line, whatever the bad value held."""
+        return " ".join(super().__str__().split())
+
 
 class MachineError(NasbenchError):
     """The machine is at fault (full disk, unwritable folder, absent device, network): exit code 1."""

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import MachineError, UserError
+
+LOCK = ".writer.lock"
+_PLAIN_NAME = re.compile(r"[\w@+-][\w.@+-]{0,199}")
 
 
 @contextmanager
@@ -27,6 +35,13 @@ def machine_errors(doing: str) -> Iterator[None]:
         raise MachineError(f"{doing}: {reason}") from error
 
 
+def plain_name(what: str, text: object) -> str:
+    """A name that a file may have given, fit to be a file's or folder's own. Raises UserError for one with a path."""
+    if not isinstance(text, str) or not _PLAIN_NAME.fullmatch(text):
+        raise UserError(f"bad {what} {text!r}: a name has letters, digits, _ . @ + - and does not begin with a dot")
+    return text
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -36,29 +51,84 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it over `path` when the block ends well, removes it when not.
+def _claim(path: Path) -> int | None:
+    """A handle that keeps others from claiming the path; None where a living writer has it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
 
-    The file and the rename are flushed to the disk, so that a crash leaves the old file or the new one, whole.
-    Raises MachineError when the folder cannot be made or written.
+
+def _temporary(path: Path, folder: bool) -> tuple[Path, int]:
+    """A new `.NAME.*.tmp` beside `path`, and the handle that claims it."""
+    place: dict[str, Any] = {"prefix": f".{path.name}.", "suffix": ".tmp", "dir": path.parent}
+    while True:
+        if folder:
+            made = Path(tempfile.mkdtemp(**place))
+        else:
+            unused, name = tempfile.mkstemp(**place)
+            os.close(unused)
+            made = Path(name)
+        # Another process may take it for a dead writer's until it is claimed.
+        with suppress(FileNotFoundError):
+            handle = _claim(made)
+            if handle is not None:
+                if made.exists():
+                    return made, handle
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, name: str = "", *, deep: bool = False) -> None:
+    """Removes what killed writers of `name`, or of everything, left in a folder: a living one has claimed its file."""
+    pattern = f".{glob.escape(name)}.*.tmp" if name else ".*.tmp"
+    for left in list(folder.rglob(pattern) if deep else folder.glob(pattern)):
+        with suppress(OSError):  # another process sweeps, too
+            if (handle := _claim(left)) is not None:
+                _remove(left)
+                os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Yields a temporary file beside `path`; renames it over `path` when the block ends well, removes it when not.
+
+    The file and the rename are flushed to the disk, so that a crash leaves the old file or the new one, whole. What a
+    killed process leaves is removed when the same path is written again.
+
+    Args:
+        folder: a folder with everything in it; an old one is replaced.
+
+    Raises MachineError when the folder around it cannot be made or written.
     """
     path = Path(path)
     with machine_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        sweep(path.parent, path.name)
+        temporary, handle = _temporary(path, folder)
         try:
             yield temporary
-            flush(temporary)
+            for written in temporary.rglob("*") if folder else [temporary]:
+                flush(written)
             umask = os.umask(0)
             os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
+            temporary.chmod((0o777 if folder else 0o666) & ~umask)
+            if folder:
+                shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
             flush(path.parent)
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+            os.close(handle)
 
 
 @contextmanager
@@ -78,6 +148,34 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def sole_writer(folder: Path, doing: str) -> Iterator[None]:
+    """Lets one process at a time write into a folder, and removes what killed ones left there.
+
+    Args:
+        doing: for the message, as "distils".
+
+    Raises UserError at once where another process has the folder, MachineError where it cannot be made or written.
+    """
+    from filelock import FileLock, Timeout
+
+    with machine_errors(f"writing {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            reason = f"another process {doing} in {folder}: wait for its end, or choose another folder"
+            raise UserError(reason) from None
+    try:
+        sweep(folder, deep=True)
+        yield
+    finally:
+        lock.release()
+        if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -100,15 +198,32 @@ def strict_json(data: Any) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON atomically, keys in the order given."""
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    """Writes JSON atomically, keys in the order given. Raises MachineError for a number that is not finite."""
+    try:
+        text = json.dumps(data, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise MachineError(f"a number for {path} is not finite: {error}") from None
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:
     """Reads JSON. Raises UserError naming the file when it is absent or not JSON."""
+    return _parsed(path, json.loads, "JSON")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Reads TOML. Raises UserError naming the file when it is absent or not TOML."""
+    found: dict[str, Any] = _parsed(path, tomllib.loads, "TOML")
+    return found
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
+        with machine_errors(f"reading {path}"):
+            if not path.is_file():
+                raise UserError(f"no such file: {path}")
+            return parse(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid {kind}: {error}") from None

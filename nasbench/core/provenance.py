@@ -53,7 +53,7 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
     """The version of a package. A loaded module is asked first: only it names its CUDA version."""
     loaded = getattr(sys.modules.get(package), "__version__", "")
     if loaded:
@@ -101,8 +101,8 @@ def provenance(device: str = "", driver: str = "") -> Provenance:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Provenance(
         device=device,
-        torch=_version("torch"),
-        triton=_version("triton"),
+        torch=version_of("torch"),
+        triton=version_of("triton"),
         driver=driver,
         project=__version__,
         kernels=kernels_version(),

@@ -9,7 +9,14 @@ from pathlib import Path
 from nasbench.core.errors import UserError
 
 _BINARY = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "b": 1}
+MOST = 1 << 62
+"""No size is larger: a tensor's would not be a 64-bit number."""
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number, of at most 18 digits: longer ones are refused by Python, or overflow."""
+    return text.isdecimal() and len(text) <= 18
 
 
 def parse_size(text: str | int) -> int:
@@ -17,9 +24,9 @@ def parse_size(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text))
     scale = _BINARY.get(match[2].lower()) if match else None
     value = float(match[1]) * scale if match and scale else 0.0
-    if value < 1 or value != int(value):
+    if not 1 <= value <= MOST or value != int(value):
         raise UserError(
-            f"bad size {str(text)!r}: write a positive whole number with an optional unit, as 128, 4k, 64MiB"
+            f"bad size {str(text)[:40]!r}: write a positive whole number with an optional unit, as 128, 4k, 64MiB"
         )
     return int(value)
 

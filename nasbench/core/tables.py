@@ -17,7 +17,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import atomic_path, machine_errors
 
 R = TypeVar("R")
@@ -31,10 +31,17 @@ def _flag(text: str) -> bool:
     return text == "1"
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError
+    return value
+
+
 _PARSERS: dict[type, tuple[Callable[[str], Any], str]] = {
     str: (str, "text"),
     int: (int, "write a whole number"),
-    float: (lambda text: float(text) if text else math.nan, "write a number"),
+    float: (lambda text: _number(text) if text else math.nan, "write a number"),
     bool: (_flag, "write 0 or 1"),
 }
 
@@ -148,6 +155,8 @@ def format_cell(value: object, digits: int | None = None) -> str:
     if isinstance(value, bool):
         return "1" if value else "0"
     if isinstance(value, float):
+        if math.isinf(value):
+            raise MachineError("a number for a table is not finite: nothing is written")
         return repr(float(value)) if digits is None else f"{value:.{digits}f}"
     return str(value)
 

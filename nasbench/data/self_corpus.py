@@ -95,8 +95,6 @@ def write_corpus(
     Raises UserError for bad settings, MachineError when the disk refuses.
     """
     longest = loaded.shape.max_context
-    if path.suffix != ".jsonl":
-        raise UserError(f"bad name {path}: a corpus is a .jsonl")
     if not SHORTEST <= writing.length <= longest:
         raise UserError(f"bad length {writing.length}: choose {SHORTEST} to {longest}, the context of the model")
     partial = path.with_name(f".{path.name}.partial")

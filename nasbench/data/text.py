@@ -65,7 +65,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
                 text = json.loads(line)["text"]
             except UnicodeDecodeError:
                 raise
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise UserError(f'{path}:{number}: not a JSON object with a string "text"')
@@ -178,21 +178,28 @@ def _documents(name: str, split: str, characters: int) -> Iterator[str]:
         raise MachineError(f"hub data set {name!r} cannot be read: {reason}") from error
 
 
+def data_files(data: str) -> list[Path]:
+    """The files of `--data`; none of the default corpus, or of a hub data set, before it is fetched. Raises UserError
+    for what is not there or has a wrong name."""
+    if not data or data.startswith(PREFIX):
+        return []
+    path = Path(data)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if _format(file) in READERS and file.is_file())
+    if not path.is_file():
+        raise UserError(f"no such data: {data}: give a file ({', '.join(READERS)}) or a folder of them")
+    if _format(path) not in READERS:
+        raise unknown(f"data format of {path}", _format(path), READERS)
+    return [path]
+
+
 def read_documents(data: str) -> list[str]:
     """The documents of `--data`: a .txt (one document), .jsonl or .parquet (one per `text`), a .txt or .jsonl packed as
     .gz or .xz, a folder of these, `hf:NAME[:SPLIT[:SIZE]]` of the hub, or "" for the default corpus. Raises UserError
     for what cannot be read or holds no text."""
     if not data:
         return default_documents()
-    path = _cached_file(data) if data.startswith(PREFIX) else Path(data)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if _format(file) in READERS and file.is_file())
-    elif path.is_file():
-        if _format(path) not in READERS:
-            raise unknown(f"data format of {path}", _format(path), READERS)
-        files = [path]
-    else:
-        raise UserError(f"no such data: {data}: give a file ({', '.join(READERS)}) or a folder of them")
+    files = [_cached_file(data)] if data.startswith(PREFIX) else data_files(data)
     documents: list[str] = []
     for file in files:
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import format_size
+from nasbench.core.sizes import format_size, is_count
 from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.model.decoder import Decoder
@@ -69,7 +69,7 @@ class Retrieval(Task):
         tokens = parse_length(cls.name, length, 512)
         if tokens < _SHORTEST:
             raise UserError(f"task {cls.name}@{length}: at least {_SHORTEST} tokens")
-        if argument and not (argument.isdecimal() and int(argument) > 0):
+        if argument and not (is_count(argument) and int(argument) > 0):
             raise UserError(f"bad number of items {argument!r}: write {cls.name}@{length or 512}:ITEMS")
         return cls(tokens, int(argument) if argument else ITEMS)
 

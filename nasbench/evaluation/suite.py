@@ -86,7 +86,7 @@ def read_items(path: Path) -> list[SuiteItem]:
             items.append(_item(json.loads(line)))
             if bool(items[-1].answers) != bool(items[0].answers):
                 raise TypeError("some items ask for a choice, some for an answer")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not an item of a benchmark: {error}") from None
     if not items:
         raise UserError(f"{path} holds no item")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
+from nasbench.core.sizes import is_count
 from nasbench.spaces.placement import split_name
 
 if TYPE_CHECKING:
@@ -183,6 +184,6 @@ def ffn_spec(text: str, hidden_size: int, intermediate_size: int, activation: st
 def parse_ints(kind: str, args: str, names: tuple[str, ...]) -> tuple[int, ...]:
     """`"12x96x256"` -> (12, 96, 256), one positive number per name. Raises UserError naming what is expected."""
     parts = args.split("x")
-    if len(parts) != len(names) or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) != len(names) or not all(is_count(part) and int(part) > 0 for part in parts):
         raise UserError(f"bad arguments {args!r} of layer kind {kind}: write {'x'.join(names)}, positive whole numbers")
     return tuple(int(part) for part in parts)

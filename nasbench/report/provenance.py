@@ -11,7 +11,7 @@ from typing import Any
 
 from nasbench.checkpoints.resolve import ModelName
 from nasbench.core.files import read_json
-from nasbench.core.sizes import format_size, parse_size
+from nasbench.core.sizes import format_size, is_count, parse_size
 from nasbench.runs import Run
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import UNIFORM, Trial
@@ -112,7 +112,7 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
         words = ["profile", "--model", spec.model, "--blocks", " ".join(spec.names)]
         words += ["--contexts", format_size(target.context), "--batches", str(target.batch), "--dtype", target.dtype]
         lines.append(f"{_command(words)}    # on {target.device}")
-    words = ["distill", "--model", spec.model, "--names", ",".join(name for name in spec.names if name != "A")]
+    words = ["distill", "--model", spec.model, "--blocks", " ".join(name for name in spec.names if name != "A")]
     words += ["--out", folder, *(["--data", spec.data] if spec.data else [])]
     words += ["--sequence", format_size(spec.sequence), "--seed", str(spec.seed)]
     lines.append(_command([*words, *_settings(run)]))
@@ -132,7 +132,7 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
 def _scoring(trial: Trial) -> list[str]:
     """On which text and in which dtype a search scored: `search/8x256/...` are 8 rows of 256 tokens."""
     rows, times, length = trial.settings.split("/")[1].partition("x") if "/" in trial.settings else ("", "", "")
-    tokens = ["--search-tokens", format_size(int(rows) * parse_size(length))] if times and rows.isdecimal() else []
+    tokens = ["--search-tokens", format_size(int(rows) * parse_size(length))] if times and is_count(rows) else []
     return [*tokens, *(["--eval-dtype", DTYPES[trial.eval_dtype]] if trial.eval_dtype in DTYPES else [])]
 
 

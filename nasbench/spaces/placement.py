@@ -14,6 +14,7 @@ from itertools import groupby
 from nasbench.core.errors import UserError
 
 Placement = tuple[str, ...]
+MOST_LAYERS = 10_000
 
 _NAME = re.compile(r"[A-Z](?:@?\d[0-9x.]*)?")
 _GROUP = re.compile(r"(\d*)([A-Z](?:@\d[0-9x.]*(?=[\s,]|$)|\d+(?=[\s,]|$))?)")
@@ -41,11 +42,11 @@ def parse_placement(text: str, num_layers: int | None = None) -> Placement:
                 f"bad placement {text!r} at {text[position : position + 8]!r}: "
                 "write letters with an optional number before them, as 14J A 4J A 2W 6J"
             )
-        repeat = int(match[1] or 1)
+        repeat = int(match[1][:9] or 1)
         if repeat == 0:
-            raise UserError(f"bad placement {text!r}: {match[0]!r} repeats a layer 0 times")
-        if repeat > 10_000:
-            raise UserError(f"bad placement {text!r}: {match[0]!r} repeats a layer more than 10000 times")
+            raise UserError(f"bad placement {text[:60]!r}: {match[0][:60]!r} repeats a layer 0 times")
+        if len(layers) + repeat > MOST_LAYERS:
+            raise UserError(f"bad placement {text[:60]!r}: more than {MOST_LAYERS} layers")
         layers.extend([match[2]] * repeat)
         position = match.end()
     if num_layers is not None and len(layers) != num_layers:

@@ -73,16 +73,21 @@ class Space:
         return tuple(i for i, names in enumerate(self.choices) if FULL in names)
 
     def check(self, placement: Placement) -> Placement:
-        """Returns the placement, or raises UserError naming the layer that is not legal."""
+        """Returns the placement, or raises UserError naming the layer that is not legal. A letter without arguments
+        stands for the layer's only kind of that letter: W for W256."""
         if len(placement) != self.num_layers:
             raise UserError(
                 f"placement {format_placement(placement)!r} has {len(placement)} layers, "
                 f"the space has {self.num_layers}"
             )
+        found = list(placement)
         for layer, (name, legal) in enumerate(zip(placement, self.choices, strict=True)):
             if name not in legal:
-                raise unknown(f"layer kind at layer {layer}", name, legal)
-        return placement
+                meant = [kind for kind in legal if len(name) == 1 and is_of(kind, name)]
+                if len(meant) != 1:
+                    raise unknown(f"layer kind at layer {layer}", name, legal)
+                found[layer] = meant[0]
+        return tuple(found)
 
     def check_full_attention(self, count: int) -> int:
         """Returns K, or raises UserError when there are not so many layers that may have full attention."""

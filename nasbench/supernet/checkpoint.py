@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from nasbench.core.errors import MachineError, UserError
-from nasbench.core.files import flush, machine_errors, read_json, write_json
+from nasbench.core.files import atomic_path, machine_errors, plain_name, read_json, write_json
 from nasbench.parallel.context import SINGLE, DistContext
 from nasbench.parallel.fsdp import full_state_dict, is_sharded, local, sharded_like
 from nasbench.supernet.optimizer import MasterAdamW
@@ -133,29 +133,19 @@ def _write(
     moments: Path | None = None,
 ) -> Checkpoint:
     """`moments` is a folder on the same disk that becomes the checkpoint's own."""
-    target, temporary = folder / name, folder / f".{name}.tmp"
-    with machine_errors(f"writing {target}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (target, temporary):
-            shutil.rmtree(path, ignore_errors=True)
-        try:
-            temporary.mkdir()
-            digests = {}
-            for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-                try:
-                    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / file)
-                except SafetensorError as error:
-                    raise OSError(str(error)) from None
-                flush(temporary / file)
-                digests[file] = digest(temporary / file)
-            if moments is not None:
-                moments.replace(temporary / MOMENTS)
-            full = {**state, "digests": digests}
-            write_json(temporary / STATE, full)
-            temporary.replace(target)
-            flush(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    target = folder / name
+    with atomic_path(target, folder=True) as temporary:
+        digests = {}
+        for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
+            try:
+                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / file)
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
+            digests[file] = digest(temporary / file)
+        if moments is not None:
+            moments.replace(temporary / MOMENTS)
+        full = {**state, "digests": digests}
+        write_json(temporary / STATE, full)
     write_json(folder / LATEST, {"checkpoint": name})
     _remove_folders(folder, target)
     return Checkpoint(target, full)
@@ -219,13 +209,20 @@ def latest(folder: Path) -> Checkpoint | None:
     if not (folder / LATEST).is_file():
         return None
     try:
-        target = folder / str(read_json(folder / LATEST)["checkpoint"])
+        target = folder / plain_name("checkpoint", read_json(folder / LATEST)["checkpoint"])
         state = read_json(target / STATE)
-        if not isinstance(state["digests"][WEIGHTS], str):
+        if not isinstance(state["digests"][WEIGHTS], str) or not isinstance(state.get("moments", {}), dict):
             raise TypeError("bad digest")
-    except (KeyError, TypeError, UserError) as error:
+        for name in state.get("moments", {}):
+            plain_name("file of moments", name)
+    except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_advice(folder)}") from None
     return Checkpoint(target, state)
+
+
+def tidy(folder: Path, saved: Checkpoint | None) -> None:
+    """Removes every other folder: what a process that was killed between two writes left."""
+    _remove_folders(folder, None if saved is None else saved.folder)
 
 
 def discard(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.errors import UserError
-from nasbench.core.files import atomic_path, read_json, write_json
+from nasbench.core.files import atomic_path, plain_name, read_json, write_json
 from nasbench.data.packing import Corpus
 from nasbench.parallel import fsdp
 from nasbench.parallel.context import SINGLE, DistContext
@@ -48,7 +48,7 @@ def final_folder(run: Run, placement: Placement, name: str = "") -> Path:
     """Where a placement's finalised weights lie, as final/14J-A-4J@NAME; `name` tells several trainings of one
     placement apart."""
     slug = format_placement(placement).replace(" ", "-")
-    return run.final / (f"{slug}@{name}" if name else slug)
+    return run.final / (plain_name("variant", f"{slug}@{name}") if name else slug)
 
 
 def finalize(
@@ -80,7 +80,7 @@ def finalize(
     """
     fsdp.check(config.shard, workers)
     net = Supernet.load(run, dtype=dtype, device=fsdp.place_of(config.shard, device), loaded=loaded)
-    net.space.check(placement)
+    placement = net.space.check(placement)
     folder = final_folder(run, placement, name)
     corpus = training_corpus(run, net, config, sequence, corpus)
     rows = max(1, config.supernet_batch_tokens // corpus.sequence)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nasbench.core.errors import MachineError
 from nasbench.core.files import machine_errors, write_text
+from nasbench.core.sizes import is_count
 from nasbench.supernet import checkpoint, tensorboard
 from nasbench.supernet.optimizer import cosine
 from nasbench.supernet.steps import Stage
@@ -72,7 +73,7 @@ def _cut(path: Path, columns: Sequence[str], ends: Mapping[str, int]) -> None:
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.reader(file):
-                whole = len(row) == len(columns) and row[1].isdecimal()
+                whole = len(row) == len(columns) and is_count(row[1])
                 if whole and int(row[1]) <= ends.get(row[0], 0):
                     rows.append(row)
     write_text(path, "".join(",".join(row) + "\n" for row in rows))

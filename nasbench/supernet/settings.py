@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import read_toml
 from nasbench.model import MIXERS
 
 
@@ -97,6 +97,8 @@ class DistillConfig:
         for each in fields(self):
             name, kind, value = each.name, str(each.type), getattr(self, each.name)
             if kind.startswith("tuple"):
+                if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) for each in value):
+                    raise UserError(f'bad {name} {value!r}: write a list of letters, as ["W"]')
                 object.__setattr__(self, name, tuple(value))
             elif kind == "bool":
                 if not isinstance(value, bool):
@@ -117,15 +119,10 @@ class DistillConfig:
             raise UserError("shard and graphs exclude each other: the layers' weights move; set one of them to false")
 
     @classmethod
-    def read(cls, path: Path) -> DistillConfig:
-        """From a TOML file whose keys are the attributes. Raises UserError for an unknown key or a bad value."""
-        try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(f"no such file: {path}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not valid TOML: {error}") from None
-        return cls().updated(data)
+    def read(cls, path: Path, base: DistillConfig | None = None) -> DistillConfig:
+        """The settings `base`, by default cls(), changed by a TOML file whose keys are the attributes. Raises UserError
+        for an unknown key or a bad value."""
+        return (base or cls()).updated(read_toml(path))
 
     def updated(self, changes: dict[str, Any]) -> DistillConfig:
         """With some attributes changed. Raises UserError for one that does not exist."""

@@ -89,7 +89,7 @@ class Supernet:
 
     def select(self, placement: Placement) -> Decoder:
         """The sub-network of a placement. It shares every weight with the supernet. Raises UserError if not legal."""
-        self.space.check(placement)
+        placement = self.space.check(placement)
         decoder = self.teacher.with_mixers([self.mixer(i, name) for i, name in enumerate(placement)], placement)
         for i, name in enumerate(placement):
             if (i, name) in self.own:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nasbench.checkpoints.load import LoadedModel, load_model
 from nasbench.core.by_device import ByDevice
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.data.packing import Batch, Corpus
 from nasbench.model.block import Block, kinds_without_varlen
 from nasbench.parallel import fsdp
@@ -36,7 +36,7 @@ from nasbench.supernet.loop import Loop, Notice, Progress, silent, stop_on_signa
 from nasbench.supernet.optimizer import MasterAdamW
 from nasbench.supernet.ridge import calibrate, out_name, solve_output_projections
 from nasbench.supernet.settings import DistillConfig
-from nasbench.supernet.steps import AlignStage, Stage, SubnetStage, sample_placement
+from nasbench.supernet.steps import AlignStage, Stage, SubnetStage, nonfinite_layer, sample_placement
 from nasbench.supernet.supernet import Supernet
 
 STAGES = ("align", "supernet")
@@ -107,7 +107,10 @@ class Distiller:
         """Runs what is left of the stages and returns the trained supernet."""
         saved = checkpoint.latest(self.run.supernet)
         self.workers.wait(self.device)  # nobody writes before all have read
+        if self.workers.is_main:
+            checkpoint.tidy(self.run.supernet, saved)
         if saved is None:
+            self._check_teacher()
             self.prepare()
             saved = self._between(STAGES[0] if self.net.trained() else "done")
             stage, start = str(saved.state["stage"]), 0
@@ -133,6 +136,16 @@ class Distiller:
         for mixer in self.net.mixers():
             mixer.requires_grad_(False)
         return self.net
+
+    def _check_teacher(self) -> None:
+        """Raises MachineError where the model itself gives numbers that are not finite, naming the first layer."""
+        batch = self.corpus.batch(0, 1, self._seed("ridge")).to(self.device)
+        if name := nonfinite_layer(self.net, self.net.space.original, batch, self.workers):
+            dtype = self.state["settings"]["dtype"]
+            raise MachineError(
+                f"{name}: {self.net.source} itself gives numbers that are not finite in {dtype}: nothing can learn "
+                "from it; choose another --dtype or another model"
+            )
 
     def prepare(self, tokens: int | None = None) -> None:
         """The supernet before its first step: output projections solved, from the configured number of tokens or

@@ -73,7 +73,7 @@ def test_profile_distill_search_report_export(nas, toy_model, text_file, tmp_pat
     # Distill and search
     settings.write_text(SETTINGS)
     budget = ("--align-tokens", "256", "--supernet-tokens", "256", "--sequence", "32", "--config", settings)
-    nas("distill", "--model", toy_model, "--out", path, "--names", "Z", "--data", text_file, *budget, *on_cpu)
+    nas("distill", "--model", toy_model, "--out", path, "--blocks", "Z", "--data", text_file, *budget, *on_cpu)
     budget = ("--evaluations", "8", "--search-tokens", "256", "--test-tokens", "256", "--eval-dtype", "fp32")
     target = ("--context", "256", "--batch", "1", "--db", db)
     nas("search", path, "--strategy", "beam", "-k", "1,2", *budget, *target, "--device", "cpu")

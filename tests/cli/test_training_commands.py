@@ -32,7 +32,7 @@ def distill_args(tiny_model, text_file, tmp_path):
     settings = tmp_path / "settings.toml"
     settings.write_text("ridge_tokens = 512\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\n")
     return (
-        *("distill", "--model", tiny_model, "--out", tmp_path / "run", "--names", "W8,J", "--config", settings),
+        *("distill", "--model", tiny_model, "--out", tmp_path / "run", "--blocks", "W8,J", "--config", settings),
         *("--data", text_file, "--align-tokens", "512", "--supernet-tokens", "256", "--sequence", "32"),
         *("--device", "cpu", "--dtype", "fp32"),
     )
@@ -75,9 +75,9 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--names", "Q"), "unknown layer kind 'Q'"),
-        (("--names", "A"), "no layer kind beside full attention"),
-        (("--names", "J@3x"), "bad"),
+        (("--blocks", "Q"), "unknown layer kind 'Q'"),
+        (("--blocks", "A"), "no layer kind beside full attention"),
+        (("--blocks", "J@3x"), "bad"),
         (("--align-tokens", "many"), "bad size"),
         (("--dtype", "fp16"), "fp16 cannot train"),
         (("--dtype", "fp8"), "unknown dtype"),
@@ -102,7 +102,7 @@ def test_bad_input_of_distill(nas, distill_args, changes, message):
 def test_another_specification_is_refused(nas, distill_args):
     nas(*distill_args)
     with pytest.raises(UserError, match="another names"):
-        nas(*distill_args, "--names", "J")
+        nas(*distill_args, "--blocks", "J")
     with pytest.raises(UserError, match="another align_tokens 512"):
         nas(*distill_args, "--align-tokens", "256")
 

@@ -31,9 +31,9 @@ HEADER = "name,count,seconds,noisy,power_w\n"
             Sample,
             st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=12),
             st.integers(),
-            st.floats(allow_nan=False),
+            st.floats(allow_nan=False, allow_infinity=False),
             st.none() | st.booleans(),
-            st.none() | st.floats(allow_nan=False),
+            st.none() | st.floats(allow_nan=False, allow_infinity=False),
         )
     )
 )

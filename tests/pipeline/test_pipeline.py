@@ -201,7 +201,7 @@ def test_the_quickstart_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_p
     out = tmp_path / "run"
     sizes = {"contexts": "128", "context": "128", "batches": "1", "batch": "1", "chunk": "64", "sequence": "32"}
     sizes |= {"full_attention": "1,2", "align_tokens": "1k", "supernet_tokens": "1k", "align_batch": "128"}
-    sizes |= {"supernet_batch": "128", "names": "W8,J", "blocks": "A W8 J", "model": str(tiny_model), "dtype": "fp32"}
+    sizes |= {"supernet_batch": "128", "blocks": "W8 J", "model": str(tiny_model), "dtype": "fp32"}
     sizes |= {"row_seconds": "0.001", "validated": "3", "calibrate": "--in-process"}
     changes = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
     assert run(["run", "quickstart", "--out", str(out), "--device", "cpu", *changes]) == 0
@@ -223,7 +223,7 @@ def test_smollm2_on_a_tiny_model(no_drawing, tiny_model, text_file, tmp_path):
     written = [{"query": "the state of each", "answers": list(string.printable.strip())} for _ in range(3)]
     for name, items in (("choices", choices), ("written", written)):
         (suite / f"{name}.jsonl").write_text("\n".join(map(json.dumps, items)))
-    values = {"model": tiny_model, "data": text_file, "suite": suite, "names": "W8,J", "blocks": "A W8 J"}
+    values = {"model": tiny_model, "data": text_file, "suite": suite, "blocks": "W8 J"}
     values |= {"sequence": "32", "full_attention": "1,2", "finalize": "1", "random": "2", "dtype": "fp32"}
     values |= {"context": "128", "batch": "2", "long_context": "1k", "retrieval": "128", "questions": "2"}
     values |= {"tasks": "agreement@128,retrieval@96:2,retrieval@128:2", "brief_tasks": "retrieval@96:2"}

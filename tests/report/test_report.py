@@ -137,7 +137,7 @@ def test_page_says_every_number_of_the_front(page, facts):
     assert "made-up-cpu-2c, context 8k, batch 4, bf16" in text
     commands = html.unescape(text.partition('aria-label="commands">')[2].partition("</pre>")[0])
     assert "nasbench profile --model default --blocks 'A W J G' --contexts 8k --batches 4 --dtype bf16" in commands
-    assert "nasbench distill --model default --names W,J,G --out runs/run --sequence 256 --seed 0" in commands
+    assert "nasbench distill --model default --blocks 'W J G' --out runs/run --sequence 256 --seed 0" in commands
     search = "--profile made-up-cpu-2c --context 8k --batch 4 --dtype bf16 --evaluations 80 --search-tokens 256"
     assert "nasbench search runs/run --strategy beam --objective kl --full-attention 1,2,4,8,15 " + search in commands
     assert "torch 2.13.0" in text

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
+from nasbench.core.sizes import is_count
 from nasbench.model.spec import FFNSpec
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class GatedFFNSpec(FFNSpec):
 
     @classmethod
     def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
-        if args and not (args.isdecimal() and int(args) > 0):
+        if args and not (is_count(args) and int(args) > 0):
             raise UserError(f"bad arguments {args!r} of FFN kind gated: write its width, a positive whole number")
         return cls(hidden_size, int(args or intermediate_size), activation)
 
