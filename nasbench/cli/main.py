@@ -33,6 +33,7 @@ COMMANDS = (
     "validate",
     "corpus",
     "distill",
+    "select_block",
     "search",
     "eval",
     "finalize",
@@ -97,7 +98,7 @@ for _name in COMMANDS:
             _info.callback, _info.epilog = _with_quiet(_info.callback), _examples(_name, str(_info.name))
         app.add_typer(_command, name=_name)
     else:
-        app.command(_name, epilog=_examples(_name))(_with_quiet(_command))
+        app.command(_name.replace("_", "-"), epilog=_examples(_name))(_with_quiet(_command))
 
 
 def parse(args: list[str]) -> None:

@@ -14,6 +14,7 @@ from nasbench.runs import Run
 from nasbench.search.trials import DRAWN, FILLERS, TEACHER, UNIFORM, Trial, best_of, latest, read_trials
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.spaces.space import count_full, is_full
+from nasbench.supernet import checkpoint
 
 BEST, FINAL, SUPERNET = "best", "final", "supernet"
 
@@ -126,6 +127,13 @@ def compared(run: Run, trials: Sequence[Trial] | None = None) -> list[Compared]:
             rows.append(Compared(count, method, found.layers))
     rows += _finalised(run, rows, trials[-1].supernet)
     return sorted(rows, key=lambda row: (-row.k, row.method != TEACHER, row.weights.startswith(FINAL)))
+
+
+def unsearched(run: Run) -> list[Compared]:
+    """The model itself and what was finalised, of a run that nobody has searched."""
+    original, saved = run.spec.space.original, checkpoint.latest(run.supernet)
+    rows = [Compared(count_full(original), TEACHER, original, weights=TEACHER)]
+    return [*rows, *_finalised(run, rows, saved.version)] if saved is not None else rows
 
 
 def _method(trial: Trial) -> str:

@@ -22,7 +22,7 @@ from nasbench.evaluation.suite import Suite, chance, read_items
 from nasbench.evaluation.tasks import Task, parse_task
 from nasbench.parallel.pool import Pool
 from nasbench.runs import Run
-from nasbench.search.compared import FINAL, SUPERNET, Benchmark, Compared, benchmarks_path, compared
+from nasbench.search.compared import FINAL, SUPERNET, Benchmark, Compared, benchmarks_path, compared, unsearched
 from nasbench.search.trials import TEACHER
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import count_full
@@ -56,7 +56,7 @@ def suite_tasks(run: Run, folder: Path, limit: int) -> tuple[list[Task], list[Ta
 def choose(run: Run, text: str, parse: Callable[[str], Placement]) -> list[Compared]:
     """The placements of `auto` (all that are compared), `final`, `searched`, or of a file with one on each line."""
     if text in SETS:
-        rows = compared(run)
+        rows = unsearched(run) if text == "final" and not run.trials.is_file() else compared(run)
         keep = {"final": lambda row: row.weights.startswith(FINAL), "searched": lambda row: row.chosen}.get(text)
         return [row for row in rows if keep is None or keep(row) or row.method == TEACHER]
     path = Path(text)
