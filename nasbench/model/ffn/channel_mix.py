@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nasbench.model import fused
 from nasbench.model.block import Block, BlockCache
 from nasbench.model.ffn.spec import ChannelMixSpec
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.packed import PackedProjections
-from nasbench.model.shift import shift_cache, shifted
+from nasbench.model.shift import PREVIOUS, shift_cache, shifted
 from nasbench.model.stream import Stream
 
 
@@ -46,4 +47,8 @@ class ChannelMix(Block):
         return self.core(row, meta)
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
-        return self.core(row, meta, cache)[:, 0]
+        from nasbench_kernels.rwkv7.decode import token_mix
+
+        assert cache is not None
+        mixed = token_mix(row[:, 0], cache.conv_state[PREVIOUS], self.mix[None], 1)[0]
+        return F.relu(fused.linear(mixed, self.key.weight)).square()

@@ -32,7 +32,7 @@ from nasbench.model.mixers.attention.mixer import FullAttention
 from nasbench.model.mixers.gated_delta.mixer import copy_heads, heads_of, spread_half_lives
 from nasbench.model.mixers.rwkv7.spec import RWKV7Spec
 from nasbench.model.packed import PackedProjections
-from nasbench.model.shift import shift_cache, shifted
+from nasbench.model.shift import PREVIOUS, shift_cache, shifted
 from nasbench.model.spec import STATE_BITS
 from nasbench.model.stream import Stream
 
@@ -45,7 +45,7 @@ SHORTEST_HALF_LIFE = 1.5
 START_RATE, START_NORM = -2.0, 0.1
 """Where the logit of the in-context learning rate starts, as the beta of G and J, and the output norm's weight, as M's:
 features as large as a norm of 1 gives are larger than the attention's."""
-R, W, K, V, A, G = range(6)
+R, K, V, W, A, G = range(6)
 """Rows of the token shifts' weights."""
 
 
@@ -143,7 +143,19 @@ class RWKV7(Block):
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         """Normalised input [B, 1, C] -> [B, D]."""
-        return self.core(row, meta, cache)[:, 0]
+        from nasbench_kernels.rwkv7.decode import low_ranks, rwkv7_fused_step, token_mix
+
+        assert cache is not None
+        x, before = row[:, 0], cache.conv_state[PREVIOUS]
+        self.packed_ranks.unpacked = self.packed.unpacked
+        down, weight = self.packed_ranks.weight_and_bias()[0], self.packed.weight_and_bias()[0]
+        ups = self.w2.weight, self.a2.weight, self.g2.weight
+        raw = low_ranks(x, before, self.mix[W:], down, ups, (self.w2.bias, self.a2.bias))
+        rkv = torch.bmm(token_mix(x, before, self.mix, W), weight.unflatten(0, (W, -1)).mT)
+        return rwkv7_fused_step(
+            rkv, raw, cache.state["state"], self.k_k, self.k_a, self.r_k, (self.norm.weight, self.norm.bias),
+            strongest=STRONGEST_DECAY, eps=self.norm.eps,
+        )  # fmt: skip
 
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
