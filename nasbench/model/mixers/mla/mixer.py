@@ -115,6 +115,23 @@ class LatentAttention(Block):
         mixed = scores.softmax(-1).to(latents.dtype) @ latents[..., : self.spec.latent]
         return torch.einsum("bhl,hvl->bhv", mixed.to(q.dtype), up_value).flatten(1)
 
+    def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        from nasbench_kernels.mla.decode import latent_attention, latent_write
+
+        assert cache is not None
+        spec, latents, heads = self.spec, cache.state["latents"], self.spec.shape.num_heads
+        cos, sin = (table[:, 0] for table in meta.rotary(spec.rope_shape))
+        norm = self.kv_a_layernorm
+        q_rope = latent_write(
+            row, meta.positions, cos, sin, norm.weight, latents, heads, spec.nope, eps=spec.shape.rms_eps
+        )
+        up_key, up_value = self.up_projections()
+        q = self.heads(row[:, : heads * spec.query], spec.nope, spec.rope)[0].transpose(0, 1)
+        mixed = latent_attention(
+            torch.bmm(q, up_key), q_rope, latents, meta.positions, meta.max_seqlen, spec.query**-0.5
+        )
+        return torch.bmm(mixed, up_value.mT).transpose(0, 1).flatten(1)
+
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """Latents by a truncated SVD of the stacked key and value projections (arXiv 2502.14837), each scaled to the
@@ -141,9 +158,12 @@ class LatentAttention(Block):
             a[spec.latent :] = k[:: attention.group, rotated].mean(0)
             ups = (left[:, :rank] * sizes[:rank]).split([x.shape[0] * x.shape[1] for x in own])
             for up, scale, at, count in zip(ups, scales, (0, spec.nope), [x.shape[1] for x in own], strict=True):
-                by_head = (up / scale).unflatten(0, (-1, count)).repeat_interleave(attention.group, 0)
+                by_head = (
+                    (up / scale).unflatten(0, (attention.num_kv_heads, count)).repeat_interleave(attention.group, 0)
+                )
                 b[:, at : at + count, :rank] = by_head.to(b.dtype)
             query = mixer.q_proj.weight.unflatten(0, (heads, -1))
+            q *= (spec.query / dim) ** 0.5  # scores are divided by the root of another size
             query[:, : len(plain)], query[:, spec.nope :] = q[:, plain], q[:, rotated]
             into = mixer.o_proj.weight.zero_().unflatten(1, (heads, -1)).permute(1, 2, 0)
             into[:, :dim] = output[:, : spec.value]
