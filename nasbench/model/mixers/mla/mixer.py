@@ -158,10 +158,8 @@ class LatentAttention(Block):
             a[spec.latent :] = k[:: attention.group, rotated].mean(0)
             ups = (left[:, :rank] * sizes[:rank]).split([x.shape[0] * x.shape[1] for x in own])
             for up, scale, at, count in zip(ups, scales, (0, spec.nope), [x.shape[1] for x in own], strict=True):
-                by_head = (
-                    (up / scale).unflatten(0, (attention.num_kv_heads, count)).repeat_interleave(attention.group, 0)
-                )
-                b[:, at : at + count, :rank] = by_head.to(b.dtype)
+                by_head = (up / scale).unflatten(0, (attention.num_kv_heads, count))
+                b[:, at : at + count, :rank] = by_head.repeat_interleave(attention.group, 0)
             query = mixer.q_proj.weight.unflatten(0, (heads, -1))
             q *= (spec.query / dim) ** 0.5  # scores are divided by the root of another size
             query[:, : len(plain)], query[:, spec.nope :] = q[:, plain], q[:, rotated]
