@@ -127,7 +127,7 @@ class RWKV7(Block):
         state = cache.state["state"] if cache else None
         if isinstance(meta, StepMeta):
             assert state is not None
-            y = rwkv7_step(*(part[:, 0] for part in (r, decay, k, v, a, b)), state)[:, None]
+            y = rwkv7_step(r[:, 0], decay[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], state)[:, None]
             return self.gated(y, r, k, v, gate)
         if row.is_cuda and row.element_size() == 2 and meta.documents is None and _has_fla():
             y, new_state = _fla(r, decay, k, v, a, b, state)
@@ -172,12 +172,12 @@ class RWKV7(Block):
         return mixer
 
 
-def _fla(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`chunked_rwkv7` by flash-linear-attention's kernels, differentiable."""
+def _fla(
+    r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`chunked_rwkv7` by flash-linear-attention's kernels, differentiable, in half precision."""
     from fla.ops.rwkv7 import chunk_rwkv7
 
-    *parts, state = inputs
-    r, decay, k, v, a, b = (part.to(parts[3].dtype) for part in parts)
-    return chunk_rwkv7(
-        r, decay, k, v, a, b, initial_state=None if state is None else state.float(), output_final_state=True
-    )
+    state = None if state is None else state.float()
+    a, b = a.to(v.dtype), b.to(v.dtype)
+    return chunk_rwkv7(r, decay, k, v, a, b, initial_state=state, output_final_state=True, safe_gate=True)
