@@ -216,8 +216,8 @@ class Decoder(nn.Module):
     def prepare(self, context: int) -> None:
         """Makes what steps up to `context` look up: a CUDA graph must not. Raises UserError beyond the model's."""
         self._check_context(context)
-        for index in range(len(self.layers)):
-            self._rotary.upto(self.shape.layer(index).rotary, context, self.device)
+        for rotary in {mixer.rotary for mixer in self.shape.mixers(self.placement)}:
+            self._rotary.upto(rotary, context, self.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [B, T] int64 -> [B, T, C]."""

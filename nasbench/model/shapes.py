@@ -140,5 +140,30 @@ for _shape in (
         published_placement="5J W 10J W A J W A 2W 2J W J W 4J A 3J",
         defaults=tuple(_JET_4B.items()),
     ),
+    # No FFN; its paper counts a bf16 state.
+    ModelSpec(
+        "mamba2-2.7b", "mamba2", 64, 2560, 0, 40, 40, 64, 50288, 262144, 10_000.0, 1e-5,
+        published_placement="64M", defaults=(("M", "80x64x128x16"),), ffn=("none",) * 64,
+    ),
+    # Without the value residual (nasbench.model.mixers.rwkv7.mixer), 6M of 1,527M parameters.
+    ModelSpec(
+        "rwkv7-1.5b", "rwkv7", 24, 2048, 8192, 32, 32, 64, 65536, 262144, 10_000.0, 1e-5, tie_embeddings=False,
+        published_placement="24R", defaults=(("R", "32x64"),), ffn=("channelmix",) * 24,
+    ),
+    # Stands in for the DeepSeek-V3-Small of arXiv 2508.15884 (2.2B of 15B parameters active): its shape is not public.
+    ModelSpec(
+        "deepseek-v2-lite", "deepseek_v2", 27, 2048, 10944, 16, 16, 128, 102400, 262144, 10_000.0, 1e-6,
+        tie_embeddings=False, published_placement="27C", defaults=(("C", "512x64x128x128"),),
+        ffn=("gated", *("moe@64x6x1408+2:raw",) * 26),
+    ),
+    ModelSpec(
+        "gemma3-1b", "gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, 262144, 1e6, 1e-6, qk_norm=True,
+        published_placement="5W A 5W A 5W A 5W A 2W", defaults=(("W", "512"),), activation="gelu_tanh",
+        post_norms=True, embedding_scale=1152**0.5, window_rope_theta=10_000.0,
+    ),
+    ModelSpec(
+        "qwen3-30b-a3b", "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, 262144, 1e6, 1e-6, qk_norm=True,
+        tie_embeddings=False, ffn=("moe@128x8x768",) * 48,
+    ),
 ):  # fmt: skip
     MODELS.register(_shape.name, _shape)

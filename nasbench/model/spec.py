@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from nasbench.model.block import Block
 
 
+STATE_BITS = (32, 16)
+"""Of an element of a recurrent state: fp32, as published models were trained, or bf16."""
+
+
 @dataclass(frozen=True)
 class Rotary:
     """A rotary embedding (arXiv 2104.09864): what its tables depend on beside the positions.
@@ -134,6 +138,11 @@ class MixerSpec(BlockSpec):
     starts_trained: ClassVar[bool] = False
     """Whether the attention's own weights serve unchanged, so that a supernet need not train them."""
 
+    @property
+    def rotary(self) -> Rotary:
+        """The rotary embedding that a layer of this kind looks up, if any: a decoder makes its tables beforehand."""
+        return self.shape.rotary
+
     @classmethod
     @abstractmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
@@ -142,7 +151,7 @@ class MixerSpec(BlockSpec):
 
 @dataclass(frozen=True)
 class FFNSpec(BlockSpec):
-    """A feed-forward block, which looks at one token at a time."""
+    """A feed-forward block, which looks at one token at a time, or at the one before, too."""
 
     hidden_size: int
 
@@ -187,3 +196,10 @@ def parse_ints(kind: str, args: str, names: tuple[str, ...]) -> tuple[int, ...]:
     if len(parts) != len(names) or not all(is_count(part) and int(part) > 0 for part in parts):
         raise UserError(f"bad arguments {args!r} of layer kind {kind}: write {'x'.join(names)}, positive whole numbers")
     return tuple(int(part) for part in parts)
+
+
+def check_state_bits(kind: str, args: str, bits: int = STATE_BITS[0]) -> int:
+    """`bits`, if a recurrent state may have so many. Raises UserError."""
+    if bits not in STATE_BITS:
+        raise UserError(f"bad arguments {args!r} of layer kind {kind}: the state has 32 bits (fp32) or 16 (bf16)")
+    return bits

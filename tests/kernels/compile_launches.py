@@ -31,6 +31,8 @@ from nasbench_kernels.linear.gemm import run_gemm
 from nasbench_kernels.mamba2.decode import StepLaunch as Mamba2Launch
 from nasbench_kernels.mamba2.decode import fused_mamba2_step
 from nasbench_kernels.mamba2.prefill import triton_mamba2
+from nasbench_kernels.mla import decode as mla
+from nasbench_kernels.rwkv7 import decode as rwkv7
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -190,7 +192,30 @@ def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype, train: bo
         (out.sum() + state.sum()).backward()
 
 
+def rwkv7_step(batch: int, hidden: int, heads: int, dim: int, ranks: tuple[int, int, int], state: torch.dtype) -> None:
+    x, inner = nothing(batch, hidden), heads * dim
+    rwkv7.token_mix(x, x, nothing(6, hidden), 3)
+    ups = tuple(nothing(inner, rank) for rank in ranks)
+    raw = rwkv7.low_ranks(x, x, nothing(3, hidden), nothing(sum(ranks), hidden), ups, (nothing(inner), nothing(inner)))
+    weights, kept = [nothing(inner) for _ in range(5)], nothing(batch, heads, dim, dim, dtype=state)
+    rwkv7.rwkv7_fused_step(raw, raw, kept, *weights[:3], (weights[3], weights[4]), strongest=0.6, eps=1e-3)
+
+
+def latent_step(batch: int, heads: int, slots: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    latent, rope, nope = sizes
+    latents, positions = nothing(batch, slots, latent + rope, dtype=dtype), nothing(batch, dtype=torch.int64)
+    table, row = nothing(batch, rope, dtype=FP32), nothing(batch, heads * (nope + rope) + latent + rope, dtype=dtype)
+    norm = nothing(latent, dtype=dtype)
+    q_rope = mla.latent_write(row, positions, table, table, norm, latents, heads, nope, eps=1e-6)
+    mla.latent_attention(nothing(heads, batch, latent, dtype=dtype), q_rope, latents, positions, slots, 0.07)
+
+
 CASES: dict[str, Callable[[], None]] = {
+    "latent attention of DeepSeek-V2-Lite": lambda: latent_step(64, 16, 65536, (512, 64, 128), BF16),
+    "latent attention of DeepSeek-V2-Lite, batch 256": lambda: latent_step(256, 16, 65536, (512, 64, 128), BF16),
+    "latent attention smollm2": lambda: latent_step(8, 9, 8192, (192, 32, 64), BF16),
+    "rwkv7 step 1.5B": lambda: rwkv7_step(256, 2048, 32, 64, (96, 96, 256), FP32),
+    "rwkv7 step 1.5B, bf16 state, batch 1": lambda: rwkv7_step(1, 2048, 32, 64, (96, 96, 256), BF16),
     "mamba2 step 2.7B": lambda: mamba2_step(64, 80, 64, 128, FP32),
     "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
     "mamba2 step 2.7B, one head a program": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64)),

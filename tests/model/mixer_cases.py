@@ -15,7 +15,7 @@ SHAPES = {
     "qknorm": LayerShape(48, 6, 6, 8, 64, qk_norm=True),
     "one-kv": LayerShape(40, 4, 1, 16, 64, qkv_bias=True, qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 32.0)),
 }
-FURTHER_NAMES = ("W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "M@4x12x20")
+FURTHER_NAMES = ("W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "M@4x12x20", "R@3x12", "C@10x6x8x12")
 """Beside every registered kind with its default arguments."""
 
 

@@ -90,7 +90,7 @@ def test_each_phase_has_its_stream(plain):
 
 
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("name", ["A", "W24", "G", "J"])
+@pytest.mark.parametrize("name", ["A", "W24", "G", "J", "R", "C"])
 def test_training_a_layer(name, documents, plain):
     model = decoder(name)
     layer, meta = model.layers[0], model.sequence_meta(0, 70, Documents(AGES.to(DEVICE)) if documents else None)
@@ -126,6 +126,7 @@ FURTHER = {
     "qwen3": {"qk_norm": True},
     "gemma": {"post_norms": True, "activation": "gelu_tanh", "embedding_scale": 7.0, "window_rope_theta": 100.0},
     "moe": {"ffn": ("moe@4x2x24+1", "gated", "moe@3x1x16:raw", "none")},
+    "rwkv": {"ffn": ("channelmix@40", "none", "channelmix@40", "gated")},
 }
 
 
@@ -133,8 +134,9 @@ FURTHER = {
 @pytest.mark.parametrize("further", FURTHER)
 @torch.no_grad()
 def test_prompts_and_steps(further, batch, plain):
-    """Chunks, then steps at equal and at own positions, of a model with a layer of every kind."""
-    model = decoder("A W16 J G", published_placement="A W16 2A", **FURTHER[further])
+    """Chunks, then steps at equal and at own positions, of a model with layers of several kinds."""
+    placement = "M R C R" if further == "rwkv" else "A W16 J G"
+    model = decoder(placement, published_placement="A W16 2A", **FURTHER[further])
     text = torch.randint(0, 97, (batch, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     wanted = plain(lambda: model(text))
     assert relative_rmse(model(text), wanted) < CACHE_FP32

@@ -1,4 +1,4 @@
-"""Specifications of FFNs: `gated`, `moe@128x8x768+2`, `none`. Imports no torch."""
+"""Specifications of FFNs: `gated`, `moe@128x8x768+2`, `channelmix@8192`, `none`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import is_count
-from nasbench.model.spec import FFNSpec
+from nasbench.model.spec import FFNSpec, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
@@ -103,6 +103,39 @@ class MixtureSpec(FFNSpec):
         from nasbench.model.ffn.moe import MixtureOfExperts
 
         return MixtureOfExperts
+
+
+@dataclass(frozen=True)
+class ChannelMixSpec(FFNSpec):
+    """RWKV7's channel mixing (arXiv 2503.14456): value(relu(key(x + (x' - x) mix))^2), x' the token before."""
+
+    width: int
+
+    kind: ClassVar[str] = "channelmix"
+    title: ClassVar[str] = "RWKV7 channel mixing"
+
+    @classmethod
+    def parse(cls, hidden_size: int, intermediate_size: int, activation: str, args: str) -> Self:
+        return cls(hidden_size, *parse_ints(cls.kind, args or str(intermediate_size), ("width",)))
+
+    @property
+    def args(self) -> str:
+        return str(self.width)
+
+    def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
+        return batch * self.hidden_size * dtype_bytes
+
+    def traffic_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
+        return 2 * self.conv_state_bytes(batch, dtype_bytes)
+
+    def parameters(self) -> int:
+        return self.hidden_size * (2 * self.width + 1)
+
+    @classmethod
+    def block_class(cls) -> type[Block]:
+        from nasbench.model.ffn.channel_mix import ChannelMix
+
+        return ChannelMix
 
 
 @dataclass(frozen=True)

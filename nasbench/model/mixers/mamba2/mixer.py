@@ -36,6 +36,8 @@ norm alone and 0.74 with both; G's was 0.76."""
 WIDEST_STATE, WIDEST_TRAINED_STATE = 256, 128
 """State sizes up to which the chunked kernels keep their tiles in registers, without and with a backward."""
 
+RecurrenceInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
 
 class Mamba2(Block):
     """z, x, B, C, dt from one projection; a state per head that x is written to along B and read from along C."""
@@ -85,7 +87,7 @@ class Mamba2(Block):
         spec = self.spec
         return row[..., : spec.projected].split((spec.inner, spec.channels, spec.num_heads), dim=-1)
 
-    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> tuple[Tensor, ...]:
+    def recurrence_inputs(self, mixed: Tensor, dt: Tensor, meta: Meta) -> RecurrenceInputs:
         """After the convolution: x [B, T, H, P], step size and log decay [B, T, H] fp32, B and C [B, T, G, N]."""
         spec = self.spec
         shared = spec.groups * spec.state_size

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
+from nasbench.model.spec import STATE_BITS, LayerShape, MixerSpec, check_state_bits, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
-
-STATE_BITS = (32, 16)
-"""Of an element of the recurrent state: fp32 or bf16."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,7 @@ class Mamba2Spec(MixerSpec):
         heads, dim, size, *rest = parse_ints(cls.kind, args, (*names, *further))
         *group, bits = rest or [STATE_BITS[0]]
         groups = group[0] if group else 1
-        if bits not in STATE_BITS:
-            raise UserError(
-                f"bad arguments {args!r} of layer kind {cls.kind}: the state has 32 bits (fp32) or 16 (bf16)"
-            )
+        check_state_bits(cls.kind, args, bits)
         if heads % groups:
             raise UserError(f"bad arguments {args!r} of layer kind {cls.kind}: {groups} groups do not divide the heads")
         return cls(shape, heads, dim, size, groups, bits)

@@ -1,0 +1,1 @@
+"""C: multi-head latent attention."""

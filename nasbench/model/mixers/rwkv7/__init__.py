@@ -1,0 +1,1 @@
+"""R: RWKV7's time mixing."""
