@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +64,14 @@ def load_decoder(
     parted: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:
-            for name, tensor in hf_folder.read_tensors(path):
+            for name, tensor in _unpacked(hf_folder.read_tensors(path), shape):
                 place = places[name]
                 if place is None:
                     continue
                 slot = slots[place.name]
-                value = (tensor.to(device, torch.float32) + place.shift if place.shift else tensor).to(
-                    device, slot.dtype
-                )
+                changed = place.shift or place.scale != 1
+                value = (tensor.to(device, torch.float32) + place.shift) * place.scale if changed else tensor
+                value = value.to(device, slot.dtype)
                 _check_values(name, tensor.dtype, value, path)
                 if place.index:
                     whole = parted.setdefault(place.name, torch.empty_like(slot, device=device))
@@ -96,7 +96,8 @@ def find_places(
             slots = Decoder(shape, shape.placement).state_dict()
     places: dict[str, Place | None] = {}
     filled = dict.fromkeys(slots, 0)
-    for name, sizes in shapes.items():
+    theirs = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())
+    for name, sizes in ((name, tensor.shape) for name, tensor in _unpacked(theirs, shape)):
         place = places[name] = family.place(name, shape)
         if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
             places[name] = None
@@ -116,6 +117,12 @@ def find_places(
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise UserError(f"{where} lacks {theirs}{more}")
     return places
+
+
+def _unpacked(tensors: Iterable[tuple[str, Tensor]], shape: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    family = FAMILIES[shape.family]()
+    for name, tensor in tensors:
+        yield from family.unpack(name, tensor, shape)
 
 
 def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> None:
