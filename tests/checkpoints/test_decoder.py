@@ -1,7 +1,10 @@
 """Our decoder against transformers for the same weights, and against itself with caches."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from families_table import differences
 from tiny_models import TINY
 from tolerances import CACHE_FP32, LOGITS_FP32, relative_rmse
 
@@ -17,31 +20,17 @@ def tokens(vocab, length, batch=2, seed=0):
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def cached_logits(reference, ids):
-    """transformers reads 37 tokens and then one at a time. A short text first undoes what an earlier text has left."""
-    reference(ids[:, :3])
-    first = reference(ids[:, :37], use_cache=True)
-    parts = [first.logits]
-    for i in range(37, ids.shape[1]):
-        parts.append(reference(ids[:, i : i + 1], past_key_values=first.past_key_values, use_cache=True).logits)
-    return torch.cat(parts, 1)
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_logits_equal_transformers(name, tiny):
-    folder, reference = tiny(name)
-    decoder = load_model(str(folder)).decoder
-    ids = tokens(SHAPE.vocab_size, 100)
-    cache = decoder.new_cache(2, 100)
-    with torch.inference_mode():
-        expected = {"whole": reference(ids).logits}
-        parts = [decoder(ids[:, :37], cache), *(decoder.step(ids[:, i], cache)[:, None] for i in range(37, 100))]
-        # Frequencies that vary with the length make a cached pass another one: its keys have older rotations.
-        varies = decoder.shape.layer().rotary.varies
-        expected["cached"] = cached_logits(reference, ids) if varies else expected["whole"]
-    for how, logits in (("whole", decoder(ids)), ("cached", torch.cat(parts, 1))):
-        error = relative_rmse(logits, expected[how])
+    for how, error in differences(*tiny(name)).items():
         assert error <= LOGITS_FP32, f"{name}, {how}: {error:.2e}"
+
+
+def test_the_page_of_families_has_every_model_and_passes():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(TINY)
+    assert all(float(number) <= LOGITS_FP32 for row in rows for number in row[-2:])
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "qwen2-windows", "gemma3"])

@@ -185,6 +185,7 @@ class Family:
             "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": spec.rope_theta},
             **({"partial_rotary_factor": spec.rotary_dim / spec.head_dim} if spec.rotary_dim else {}),
             "tie_word_embeddings": spec.tie_embeddings,
+            "pad_token_id": None,  # absent, some families take one that a small vocabulary may not have
             "torch_dtype": "float32",
         }
 

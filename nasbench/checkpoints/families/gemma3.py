@@ -82,7 +82,7 @@ class Gemma3(Family):
         local = spec.window_rope_theta or spec.rope_theta
         return config | {
             "max_position_embeddings": spec.max_context,
-            "query_pre_attn_scalar": round(spec.head_dim / spec.query_scale**2, 6),
+            "query_pre_attn_scalar": round(spec.head_dim / spec.query_scale**2),
             "sliding_window": window or 4096,
             "layer_types": types,
             "rope_local_base_freq": local,

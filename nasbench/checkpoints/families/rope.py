@@ -32,7 +32,7 @@ def read_rope(rope: Fields, fields: Fields, default: float, head_dim: int = 0) -
         default: rotary base where none is given.
         head_dim: of a family that may rotate a part of each head; 0 for others.
     """
-    theta = rope.number("rope_theta", None) or fields.number("rope_theta", default)
+    theta = _either(rope, fields, "rope_theta", default)
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in _SCALINGS:
         raise UserError(f"{rope.where}: {unknown('rope_type', kind, _SCALINGS)}")
@@ -66,16 +66,22 @@ def read_rope(rope: Fields, fields: Fields, default: float, head_dim: int = 0) -
     return {"rope_theta": theta, "rope_scaling": scaling, "max_context": context, "rotary_dim": rotated}
 
 
+def _either(rope: Fields, fields: Fields, name: str, default: float) -> float:
+    inner, outer = rope.number(name, None), fields.number(name, default)
+    return float(outer if inner is None else inner)
+
+
 def _rotated(rope: Fields, fields: Fields, head_dim: int) -> int:
     """Channels of a head that are rotated, 0 for all."""
     name = "partial_rotary_factor"
     if not head_dim:
         rope.neutral(name, 1.0, 1)
         fields.neutral(name, 1.0, 1)
-    part = rope.number(name, None) or fields.number(name, 1.0)
+    part = _either(rope, fields, name, 1.0)
     rotated = int(head_dim * min(part, 2.0))
     if rotated > head_dim or rotated % 2 or (head_dim and not rotated):
-        raise fields.wrong(name, f"a share of {head_dim} channels that is an even number of them")
+        where = fields if rope.raw(name) is None else rope
+        raise where.wrong(name, f"a share of {head_dim} channels that is an even number of them")
     return rotated if rotated < head_dim else 0
 
 
