@@ -1,4 +1,4 @@
-"""How far our logits are from transformers', per tiny random model of `TINY`; run as a script, the page docs/families.md.
+"""How far our logits are from transformers', per model of `TINY`. As a script, it writes docs/families.md.
 
 python tests/checkpoints/families_table.py
 """
