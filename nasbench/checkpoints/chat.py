@@ -21,7 +21,6 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> st
     Raises:
         UserError: the model has no template, or its template refuses the messages or is broken.
     """
-    from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if tokenizer.chat_template is None:
@@ -37,7 +36,7 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> st
         return template.render(
             messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **tokenizer.special_tokens
         )
-    except (TemplateError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+    except Exception as error:  # whatever the template does
         raise UserError(f"the chat template of this model fails: {' '.join(str(error).split())}") from None
 
 

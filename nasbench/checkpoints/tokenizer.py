@@ -143,7 +143,7 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
     fields = Fields(read_object(file) if file.is_file() else {}, str(file))
     with library_errors(f"{file} does not fit {path.name}"):
         named = _add_special_tokens(backend, fields)
-        bos_id = _begin(backend, fields, named, eos_ids)
+        bos_id = _begin(backend, eos_ids)
     return Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)
 
 
@@ -185,16 +185,9 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, fields: Fields) -> dict[s
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 
-def _begin(
-    backend: tokenizers.Tokenizer, fields: Fields, named: dict[str, str], eos_ids: tuple[int, ...]
-) -> int | None:
-    """The token that begins every text: as the flag of tokenizer_config.json says, else as tokenizer.json does.
-
-    Configurations name a begin-of-text id even where the model was trained without one (Qwen): the tokenizer knows.
-    """
-    if {"add_bos_token", "add_eos_token"} & set(fields.data):
-        begins = fields.flag("add_bos_token") and "bos_token" in named
-        return backend.token_to_id(named["bos_token"]) if begins else None
+def _begin(backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...]) -> int | None:
+    """The token that begins every text. tokenizer.json alone decides: configurations name one even where the model was
+    trained without it (Qwen), and transformers ignores `add_bos_token` beside a tokenizer.json."""
     plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     if whole[: len(plain)] == plain and (plain or not whole or whole[0] in eos_ids):
         return None
