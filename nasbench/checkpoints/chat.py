@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
+
+if TYPE_CHECKING:
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
 
 
 def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> str:
@@ -27,7 +31,7 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> st
         raise UserError("this model has no chat template: leave --chat out, or use an instruct model")
     # The settings and functions that transformers gives to templates.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _answers()]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
@@ -38,6 +42,22 @@ def chat_text(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> st
         )
     except Exception as error:  # whatever the template does
         raise UserError(f"the chat template of this model fails: {' '.join(str(error).split())}") from None
+
+
+def _answers() -> type[Extension]:
+    """The block `generation`, which marks answers for training: here no more than its content."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Answers(Extension):
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Answers
 
 
 def _refuse(message: str) -> NoReturn:

@@ -56,10 +56,9 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32."""
     files = hf_folder.weight_files(folder)
-    with _built_on("meta", dtype):
-        decoder = Decoder(shape, shape.placement)
-    slots = decoder.state_dict()
     shapes = {name: sizes for path in files for name, sizes in hf_folder.tensor_shapes(path).items()}
+    decoder = _empty_decoder(shape, dtype, len(shapes), str(folder))
+    slots = decoder.state_dict()
     places = find_places(shapes, shape, slots, str(folder))
     parted: dict[str, Tensor] = {}
     with _out_of_memory(device):
@@ -74,12 +73,21 @@ def load_decoder(
                 value = value.to(device, slot.dtype)
                 _check_values(name, tensor.dtype, value, path)
                 if place.index:
-                    whole = parted.setdefault(place.name, torch.empty_like(slot, device=device))
-                    whole[place.index] = value
-                    value = whole
+                    if place.name not in parted:
+                        parted[place.name] = torch.empty_like(slot, device=device)
+                    parted[place.name][place.index] = value
+                    value = parted[place.name]
                 decoder.load_state_dict({place.name: value}, strict=False, assign=True)
     _materialise_buffers(decoder, device)
     return decoder.eval()
+
+
+def _empty_decoder(shape: ModelSpec, dtype: torch.dtype, tensors: int, where: str) -> Decoder:
+    """A decoder without memory, for a checkpoint of that many tensors: thousands of layers would take long to make."""
+    if tensors < shape.num_layers:
+        raise UserError(f"{where} has {tensors} tensors, too few for {shape.num_layers} layers")
+    with _built_on("meta", dtype):
+        return Decoder(shape, shape.placement)
 
 
 def find_places(
@@ -91,9 +99,7 @@ def find_places(
         UserError: the tensors are not exactly those of the model.
     """
     family = FAMILIES[shape.family]()
-    if slots is None:
-        with _built_on("meta", torch.float32):
-            slots = Decoder(shape, shape.placement).state_dict()
+    slots = slots or _empty_decoder(shape, torch.float32, len(shapes), where).state_dict()
     places: dict[str, Place | None] = {}
     filled = dict.fromkeys(slots, 0)
     theirs = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())

@@ -40,7 +40,8 @@ def test_a_prompt_never_has_two_begin_tokens(both):
 CHATML = (
     "{{ bos_token }}{% for message in messages %}\n  {% if message.role == 'tool' %}{% continue %}{% endif %}\n"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}{{ messages | tojson }}"
+    "{% if add_generation_prompt %}{% generation %}{{ '<|im_start|>assistant\n' }}{% endgeneration %}{% endif %}"
+    "{{ messages | tojson }}"
 )
 
 

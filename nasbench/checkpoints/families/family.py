@@ -36,6 +36,8 @@ _INERT = (
 INERT = frozenset(_INERT.split())
 """Fields that do not change what a model computes."""
 
+MOST_PARAMETERS = 1 << 50
+
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(\w+)(\..+)")
 
@@ -121,7 +123,8 @@ class Family:
             raise UserError(f"{fields.where}: {sizes_text} do not fit")
         try:
             spec.parse(spec.published_placement or f"{layers}A")
-            spec.ffns()
+            if spec.parameters() > MOST_PARAMETERS:
+                raise UserError(f"{spec.parameters():.1e} parameters are beyond any model")
         except UserError as error:
             raise UserError(f"{fields.where}: {error}") from None
         return spec
