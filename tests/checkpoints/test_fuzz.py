@@ -37,25 +37,29 @@ VALUES = st.recursive(
 )
 
 
+def copied(value):
+    return json.loads(json.dumps(value))
+
+
 def mutated(data, document):
     """The document with one to three values replaced, removed or added, anywhere in it."""
-    document = json.loads(json.dumps(document))
+    document = copied(document)
     for _ in range(data.draw(st.integers(1, 3))):
         place = document
         while True:
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
             if not keys or data.draw(st.integers(0, 5)) == 0:
                 if isinstance(place, dict):
-                    place[data.draw(st.sampled_from(FIELDS))] = data.draw(VALUES)
+                    place[data.draw(st.sampled_from(FIELDS))] = copied(data.draw(VALUES))
                 else:
-                    place.append(data.draw(VALUES))
+                    place.append(copied(data.draw(VALUES)))
                 break
             key = data.draw(st.sampled_from(keys))
             if isinstance(place[key], (dict, list)) and data.draw(st.booleans()):
                 place = place[key]
                 continue
             if data.draw(st.integers(0, 3)):
-                place[key] = data.draw(VALUES)
+                place[key] = copied(data.draw(VALUES))
             else:
                 del place[key]
             break
@@ -111,6 +115,7 @@ def folders(tiny, tmp_path):
         for name in names:
             if not (tmp_path / name).is_dir():
                 shutil.copytree(tiny(name)[0], tmp_path / name)
+                use(tmp_path / name)  # imports what loading needs
         return [tmp_path / name for name in names]
 
     return get
@@ -204,6 +209,7 @@ KEYS = [
 def test_gguf(tmp_path, monkeypatch, count):
     monkeypatch.setenv("NASBENCH_CACHE", str(tmp_path / "cache"))
     whole, path = write_gguf(tmp_path / "x.gguf").read_bytes(), tmp_path / "odd.gguf"
+    use(tmp_path / "x.gguf")  # imports what loading needs
     odd = st.sampled_from([0, 1, 3, 1 << 31, 0.5, 1e30, True, "", "llama", "\0", None, [1], ["a", "b"], [0.5] * 42])
 
     @run(count)
