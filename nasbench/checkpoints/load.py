@@ -102,8 +102,8 @@ def find_places(
     slots = slots or _empty_decoder(shape, torch.float32, len(shapes), where).state_dict()
     places: dict[str, Place | None] = {}
     filled = dict.fromkeys(slots, 0)
-    theirs = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())
-    for name, sizes in ((name, tensor.shape) for name, tensor in _unpacked(theirs, shape)):
+    stored = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())
+    for name, sizes in ((name, tensor.shape) for name, tensor in _unpacked(stored, shape)):
         place = places[name] = family.place(name, shape)
         if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
             places[name] = None

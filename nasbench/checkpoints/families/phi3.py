@@ -39,11 +39,11 @@ class Phi3(Family):
 
     def rope(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
         """The trained context stands outside the rotary parameters, 4096 where it is absent; `su` is longrope."""
-        outer = {"original_max_position_embeddings": 4096} | fields.data
+        outer: dict[str, Any] = {"original_max_position_embeddings": 4096, **fields.data}
         for name in ("rope_scaling", "rope_parameters"):
             values = fields.object(name).data
             kind = values.get("rope_type", values.get("type"))
-            outer |= {name: values | {"rope_type": "longrope"}} if kind in ("su", "yarn") else {}
+            outer |= {name: {**values, "rope_type": "longrope"}} if kind in ("su", "yarn") else {}
         read = Fields(outer, fields.where)
         found = super().rope(read, sizes)
         for name in ("original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "rope_interleaved"):
