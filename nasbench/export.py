@@ -82,6 +82,7 @@ def write_model(loaded: LoadedModel, out: Path, format: str, about: dict[str, An
         for name, tensor in loaded.decoder.state_dict().items()
         for theirs, value in family.split(name, tensor.detach(), spec, placement)
     }
+    tensors = family.pack(tensors, spec, placement)
     with machine_errors(f"writing {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import read_json
 
 MOST = 1 << 31
 """Largest whole number that a size may be."""
@@ -117,6 +119,14 @@ class Fields:
         for name, value in self.data.items():
             if name not in known and value is not None and value is not False:
                 raise UserError(f"{self.where}: the field {name} = {_short(value)} is not supported: leave it out")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError naming the file."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content
 
 
 def _short(value: Any) -> str:

@@ -39,7 +39,7 @@ def file_sha256(path: Path) -> str:
 
 def converted_folder(sha256: str) -> Path:
     """Where the model folder made from the GGUF of this digest is kept. The suffix changes with the conversion."""
-    return cache_dir() / "converted" / f"{sha256[:32]}-v2"
+    return cache_dir() / "converted" / f"{sha256[:32]}-v3"
 
 
 def convert(path: Path, sha256: str | None = None) -> Path:
@@ -71,8 +71,8 @@ def convert(path: Path, sha256: str | None = None) -> Path:
 def _write_folder(header: GgufHeader, folder: Path) -> None:
     import numpy as np
 
+    from nasbench.checkpoints.gguf_tokenizer import gguf_tokenizer
     from nasbench.checkpoints.load import find_places
-    from nasbench.checkpoints.tokenizer import gguf_tokenizer
 
     family, config, fields = _config(header)
     spec = family.from_config(Fields(config, str(header.path)), header.path.stem)
@@ -90,6 +90,7 @@ def _write_folder(header: GgufHeader, folder: Path) -> None:
     find_places(shapes, spec, None, str(header.path))
     _write_safetensors(folder / "model.safetensors", shapes, _values(header, family, config))
     tokenizer.save(folder / "tokenizer.json")
+    write_json(folder / "tokenizer_config.json", tokenizer.special_tokens | {"chat_template": tokenizer.chat_template})
     config |= {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.eos_ids),

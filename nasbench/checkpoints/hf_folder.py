@@ -13,34 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nasbench.checkpoints.families import read_spec
-from nasbench.checkpoints.fields import Fields, token_ids
+from nasbench.checkpoints.fields import Fields, read_object, token_ids
 from nasbench.core.errors import UserError
-from nasbench.core.files import read_json
 from nasbench.model.shapes import ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError naming the file."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content
-
-
 def folder_spec(folder: Path) -> ModelSpec:
     """The specification of a model folder, named after it. Raises UserError naming the file and the field."""
     path = folder / "config.json"
-    spec = read_spec(_read_object(path), folder.resolve().name, str(path))
+    spec = read_spec(read_object(path), folder.resolve().name, str(path))
     return replace(spec, tie_embeddings=spec.tie_embeddings and not _has_other_head(folder))
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Ids that end a text, of config.json and then of generation_config.json. Raises UserError naming the field."""
     files = [path for name in ("config.json", "generation_config.json") if (path := folder / name).is_file()]
-    found = [one for path in files for one in token_ids(Fields(_read_object(path), str(path)), "eos_token_id")]
+    found = [one for path in files for one in token_ids(Fields(read_object(path), str(path)), "eos_token_id")]
     return tuple(dict.fromkeys(found))
 
 
@@ -53,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files = [whole]
     if index.is_file() and not whole.is_file():
-        names = _read_object(index).get("weight_map")
+        names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{index} has no weight_map of tensor names to files")
         # Only plain names: an index must not reach outside of its folder.

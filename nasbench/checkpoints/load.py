@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,30 +56,38 @@ def load_decoder(
 ) -> Decoder:
     """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32."""
     files = hf_folder.weight_files(folder)
-    with _built_on("meta", dtype):
-        decoder = Decoder(shape, shape.placement)
-    slots = decoder.state_dict()
     shapes = {name: sizes for path in files for name, sizes in hf_folder.tensor_shapes(path).items()}
+    decoder = _empty_decoder(shape, dtype, len(shapes), str(folder))
+    slots = decoder.state_dict()
     places = find_places(shapes, shape, slots, str(folder))
     parted: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:
-            for name, tensor in hf_folder.read_tensors(path):
+            for name, tensor in _unpacked(hf_folder.read_tensors(path), shape):
                 place = places[name]
                 if place is None:
                     continue
                 slot = slots[place.name]
-                value = (tensor.to(device, torch.float32) + place.shift if place.shift else tensor).to(
-                    device, slot.dtype
-                )
+                changed = place.shift or place.scale != 1
+                value = (tensor.to(device, torch.float32) + place.shift) * place.scale if changed else tensor
+                value = value.to(device, slot.dtype)
                 _check_values(name, tensor.dtype, value, path)
                 if place.index:
-                    whole = parted.setdefault(place.name, torch.empty_like(slot, device=device))
-                    whole[place.index] = value
-                    value = whole
+                    if place.name not in parted:
+                        parted[place.name] = torch.empty_like(slot, device=device)
+                    parted[place.name][place.index] = value
+                    value = parted[place.name]
                 decoder.load_state_dict({place.name: value}, strict=False, assign=True)
     _materialise_buffers(decoder, device)
     return decoder.eval()
+
+
+def _empty_decoder(shape: ModelSpec, dtype: torch.dtype, tensors: int, where: str) -> Decoder:
+    """A decoder without memory, for a checkpoint of that many tensors: thousands of layers would take long to make."""
+    if tensors < shape.num_layers:
+        raise UserError(f"{where} has {tensors} tensors, too few for {shape.num_layers} layers")
+    with _built_on("meta", dtype):
+        return Decoder(shape, shape.placement)
 
 
 def find_places(
@@ -91,12 +99,11 @@ def find_places(
         UserError: the tensors are not exactly those of the model.
     """
     family = FAMILIES[shape.family]()
-    if slots is None:
-        with _built_on("meta", torch.float32):
-            slots = Decoder(shape, shape.placement).state_dict()
+    slots = slots or _empty_decoder(shape, torch.float32, len(shapes), where).state_dict()
     places: dict[str, Place | None] = {}
     filled = dict.fromkeys(slots, 0)
-    for name, sizes in shapes.items():
+    stored = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())
+    for name, sizes in ((name, tensor.shape) for name, tensor in _unpacked(stored, shape)):
         place = places[name] = family.place(name, shape)
         if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
             places[name] = None
@@ -116,6 +123,12 @@ def find_places(
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise UserError(f"{where} lacks {theirs}{more}")
     return places
+
+
+def _unpacked(tensors: Iterable[tuple[str, Tensor]], shape: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    family = FAMILIES[shape.family]()
+    for name, tensor in tensors:
+        yield from family.unpack(name, tensor, shape)
 
 
 def _check_values(name: str, dtype: torch.dtype, value: Tensor, path: Path) -> None:

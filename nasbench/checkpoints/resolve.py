@@ -11,6 +11,10 @@ from nasbench.checkpoints import fetch, gguf_file, hf_folder
 from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.model.shapes import DEFAULT_MODEL, MODELS, ModelSpec
 
+_WITH_WEIGHTS = (
+    "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -96,7 +100,7 @@ def _hub_snapshot(name: str, weights: bool) -> Path:
         ) from None
     patterns = [
         "config.json",
-        *(["*.safetensors", "*.safetensors.index.json", "tokenizer.json", "generation_config.json"] if weights else []),
+        *(_WITH_WEIGHTS if weights else []),
     ]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -13,6 +13,8 @@ from nasbench.core.errors import UserError
 def command(
     checkpoint: Annotated[str, typer.Argument(help="A model folder, .gguf file, hub name or default.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Ask as in a chat, by the model's own template.")] = False,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; may be repeated.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
@@ -21,20 +23,28 @@ def command(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
 ) -> None:
     """Continue a text; the continuation goes to standard output."""
+    from nasbench.checkpoints.chat import chat_text
     from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import torch_device, torch_dtype
 
+    stop = stop or []
+    if "" in stop:
+        raise UserError("empty --stop: write the text to stop at")
     loaded = load_model(checkpoint, dtype=torch_dtype(dtype), device=torch_device(device))
+    tokenizer = loaded.tokenizer
 
     import torch
 
-    from nasbench.runtime.generate import stream
+    from nasbench.runtime.generate import stream, until_stop
 
-    ids = loaded.tokenizer.encode_prompt(prompt)
+    if chat:
+        ids = tokenizer.encode(chat_text(tokenizer, [{"role": "user", "content": prompt}]))
+    else:
+        ids = tokenizer.encode_prompt(prompt)
     if not ids:
         raise UserError("empty prompt: write some text to continue")
     new: list[int] = []
-    shown = 0
+    text, shown, stopped = "", 0, False
     for token in stream(
         loaded.decoder,
         torch.tensor([ids]),
@@ -43,13 +53,15 @@ def command(
         top_p=top_p,
         seed=seed,
     ):
-        if int(token) in loaded.tokenizer.eos_ids:
+        if int(token) in tokenizer.eos_ids:
             break
         new.append(int(token))
-        text = loaded.tokenizer.decode(new)
+        text = tokenizer.decode(new)
         # A character of several tokens decodes to the replacement sign until its last one is there.
-        whole = text.rstrip("\ufffd")
-        sys.stdout.write(whole[shown:])
+        certain, stopped = until_stop(text.rstrip("\ufffd"), stop)
+        sys.stdout.write(certain[shown:])
         sys.stdout.flush()
-        shown = max(shown, len(whole))
-    sys.stdout.write(loaded.tokenizer.decode(new)[shown:] + "\n")
+        shown = max(shown, len(certain))
+        if stopped:
+            break
+    sys.stdout.write(("" if stopped else text[shown:]) + "\n")

@@ -242,9 +242,9 @@ def kinds_without_varlen(blocks: Iterable[Block]) -> list[str]:
 
 @dataclass(frozen=True)
 class Sublayer:
-    """A block in its place: the norm before it, and the one after it where the family has one."""
+    """A block in its place: the norms before and after it, where the family has them."""
 
-    norm: nn.Module
+    norm: nn.Module | None
     block: Block
     post_norm: nn.Module | None = None
 

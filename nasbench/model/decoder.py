@@ -10,7 +10,7 @@ Shapes: B sequences, T tokens, C hidden size, V vocabulary, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from nasbench.spaces.placement import Placement
 
 
 class DecoderLayer(nn.Module):
-    """A mixer and an FFN, each with a norm before it and, where the family has one, a norm after it."""
+    """A mixer and an FFN, each with a norm before it (Identity where the family has none) and maybe one after it."""
 
     def __init__(
         self,
@@ -47,9 +47,13 @@ class DecoderLayer(nn.Module):
 
     @property
     def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        first, second = (
+            None if isinstance(norm, nn.Identity) else norm
+            for norm in (self.input_layernorm, self.post_attention_layernorm)
+        )
         return (
-            Sublayer(self.input_layernorm, self.self_attn, self.mixer_post_norm),
-            Sublayer(self.post_attention_layernorm, self.mlp, self.ffn_post_norm),
+            Sublayer(first, self.self_attn, self.mixer_post_norm),
+            Sublayer(second, self.mlp, self.ffn_post_norm),
         )
 
     def with_mixer(self, mixer: Block) -> DecoderLayer:
@@ -152,12 +156,13 @@ class Decoder(nn.Module):
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(shape.hidden_size, shape.rms_eps)
 
-        layers = [
-            DecoderLayer(
-                norm(), mixer.build(), norm(), ffn.build(), *((norm(), norm()) if shape.post_norms else (None, None))
-            )
-            for mixer, ffn in zip(shape.mixers(placement), shape.ffns(), strict=False)
-        ]
+        def norms(wanted: bool, absent: Any) -> list[Any]:
+            return [norm() if wanted else absent for _ in ("mixer", "FFN")]
+
+        layers = []
+        for mixer, ffn in zip(shape.mixers(placement), shape.ffns(), strict=False):
+            before, after = norms(shape.pre_norms, nn.Identity()), norms(shape.post_norms, None)
+            layers.append(DecoderLayer(before[0], mixer.build(), before[1], ffn.build(), *after))
         embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.model = _Body(embed, layers, norm())
         # Tied models have no `lm_head` in their checkpoints, and a second name for one tensor breaks safetensors.

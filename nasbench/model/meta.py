@@ -30,7 +30,8 @@ class RotaryTables:
         self._tables: dict[tuple[Rotary, torch.device], tuple[Tensor, Tensor]] = {}
 
     def upto(self, rotary: Rotary, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [at least `length`, D] fp32."""
+        """(cos, sin), each [at least `length`, D] fp32. Where frequencies depend on the length of the text, row p has
+        those of a text of p + 1 tokens, as a decode step does."""
         known = self._tables.get((rotary, device))
         if known is None or known[0].shape[0] < length:
             size = min(max(256, 1 << (length - 1).bit_length()), max(length, self.max_context))
@@ -39,6 +40,14 @@ class RotaryTables:
                 known = rotary_tables(rotary, torch.arange(size, device=device))
             self._tables[rotary, device] = known
         return known
+
+    def between(self, rotary: Rotary, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin) of positions start to end - 1 of a text of `end` tokens, each [end - start, D] fp32."""
+        if rotary.varies:
+            with torch.inference_mode(False), torch.no_grad():
+                return rotary_tables(rotary, torch.arange(start, end, device=device), torch.tensor(end, device=device))
+        cos, sin = self.upto(rotary, end, device)
+        return cos[start:end], sin[start:end]
 
 
 class SequenceMeta:
@@ -63,9 +72,7 @@ class SequenceMeta:
         """(cos, sin) of the tokens' positions, [T, D] fp32 (halves repeated, as rotate-half wants them)."""
         rotary = shape.rotary
         if rotary not in self._made:
-            end = self.start + self.tokens
-            cos, sin = self._tables.upto(rotary, end, self._device)
-            self._made[rotary] = cos[self.start : end], sin[self.start : end]
+            self._made[rotary] = self._tables.between(rotary, self.start, self.start + self.tokens, self._device)
         return self._made[rotary]
 
 

@@ -19,7 +19,12 @@ class ModelSpec:
         defaults: (letter, arguments) of kinds named without arguments, for this model.
         activation: of the FFN's gate: "silu" or "gelu_tanh".
         ffn: the text of each layer's FFN; () for a gated one of `intermediate_size` in every layer.
-        post_norms: a norm follows every mixer and FFN, too, before the residual addition (Gemma).
+        pre_norms, post_norms: whether a norm stands before every mixer and FFN, and after it, before the residual
+            addition (both: Gemma; after it alone: OLMo 2).
+        wide_qk_norm: the norms of queries and keys run over all heads together.
+        rotary_dim: channels of a head that are rotated, 0 for all.
+        no_rope: layers without rotary positions.
+        query_scale: what queries are multiplied by beyond 1 / sqrt(head_dim); the weights have it.
         embedding_scale: what embeddings are multiplied by.
         window_rope_theta: rotary base of the layers that are windows in the published placement, None for the same.
     """
@@ -47,11 +52,18 @@ class ModelSpec:
     post_norms: bool = False
     embedding_scale: float = 1.0
     window_rope_theta: float | None = None
+    pre_norms: bool = True
+    wide_qk_norm: bool = False
+    rotary_dim: int = 0
+    no_rope: tuple[int, ...] = ()
+    query_scale: float = 1.0
 
     def layer(self, index: int = 0) -> LayerShape:
-        """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary base of
-        windows may differ."""
+        """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary positions
+        may differ."""
         shape = LayerShape(**{field.name: getattr(self, field.name) for field in fields(LayerShape)})
+        if index in self.no_rope:
+            return replace(shape, rope_scaling=("none",))
         if self.window_rope_theta is not None and is_of(self.placement[index], "W"):
             return replace(shape, rope_theta=self.window_rope_theta, rope_scaling=())
         return shape
@@ -66,7 +78,8 @@ class ModelSpec:
 
     def mixers(self, placement: Placement) -> list[MixerSpec]:
         """One specification per layer; equal ones share one object."""
-        shapes = [self.layer(i) for i in range(len(placement))] if self.window_rope_theta else [self.layer()]
+        differ = self.window_rope_theta is not None or self.no_rope
+        shapes = [self.layer(i) for i in range(len(placement))] if differ else [self.layer()]
         keys = [(name, shapes[i % len(shapes)]) for i, name in enumerate(placement)]
         known = {key: mixer_spec(*key, self.defaults) for key in dict.fromkeys(keys)}
         return [known[key] for key in keys]
@@ -101,7 +114,7 @@ class ModelSpec:
 
     @property
     def norms_per_layer(self) -> int:
-        return 4 if self.post_norms else 2
+        return 2 * (self.pre_norms + self.post_norms)
 
     def parameters(self, placement: Placement | None = None) -> int:
         """Number of parameters with this placement (default: the published one); tied embeddings count once."""

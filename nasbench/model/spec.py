@@ -29,13 +29,22 @@ STATE_BITS = (32, 16)
 class Rotary:
     """A rotary embedding (arXiv 2104.09864): what its tables depend on beside the positions.
 
-    `scaling` is () for none, ("linear", factor) or ("llama3", factor, low_freq_factor, high_freq_factor,
-    original_max_context).
+    Attributes:
+        dim: channels of a head.
+        scaling: () for none; else the kind and its numbers, as nasbench.model.rotary lists them.
+        rotated: channels that are rotated, 0 for all. The first half of them stands at the head's beginning, the second
+            half at its middle.
     """
 
     dim: int
     theta: float
     scaling: tuple[str | float, ...] = ()
+    rotated: int = 0
+
+    @property
+    def varies(self) -> bool:
+        """Whether frequencies depend on the length of the text."""
+        return self.scaling[:1] in (("dynamic",), ("longrope",))
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,18 @@ class LayerShape:
     rope_theta: float = 10_000.0
     rms_eps: float = 1e-6
     rope_scaling: tuple[str | float, ...] = ()
+    rotary_dim: int = 0
+    wide_qk_norm: bool = False
 
     @property
     def rotary(self) -> Rotary:
-        return Rotary(self.head_dim, self.rope_theta, self.rope_scaling)
+        return Rotary(self.head_dim, self.rope_theta, self.rope_scaling, self.rotary_dim)
 
     @property
     def variant(self) -> str:
-        """Details of the attention that cost time: "bias", "qknorm", "bias+qknorm" or ""."""
-        return "+".join(name for name, on in (("bias", self.qkv_bias), ("qknorm", self.qk_norm)) if on)
+        """Details of the attention that cost time, as "bias+qknorm"; "" for none."""
+        norm = "qknorm-wide" if self.wide_qk_norm else "qknorm" if self.qk_norm else ""
+        return "+".join(name for name in ("bias" if self.qkv_bias else "", norm) if name)
 
 
 class BlockSpec(ABC):

@@ -103,6 +103,18 @@ def stream(
         yield tokens if row_of is None else tokens[row_of]
 
 
+def until_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """(what of a growing text is before any of the stop strings for certain, whether one of them is there).
+
+    An end that a stop string may begin with is not certain.
+    """
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    if found:
+        return text[: min(found)], True
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held], False
+
+
 def generate(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],

@@ -1,7 +1,10 @@
 """Our decoder against transformers for the same weights, and against itself with caches."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from families_table import differences
 from tiny_models import TINY
 from tolerances import CACHE_FP32, LOGITS_FP32, relative_rmse
 
@@ -19,16 +22,15 @@ def tokens(vocab, length, batch=2, seed=0):
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_equal_transformers(name, tiny):
-    folder, reference = tiny(name)
-    decoder = load_model(str(folder)).decoder
-    ids = tokens(SHAPE.vocab_size, 100)
-    cache = decoder.new_cache(2, 100)
-    with torch.inference_mode():
-        expected = reference(ids).logits
-        parts = [decoder(ids[:, :37], cache), *(decoder.step(ids[:, i], cache)[:, None] for i in range(37, 100))]
-    for how, logits in (("whole", decoder(ids)), ("cached", torch.cat(parts, 1))):
-        error = relative_rmse(logits, expected)
+    for how, error in differences(*tiny(name)).items():
         assert error <= LOGITS_FP32, f"{name}, {how}: {error:.2e}"
+
+
+def test_the_page_of_families_has_every_model_and_passes():
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows] == list(TINY)
+    assert all(float(number) <= LOGITS_FP32 for row in rows for number in row[-2:])
 
 
 @pytest.mark.parametrize("name", ["llama3-rope", "qwen2-windows", "gemma3"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import KEYS, write_gguf
-from tiny_models import TINY, make_tokenizer
+from tiny_models import LLAMA3, TINY, make_tokenizer
 from tolerances import LOGITS_FP32, relative_rmse
 
 from nasbench.checkpoints import families
@@ -40,6 +40,7 @@ def test_a_written_folder_is_the_checkpoint_that_was_read(name, tiny, tmp_path):
         torch.testing.assert_close(after[tensor], values, rtol=1e-6, atol=1e-6, msg=tensor)
     again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     with torch.inference_mode():
+        reference(IDS[:, :3])  # a dynamic rotary embedding keeps the frequencies of longer texts until a short one
         assert relative_rmse(again(IDS).logits, reference(IDS).logits) <= LOGITS_FP32
     assert load_model(str(out)).shape == replace(loaded.shape, name="out")
 
@@ -73,7 +74,21 @@ def test_what_a_format_cannot_say_is_refused(tiny):
     ("name", "fields", "message"),
     [
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
-        ("gemma3", {"query_pre_attn_scalar": 8}, "query_pre_attn_scalar = 8 is not head_dim = 16"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("gemma3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5 is not supported"),
+        (
+            "phi3-partial",
+            {"rope_parameters": {"partial_rotary_factor": 0.7}},
+            r"partial_rotary_factor = 0\.7 is not a share of 16 channels",
+        ),
+        ("phi3-longrope", {"original_max_position_embeddings": "64"}, "original_max_position_embeddings = '64'"),
+        ("phi3-longrope", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0]}}, "a list of 6 numbers"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "yarn"}}, "lacks the field factor"),
+        ("llama-yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 1}}, "too small for yarn"),
+        ("llama3-rope", {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}}, "is not above low_freq_factor = 4"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers = .1, 0. is not a list of 0 or 1 for each of 5"),
+        ("smollm3", {"no_rope_layers": 1}, "no_rope_layers = 1 is not a list"),
+        ("olmo2", {"attention_bias": True}, "attention_bias = True is not supported"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries, the model has 7 layers"),
         ("qwen3-moe", {"num_experts_per_tok": 9}, "moe"),

@@ -136,7 +136,7 @@ def test_shards_equal_one_file(tiny, folder):
         ({"num_experts": 8}, "num_experts"),
         ({"hidden_act": "gelu"}, "unknown hidden_act 'gelu'"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding_attention"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "unknown rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarm", "rope_theta": 1e4, "factor": 4.0}}, "did you mean 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": "ABSENT"}, "lacks the field hidden_size"),
         ({"hidden_size": -3}, "hidden_size = -3"),

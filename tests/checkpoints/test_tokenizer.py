@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_models import make_tokenizer
 
-from nasbench.checkpoints.tokenizer import byte_level_bpe, sentencepiece_bpe, tokenizer_from_json
+from nasbench.checkpoints.gguf_tokenizer import byte_level_bpe, sentencepiece_bpe
+from nasbench.checkpoints.tokenizer import tokenizer_from_json
 from nasbench.core.errors import UserError
 
 TOKENS = ["<s>", "</s>", "<tool>", "a", "b", "1", "2", "Ġ", "Ċ", "ab", "12", "ĊĊ"]

@@ -65,6 +65,41 @@ TINY |= {
     "gemma3": ("Gemma3", GEMMA),
     "gemma3-ropes": ("Gemma3", GEMMA | {"rope_parameters": GEMMA_ROPES, "max_position_embeddings": 512}),
 }
+YARN = {"rope_type": "yarn", "rope_theta": 9000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 9000.0, "factor": 4.0}
+LONG = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.1 * i for i in range(6)],
+    "long_factor": [1.5 + 0.5 * i for i in range(6)],
+}
+SHORT = {"num_key_value_heads": 2, "max_position_embeddings": 32}
+"""A context that texts of 100 tokens exceed: a scaled rotary embedding extends it."""
+PHI = {"num_key_value_heads": 2, "pad_token_id": None}
+PARTIAL = {"partial_rotary_factor": 0.75}
+TINY |= {
+    "llama-yarn": ("Llama", SHORT | {"rope_parameters": YARN}),
+    "llama-dynamic": ("Llama", SHORT | {"rope_parameters": DYNAMIC}),
+    "llama-linear-beyond": ("Llama", SHORT | {"rope_parameters": LINEAR}),
+    "qwen2-yarn": ("Qwen2", SHORT | {"rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0}}),
+    "qwen3-yarn": (
+        "Qwen3",
+        SHORT | {"head_dim": 16, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5, "num_key_value_heads": 2, "pad_token_id": None}),
+    "smollm3-windows": (
+        "SmolLM3",
+        WINDOWS | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1], "pad_token_id": None, "rope_parameters": YARN},
+    ),
+    "phi3": ("Phi3", PHI),
+    "phi3-windows": ("Phi3", PHI | {"sliding_window": 17, "tie_word_embeddings": True}),
+    "phi3-partial": ("Phi3", PHI | PARTIAL),
+    "phi3-longrope": (
+        "Phi3",
+        PHI | PARTIAL | {"rope_parameters": LONG | PARTIAL, "original_max_position_embeddings": 64},
+    ),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2, "pad_token_id": None}),
+    "gemma3-scale": ("Gemma3", GEMMA | {"query_pre_attn_scalar": 24}),
+}
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 """Names of configuration classes that are not the family's own."""
 

@@ -10,8 +10,11 @@ from nasbench.checkpoints.families.hybrid import Hybrid
 from nasbench.checkpoints.families.jet_nemotron import JetNemotron
 from nasbench.checkpoints.families.llama import Llama
 from nasbench.checkpoints.families.mistral import Mistral
+from nasbench.checkpoints.families.olmo2 import Olmo2
+from nasbench.checkpoints.families.phi3 import Phi3
 from nasbench.checkpoints.families.qwen import Qwen2, Qwen3
 from nasbench.checkpoints.families.qwen3_moe import Qwen3Moe
+from nasbench.checkpoints.families.smollm3 import SmolLM3
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
 from nasbench.model.shapes import ModelSpec
@@ -19,7 +22,7 @@ from nasbench.spaces.placement import Placement
 
 __all__ = ["FAMILIES", "FORMATS", "Family", "read_spec", "write_config"]
 
-for _family in (Llama, Mistral, Qwen2, Qwen3, Qwen3Moe, Gemma3, JetNemotron, Hybrid):
+for _family in (Llama, Mistral, Qwen2, Qwen3, Qwen3Moe, Gemma3, SmolLM3, Phi3, Olmo2, JetNemotron, Hybrid):
     FAMILIES.register(_family.model_type, _family)
 
 FORMATS = ("hf", "jet-nemotron")

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from nasbench.checkpoints.families.rope import own_context, read_rope, write_scaling
 from nasbench.checkpoints.fields import Fields
-from nasbench.core.errors import UserError, unknown
+from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement, format_placement
@@ -35,6 +36,8 @@ _INERT = (
 INERT = frozenset(_INERT.split())
 """Fields that do not change what a model computes."""
 
+MOST_PARAMETERS = 1 << 50
+
 ACTIVATIONS = {"swish": "silu", "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER = re.compile(r"(model\.layers\.\d+\.)(\w+)(\..+)")
 
@@ -49,12 +52,13 @@ GGUF_MODULES = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, after `shift` is added to it.
-    An index begins with a number."""
+    """Where a tensor of a checkpoint goes: the part `index` of our tensor `name`, as (tensor + shift) * scale. An index
+    begins with a number."""
 
     name: str
     index: tuple[Any, ...] = ()
     shift: float = 0.0
+    scale: float = 1.0
 
 
 class Family:
@@ -66,8 +70,10 @@ class Family:
         gguf: `general.architecture` of the family's GGUF files, "" if they are not read.
         gguf_modules: names in GGUF files beyond GGUF_MODULES.
         gguf_unused: tensors in GGUF files that are no weights.
+        partial_rotation: whether a part of each head may be rotated alone.
         gguf_interleaved: GGUF files hold query and key rows of both halves of a rotation in turn.
-        tied, head_dim, activation: what absent fields mean; the activation with the name of its field.
+        tied, head_dim, kv_heads, rms_eps, rope_theta, activation: what absent fields mean; no number of key/value heads
+            is that of queries; the activation with the name of its field.
     """
 
     model_type: ClassVar[str]
@@ -80,7 +86,11 @@ class Family:
     gguf_interleaved: ClassVar[bool] = False
     tied: ClassVar[bool] = False
     head_dim: ClassVar[int | None] = None
+    kv_heads: ClassVar[int | None] = None
+    rms_eps: ClassVar[float] = 1e-6
+    rope_theta: ClassVar[float] = 10_000.0
     activation: ClassVar[tuple[str, str]] = ("hidden_act", "silu")
+    partial_rotation: ClassVar[bool] = False
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
 
@@ -88,30 +98,33 @@ class Family:
         """The specification that a config.json describes, its published placement included. Raises UserError."""
         heads, hidden, head_dim = read_heads(fields, "num_attention_heads", "hidden_size", "head_dim", self.head_dim)
         layers = fields.integer("num_hidden_layers", most=4096)
+        absent = (heads if "num_key_value_heads" in fields.data else self.kv_heads) or heads
         sizes: dict[str, Any] = {
             "num_layers": layers,
             "hidden_size": hidden,
             "intermediate_size": fields.integer("intermediate_size", most=1 << 24),
             "num_heads": heads,
-            "num_kv_heads": fields.integer("num_key_value_heads", heads, most=1 << 16),
+            "num_kv_heads": fields.integer("num_key_value_heads", absent, most=1 << 16),
             "head_dim": head_dim,
             "vocab_size": fields.integer("vocab_size", most=1 << 26),
             "max_context": fields.integer("max_position_embeddings"),
-            "rms_eps": fields.number("rms_norm_eps", 1e-6),
+            "rms_eps": fields.number("rms_norm_eps", self.rms_eps),
             "qkv_bias": self.qkv_bias,
             "qk_norm": self.qk_norm,
             "tie_embeddings": fields.flag("tie_word_embeddings", self.tied),
             "activation": ACTIVATIONS[fields.text(*self.activation, ACTIVATIONS)],
         }
         fields.neutral("quantization_config")
-        spec = ModelSpec(name=name, family=self.model_type, **sizes | self.rope(fields) | self.details(fields, sizes))
+        sizes |= self.rope(fields, sizes)
+        spec = ModelSpec(name=name, family=self.model_type, **sizes | self.details(fields, sizes))
         fields.finish(INERT)
         if heads % spec.num_kv_heads or head_dim % 2:
             sizes_text = f"{heads} query heads and {spec.num_kv_heads} key/value heads of {head_dim}"
             raise UserError(f"{fields.where}: {sizes_text} do not fit")
         try:
             spec.parse(spec.published_placement or f"{layers}A")
-            spec.ffns()
+            if spec.parameters() > MOST_PARAMETERS:
+                raise UserError(f"{spec.parameters():.1e} parameters are beyond any model")
         except UserError as error:
             raise UserError(f"{fields.where}: {error}") from None
         return spec
@@ -120,14 +133,15 @@ class Family:
         """Attributes of the specification beyond the common ones; reads or refuses the family's own fields."""
         return {}
 
-    def rope(self, fields: Fields) -> dict[str, Any]:
-        """Rotary base and scaling, from `rope_scaling`, else from `rope_parameters`: of two, transformers takes the
-        first."""
-        fields.neutral("partial_rotary_factor", 1.0, 1)
+    def rope(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        """Rotary base, scaling and the context that it gives, from `rope_scaling`, else from `rope_parameters`: of two,
+        transformers takes the first."""
         fields.neutral("rope_interleaved", False)
         used = "rope_scaling" if fields.raw("rope_scaling") else "rope_parameters"
         fields.raw("rope_parameters")
-        return read_rope(fields.object(used), fields, 10_000.0)
+        return read_rope(
+            fields.object(used), fields, self.rope_theta, sizes["head_dim"] if self.partial_rotation else 0
+        )
 
     def to_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         """config.json of a model; special token ids are left to the caller. Inverse of `from_config`.
@@ -167,17 +181,27 @@ class Family:
             "num_key_value_heads": spec.num_kv_heads,
             "head_dim": spec.head_dim,
             self.activation[0]: {ours: theirs for theirs, ours in ACTIVATIONS.items()}.get(spec.activation),
-            "max_position_embeddings": spec.max_context,
+            "max_position_embeddings": own_context(spec),
             "rms_norm_eps": spec.rms_eps,
             "rope_theta": spec.rope_theta,
             "rope_scaling": scaling or None,
             "rope_parameters": (scaling or {"rope_type": "default"}) | {"rope_theta": spec.rope_theta},
+            **({"partial_rotary_factor": spec.rotary_dim / spec.head_dim} if spec.rotary_dim else {}),
             "tie_word_embeddings": spec.tie_embeddings,
+            "pad_token_id": None,  # absent, some families take one that a small vocabulary may not have
             "torch_dtype": "float32",
         }
 
+    def unpack(self, name: str, tensor: Tensor, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+        """The (name, values) that a tensor of a checkpoint is to `place`: several where the file packs them."""
+        yield name, _by_pairs(name, tensor, spec, back=False)
+
+    def pack(self, tensors: dict[str, Tensor], spec: ModelSpec, placement: Placement) -> dict[str, Tensor]:
+        """The checkpoint's tensors from those of `split`. Inverse of `unpack`."""
+        return {name: _by_pairs(name, tensor, spec, back=True) for name, tensor in tensors.items()}
+
     def place(self, name: str, spec: ModelSpec) -> Place | None:
-        """Where a tensor of a checkpoint goes; None for one that repeats other data, as old rotary tables."""
+        """Where an unpacked tensor goes; None for one that repeats other data, as old rotary tables."""
         if name.endswith("rotary_emb.inv_freq"):
             return None
         ours = _renamed(name, {theirs: ours for ours, theirs in self.modules.items()})
@@ -211,7 +235,7 @@ class Family:
 
 FAMILIES: Registry[type[Family]] = Registry("model_type", group="nasbench.families")
 
-_IN_LAYERS = ("name", "family", "published_placement", "defaults", "ffn", "window_rope_theta")
+_IN_LAYERS = ("name", "family", "published_placement", "defaults", "ffn", "window_rope_theta", "no_rope")
 
 
 def _layers(spec: ModelSpec, placement: Placement) -> list[tuple[object, ...]]:
@@ -225,6 +249,21 @@ def _layers(spec: ModelSpec, placement: Placement) -> list[tuple[object, ...]]:
 def _renamed(name: str, modules: dict[str, str]) -> str:
     match = _LAYER.fullmatch(name)
     return f"{match[1]}{modules.get(match[2], match[2])}{match[3]}" if match else name
+
+
+_ROTATED = re.compile(r"model\.layers\.(\d+)\.self_attn\.[qk]_(proj|norm)\.(weight|bias)")
+
+
+def _by_pairs(name: str, tensor: Tensor, spec: ModelSpec, back: bool) -> Tensor:
+    """Query and key channels of a partial rotation in the order of our tables: the halves of the rotated channels first
+    and in the middle, so that the two channels of a pair always stand half a head apart. `back`: in the file's."""
+    match, rotated, dim = _ROTATED.fullmatch(name), spec.rotary_dim, spec.head_dim
+    if not match or not rotated or len(tensor) % dim or not spec.mixers(spec.placement)[int(match[1])].is_attention:
+        return tensor
+    middle = (rotated + dim) // 2
+    order = [*range(rotated // 2), *range(rotated, middle), *range(rotated // 2, rotated), *range(middle, dim)]
+    order = sorted(range(dim), key=order.__getitem__) if back else order
+    return tensor.unflatten(0, (-1, dim))[:, order].flatten(0, 1)
 
 
 def _half_split_rows(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -241,35 +280,6 @@ def read_heads(fields: Fields, heads: str, hidden: str, dim: str, default: int |
     if found is None and size % count:
         raise UserError(f"{fields.where}: {hidden} = {size} is no multiple of {heads} = {count}: set {dim}")
     return count, size, found or size // count
-
-
-_TRAINED = "original_max_position_embeddings"
-_SCALINGS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _TRAINED),
-}
-
-
-def read_rope(rope: Fields, fields: Fields, default: float) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a specification, from one object of rotary parameters."""
-    theta, outer = rope.number("rope_theta", None), fields.number("rope_theta", default)
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in _SCALINGS:
-        raise UserError(f"{rope.where}: {unknown('rope_type', kind, _SCALINGS)}")
-    rope.neutral("partial_rotary_factor", 1.0, 1)
-    inner = rope.number(_TRAINED, None)
-    trained = fields.number(_TRAINED, None) or inner or fields.number("max_position_embeddings")
-    numbers = [trained if name == _TRAINED else rope.number(name) for name in _SCALINGS[kind]]
-    rope.finish(())
-    return {"rope_theta": theta or outer, "rope_scaling": (kind, *numbers) if numbers else ()}
-
-
-def write_scaling(scaling: tuple[str | float, ...]) -> dict[str, Any]:
-    """The object of rotary parameters of a scaling, {} for none."""
-    names = _SCALINGS[str(scaling[0])] if scaling else ()
-    numbers = {name: int(value) if name == _TRAINED else value for name, value in zip(names, scaling[1:], strict=True)}
-    return {"rope_type": scaling[0]} | numbers if scaling else {}
 
 
 _KINDS = {"full_attention": "A", "sliding_attention": "W"}

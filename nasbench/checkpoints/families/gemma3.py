@@ -3,13 +3,19 @@ each kind with a rotary base of its own; query and key norms."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, placed, read_rope, write_scaling, write_windows
+from nasbench.checkpoints.families.family import Family, Place, placed, write_windows
+from nasbench.checkpoints.families.rope import read_rope, write_scaling
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Gemma3(Family):
@@ -38,17 +44,16 @@ class Gemma3(Family):
         for name in ("final_logit_softcapping", "attn_logit_softcapping"):
             fields.neutral(name)
         fields.neutral("hidden_act", "gelu_pytorch_tanh")
-        if fields.number("query_pre_attn_scalar", 256) != sizes["head_dim"]:
-            raise fields.wrong("query_pre_attn_scalar", f"head_dim = {sizes['head_dim']}, the only one supported")
+        queries = (sizes["head_dim"] / fields.number("query_pre_attn_scalar", 256)) ** 0.5
         layers, window = sizes["num_layers"], fields.integer("sliding_window", 4096)
         every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
         kinds = fields.items("layer_types", str, layers) or [
             "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
         ]
         scale = float(sizes["hidden_size"] ** 0.5)
-        return placed(fields, kinds, window) | {"post_norms": True, "embedding_scale": scale}
+        return placed(fields, kinds, window) | {"post_norms": True, "embedding_scale": scale, "query_scale": queries}
 
-    def rope(self, fields: Fields) -> dict[str, Any]:
+    def rope(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
         ropes = fields.object("rope_parameters")
         full, local = ropes.object("full_attention"), ropes.object("sliding_attention")
         if fields.raw("rope_scaling"):
@@ -58,14 +63,26 @@ class Gemma3(Family):
         ropes.finish(())
         window_theta = local.number("rope_theta", base)
         local.finish(())
-        return read_rope(full, fields, 1_000_000.0) | {"window_rope_theta": window_theta}
+        # The context of a Gemma is that after the scaling.
+        context = {"window_rope_theta": window_theta, "max_context": sizes["max_context"]}
+        return read_rope(full, fields, 1_000_000.0) | context
+
+    def place(self, name: str, spec: ModelSpec) -> Place | None:
+        """The norm of queries also holds their scale."""
+        place = super().place(name, spec)
+        return replace(place, scale=spec.query_scale) if place and name.endswith("q_norm.weight") else place
+
+    def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+        scaled = name.endswith("self_attn.q_norm.weight") and spec.query_scale != 1
+        yield from super().split(name, tensor / spec.query_scale if scaled else tensor, spec, placement)
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
         types, window = write_windows(self, spec, placement)
         config = super().own_config(spec, placement)
         local = spec.window_rope_theta or spec.rope_theta
         return config | {
-            "query_pre_attn_scalar": spec.head_dim,
+            "max_position_embeddings": spec.max_context,
+            "query_pre_attn_scalar": round(spec.head_dim / spec.query_scale**2),
             "sliding_window": window or 4096,
             "layer_types": types,
             "rope_local_base_freq": local,

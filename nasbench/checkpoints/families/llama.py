@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, placed, write_scaling
+from nasbench.checkpoints.families.family import Family, placed
+from nasbench.checkpoints.families.rope import write_scaling
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_tensor
 from nasbench.core.errors import UserError

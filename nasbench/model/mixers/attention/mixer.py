@@ -37,8 +37,10 @@ class FullAttention(Block):
         self.k_proj = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
         self.v_proj = nn.Linear(shape.hidden_size, keys, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(queries, shape.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.rms_eps) if shape.qk_norm else nn.Identity()
+        widths = (queries, keys) if shape.wide_qk_norm else (shape.head_dim, shape.head_dim)
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(width, eps=shape.rms_eps) if shape.qk_norm else nn.Identity() for width in widths
+        )
         self.packed = PackedProjections((self.q_proj, self.k_proj, self.v_proj))
 
     @property
@@ -62,9 +64,14 @@ class FullAttention(Block):
     def heads(self, row: Tensor, meta: Meta) -> tuple[Tensor, Tensor, Tensor]:
         """row [B, T, P] -> q [B, H, T, D], k and v [B, Hkv, T, D], q and k normed and rotated."""
         cos, sin = meta.rotary(self.spec.shape)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.packed.split(row))
+        q, k, v = self.packed.split(row)
+        if self.spec.shape.wide_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if not self.spec.shape.wide_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         # Queries and keys are rotated together: half as many small operations in a decode step.
-        rotated = apply_rotary(torch.cat((self.q_norm(q), self.k_norm(k)), dim=2), cos[..., None, :], sin[..., None, :])
+        rotated = apply_rotary(torch.cat((q, k), dim=2), cos[..., None, :], sin[..., None, :])
         q, k = rotated.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
         return q, k, v.transpose(1, 2)
 
@@ -120,6 +127,8 @@ class FullAttention(Block):
         return _merged(self.attend(q, k, v, meta, cache))
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
+        if self.spec.shape.wide_qk_norm:
+            return super().decode_core(row, meta, cache, active)
         assert cache is not None
         keys, values = cache.state["keys"], cache.state["values"]
         norms = (self.q_norm.weight, self.k_norm.weight) if self.spec.shape.qk_norm else (None, None)

@@ -16,7 +16,7 @@ def attention_parameters(shape: LayerShape) -> int:
     """Parameters of a grouped-query attention: projections, optional biases, optional query and key norms."""
     query, key_value = shape.num_heads * shape.head_dim, 2 * shape.num_kv_heads * shape.head_dim
     bias = query + key_value if shape.qkv_bias else 0
-    norm = 2 * shape.head_dim if shape.qk_norm else 0
+    norm = (query + key_value // 2 if shape.wide_qk_norm else 2 * shape.head_dim) if shape.qk_norm else 0
     return shape.hidden_size * (2 * query + key_value) + bias + norm
 
 
