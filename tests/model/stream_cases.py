@@ -22,7 +22,8 @@ def decoder(placement, dtype=torch.float32, head_dim=16, num_heads=3, **further)
     placement = parse_placement(placement)
     shape = ModelSpec(
         name="tiny", family="llama", num_layers=len(placement), hidden_size=48, intermediate_size=72,
-        num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, vocab_size=97, max_context=256, rope_theta=10000.0, rms_eps=1e-5,
+        num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, vocab_size=97, max_context=256,
+        rope_theta=10000.0, rms_eps=1e-5,
         **further,
     )  # fmt: skip
     torch.manual_seed(0)
