@@ -13,6 +13,7 @@ from nasbench.model.mixers.gated_delta.gated_delta_net import GatedDeltaNet
 class DeltaNet(GatedDeltaNet):
     """S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T (equation 3), beta = sigmoid(x Wb); y = RMSNorm(o) Wo."""
 
+    fp32_parameters: ClassVar[tuple[str, ...]] = ()
     decay_sign: ClassVar[float] = 0.0
     gate: ClassVar[str] = ""
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nasbench.model.mixers.gated_delta.gated_delta_net import ShortConvolved
-from nasbench.model.mixers.gated_delta.mixer import LowRank, Recurrence
+from nasbench.model.mixers.gated_delta.mixer import LEARNT_DECAYS, LowRank, Recurrence
 from nasbench.model.mixers.gated_delta.optional import fla_chunks
 
 
@@ -15,6 +15,7 @@ class KimiDelta(ShortConvolved):
     """S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T (equation 1), with
     alpha = exp(-exp(A_log) softplus(x W1 W2 + dt_bias)) and the output gate sigmoid(x W3 W4 + b)."""
 
+    fp32_parameters: ClassVar[tuple[str, ...]] = LEARNT_DECAYS
     gate: ClassVar[str] = "sigmoid"
 
     def add_gates(self, hidden: int) -> None:

@@ -56,6 +56,8 @@ START_BETA_LOGIT = -2.0
 """Where the logit of beta starts. Softmax attention averages over many tokens; at the beta of 1/2 that a random
 projection gives, the delta rule soon overwrites what like keys wrote. On SmolLM2-135M with output projections solved,
 the error over layers was 0.417 with random logits, and 0.397, 0.387, 0.390, 0.406 at -1, -2, -3, -4."""
+LEARNT_DECAYS = ("A_log", "dt_bias")
+"""They stay fp32: bf16 would round the slowest decays to one another."""
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 Recurrence = Callable[..., tuple[Tensor, Tensor]]
@@ -83,8 +85,6 @@ class LinearMixer(Block):
 
     spec: LinearSpec
     supports_packed_documents: ClassVar[bool] = True
-    # bf16 would round the slowest decays to one another.
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
     decay_sign: ClassVar[float] = 1.0
     """The log decay is -exp(A_log) softplus(decay_sign x + dt_bias) with x from `decay_input`; 0: there is no x."""
     gate: ClassVar[str] = "silu"
@@ -120,6 +120,14 @@ class LinearMixer(Block):
         """A_log and dt_bias as constants. With x = 0, log decays are -rates [H]."""
         self.register_buffer("A_log", (rates.float() / math.log(2)).log(), persistent=False)
         self.register_buffer("dt_bias", torch.zeros(self.heads * each, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any block; fixed decays stay fp32."""
+        fixed = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in fixed.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
 
     @property
     @abstractmethod
@@ -274,6 +282,8 @@ class LinearMixer(Block):
 
 class GatedDeltaMixer(LinearMixer):
     """The delta rule with a decay per head: kernels make its inputs from the rows where they lie (G, J, D)."""
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = LEARNT_DECAYS
 
     def add_gates(self, hidden: int) -> None:
         self.b_proj = nn.Linear(hidden, self.heads, bias=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nasbench.model.block import Block, BlockCache
 from nasbench.model.meta import Meta
@@ -32,12 +32,9 @@ class NoMixer(Block):
         return BlockCache(context, {})
 
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
-        return row
+        return torch.zeros_like(row)
 
-    def run(
-        self, stream: Stream, norm: nn.Module | None, meta: Meta, cache: BlockCache | None = None,
-        post_norm: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+    def run(self, stream: Stream, *arguments: Any, **further: Any) -> None:
         if not stream.residual:
             stream.add(torch.zeros_like(stream.x))
 
