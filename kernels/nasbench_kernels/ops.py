@@ -4,7 +4,7 @@
 from nasbench_kernels.attention.decode import decode_attention
 from nasbench_kernels.conv.decode import conv_step
 from nasbench_kernels.conv.train import triton_short_conv
-from nasbench_kernels.gated_delta.decode import StepWorkspace, recurrent_step
+from nasbench_kernels.gated_delta.decode import StepForm, StepWorkspace, recurrent_step
 from nasbench_kernels.gated_delta.inputs import recurrence_inputs, training_inputs
 from nasbench_kernels.gated_delta.prefill import triton_gated_delta
 from nasbench_kernels.linear.gemm import gemm, gemm_and_silu, swiglu_gemm

@@ -1,13 +1,14 @@
-"""The whole loop, as a person types it, on a mixer, an FFN and a family of another package."""
+"""The whole loop by the commands of docs/add-a-block.md, on its mixer and on an FFN and a family of another package."""
 
 import json
+import shlex
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from supernet_tiny import one_thread, save_tokenizer, text_file
-from toy_package import toys
+from toy_package import fenced, toys
 
 from nasbench.checkpoints.families import read_spec
 from nasbench.checkpoints.load import load_model, random_decoder
@@ -22,7 +23,7 @@ CONFIG = {
     "model_type": "toy", "activation_function": "squared_relu", "n_layer": 4, "n_embd": 32, "n_inner": 48, "n_head": 4,
     "n_kv_head": 2, "n_head_dim": 8, "vocab_size": 256, "n_positions": 512, "eos_token_id": 0,
 }  # fmt: skip
-SETTINGS = "documents = false\nridge_tokens = 256\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\n"
+SETTINGS = "ridge_tokens = 256\nalign_batch_tokens = 128\nsupernet_batch_tokens = 128\n"
 
 
 @pytest.fixture
@@ -59,30 +60,30 @@ def nas(capsys):
 
 def test_profile_distill_search_report_export(nas, toy_model, text_file, tmp_path):
     db, path, settings = tmp_path / "db", tmp_path / "run", tmp_path / "settings.toml"
-    on_cpu = ("--device", "cpu", "--dtype", "fp32")
+    settings.write_text(fenced("toml")[1] + SETTINGS)
+    small = {
+        "default": toy_model, "profiles": db, "runs/z": path, "text.jsonl": text_file, "z.toml": settings, "1k": 256,
+        "1M": 256, "4M": 256, "200": 8, "4,8": "1,2",
+    }  # fmt: skip
+    further = {
+        "profile": "--budget 0.02 --device cpu --dtype fp32 --json",
+        "distill": "--sequence 32 --device cpu --dtype fp32",
+        "search": "--search-tokens 256 --test-tokens 256 --eval-dtype fp32 --device cpu",
+        "report": "",
+    }
+    printed = {}
+    for line in fenced("sh")[0].splitlines():
+        _, command, *words = shlex.split(line)
+        printed[command] = nas(command, *(small.get(word, word) for word in words), *shlex.split(further[command]))
 
-    # Profile
-    sizes = ("--contexts", "256", "--batches", "1", "--budget", "0.02")
-    found = json.loads(nas("profile", "--model", toy_model, "--blocks", "A,Z", *sizes, "--db", db, *on_cpu, "--json"))
-    rows = pd.read_csv(found["path"], keep_default_na=False, dtype=str)
+    rows = pd.read_csv(json.loads(printed["profile"])["path"], keep_default_na=False, dtype=str)
     for mode in ("decode", "prefill"):
         mine = rows[(rows["mode"] == mode) & (rows.status == "ok")]
         assert {("A", ""), ("Z", "8"), ("square", "48")} <= set(zip(mine.block, mine.args, strict=True))
     assert "mlp" not in set(rows.block)
-
-    # Distill and search
-    settings.write_text(SETTINGS)
-    budget = ("--align-tokens", "256", "--supernet-tokens", "256", "--sequence", "32", "--config", settings)
-    nas("distill", "--model", toy_model, "--out", path, "--blocks", "Z", "--data", text_file, *budget, *on_cpu)
-    budget = ("--evaluations", "8", "--search-tokens", "256", "--test-tokens", "256", "--eval-dtype", "fp32")
-    target = ("--context", "256", "--batch", "1", "--db", db)
-    nas("search", path, "--strategy", "beam", "-k", "1,2", *budget, *target, "--device", "cpu")
     trials, front = pd.read_csv(path / "trials.csv"), pd.read_csv(path / "front.csv")
     assert trials.placement.str.contains("Z").any()
     hybrid = front.placement[front.placement.str.contains("Z")].iloc[0]
-
-    # Report
-    nas("report", path, "--db", db)
     page = (path / "report" / "index.html").read_text()
     assert "running mean 8" in page
     assert 'class="k-Z"' in page

@@ -15,12 +15,20 @@ SHAPES = {
     "qknorm": LayerShape(48, 6, 6, 8, 64, qk_norm=True),
     "one-kv": LayerShape(40, 4, 1, 16, 64, qkv_bias=True, qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 32.0)),
 }
-FURTHER_NAMES = ("W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "M@4x12x20", "R@3x12", "C@10x6x8x12")
+FURTHER_NAMES = (
+    "W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "K@2x4x24", "L@3x16x4", "T@2x6x10", "M@4x12x20", "R@3x12",
+    "C@10x6x8x12",
+)  # fmt: skip
 """Beside every registered kind with its default arguments."""
 
 
 def names() -> list[str]:
     return [*MIXERS, *FURTHER_NAMES]
+
+
+def learners() -> list[str]:
+    """Those that have parameters, and with them an output."""
+    return [name for name in names() if mixer_spec(name, PLAIN).parameters()]
 
 
 def build(name: str, shape: LayerShape = PLAIN, seed: int = 0) -> Block:

@@ -6,15 +6,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixer_cases import PLAIN, SHAPES, build, chunk, in_chunks, inputs, names, new_cache, step, stepwise, whole
+from mixer_cases import (
+    PLAIN,
+    SHAPES,
+    build,
+    chunk,
+    in_chunks,
+    inputs,
+    learners,
+    names,
+    new_cache,
+    step,
+    stepwise,
+    whole,
+)
 from safetensors.torch import load_file, save_file
 from tolerances import BF16, CACHE_FP32, relative_rmse
 
 from nasbench.model import mixer_spec
 from nasbench.model.mixers.attention.mixer import FullAttention
 
-NAMES = names()
+NAMES, LEARNERS = names(), learners()
 CASES = [(name, shape) for name in NAMES for shape in SHAPES]
+LEARNING_CASES = [(name, shape) for name in LEARNERS for shape in SHAPES]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +50,7 @@ def test_parameters_and_cache_bytes_are_the_configurations(name, shape):
         assert cache.conv_state_nbytes == config.conv_state_bytes(batch, dtype.itemsize)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape"), LEARNING_CASES)
 @torch.no_grad()
 def test_outputs_never_depend_on_later_tokens(name, shape):
     mixer = build(name, SHAPES[shape])
@@ -112,7 +126,7 @@ def test_a_reset_cache_is_a_new_one(name):
     assert relative_rmse(in_chunks(mixer, x, [9], cache), whole(mixer, x)) < CACHE_FP32
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape"), LEARNING_CASES)
 def test_gradients_reach_every_parameter_and_the_input(name, shape):
     mixer = build(name, SHAPES[shape])
     x = inputs(mixer.spec, 2, 12).requires_grad_()
@@ -125,7 +139,7 @@ def test_gradients_reach_every_parameter_and_the_input(name, shape):
         assert torch.isfinite(tensor.grad).all(), label
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_fresh_mixers_train(name):
     """Zero-initialised parts get a gradient at once or after one step of plain gradient descent."""
     torch.manual_seed(0)
@@ -169,7 +183,7 @@ def test_attention_kinds_start_equal_to_their_source(name):
     assert relative_rmse(whole(mixer, x), whole(attention, x)) < CACHE_FP32
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LEARNERS)
 @torch.no_grad()
 def test_weights_survive_a_file(name, tmp_path):
     mixer, other = build(name), build(name, seed=5)
@@ -208,7 +222,7 @@ def test_some_parameters_stay_fp32_in_a_half_precision_model(name):
         assert all((kinds[label] == torch.float32) == (label in built.fp32_parameters) for label in kinds)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LEARNERS)
 def test_costs_are_positive_and_grow(name):
     config = mixer_spec(name, PLAIN)
     assert 0 < config.flops(1, 0) <= config.flops(1, 63)

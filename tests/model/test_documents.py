@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mixer_cases import SHAPES, build, chunk, inputs, names, whole
+from mixer_cases import SHAPES, build, chunk, inputs, learners, whole
 from nasbench_kernels.conv import naive_short_conv, short_conv
 from tolerances import BF16, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
@@ -39,7 +39,7 @@ def gradients(mixer, x):
 
 
 @pytest.mark.parametrize("shape", ["gqa", "one-kv"])
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", learners())
 @pytest.mark.parametrize("block", [1024, 24])
 def test_packed_documents_are_the_documents_alone(name, shape, block, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
@@ -63,7 +63,7 @@ def test_packed_documents_are_the_documents_alone(name, shape, block, monkeypatc
             assert relative_rmse(together[label], expected) < GRADIENT_FP32, label
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", learners())
 @torch.no_grad()
 def test_one_document_is_a_row_without_boundaries(name):
     mixer = build(name)
@@ -72,7 +72,7 @@ def test_one_document_is_a_row_without_boundaries(name):
     assert relative_rmse(mixer(x, where), whole(mixer, x)) < CHUNKED_FP32
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", learners())
 @torch.no_grad()
 def test_no_document_reads_another(name):
     mixer = build(name)
@@ -92,7 +92,7 @@ def test_convolution_with_reach_equals_the_naive_form():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", learners())
 def test_packed_documents_are_the_documents_alone_on_a_gpu(name):
     """In bf16, by the kernels that a GPU picks for attention with a mask; 1100 tokens are two blocks of queries."""
     lengths = ((1, 300, 799), (1100,), (700, 400))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from mixer_cases import SHAPES, build, inputs, names, whole
+from mixer_cases import SHAPES, build, inputs, learners, whole
 from torch import nn
 
 from nasbench.model.packed import PackedProjections
@@ -64,7 +64,7 @@ def test_the_convolutions_of_gated_deltanet_are_packed_once():
     assert torch.equal(mixer.to(torch.float64).taps(), torch.cat(parts)[:, 0].double())
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", learners())
 def test_a_copy_of_a_mixer_is_independent(name):
     mixer = build(name, SHAPES["bias"])
     x = inputs(mixer.spec, 1, 9)

@@ -1,18 +1,13 @@
-"""Every stream against the reference stream, outputs and every gradient; kernels run in Triton's interpreter."""
+"""Every stream against the reference stream, outputs and every gradient; test_contract_phases.py has each mixer."""
 
 import copy
-import os
-from importlib.util import find_spec
 
 import pytest
 import torch
+from stream_cases import DEVICE, compare, decoder, needs_triton, outcome, plain
 from tolerances import BF16, CACHE_FP32, CHUNKED_FP32, GRADIENT_FP32, relative_rmse
 
-from nasbench.model import fused
-from nasbench.model.decoder import Decoder
-from nasbench.model.documents import Documents
 from nasbench.model.packed import PackedProjections
-from nasbench.model.shapes import ModelSpec
 from nasbench.model.stream import (
     DecodeManyStream,
     DecodeOneStream,
@@ -21,59 +16,9 @@ from nasbench.model.stream import (
     TrainStream,
     stream_for,
 )
-from nasbench.spaces.placement import parse_placement
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-AGES = torch.tensor([[*range(30), *range(40)], [*range(64), *range(6)]], dtype=torch.int32)
-
-
-def decoder(placement, dtype=torch.float32, head_dim=16, **further):
-    placement = parse_placement(placement)
-    shape = ModelSpec(
-        name="tiny", family="llama", num_layers=len(placement), hidden_size=48, intermediate_size=72, num_heads=3,
-        num_kv_heads=1, head_dim=head_dim, vocab_size=97, max_context=256, rope_theta=10000.0, rms_eps=1e-5,
-        **further,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = Decoder(shape, placement).to(DEVICE, dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    return model
-
-
-def outcome(form, module, x):
-    """Output, and gradients of the input and of every parameter, by name."""
-    module.zero_grad()
-    x = x.detach().clone().requires_grad_()
-    output = form(x)
-    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(x.device)
-    (output.float() * weight).sum().backward()
-    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    return {"output": output.detach(), "input": x.grad, **found}
-
-
-def compare(fast, slow, tolerance):
-    assert fast.keys() == slow.keys()
-    for name in slow:
-        assert relative_rmse(fast[name].float(), slow[name].float()) < tolerance, name
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    """The kernels run wherever the test does; `plain(work)` is what PyTorch alone computes."""
-    monkeypatch.setattr(fused, "autograd_kernels", lambda x: True)
-
-    def without_kernels(work):
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, "autograd_kernels", lambda x: False)
-            return work()
-
-    return without_kernels
+__all__ = ["plain"]
+pytestmark = needs_triton
 
 
 def test_each_phase_has_its_stream(plain):
@@ -87,20 +32,6 @@ def test_each_phase_has_its_stream(plain):
         assert type(stream_for(x[:, :1], step)) is DecodeManyStream
         assert type(stream_for(x[:1, :1], step)) is DecodeOneStream
         assert plain(lambda: type(stream_for(x, sequence))) is ReferenceStream
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("name", ["A", "W24", "G", "J", "R", "C"])
-def test_training_a_layer(name, documents, plain):
-    model = decoder(name)
-    layer, meta = model.layers[0], model.sequence_meta(0, 70, Documents(AGES.to(DEVICE)) if documents else None)
-    x = torch.randn(2, 70, 48).to(DEVICE)
-    slow = plain(lambda: outcome(lambda x: layer(x, meta), layer, x))
-    compare(outcome(lambda x: layer(x, meta), layer, x), slow, GRADIENT_FP32)
-    with torch.no_grad():
-        before = x.clone()
-        assert relative_rmse(layer(x, meta), slow["output"]) < CHUNKED_FP32
-        assert torch.equal(x, before), "a layer leaves its input as it is"
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -125,8 +56,8 @@ FURTHER = {
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "gemma": {"post_norms": True, "activation": "gelu_tanh", "embedding_scale": 7.0, "window_rope_theta": 100.0},
-    "moe": {"ffn": ("moe@4x2x24+1", "gated", "moe@3x1x16:raw", "none")},
-    "rwkv": {"ffn": ("channelmix@40", "none", "channelmix@40", "gated")},
+    "moe": {"ffn": ("moe@4x2x24+1", "none", "moe@3x1x16:raw")},
+    "rwkv": {"ffn": ("channelmix@40", "none", "channelmix@40")},
 }
 
 
@@ -134,9 +65,8 @@ FURTHER = {
 @pytest.mark.parametrize("further", FURTHER)
 @torch.no_grad()
 def test_prompts_and_steps(further, batch, plain):
-    """Chunks, then steps at equal and at own positions, of a model with layers of several kinds."""
-    placement = "M R C R" if further == "rwkv" else "A W16 J G"
-    model = decoder(placement, published_placement="A W16 2A", **FURTHER[further])
+    """Chunks, then steps at equal and at own positions."""
+    model = decoder("R C R" if further == "rwkv" else "A W16 A", published_placement="A W16 A", **FURTHER[further])
     text = torch.randint(0, 97, (batch, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     wanted = plain(lambda: model(text))
     assert relative_rmse(model(text), wanted) < CACHE_FP32

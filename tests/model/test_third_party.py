@@ -18,7 +18,7 @@ __all__ = ["toys"]
 def test_an_installed_kind_is_one_of_the_kinds(toys):
     assert "Z" in list(MIXERS)
     assert mixer_spec("Z", PLAIN).args == "8"
-    assert mixer_spec("Z4", PLAIN).parameters() == 2 * PLAIN.hidden_size * 4
+    assert mixer_spec("Z4", PLAIN).parameters() == 3 * PLAIN.hidden_size * 4
 
 
 @torch.no_grad()
@@ -42,14 +42,14 @@ def test_an_installed_kind_of_an_odd_width_trains(toys):
 
 
 def test_a_broken_installed_kind_is_named(toys):
-    (toys / "entry_points.txt").write_text("[nasbench.blocks]\nZ = toy_mixer:Nothing\n")
+    (toys / "entry_points.txt").write_text("[nasbench.blocks]\nZ = running_mean:Nothing\n")
     importlib.invalidate_caches()
-    with pytest.raises(UserError, match=r"'Z'.*toy_mixer:Nothing"):
+    with pytest.raises(UserError, match=r"'Z'.*running_mean:Nothing"):
         list(MIXERS)
 
 
 def test_a_letter_cannot_be_taken_twice(toys):
-    (toys / "entry_points.txt").write_text("[nasbench.blocks]\nA = toy_mixer:MeanSpec\n")
+    (toys / "entry_points.txt").write_text("[nasbench.blocks]\nA = running_mean:RunningMeanSpec\n")
     importlib.invalidate_caches()
     with pytest.raises(UserError, match="'A' is already registered"):
         list(MIXERS)

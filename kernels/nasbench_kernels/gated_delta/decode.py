@@ -1,4 +1,4 @@
-"""One decode step of the gated delta rule in one launch: convolution, activations, norms, gates, state, output norm.
+"""One decode step of a linear recurrence in one launch: convolution, activations, norms, gates, state, output norm.
 
 The state is nearly all of the traffic: it is read and written once, in place. A program owns one head of one sequence
 (or, where there are few heads, a part of its value channels) and goes through tiles of value channels; the next tiles
@@ -10,6 +10,7 @@ share a head, the last one to finish, by a counter in memory, normalises it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,13 +25,33 @@ from nasbench_kernels.norm.naive import NORM_EPS
 
 
 @triton.jit
+def _vector(at, lanes, inside, cos, sin, KEY: tl.constexpr, ROTARY: tl.constexpr):
+    """Lanes of a head's query or key, fp32, rotated by the tables of its position."""
+    x = tl.load(at + lanes, mask=inside, other=0.0).to(tl.float32)
+    if ROTARY:
+        other = tl.load(at + (lanes + KEY // 2) % KEY, mask=inside, other=0.0).to(tl.float32)
+        other = tl.where(lanes < KEY // 2, -other, other)
+        x = x * tl.load(cos + lanes, mask=inside, other=0.0) + other * tl.load(sin + lanes, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _decay(x, shift, rate, sign):
+    step = sign * x.to(tl.float32) + shift
+    softplus = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
+    return tl.exp(-tl.exp(rate) * softplus)
+
+
+@triton.jit
 def recurrent_step_kernel(
-    row, conv_weight, conv_state, state, a_log, dt_bias, norm_weight, scratch, counters, out,
-    row_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at, scale,
+    row, decay_rows, gate_rows, conv_weight, conv_state, state, a_log, dt_bias, norm_weight, cos, sin, scratch,
+    counters, out, row_stride, decay_stride, gate_stride, table_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at,
+    scale, sign,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, L2_EPS_: tl.constexpr,
-    NORM_EPS_: tl.constexpr, PDL: tl.constexpr,
+    NORM_EPS_: tl.constexpr, CHANNELS: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, ROTARY: tl.constexpr,
+    GATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = program % PARTS
@@ -42,12 +63,16 @@ def recurrent_step_kernel(
 
     own_state = state + head_of_batch * KEY * VALUE
     rate = tl.load(a_log + head)
-    shift = tl.load(dt_bias + head)
     # Keys in two blocks of powers of two: 96 = 64 + 32 leaves no lane idle.
     first = tl.arange(0, BLOCK_A)
     second = BLOCK_A + tl.arange(0, BLOCK_B)
     in_first = first < KEY
     in_second = second < KEY
+    if CHANNELS:
+        shift_a = tl.load(dt_bias + head * KEY + first, mask=in_first, other=0.0).to(tl.float32)
+        shift_b = tl.load(dt_bias + head * KEY + second, mask=in_second, other=0.0).to(tl.float32)
+    else:
+        shift = tl.load(dt_bias + head)
     # The state is the only thing read here that a launch writes: the last step of this layer did. The launch just ahead
     # is a product or a convolution, and it let this one begin when all before it were done.
     if TILES == 1:
@@ -64,11 +89,18 @@ def recurrent_step_kernel(
     # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
     from_k = base + k_at + head * KEY
-    q_a = tl.load(from_q + first, mask=in_first, other=0.0).to(tl.float32)
-    k_a = tl.load(from_k + first, mask=in_first, other=0.0).to(tl.float32)
-    q_b = tl.load(from_q + second, mask=in_second, other=0.0).to(tl.float32)
-    k_b = tl.load(from_k + second, mask=in_second, other=0.0).to(tl.float32)
-    step = tl.load(base + decay_at + head).to(tl.float32) + shift
+    cos += sequence * table_stride
+    sin += sequence * table_stride
+    q_a = _vector(from_q, first, in_first, cos, sin, KEY, ROTARY)
+    k_a = _vector(from_k, first, in_first, cos, sin, KEY, ROTARY)
+    q_b = _vector(from_q, second, in_second, cos, sin, KEY, ROTARY)
+    k_b = _vector(from_k, second, in_second, cos, sin, KEY, ROTARY)
+    from_decay = decay_rows + sequence * decay_stride + decay_at
+    if CHANNELS:
+        step_a = tl.load(from_decay + head * KEY + first, mask=in_first, other=0.0)
+        step_b = tl.load(from_decay + head * KEY + second, mask=in_second, other=0.0)
+    else:
+        step = tl.load(from_decay + head)
     beta_logit = tl.load(base + beta_at + head).to(tl.float32)
     BLOCK_P: tl.constexpr = BLOCK_V * TILES
     mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -97,20 +129,26 @@ def recurrent_step_kernel(
         tl.store(past - width, inputs.to(conv_state.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS))
     tl.store(outputs + mine, v, mask=in_mine)
 
-    q_factor = tl.rsqrt(tl.sum(q_a * q_a) + tl.sum(q_b * q_b) + L2_EPS_) * scale
-    k_factor = tl.rsqrt(tl.sum(k_a * k_a) + tl.sum(k_b * k_b) + L2_EPS_)
+    if UNIT:
+        q_factor = tl.rsqrt(tl.sum(q_a * q_a) + tl.sum(q_b * q_b) + L2_EPS_) * scale
+        k_factor = tl.rsqrt(tl.sum(k_a * k_a) + tl.sum(k_b * k_b) + L2_EPS_)
+        k_a *= k_factor
+        k_b *= k_factor
+    else:
+        q_factor = scale
     q_a *= q_factor
     q_b *= q_factor
-    k_a *= k_factor
-    k_b *= k_factor
     q_k = tl.sum(q_a * k_a) + tl.sum(q_b * k_b)
-    softplus = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
-    decay = tl.exp(-tl.exp(rate) * softplus)
+    if CHANNELS:
+        decay_a = _decay(step_a, shift_a, rate, sign)
+        decay_b = _decay(step_b, shift_b, rate, sign)
+    else:
+        decay = _decay(step, shift, rate, sign)
     beta = 1.0 / (1.0 + tl.exp(-beta_logit))
     every = tl.arange(0, BLOCK_ALL)
     in_head = every < VALUE
     # On their way during the tiles.
-    gate = tl.load(base + gate_at + head * VALUE + every, mask=in_head, other=0.0)
+    gate = tl.load(gate_rows + sequence * gate_stride + gate_at + head * VALUE + every, mask=in_head, other=0.0)
     weight = tl.load(norm_weight + every, mask=in_head, other=0.0)
     tl.debug_barrier()
 
@@ -127,15 +165,22 @@ def recurrent_step_kernel(
             a = tl.load(at_a, mask=in_first[:, None] & inside[None, :], other=0.0).to(tl.float32)
             b = tl.load(at_b, mask=in_second[:, None] & inside[None, :], other=0.0).to(tl.float32)
         value = tl.load(outputs + at, mask=inside, other=0.0)
-        # The output from the old state, S_t^T q = decay S^T q + (q . k) u: no second pass over what was written.
-        read_k = tl.sum(a * k_a[:, None], 0) + tl.sum(b * k_b[:, None], 0)
+        if CHANNELS:
+            a *= decay_a[:, None]
+            b *= decay_b[:, None]
+        else:
+            a *= decay
+            b *= decay
+        # The output from the old state, S_t^T q = (decay S)^T q + (q . k) u: no second pass over what was written.
         read_q = tl.sum(a * q_a[:, None], 0) + tl.sum(b * q_b[:, None], 0)
-        write = beta * (value - decay * read_k)
-        a = a * decay + k_a[:, None] * write[None, :]
-        b = b * decay + k_b[:, None] * write[None, :]
+        write = value
+        if DELTA:
+            write = beta * (value - tl.sum(a * k_a[:, None], 0) - tl.sum(b * k_b[:, None], 0))
+        a += k_a[:, None] * write[None, :]
+        b += k_b[:, None] * write[None, :]
         tl.store(at_a, a.to(kind), mask=in_first[:, None] & inside[None, :])
         tl.store(at_b, b.to(kind), mask=in_second[:, None] & inside[None, :])
-        tl.store(outputs + at, decay * read_q + q_k * write, mask=inside)
+        tl.store(outputs + at, read_q + q_k * write, mask=inside)
 
     tl.debug_barrier()
     last = True
@@ -147,8 +192,11 @@ def recurrent_step_kernel(
         if PARTS > 1:
             tl.store(counters + head_of_batch, 0)
         normed = whole * tl.rsqrt(tl.sum(whole * whole) / VALUE + NORM_EPS_) * weight.to(tl.float32)
-        at = out + head_of_batch * VALUE + every
-        tl.store(at, (normed * silu(gate.to(tl.float32))).to(out.dtype.element_ty), mask=in_head)
+        if GATE == "silu":
+            normed *= silu(gate.to(tl.float32))
+        if GATE == "sigmoid":
+            normed *= tl.sigmoid(gate.to(tl.float32))
+        tl.store(out + head_of_batch * VALUE + every, normed.to(out.dtype.element_ty), mask=in_head)
 
 
 def key_blocks(key_dim: int) -> tuple[int, int]:
@@ -200,6 +248,26 @@ def step_launch(heads: int, key_dim: int, value_dim: int, sms: int) -> StepLaunc
     return StepLaunch(block_v, whole // block_v, 1, 2, 4 if heads < 8 * sms else 3)
 
 
+class StepForm(NamedTuple):
+    """Which recurrence a step is of.
+
+    Attributes:
+        unit: queries and keys are brought to norm 1.
+        delta: the delta rule; else every token adds k v^T.
+        sign: the log decay is -exp(a_log) softplus(sign x + dt_bias); 0: fixed.
+        gate: activation of the output gate: "silu", "sigmoid", or "" for none.
+    """
+
+    unit: bool = True
+    delta: bool = True
+    sign: float = 1.0
+    gate: str = "silu"
+
+
+GATED_DELTA = StepForm()
+"""Of G and J."""
+
+
 class StepWorkspace:
     """Scratch of one batch of heads, shared by all layers: steps of one stream follow one another.
 
@@ -226,9 +294,10 @@ class StepWorkspace:
 def recurrent_step(
     row: Tensor, layout: RowLayout, state: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
     workspace: StepWorkspace, conv_weight: Tensor | None = None, conv_state: Tensor | None = None, *,
-    launch: StepLaunch | None = None,
+    form: StepForm = GATED_DELTA, decay: Tensor | None = None, gate: Tensor | None = None,
+    tables: tuple[Tensor, Tensor] | None = None, launch: StepLaunch | None = None,
 ) -> Tensor:  # fmt: skip
-    """A whole JetBlock or Gated DeltaNet step between the input and the output projection.
+    """A whole step of a recurrence of `naive_gated_delta` between the input and the output projection.
 
     y = RMSNorm(S_t^T q / sqrt(K)) * SiLU(gate) per head (arXiv 2412.06464 equation 10, arXiv 2508.15884 for JetBlock).
 
@@ -236,10 +305,13 @@ def recurrent_step(
         row: packed projections [B, P], contiguous rows.
         state: [B, H, K, V] fp32 or bf16, written in place. Not by the launch just before this one, which need not be
             done when the state is first read: between two steps on one state stands another launch.
-        a_log, dt_bias: [H] fp32.
+        a_log, dt_bias: [H] fp32; dt_bias [H * K] where every key channel has a decay.
         norm_weight: [V].
         conv_weight: JetBlock's taps per token [B, H * V, W], with conv_state [B, W-1, H * V], shifted in place; then q,
             k and v pass SiLU here. None: row holds q, k and v after convolution and SiLU.
+        decay: [B, H * K], what decays per channel are made of; None: per head, in the rows.
+        gate: [B, H * V], the output gate before its activation; None: in the rows.
+        tables: cosines and sines [B, K] fp32 that rotate queries and keys.
         launch: default: the tuner's or `step_launch`'s.
 
     Returns:
@@ -258,14 +330,19 @@ def recurrent_step(
     scratch, counters = workspace.of(batch * heads, value_dim, row.device)
     out = torch.empty(batch, heads * value_dim, device=row.device, dtype=row.dtype)
     taps = conv_weight.shape[-1] if conv_weight is not None else 2
+    decay_rows, gate_rows = row if decay is None else decay, row if gate is None else gate
+    cos, sin = (a_log, a_log) if tables is None else tables
     recurrent_step_kernel[(batch * heads * launch.parts,)](
-        row, row if conv_weight is None else conv_weight, row if conv_state is None else conv_state, state, a_log,
-        dt_bias, norm_weight, scratch, counters, out,
-        row.stride(0), layout.q, layout.k, layout.v, layout.gate, layout.decay, layout.beta, key_dim**-0.5,
+        row, decay_rows, gate_rows, row if conv_weight is None else conv_weight,
+        row if conv_state is None else conv_state, state, a_log, dt_bias, norm_weight, cos, sin, scratch, counters, out,
+        row.stride(0), decay_rows.stride(0), gate_rows.stride(0), 0 if tables is None else cos.stride(0),
+        layout.q, layout.k, layout.v, layout.gate if gate is None else 0, layout.decay if decay is None else 0,
+        layout.beta, key_dim**-0.5, form.sign,
         HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps,
         BLOCK_T=triton.next_power_of_2(taps), BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v,
         TILES=launch.tiles, PARTS=launch.parts, BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages,
-        DYNAMIC=conv_weight is not None, L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, num_warps=launch.warps,
+        DYNAMIC=conv_weight is not None, L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, CHANNELS=decay is not None,
+        DELTA=form.delta, UNIT=form.unit, ROTARY=tables is not None, GATE=form.gate, num_warps=launch.warps,
         **pdl_launch(row.device),
     )  # fmt: skip
     return out

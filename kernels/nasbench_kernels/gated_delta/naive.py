@@ -1,4 +1,8 @@
-"""The gated delta rule (arXiv 2412.06464, equation 10), token by token in fp32: the truth for fast forms."""
+"""Linear recurrences of one matrix per head, token by token in fp32: the truth for fast forms.
+
+With the delta rule and a decay per head the gated delta rule (arXiv 2412.06464, equation 10), per channel Kimi Delta
+Attention (arXiv 2510.26692, equation 1); without the rule retention (arXiv 2307.08621) and GLA (arXiv 2312.06635).
+"""
 
 from __future__ import annotations
 
@@ -26,15 +30,16 @@ class RowLayout(NamedTuple):
 
 
 def naive_gated_delta(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None, scale: float | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor | None, state: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Reads and writes one matrix per head with every token.
 
     Args:
-        q, k: [B, T, H, K]; keys of norm at most 1.
+        q, k: [B, T, H, K]; keys of norm at most 1 for the delta rule.
         v: [B, T, H, V].
-        g: log of the decay, [B, T, H], not positive.
-        beta: write gate, [B, T, H], in 0..1.
+        g: log of the decay, [B, T, H] or, of each key channel, [B, T, H, K], not positive.
+        beta: write gate of the delta rule, [B, T, H], in 0..1; None: every token adds k v^T.
         state: [B, H, K, V] before the first token; zeros if None. It is not written.
         scale: multiplies q; K ** -0.5 if None.
 
@@ -44,13 +49,14 @@ def naive_gated_delta(
     batch, tokens, heads, key_dim = q.shape
     scale = key_dim**-0.5 if scale is None else scale
     dtype = v.dtype
-    q, k, v, g, beta = (tensor.float() for tensor in (q, k, v, g, beta))
+    q, k, v, g = (tensor.float() for tensor in (q, k, v, g if g.dim() == 4 else g[..., None]))
     state = q.new_zeros(batch, heads, key_dim, v.shape[-1]) if state is None else state.float()
     outputs = []
     for t in range(tokens):
-        state = state * g[:, t].exp()[..., None, None]
-        read = torch.einsum("bhk,bhkv->bhv", k[:, t], state)
-        write = beta[:, t, :, None] * (v[:, t] - read)
+        state = state * g[:, t].exp()[..., None]
+        write = v[:, t]
+        if beta is not None:
+            write = beta[:, t, :, None].float() * (write - torch.einsum("bhk,bhkv->bhv", k[:, t], state))
         state = state + k[:, t, :, :, None] * write[:, :, None]
         outputs.append(torch.einsum("bhk,bhkv->bhv", q[:, t] * scale, state))
     return torch.stack(outputs, dim=1).to(dtype), state

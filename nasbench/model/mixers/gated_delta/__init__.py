@@ -1,1 +1,1 @@
-"""G and J: Gated DeltaNet and JetBlock."""
+"""D, G, J, K, L, T: linear attention with one matrix per head."""

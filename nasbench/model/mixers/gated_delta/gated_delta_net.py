@@ -1,8 +1,7 @@
-"""G with weights: Gated DeltaNet (arXiv 2412.06464), static short convolutions on queries, keys and values."""
+"""G with weights: Gated DeltaNet (arXiv 2412.06464); the convolutions that D and K share with it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -10,19 +9,23 @@ from nasbench_kernels.conv import short_conv, short_conv_step
 from torch import Tensor, nn
 
 from nasbench.model import fused
-from nasbench.model.meta import Meta, SequenceMeta, StepMeta
+from nasbench.model.meta import Meta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer, l2_norm
-from nasbench.model.mixers.gated_delta.spec import GatedDeltaNetSpec
+from nasbench.model.mixers.gated_delta.mixer import (
+    START_SHARPNESS,
+    START_VALUE_SCALE,
+    GatedDeltaMixer,
+    LinearMixer,
+    l2_norm,
+)
+from nasbench.model.mixers.gated_delta.spec import LinearSpec
 from nasbench.model.packed import packed_parameters
 
 
-class GatedDeltaNet(GatedDeltaMixer):
-    """q, k, v = SiLU(conv(x W)); the parameter names are flash-linear-attention's."""
+class ShortConvolved(LinearMixer):
+    """q, k, v = SiLU(conv(x W)), q and k of norm 1; the parameter names are flash-linear-attention's."""
 
-    spec: GatedDeltaNetSpec
-
-    def __init__(self, spec: GatedDeltaNetSpec) -> None:
+    def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
         # They hold the weights, [C, 1, W] as published; the arithmetic is in nasbench_kernels.
         self.q_conv1d, self.k_conv1d, self.v_conv1d = (
@@ -40,41 +43,50 @@ class GatedDeltaNet(GatedDeltaMixer):
         self.packed_taps = packed_parameters(self.packed_taps, weights)
         return self.packed_taps[:, 0]
 
-    def convolve(self, parts: Sequence[Tensor], meta: Meta, past: Tensor | None) -> tuple[Tensor, Tensor]:
+    def vectors(
+        self, parts: dict[str, Tensor], meta: Meta, past: Tensor | None, kernels: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # One convolution over the channels of all three: a third of the small operations.
-        projected = torch.cat(tuple(parts[:3]), dim=-1)
+        projected = torch.cat((parts["q"], parts["k"], parts["v"]), dim=-1)
         if isinstance(meta, StepMeta):
             assert past is not None
             mixed = short_conv_step(projected, self.taps(), past)
+        elif kernels:
+            ages = None if meta.documents is None else meta.documents.ages
+            mixed = fused.ops().triton_short_conv(projected, self.taps(), past, ages)
         else:
             reach = None if meta.documents is None else meta.documents.reach(self.spec.conv_size)
             mixed = short_conv(projected, self.taps(), past, reach)
-        both, values = mixed.split((2 * self.spec.keys, self.spec.values), dim=-1)
-        return both, values
-
-    def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
-        q, k, v, gate, decay, beta = self.packed.split(row)
-        ages = None if meta.documents is None else meta.documents.ages
-        mixed = fused.ops().triton_short_conv(torch.cat((q, k, v), dim=-1), self.taps(), None, ages)
         both, v = mixed.split((2 * self.spec.keys, self.spec.values), dim=-1)
-        q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).to(v.dtype).chunk(2, dim=2)
-        return q, k, v.unflatten(-1, (self.heads, -1)), *self.gates(decay, beta, meta), gate
+        q, k = l2_norm(both.unflatten(-1, (2 * self.heads, -1))).chunk(2, dim=2)
+        return q, k, v.unflatten(-1, (self.heads, -1))
 
     def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[None, None]:
         fused.ops().conv_step(row, self.taps(), past)
         return None, None
 
-    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        taps = self.taps()
-        mixed = fused.ops().triton_short_conv(row[..., : len(taps)], taps, past)
-        return mixed, mixed[..., 2 * self.spec.keys :].contiguous()
-
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
-        """As every gated-delta mixer; the convolutions start as a scaling, tap W-1 being the current token."""
+        """As every linear mixer; the convolutions start as a scaling, tap W-1 being the current token."""
         mixer = super().init_from_attention(spec, attention)
         with torch.no_grad():
             for convolution in (mixer.q_conv1d, mixer.k_conv1d):
                 convolution.weight.zero_()[..., -1] = START_SHARPNESS
             mixer.v_conv1d.weight.zero_()[..., -1] = START_VALUE_SCALE
         return mixer
+
+
+class GatedDeltaNet(ShortConvolved, GatedDeltaMixer):
+    """Decay exp(-exp(A_log) softplus(x Wa + dt_bias)) and beta = sigmoid(x Wb) per head, output gate SiLU(x Wg)."""
+
+    @property
+    def inputs(self) -> dict[str, nn.Linear]:
+        return {
+            "q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "gate": self.g_proj, "decay": self.a_proj,
+            "beta": self.b_proj,
+        }  # fmt: skip
+
+    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+        taps = self.taps()
+        mixed = fused.ops().triton_short_conv(row[..., : len(taps)], taps, past)
+        return mixed, mixed[..., 2 * self.spec.keys :].contiguous()

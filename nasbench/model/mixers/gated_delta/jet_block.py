@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -15,7 +14,7 @@ from nasbench.model.block import SiluColumns
 from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer
+from nasbench.model.mixers.gated_delta.mixer import START_SHARPNESS, START_VALUE_SCALE, GatedDeltaMixer, l2_norm
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
 
 
@@ -60,20 +59,28 @@ class JetBlock(GatedDeltaMixer):
         # What the convolution's weights are generated from stands behind q, k, v and the gate.
         self.epilogue = SiluColumns(2 * (spec.keys + spec.values), spec.generator_size)
 
-    def further_projections(self) -> Sequence[nn.Linear]:
-        return (self.dynamic_conv1d.kernel_generator.w1,)
+    @property
+    def inputs(self) -> dict[str, nn.Linear]:
+        return {
+            "q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "gate": self.g_proj,
+            "middle": self.dynamic_conv1d.kernel_generator.w1, "decay": self.a_proj, "beta": self.b_proj,
+        }  # fmt: skip
 
-    def convolve(self, parts: Sequence[Tensor], meta: Meta, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        q, k, v, _, middle, *_ = parts
-        weight = self.dynamic_conv1d.kernel_generator(middle)
-        if meta.documents is not None:
-            weight.mul_(meta.documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
+    def vectors(
+        self, parts: dict[str, Tensor], meta: Meta, past: Tensor | None, kernels: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        v, weight = parts["v"], self.dynamic_conv1d.kernel_generator(parts["middle"])
         if isinstance(meta, StepMeta):
             assert past is not None
-            values = short_conv_step(v, weight, past)
+            v = short_conv_step(v, weight, past)
+        elif kernels:
+            v = fused.ops().triton_short_conv(v, weight, past, None if meta.documents is None else meta.documents.ages)
         else:
-            values = short_conv(v, weight, past)
-        return F.silu(torch.cat((q, k), dim=-1)), values
+            if meta.documents is not None:
+                weight.mul_(meta.documents.reach(self.spec.conv_size)[:, :, None].to(weight.dtype))
+            v = short_conv(v, weight, past)
+        q, k = (l2_norm(F.silu(parts[name]).unflatten(-1, (self.heads, -1))) for name in "qk")
+        return q, k, v.unflatten(-1, (self.heads, -1))
 
     def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
         values = self.spec.values

@@ -1,10 +1,24 @@
-"""What G and J share: projections, gates, the gated delta rule over an fp32 state, the gated output norm."""
+"""What linear mixers share: projections, a recurrence over one fp32 matrix per head, the gated output norm.
+
+    S_t = exp(g_t) S_{t-1},   S_t += beta_t k_t (v_t - S_t^T k_t)^T,   o_t = S_t^T q_t / sqrt(K)
+
+| kind | q, k, v | log decay g | write | output gate |
+|---|---|---|---|---|
+| G Gated DeltaNet | convolved, SiLU, norm 1 | per head, learnt | delta rule | SiLU |
+| J JetBlock | as G; a dynamic convolution of v alone | per head, learnt | delta rule | SiLU |
+| D DeltaNet | as G | 0 | delta rule | none |
+| K Kimi Delta Attention | as G | per key channel, learnt | delta rule | sigmoid |
+| L GLA | as projected | per key channel, learnt | k v^T | SiLU |
+| T RetNet | rotated | per head, fixed | k v^T | SiLU |
+
+Shapes: B sequences, T tokens, H heads, K key channels and V value channels of a head, P outputs of all projections.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, ClassVar, Self
@@ -19,7 +33,7 @@ from nasbench.model.block import Block, BlockCache
 from nasbench.model.documents import RESET_LOG_DECAY
 from nasbench.model.meta import Meta, SequenceMeta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention
-from nasbench.model.mixers.gated_delta.spec import GatedDeltaSpec
+from nasbench.model.mixers.gated_delta.spec import LinearSpec
 from nasbench.model.packed import PackedProjections
 
 NORM_EPS = 1e-5
@@ -42,144 +56,212 @@ START_BETA_LOGIT = -2.0
 """Where the logit of beta starts. Softmax attention averages over many tokens; at the beta of 1/2 that a random
 projection gives, the delta rule soon overwrites what like keys wrote. On SmolLM2-135M with output projections solved,
 the error over layers was 0.417 with random logits, and 0.397, 0.387, 0.390, 0.406 at -1, -2, -3, -4."""
+LEARNT_DECAYS = ("A_log", "dt_bias")
+"""They stay fp32: bf16 would round the slowest decays to one another."""
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid}
+
+Recurrence = Callable[..., tuple[Tensor, Tensor]]
+"""Takes what `naive_gated_delta` takes."""
 
 
-class GatedDeltaMixer(Block):
-    """Linear attention whose state is one matrix per head. Subclasses say how queries, keys and values are made."""
+class LowRank(nn.Sequential):
+    """Two products with a narrow middle, whose names are 0 and 1 as published."""
 
-    spec: GatedDeltaSpec
+    def __init__(self, hidden: int, middle: int, size: int, bias: bool = False) -> None:
+        super().__init__(nn.Linear(hidden, middle, bias=False), nn.Linear(middle, size, bias=bias))
+
+    @property
+    def narrow(self) -> nn.Linear:
+        return self.get_submodule("0")  # type: ignore[return-value]
+
+    @property
+    def wide(self) -> nn.Linear:
+        return self.get_submodule("1")  # type: ignore[return-value]
+
+
+class LinearMixer(Block):
+    """Linear attention whose state is one matrix per head. Subclasses name their projections of the layer's input and
+    say how queries, keys, values and gates follow from them."""
+
+    spec: LinearSpec
     supports_packed_documents: ClassVar[bool] = True
-    # bf16 would round the slowest decays to one another.
-    fp32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
+    decay_sign: ClassVar[float] = 1.0
+    """The log decay is -exp(A_log) softplus(decay_sign x + dt_bias) with x from `decay_input`; 0: there is no x."""
+    gate: ClassVar[str] = "silu"
+    """Activation of the output gate, "" for none."""
+    unit: ClassVar[bool] = True
+    """Whether `vectors` brings queries and keys to norm 1; in a decode step the kernel does."""
+    A_log: Tensor
+    dt_bias: Tensor
 
-    def __init__(self, spec: GatedDeltaSpec) -> None:
+    def __init__(self, spec: LinearSpec) -> None:
         super().__init__(spec)
-        hidden, heads = spec.shape.hidden_size, spec.num_heads
-        self.heads, self.key_dim, self.value_dim = heads, spec.key_dim, spec.value_dim
+        hidden = spec.shape.hidden_size
+        self.heads, self.key_dim, self.value_dim = spec.num_heads, spec.key_dim, spec.value_dim
         self.q_proj = nn.Linear(hidden, spec.keys, bias=False)
         self.k_proj = nn.Linear(hidden, spec.keys, bias=False)
         self.v_proj = nn.Linear(hidden, spec.values, bias=False)
-        self.b_proj = nn.Linear(hidden, heads, bias=False)
-        self.a_proj = nn.Linear(hidden, heads, bias=False)
-        self.g_proj = nn.Linear(hidden, spec.values, bias=False)
+        self.add_gates(hidden)
         self.o_proj = nn.Linear(spec.values, hidden, bias=False)
-        self.A_log = nn.Parameter((math.log(2) / spread_half_lives(heads) / STEP_SIZE).log())
-        self.dt_bias = nn.Parameter(torch.full((heads,), math.log(math.expm1(STEP_SIZE)), dtype=torch.float32))
         self.o_norm = nn.RMSNorm(spec.value_dim, eps=NORM_EPS)
+
+    @abstractmethod
+    def add_gates(self, hidden: int) -> None:
+        """Makes projections and parameters of decay, write gate and output gate. A_log [H] and dt_bias [H or H * K]
+        are fp32 parameters, or buffers where the kind fixes them."""
+
+    def learn_decays(self, each: int = 1) -> None:
+        """A_log and dt_bias as parameters, with half-lives spread over the heads; `each`: decays of a head."""
+        self.A_log = nn.Parameter((math.log(2) / spread_half_lives(self.heads) / STEP_SIZE).log())
+        bias = torch.full((self.heads * each,), math.log(math.expm1(STEP_SIZE)), dtype=torch.float32)
+        self.dt_bias = nn.Parameter(bias)
+
+    def fix_decays(self, rates: Tensor, each: int = 1) -> None:
+        """A_log and dt_bias as constants. With x = 0, log decays are -rates [H]."""
+        self.register_buffer("A_log", (rates.float() / math.log(2)).log(), persistent=False)
+        self.register_buffer("dt_bias", torch.zeros(self.heads * each, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves like any block; fixed decays stay fp32."""
+        fixed = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, value in fixed.items():
+            setattr(self, name, value.to(getattr(self, name).device))
+        return self
+
+    @property
+    @abstractmethod
+    def inputs(self) -> dict[str, nn.Linear]:
+        """The projections of the layer's input by what they give: q, k, v first; gate, decay and beta where they are
+        whole projections. The narrow ones last, so that rows stay aligned."""
 
     @property
     def out(self) -> nn.Linear:
         return self.o_proj
 
-    def further_projections(self) -> Sequence[nn.Linear]:
-        """Projections of the layer's input that a subclass adds to those of every gated-delta mixer."""
-        return ()
-
     @cached_property
     def packed(self) -> PackedProjections:  # type: ignore[override]
-        """Every projection of the input, the wide ones first so that rows stay aligned."""
-        wide = (self.q_proj, self.k_proj, self.v_proj, self.g_proj, *self.further_projections())
-        return PackedProjections((*wide, self.a_proj, self.b_proj))
+        return PackedProjections(tuple(self.inputs.values()))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.inputs)
+
+    @cached_property
+    def row_layout(self) -> RowLayout:
+        """Where the parts of the packed projections' rows begin; 0 for what a kind has not."""
+        begins = dict(zip(self.names, accumulate(self.packed.sizes, initial=0), strict=False))
+        return RowLayout(*(begins.get(name, 0) for name in RowLayout._fields))
+
+    def parts(self, row: Tensor) -> dict[str, Tensor]:
+        """A row [.., at least P] as the outputs of each projection."""
+        return dict(zip(self.names, self.packed.split(row), strict=True))
 
     def new_cache(self, batch: int, context: int, *, device: torch.device | str, dtype: torch.dtype) -> BlockCache:
-        """The state [B, H, K, V], fp32 or bf16 as specified, and the convolutions' last inputs [B, W-1, channels]."""
+        """The state [B, H, K, V], fp32 or bf16 as specified, and short convolutions' last inputs [B, W-1, channels]."""
         spec = self.spec
         kind = torch.float32 if spec.state_bits == 32 else torch.bfloat16
         state = torch.zeros(batch, self.heads, self.key_dim, self.value_dim, device=device, dtype=kind)
         conv_state = torch.zeros(batch, spec.conv_size - 1, spec.conv_channels, device=device, dtype=dtype)
-        return BlockCache(context, {"state": state}, {"inputs": conv_state})
+        return BlockCache(context, {"state": state}, {"inputs": conv_state} if spec.conv_channels else None)
 
     @abstractmethod
-    def convolve(self, parts: Sequence[Tensor], meta: Meta, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Short convolutions and SiLU of the projected q, k [B, T, H * K], v [B, T, H * V] and whatever follows them
-        -> q and k side by side [B, T, 2 * H * K], v. `past`: the conv state, advanced in place."""
+    def vectors(
+        self, parts: dict[str, Tensor], meta: Meta, past: Tensor | None, kernels: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys [B, T, H, K] and values [B, T, H, V] as the recurrence takes them.
 
-    def recurrence_inputs(self, row: Tensor, meta: Meta, cache: BlockCache | None) -> tuple[Tensor, ...]:
-        """row [B, T, P] -> q, k [B, T, H, K] of norm 1, v [B, T, H, V], log decay and beta [B, T, H], fp32 but for v,
-        and the output gate before its SiLU [B, T, H * V]."""
-        parts = self.packed.split(row)
-        decay, beta = self.gates(parts[-2], parts[-1], meta)
-        both, v = self.convolve(parts, meta, cache.conv_state["inputs"] if cache else None)
-        q, k = l2_norm(both.unflatten(-1, (2 * self.heads, self.key_dim))).chunk(2, dim=2)
-        return q, k, v.unflatten(-1, (self.heads, self.value_dim)), decay, beta, parts[3]
+        Args:
+            past: the conv state, advanced in place.
+            kernels: by Triton kernels that have a backward, where there are any.
+        """
 
-    def gates(self, decay: Tensor, beta: Tensor, meta: Meta) -> tuple[Tensor, Tensor]:
-        """Projections [B, T, H] -> (log decay, beta), fp32."""
-        decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+    def decay_input(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """x of the log decay, [.., H] or [.., H * K]."""
+        return parts.get("decay")
+
+    def output_gate(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """The output gate before its activation, [.., H * V]."""
+        return parts.get("gate")
+
+    def gates(self, parts: dict[str, Tensor], meta: Meta) -> tuple[Tensor, Tensor | None]:
+        """(log decay [B, T, H] or [B, T, H, K], beta [B, T, H] or None), fp32."""
+        x, rate, shift = self.decay_input(parts), self.A_log.float().exp(), self.dt_bias.float()
+        if len(shift) > self.heads:
+            rate, shift = rate[:, None], shift.unflatten(0, (self.heads, self.key_dim))
+        if x is None:
+            decay = (-rate * F.softplus(shift)).expand(*parts["q"].shape[:-1], *shift.shape)
+        else:
+            decay = -rate * F.softplus(self.decay_sign * x.float().unflatten(-1, shift.shape) + shift)
         if meta.documents is not None:
-            decay = decay.masked_fill(meta.documents.first[..., None], RESET_LOG_DECAY)
-        return decay, beta.float().sigmoid()
+            first = meta.documents.first
+            decay = decay.masked_fill(first.unflatten(-1, (-1, *[1] * shift.dim())), RESET_LOG_DECAY)
+        return decay, parts["beta"].float().sigmoid() if "beta" in parts else None
 
-    def gated(self, mixed: Tensor, gate: Tensor) -> Tensor:
+    def gated(self, mixed: Tensor, gate: Tensor | None) -> Tensor:
         """Output norm per head and output gate: [B, T, H, V] and [B, T, H * V] -> [B, T, H * V]."""
-        return self.o_norm(mixed.to(gate.dtype)).flatten(2) * F.silu(gate)
+        normed = self.o_norm(mixed).flatten(2)
+        return normed if gate is None else normed * GATES[self.gate](gate)
 
     def core(self, row: Tensor, meta: Meta, cache: BlockCache | None = None) -> Tensor:
-        q, k, v, decay, beta, gate = self.recurrence_inputs(row, meta, cache)
-        if isinstance(meta, StepMeta):
-            assert cache is not None
-            q, k, v, decay, beta = (tensor[:, 0] for tensor in (q, k, v, decay, beta))
-            return self.gated(gated_delta_step(q, k, v, decay, beta, cache.state["state"])[:, None], gate)
-        state = cache.state["state"] if cache else None
-        mixed, new_state = chunked_gated_delta(q, k, v, decay, beta, None if state is None else state.float())
-        if state is not None:
-            state.copy_(new_state)
-        return self.gated(mixed, gate)
+        return self._with(chunked_gated_delta, row, meta, cache)
 
-    @abstractmethod
-    def train_inputs(self, row: Tensor, meta: SequenceMeta) -> tuple[Tensor, ...]:
-        """`recurrence_inputs` by kernels that have a backward."""
+    def _with(self, chunks: Recurrence, row: Tensor, meta: Meta, cache: BlockCache | None) -> Tensor:
+        """The whole core; sequences go through `chunks`."""
+        parts = self.parts(row)
+        past, state = (cache.conv_state.get("inputs"), cache.state["state"]) if cache else (None, None)
+        kernels = chunks is not chunked_gated_delta
+        q, k, v = self.vectors(parts, meta, past, kernels)
+        decay, beta = self.gates(parts, meta)
+        if isinstance(meta, StepMeta):
+            assert state is not None
+            q, k, v, decay = (x[:, 0] for x in (q, k, v, decay))
+            mixed = gated_delta_step(q, k, v, decay, None if beta is None else beta[:, 0], state)[:, None]
+        else:
+            if kernels:
+                q, k = q.to(v.dtype), k.to(v.dtype)
+            mixed, new_state = chunks(q, k, v, decay, beta, None if state is None else state.float())
+            if state is not None:
+                state.copy_(new_state)
+        return self.gated(mixed.to(v.dtype), self.output_gate(parts))
+
+    def fast_chunks(self, row: Tensor) -> Recurrence | None:
+        """Chunks by kernels that have a backward, for rows on a GPU; None where there are none."""
+        widest = WIDEST_TRAINED_KEY if torch.is_grad_enabled() else WIDEST_KEY
+        return fused.ops().triton_gated_delta if self.key_dim <= widest else None
 
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
-        if self.key_dim > WIDEST_TRAINED_KEY:
-            return self.core(row, meta) if torch.is_grad_enabled() else self.prefill_core(row, meta)
-        if meta.documents is None and not torch.is_grad_enabled():
-            return self.prefill_core(row, meta)
-        q, k, v, decay, beta, gate = self.train_inputs(row, meta)
-        mixed, _ = fused.ops().triton_gated_delta(q, k, v, decay, beta, None)
-        return fused.ops().gated_norm(mixed, gate, self.o_norm.weight)
+        return self._with(self.fast_chunks(row) or chunked_gated_delta, row, meta, None)
 
     def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
-        if meta.documents is not None and cache is None and self.key_dim <= WIDEST_TRAINED_KEY:
-            return self.train_core(row, meta)
-        if meta.documents is not None or self.key_dim > WIDEST_KEY:
-            return self.core(row, meta, cache)
-        ops, layout = fused.ops(), self.row_layout
-        past, state = (cache.conv_state["inputs"], cache.state["state"]) if cache else (None, None)
-        mixed, v = self.prefill_convolve(row, past)
-        q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
-        output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
-        if state is not None:
-            state.copy_(new_state)
-        return ops.gated_norm(output, row[..., layout.gate : layout.gate + v.shape[-1]], self.o_norm.weight)
+        return self._with(self.fast_chunks(row) or chunked_gated_delta, row, meta, cache)
 
-    @abstractmethod
-    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """As `convolve`, of rows [B, T, P]: queries and keys in the first 2 H K columns of [B, T, >= 2 H K], or None
-        where they have no convolution; values [B, T, H * V]."""
-
-    @abstractmethod
     def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Prepares a decode step: either convolves q, k and v in the rows [B, P] in place and returns (None, None), or
         returns the dynamic convolution weights [B, H * V, W] and the values' conv state for the kernel to do it."""
+        return None, None
 
-    @cached_property
-    def row_layout(self) -> RowLayout:
-        """Where the parts of the packed projections' rows begin."""
-        begins = [0, *accumulate(self.packed.sizes)]
-        return RowLayout(*begins[:4], *begins[-3:-1])
+    def tables(self, meta: StepMeta) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines that rotate queries and keys."""
+        return None
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         assert cache is not None
-        convolution = self.decode_convolve(row, cache.conv_state["inputs"], active)
-        return fused.ops().recurrent_step(
-            row, self.row_layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
+        ops, parts, layout = fused.ops(), self.parts(row), self.row_layout
+        convolution = self.decode_convolve(row, cache.conv_state["inputs"], active) if cache.conv_state else ()
+        return ops.recurrent_step(
+            row, layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
             fused.workspace(row.device), *convolution,
+            form=ops.StepForm(self.unit, "beta" in parts, self.decay_sign, self.gate),
+            decay=None if "decay" in parts else self.decay_input(parts),
+            gate=None if "gate" in parts else self.output_gate(parts), tables=self.tables(meta),
         )  # fmt: skip
 
     def calibration(self, constant: Tensor) -> dict[str, Tensor]:
         """b_proj such that beta's logit is about START_BETA_LOGIT on the layer's inputs."""
-        return {"b_proj.weight": (START_BETA_LOGIT * constant).expand(self.b_proj.weight.shape)}
+        if "beta" not in self.inputs:
+            return {}
+        return {"b_proj.weight": (START_BETA_LOGIT * constant).expand(self.inputs["beta"].weight.shape)}
 
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
@@ -196,6 +278,52 @@ class GatedDeltaMixer(Block):
             output = mixer.o_proj.weight.zero_().unflatten(1, (mixer.heads, -1))
             copy_heads(output.permute(1, 2, 0), o)
         return mixer
+
+
+class GatedDeltaMixer(LinearMixer):
+    """The delta rule with a decay per head: kernels make its inputs from the rows where they lie (G, J, D)."""
+
+    fp32_parameters: ClassVar[tuple[str, ...]] = LEARNT_DECAYS
+
+    def add_gates(self, hidden: int) -> None:
+        self.b_proj = nn.Linear(hidden, self.heads, bias=False)
+        self.a_proj = nn.Linear(hidden, self.heads, bias=False)
+        self.g_proj = nn.Linear(hidden, self.spec.values, bias=False)
+        self.learn_decays()
+
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        if meta.documents is not None or self.key_dim > WIDEST_KEY:
+            return super().prefill_core(row, meta, cache)
+        ops, layout = fused.ops(), self.row_layout
+        past, state = (cache.conv_state["inputs"], cache.state["state"]) if cache else (None, None)
+        mixed, v = self.prefill_convolve(row, past)
+        q, k, decay, beta = ops.recurrence_inputs(row, layout, self.key_dim, self.A_log, self.dt_bias, mixed)
+        output, new_state = ops.triton_gated_delta(q, k, v.unflatten(-1, (self.heads, -1)), decay, beta, state)
+        if state is not None:
+            state.copy_(new_state)
+        return self.gated_by_kernel(output, row[..., layout.gate : layout.gate + v.shape[-1]])
+
+    def gated_by_kernel(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """As `gated`, in one launch."""
+        return fused.ops().gated_norm(mixed, gate, self.o_norm.weight) if self.gate else self.gated(mixed, None)
+
+    @abstractmethod
+    def prefill_convolve(self, row: Tensor, past: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """Short convolutions and SiLU of rows [B, T, P], the conv state `past` advanced in place -> queries and keys in
+        the first 2 H K columns of [B, T, >= 2 H K], or None where they have no convolution; values [B, T, H * V]."""
+
+    def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
+        if self.key_dim > WIDEST_TRAINED_KEY or (meta.documents is None and not torch.is_grad_enabled()):
+            return super().train_core(row, meta) if torch.is_grad_enabled() else self.prefill_core(row, meta)
+        q, k, v, decay, beta, gate = self.train_inputs(row, meta)
+        mixed, _ = fused.ops().triton_gated_delta(q, k, v, decay, beta, None)
+        return self.gated_by_kernel(mixed, gate)
+
+    def train_inputs(self, row: Tensor, meta: SequenceMeta) -> Sequence[Any]:
+        """q, k, v, log decay and beta of the recurrence, and the output gate, by kernels that have a backward."""
+        parts = self.parts(row)
+        q, k, v = self.vectors(parts, meta, None, kernels=True)
+        return q.to(v.dtype), k.to(v.dtype), v, *self.gates(parts, meta), self.output_gate(parts)
 
 
 def spread_half_lives(heads: int) -> Tensor:

@@ -1,14 +1,21 @@
-"""Specifications of the gated-delta family: G, Gated DeltaNet (arXiv 2412.06464), and J, JetBlock (arXiv 2508.15884).
+"""Specifications of linear attention with one matrix of key_dim x value_dim per head, in fp32 unless asked otherwise.
 
-Both keep one matrix of key_dim x value_dim per head, in fp32 unless asked otherwise, and update it by the gated delta
-rule. They differ in what stands before it: G convolves queries, keys and values with static kernels; J convolves the
-values alone, with a kernel that a small network makes from each token.
+| kind | source |
+|---|---|
+| D DeltaNet | arXiv 2406.06484 |
+| G Gated DeltaNet | arXiv 2412.06464 |
+| J JetBlock | arXiv 2508.15884 |
+| K Kimi Delta Attention | arXiv 2510.26692 |
+| L GLA, gated linear attention | arXiv 2312.06635 |
+| T RetNet | arXiv 2307.08621 |
+
+`mixer.py` has the equations.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
@@ -19,12 +26,14 @@ if TYPE_CHECKING:
 
 STATE_BITS = (32, 16)
 """Of an element of the recurrent state: fp32, as published checkpoints were trained, or bf16."""
+LOW_RANK = 16
+"""Middle channels of GLA's decay."""
 
 
 @dataclass(frozen=True)
-class GatedDeltaSpec(MixerSpec):
-    """Heads, dimensions and convolution width that both kinds share. Default heads: those of the attention, with
-    key and value dimension equal to its head dimension, so that every projection can start from the attention's."""
+class LinearSpec(MixerSpec):
+    """Heads and dimensions of a state. Default heads: those of the attention, with key and value dimension equal to its
+    head dimension, so that every projection can start from the attention's."""
 
     num_heads: int = 0
     key_dim: int = 0
@@ -33,6 +42,10 @@ class GatedDeltaSpec(MixerSpec):
     state_bits: int = 32
 
     recurrent: ClassVar[bool] = True
+    block: ClassVar[str]
+    """`module:class` of the block, beside this file."""
+    delta: ClassVar[bool] = True
+    """Whether the state is written by the delta rule."""
 
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
@@ -61,12 +74,22 @@ class GatedDeltaSpec(MixerSpec):
         return self.num_heads * self.value_dim
 
     @property
-    @abstractmethod
     def conv_channels(self) -> int:
-        """Channels of the short convolutions."""
+        """Channels of the short convolutions: those of queries, keys and values."""
+        return 2 * self.keys + self.values
+
+    @property
+    def gate_parameters(self) -> int:
+        """Parameters of decay, write gate and output gate."""
+        raise NotImplementedError
+
+    @property
+    def state_size(self) -> int:
+        """Elements of a sequence's state."""
+        return self.num_heads * self.key_dim * self.value_dim
 
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
-        return batch * self.num_heads * self.key_dim * self.value_dim * self.state_bits // 8
+        return batch * self.state_size * self.state_bits // 8
 
     def conv_state_bytes(self, batch: int, dtype_bytes: int = 2) -> int:
         return batch * (self.conv_size - 1) * self.conv_channels * dtype_bytes
@@ -75,42 +98,43 @@ class GatedDeltaSpec(MixerSpec):
         return 2 * (self.cache_bytes(batch, context, dtype_bytes) + self.conv_state_bytes(batch, dtype_bytes))
 
     def parameters(self) -> int:
-        """q, k, v, beta, decay, output gate, output; A_log and dt_bias; the output norm's weight; convolutions."""
-        hidden, gates = self.shape.hidden_size, 2 * self.num_heads
-        projections = hidden * (2 * self.keys + 3 * self.values + gates)
-        return projections + gates + self.value_dim + self.conv_channels * self.conv_size
+        """Projections of queries, keys, values and output; gates; convolutions; the output norm's weight."""
+        projections = self.shape.hidden_size * 2 * (self.keys + self.values)
+        return projections + self.gate_parameters + self.conv_channels * self.conv_size + self.value_dim
 
     def flops(self, tokens: int, context: int) -> int:
-        """The products; decay, read, write and output of the state, 8 a state element and token."""
-        return tokens * (2 * self.parameters() + 8 * self.num_heads * self.key_dim * self.value_dim)
-
-
-@dataclass(frozen=True)
-class GatedDeltaNetSpec(GatedDeltaSpec):
-    """G: static causal convolutions on q, k and v."""
-
-    kind: ClassVar[str] = "G"
-    title: ClassVar[str] = "Gated DeltaNet"
-
-    @property
-    def conv_channels(self) -> int:
-        return 2 * self.keys + self.values
+        """The products; decay, write and output of the state, and its read by the delta rule: 2 each a state element
+        and token."""
+        return tokens * (2 * self.parameters() + (8 if self.delta else 6) * self.state_size)
 
     @classmethod
     def block_class(cls) -> type[Block]:
-        from nasbench.model.mixers.gated_delta.gated_delta_net import GatedDeltaNet
-
-        return GatedDeltaNet
+        module, _, name = cls.block.partition(":")
+        return getattr(import_module(f"{__package__}.{module}"), name)
 
 
 @dataclass(frozen=True)
-class JetBlockSpec(GatedDeltaSpec):
-    """J: a dynamic causal convolution on v, none on q and k."""
+class GatedDeltaNetSpec(LinearSpec):
+    """G: static causal convolutions on q, k and v; a decay and a write gate per head; an output gate."""
+
+    kind: ClassVar[str] = "G"
+    title: ClassVar[str] = "Gated DeltaNet"
+    block: ClassVar[str] = "gated_delta_net:GatedDeltaNet"
+
+    @property
+    def gate_parameters(self) -> int:
+        return self.shape.hidden_size * (self.values + 2 * self.num_heads) + 2 * self.num_heads
+
+
+@dataclass(frozen=True)
+class JetBlockSpec(GatedDeltaNetSpec):
+    """J: as G, but with a dynamic causal convolution on v and none on q and k."""
 
     generator_reduction: int = 8
 
     kind: ClassVar[str] = "J"
     title: ClassVar[str] = "JetBlock"
+    block: ClassVar[str] = "jet_block:JetBlock"
 
     @property
     def conv_channels(self) -> int:
@@ -128,8 +152,72 @@ class JetBlockSpec(GatedDeltaSpec):
     def flops(self, tokens: int, context: int) -> int:
         return super().flops(tokens, context) + 2 * tokens * self.values * self.conv_size
 
-    @classmethod
-    def block_class(cls) -> type[Block]:
-        from nasbench.model.mixers.gated_delta.jet_block import JetBlock
 
-        return JetBlock
+@dataclass(frozen=True)
+class DeltaNetSpec(LinearSpec):
+    """D: as G, without decay and output gate."""
+
+    kind: ClassVar[str] = "D"
+    title: ClassVar[str] = "DeltaNet"
+    block: ClassVar[str] = "delta_net:DeltaNet"
+
+    @property
+    def gate_parameters(self) -> int:
+        return self.shape.hidden_size * self.num_heads
+
+
+@dataclass(frozen=True)
+class KimiDeltaSpec(LinearSpec):
+    """K: as G, with a decay per key channel. Decay and output gate come through a middle layer of value_dim."""
+
+    kind: ClassVar[str] = "K"
+    title: ClassVar[str] = "Kimi Delta Attention"
+    block: ClassVar[str] = "kimi_delta:KimiDelta"
+
+    @property
+    def gate_parameters(self) -> int:
+        low_rank = self.value_dim * (2 * self.shape.hidden_size + self.keys + self.values) + self.values
+        return low_rank + self.num_heads + self.keys + self.shape.hidden_size * self.num_heads
+
+
+@dataclass(frozen=True)
+class GLASpec(LinearSpec):
+    """L: a decay per key channel through a narrow middle layer, an output gate; no convolution, no delta rule."""
+
+    kind: ClassVar[str] = "L"
+    title: ClassVar[str] = "GLA"
+    block: ClassVar[str] = "gla:GatedLinearAttention"
+    delta: ClassVar[bool] = False
+
+    @property
+    def conv_channels(self) -> int:
+        return 0
+
+    @property
+    def gate_parameters(self) -> int:
+        return self.shape.hidden_size * (self.values + LOW_RANK) + (LOW_RANK + 1) * self.keys
+
+
+@dataclass(frozen=True)
+class RetNetSpec(LinearSpec):
+    """T: a fixed decay per head, rotary queries and keys, an output gate; no convolution, no delta rule."""
+
+    kind: ClassVar[str] = "T"
+    title: ClassVar[str] = "RetNet"
+    block: ClassVar[str] = "retnet:Retention"
+    delta: ClassVar[bool] = False
+
+    @classmethod
+    def parse(cls, shape: LayerShape, args: str) -> Self:
+        spec = super().parse(shape, args)
+        if spec.key_dim % 2:
+            raise UserError(f"bad arguments {args!r} of layer kind T: rotary queries and keys have an even key_dim")
+        return spec
+
+    @property
+    def conv_channels(self) -> int:
+        return 0
+
+    @property
+    def gate_parameters(self) -> int:
+        return self.shape.hidden_size * self.values
