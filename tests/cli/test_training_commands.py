@@ -194,17 +194,13 @@ def test_a_model_of_broken_numbers_is_named(nas, distill_args, tiny_model, tmp_p
     for value, message in ((float("nan"), "holds values that are not finite"), (1e38, "not finite")):
         weights["model.layers.2.mlp.down_proj.weight"][0, 0] = value
         save_file(weights, broken / "model.safetensors")
-        words = ["--data", distill_args[10], "--sequence", "32", "--device", "cpu", "--dtype", "fp32"]
-        if command == "distill":
-            words = [*distill_args[1:], "--model", broken]
-        else:
-            words = [broken, *words]
+        on_cpu = ["--data", distill_args[10], "--sequence", "32", "--device", "cpu", "--dtype", "fp32"]
+        words = [*distill_args[1:], "--model", broken] if command == "distill" else [broken, *on_cpu]
         with pytest.raises(NasbenchError, match=message) as caught:
             nas(command, *words)
-        if command == "distill":
-            assert "layers.2" in str(caught.value)
-            assert "lr" not in str(caught.value)
-            assert not list((tmp_path / "run").rglob("*.csv"))
+        assert "layers.2" in str(caught.value)
+        assert "lr" not in str(caught.value)
+        assert not list((tmp_path / "run").rglob("*.csv"))
 
 
 def test_dry_run_says_what_is_left_and_writes_nothing(nas, distill_args, tmp_path):
