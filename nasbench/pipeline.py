@@ -151,7 +151,7 @@ def _scaled(name: str, value: Any, like: Any, scale: float) -> str:
 
 def plan(recipe: Recipe, values: dict[str, Any]) -> list[Step]:
     """The steps of a recipe with these settings. Raises UserError for a setting that a stage names and nobody has."""
-    steps = []
+    steps: list[Step] = []
     for stage in recipe.stages:
         try:
             steps += _steps(stage, values)

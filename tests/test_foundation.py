@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -116,9 +115,10 @@ def test_help_answers_at_once():
     seconds = []
     # A busy machine is slow at times; slow code always.
     while len(seconds) < 12 and min(seconds, default=1.0) >= 0.5:
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "quickstart" in done.stdout
     assert min(seconds) < 0.5
 

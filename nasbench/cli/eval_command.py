@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nasbench.cli.common import Device
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import parse_size
 
@@ -52,8 +53,10 @@ def command(
     data: Annotated[str, typer.Option(help="Text for a checkpoint's losses; a run has its own.")] = "",
     sequence: Annotated[str, typer.Option(help="Tokens of a held-out sequence for a checkpoint.")] = "256",
     scores: Annotated[Path | None, typer.Option(help="Folder that keeps a checkpoint's scores, item by item.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    device: Device = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="fp32, bf16 or fp16; default: as the run was trained, else the faster.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score a placement of a run, or a checkpoint, on tasks. Scores of a run are kept in its folder.
@@ -61,21 +64,23 @@ def command(
     With --placements, many placements are scored, finalised ones with their own weights: first loss and KL of all, then
     the tasks of the searched ones, then those of all others.
     """
-    from nasbench.cli.common import print_json, print_table, torch_device, torch_dtype
+    from nasbench.cli.common import print_json, print_table, run_dtype, torch_device, torch_dtype
     from nasbench.evaluation.tasks import parse_tasks
 
+    where = torch_device(device)
+    dtype = run_dtype(Path(target), dtype, where)
     if placements:
         from nasbench.cli.eval_many import ManyOptions, evaluate_many
 
         options = ManyOptions(
             placements, tasks, brief_tasks, suite, brief_items, test_tokens, seconds, workers, share, dtype
         )
-        evaluate_many(Path(target), options, torch_device(device))
+        evaluate_many(Path(target), options, where)
         return
     parsed = parse_tasks(tasks)
     if split not in ("search", "test"):
         raise unknown("split", split, ("search", "test"))
-    where, kind, is_run = torch_device(device), torch_dtype(dtype), (Path(target) / "run.json").is_file()
+    kind, is_run = torch_dtype(dtype), (Path(target) / "run.json").is_file()
     if is_run and (data or scores):
         option = "data" if data else "scores"
         raise UserError(f"--{option} is the run's own: leave it out, or evaluate a checkpoint")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nasbench.cli.common import Device, Dtype
 from nasbench.core.errors import UserError
 
 
@@ -19,18 +20,19 @@ def command(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token every time.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    device: Device = "auto",
+    dtype: Dtype = "",
 ) -> None:
     """Continue a text; the continuation goes to standard output."""
     from nasbench.checkpoints.chat import chat_text
     from nasbench.checkpoints.load import load_model
-    from nasbench.cli.common import torch_device, torch_dtype
+    from nasbench.cli.common import choose_dtype, torch_device, torch_dtype
 
     stop = stop or []
     if "" in stop:
         raise UserError("empty --stop: write the text to stop at")
-    loaded = load_model(checkpoint, dtype=torch_dtype(dtype), device=torch_device(device))
+    where = torch_device(device)
+    loaded = load_model(checkpoint, dtype=torch_dtype(choose_dtype(dtype, where)), device=where)
     tokenizer = loaded.tokenizer
 
     import torch

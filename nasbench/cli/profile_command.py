@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nasbench.cli.common import Blocks, chunk_help
+from nasbench.cli.common import Blocks, Dtype, chunk_help
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
@@ -31,7 +31,7 @@ def command(
     modes: Annotated[str, typer.Option(help="decode, prefill or both.")] = "decode,prefill",
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: fp32 on a CPU, bf16 on a GPU.")] = "",
+    dtype: Dtype = "",
     chunk: Annotated[str, typer.Option(help=chunk_help())] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
     force: Annotated[bool, typer.Option("--force", help="Measure again what the database has.")] = False,
@@ -55,7 +55,7 @@ def command(
 
     Without --blocks every layer kind is measured.
     """
-    from nasbench.cli.common import log, torch_device
+    from nasbench.cli.common import choose_dtype, log, torch_device
     from nasbench.profiling.plan import parse_batches
 
     for option, seconds in (("budget", budget), ("timeout", timeout), ("limit", limit)):
@@ -76,7 +76,7 @@ def command(
     batch_list = asked_batches or (["auto"] if on_gpu else [1, 4])
     todo = prepare(
         shape, names, context_list, batch_list, mode_list, device=name, db=db,
-        dtype=dtype or ("bf16" if on_gpu else "fp32"), chunk=tokens, force=force, seconds_per_row=budget or None,
+        dtype=choose_dtype(dtype, name), chunk=tokens, force=force, seconds_per_row=budget or None,
         isolate=not in_process, timeout_s=timeout or None, limit_s=limit or None,
     )  # fmt: skip
     if dry_run:

@@ -24,6 +24,7 @@ def command(
     nasbench report --compare runs/a runs/b
     """
     from nasbench.cli.common import print_json
+    from nasbench.cli.run_target import run_db
     from nasbench.report.compare import RunsPage
     from nasbench.report.facts import collect
     from nasbench.report.html import Page
@@ -32,7 +33,7 @@ def command(
     if compare != (len(runs) > 1):
         raise UserError("write one run, or --compare and at least two")
     opened = [Run.open(run) for run in runs]
-    facts = [collect(run, db) for run in opened]
+    facts = [collect(run, run_db(run, db)) for run in opened]
     page = RunsPage.of(facts) if compare else Page.of(facts[0])
     path = page.write(out or (opened[0].report / "compared" if compare else opened[0].report))
     if json:

@@ -84,13 +84,14 @@ def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: 
 def _summary(out: Path) -> None:
     """The found placements in a table: the best of each K that was searched, below the model itself."""
     from nasbench.cli.common import log, print_table
+    from nasbench.cli.run_target import run_db
     from nasbench.report.facts import collect
     from nasbench.report.sections import best_searched
     from nasbench.runs import Run
 
     if not (out / "run.json").is_file():
         return
-    facts = collect(Run.open(out), out / "profiles" if (out / "profiles").is_dir() else None)
+    facts = collect(Run.open(out), run_db(Run.open(out), None))
     found, speeds = facts.comparison, {row.placement: row.measured_tok_s for row in facts.validation}
     for target in facts.targets[:1]:
         trials = {trial.placement: trial for trial in target.trials}

@@ -28,10 +28,12 @@ def command(
     profile: Annotated[
         str, typer.Option(help="Profile database of the device to be fast on; default: this one's.")
     ] = "",
-    context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "4k",
-    batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1",
+    context: Annotated[str, typer.Option(help="Context of a decoding sequence, e.g. 4k.")] = "",
+    batch: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16, of the speeds; default: what was profiled.")] = "",
-    eval_dtype: Annotated[str, typer.Option(help="fp32 or bf16, in which the supernet is scored.")] = "bf16",
+    eval_dtype: Annotated[
+        str, typer.Option(help="fp32 or bf16, in which the supernet is scored; default: as it was trained.")
+    ] = "",
     replacement: Annotated[
         str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
     ] = "",
@@ -53,9 +55,12 @@ def command(
 ) -> None:
     """Rank placements by accuracy (supernet) and tokens/s (profiles); writes trials.csv and front.csv.
 
-    The same command again continues where it stopped; what was evaluated once costs nothing.
+    The same command again continues where it stopped; what was evaluated once costs nothing. Device, context, batch,
+    dtype and databases are by default those of the run's last search, in the first one the largest that were profiled.
     """
-    from nasbench.cli.common import print_json, progress_bar, torch_device, torch_dtype
+    from nasbench.cli.common import print_json, progress_bar, run_dtype, torch_device, torch_dtype
+    from nasbench.cli.run_target import remember_target, run_db, run_target
+    from nasbench.core.files import sole_writer
     from nasbench.runs import Run
     from nasbench.search.objective import parse_objective
     from nasbench.search.session import Options
@@ -77,27 +82,26 @@ def command(
         storage=storage,
     )
     options.check(opened.spec.space)
-    sizes = parse_size(context), parse_size(batch), parse_size(search_tokens)
+    scored = parse_size(search_tokens)
     held_out = parse_size(test_tokens) if test_tokens != "0" else None
 
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cost import check_context, find_profiles, load_cost_model
-    from nasbench.devices import detect
-    from nasbench.search.run_folder import choose_dtype, search_run
-    from nasbench.search.trials import Target
+    from nasbench.cost import check_context, load_cost_model
+    from nasbench.search.run_folder import search_run
 
     torch_name = torch_device(device)
     shape = resolve_shape(opened.spec.model)
-    check_context(shape, sizes[0])
-    profile = profile or detect(torch_name).slug
-    target = Target(profile, sizes[0], sizes[1], choose_dtype(find_profiles(profile, db), dtype, profile))
-    cost = load_cost_model(profile, shape, target.dtype, db)
+    db = run_db(opened, db)
+    target = run_target(opened, shape, db, torch_name, profile, context, batch, dtype)
+    check_context(shape, target.context)
+    cost = load_cost_model(target.device, shape, target.dtype, db)
 
     from nasbench.evaluation.evaluator import Evaluator
 
-    kind = torch_dtype(eval_dtype)
-    evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=sizes[2], test_tokens=held_out)
-    with progress_bar() as progress:
+    kind = torch_dtype(run_dtype(run, eval_dtype, torch_name))
+    with sole_writer(run / "search", "searches"), progress_bar("search: reads model and text") as progress:
+        evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=scored, test_tokens=held_out)
+        remember_target(opened, target, db)
         outcome = search_run(
             opened, evaluator, cost, target, strategy, options,
             objective=objective, test=held_out is not None, progress=progress,

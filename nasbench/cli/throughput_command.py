@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from nasbench.cli.common import chunk_help
+from nasbench.cli.common import AsJson, Device, Dtype, chunk_help
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
@@ -16,18 +16,18 @@ def command(
     model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
     context: Annotated[str, typer.Option(help="Keys that a decode step attends to, as 4k.")],
     batch: Annotated[str, typer.Option(help="Sequences, or max for the most that fit.")] = "1",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    device: Device = "auto",
+    dtype: Dtype = "",
     prefill: Annotated[bool, typer.Option(help="Measure prefill too.")] = True,
     prefill_context: Annotated[
         str | None, typer.Option(help="Prompt tokens of the prefill measurement; default: the context.")
     ] = None,
     chunk: Annotated[str | None, typer.Option(help=chunk_help())] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure decode and prefill of a whole model with random weights, and how near the memory's limit it is."""
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, print_json, torch_device, torch_dtype
+    from nasbench.cli.common import choose_dtype, log, print_json, torch_device, torch_dtype
 
     shape = resolve_shape(model)
     layers = shape.parse(placement)
@@ -38,13 +38,15 @@ def command(
 
     from nasbench.runtime.throughput import measure
 
+    where = torch_device(device)
+
     result = measure(
         shape,
         layers,
         context=tokens,
         batch=sequences,
-        device=torch_device(device),
-        dtype=torch_dtype(dtype),
+        device=where,
+        dtype=torch_dtype(choose_dtype(dtype, where)),
         prefill_context=prompt,
         chunk=chunk_tokens,
         log=log,

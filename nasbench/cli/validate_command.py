@@ -8,13 +8,11 @@ from typing import Annotated
 
 import typer
 
-from nasbench.core.sizes import parse_size
-
 
 def command(
     run: Annotated[Path, typer.Argument(help="Run folder that was searched, e.g. runs/NAME.")],
-    context: Annotated[str, typer.Option(help="Context of the searched target, e.g. 8k.")] = "4k",
-    batch: Annotated[str, typer.Option(help="Batch of the searched target.")] = "1",
+    context: Annotated[str, typer.Option(help="Context, e.g. 8k; default: as searched.")] = "",
+    batch: Annotated[str, typer.Option(help="Batch; default: as searched.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as searched.")] = "",
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda.")] = "auto",
     placements: Annotated[int, typer.Option(help="How many placements to measure at most.")] = 12,
@@ -34,13 +32,12 @@ def command(
     """
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json, print_table, progress_bar, torch_device
+    from nasbench.cli.run_target import run_db, run_target
     from nasbench.core.errors import UserError
-    from nasbench.cost import find_profiles, load_cost_model
+    from nasbench.cost import load_cost_model
     from nasbench.devices import detect
     from nasbench.runs import Run
     from nasbench.search.compared import compositions
-    from nasbench.search.run_folder import choose_dtype
-    from nasbench.search.trials import Target
     from nasbench.search.validation import choose, mean_error, validate
 
     opened = Run.open(run)
@@ -49,15 +46,15 @@ def command(
     if not seconds >= 0:
         raise UserError(f"bad --seconds {seconds}: at least 0")
     where = torch_device(device)
-    name = detect(where).slug
-    width = choose_dtype(find_profiles(name, db), dtype, name)
-    target = Target(name, parse_size(context), parse_size(batch), width)
-    shape = resolve_shape(opened.spec.model)
+    shape, db = resolve_shape(opened.spec.model), run_db(opened, db)
+    # What is measured here is this device, whatever device a search was for.
+    target = run_target(opened, shape, db, where, detect(where).slug, context, batch, dtype)
     chosen = compositions(opened) if compared else choose(opened, target, placements)
     beyond = target.context > shape.max_context
-    with progress_bar() as bar:
+    costs = None if beyond else load_cost_model(target.device, shape, target.dtype, db)
+    with progress_bar("validate: measures the memory") as bar:
         found = validate(
-            opened, chosen, target, None if beyond else load_cost_model(name, shape, width, db), shape, where,
+            opened, chosen, target, costs, shape, where,
             limit_s=seconds or math.inf, progress=lambda done, total: bar("end to end", done, total), log=log,
         )  # fmt: skip
     if as_json:

@@ -7,6 +7,7 @@ placements which share their first layers share those layers' work; any other ta
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.core.provenance import provenance
 from nasbench.core.registry import Registry
 from nasbench.core.sizes import format_size, parse_size
@@ -125,8 +126,13 @@ class Task(ABC):
         return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better, about)
 
     def score(self, decoder: Decoder, context: Context) -> Scores:
-        """Measured now, and kept nowhere."""
-        return self.scores(self.measures(decoder, context)[self.title], self.title, context, decoder.device)
+        """Measured now, and kept nowhere. Raises MachineError for a score that is not finite, naming the layer."""
+        scores = self.scores(self.measures(decoder, context)[self.title], self.title, context, decoder.device)
+        if not math.isfinite(scores.value):
+            batch = context.corpus.batch(0, 1, 0).to(decoder.device)
+            layer = decoder.nonfinite_layer(batch.tokens, batch.documents) or "the head"
+            raise MachineError(f"task {self.label} is not finite: {layer} gives such numbers in {decoder.dtype}")
+        return scores
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")

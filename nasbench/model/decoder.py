@@ -9,7 +9,7 @@ Shapes: B sequences, T tokens, C hidden size, V vocabulary, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -275,6 +275,25 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, meta)
         return self.model.norm(x)
+
+    @torch.no_grad()
+    def nonfinite_layer(
+        self,
+        tokens: Tensor,
+        documents: Documents | None = None,
+        anywhere: Callable[[Tensor], bool] = lambda bad: bool(bad),
+    ) -> str | None:
+        """`layers.3.J`: the first layer whose output on tokens [B, T] is not finite, None where none is.
+
+        Args:
+            anywhere: whether a flag is set in any of the processes that share the weights.
+        """
+        x, meta = self.begin(tokens, documents)
+        for i, (layer, name) in enumerate(zip(self.layers, self.placement, strict=True)):
+            x = layer(x, meta)
+            if anywhere(~x.isfinite().all()):
+                return f"layers.{i}.{name}"
+        return None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Normalised hidden states [..., C] -> [..., V]."""

@@ -215,15 +215,12 @@ def distill_step(
         sums.add_all(["", *(name for name in names if name in sums.index)], kl.detach())
 
 
-@torch.no_grad()
 def nonfinite_layer(net: Supernet, placement: Placement, batch: Batch, workers: DistContext = SINGLE) -> str | None:
     """The first layer of a sub-network whose output on a batch is not finite in any process, None where none is."""
-    x, meta = net.teacher.begin(batch.tokens, batch.documents)
-    for i, name in enumerate(placement):
-        x = net.layer(i, name)(x, meta)
-        if workers.any(not bool(x.isfinite().all()), x.device):
-            return f"layers.{i}.{name}"
-    return None
+    decoder = net.select(placement)
+    return decoder.nonfinite_layer(
+        batch.tokens, batch.documents, lambda bad: workers.any(bool(bad), batch.tokens.device)
+    )
 
 
 @dataclass

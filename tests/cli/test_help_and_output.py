@@ -111,3 +111,13 @@ def test_devices_are_checked():
                 common.torch_device(name)
     with pytest.raises(MachineError, match="is not there"):
         common.torch_device("cuda:99")
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_waiting_threads_give_their_core_away_unless_told_otherwise(given):
+    code = "import os; from nasbench.cli.main import run; run(['--version']); print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    environment = {name: text for name, text in os.environ.items() if name not in names} | given
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    expected = "None" if "OMP_WAIT_POLICY" in given else given.get("GOMP_SPINCOUNT", "1000")
+    assert done.stdout.split()[-1] == expected

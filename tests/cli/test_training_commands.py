@@ -2,13 +2,19 @@
 tests need no other command."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 import typer
+from safetensors.torch import load_file, save_file
 from supernet_tiny import one_thread, text_file, tiny_model
 
 from nasbench.cli import corpus_command, distill_command, eval_command, finalize_command
-from nasbench.core.errors import UserError
+from nasbench.core.errors import NasbenchError, UserError
+from nasbench.core.files import sole_writer
+from nasbench.supernet import checkpoint
 
 __all__ = ["one_thread", "text_file", "tiny_model"]
 
@@ -133,6 +139,68 @@ def test_bad_input_of_eval_and_finalize(nas, distill_args, tmp_path, tiny_model,
         with pytest.raises(UserError, match=message) as caught:
             nas(*args, "--device", "cpu")
         assert "\n" not in str(caught.value)
+
+
+def test_a_run_remembers_what_it_was_trained_with(nas, distill_args, tmp_path):
+    run = tmp_path / "run"
+    first = json.loads(nas(*distill_args, "--json").out)
+    assert json.loads(nas("distill", "--out", run, "--device", "cpu", "--json").out) == first
+    grown = json.loads(nas("distill", "--out", run, "--supernet-tokens", "512", "--device", "cpu", "--json").out)
+    assert grown["version"] != first["version"]
+    settings = checkpoint.latest(run / "supernet").state["settings"]
+    assert (settings["align_tokens"], settings["supernet_tokens"], settings["dtype"]) == (512, 512, "float32")
+    told = json.loads(nas("finalize", run, "--placement", "2W J A", "--tokens", "256", "--device", "cpu", "--json").out)
+    assert told["placement"] == "2W8 J A", "W is the run's only window"
+    assert json.loads((run / "final" / "2W8-J-A" / "final.json").read_text())["settings"]["dtype"] == "float32"
+
+
+def test_what_finalize_would_do(nas, distill_args, tmp_path):
+    nas(*distill_args)
+    run = tmp_path / "run"
+    before = sorted(run.rglob("*"))
+    args = ("finalize", run, "--placement", "2W J A", "--tokens", "256", "--device", "cpu", "--dry-run")
+    told = json.loads(nas(*args, "--json").out)
+    assert (told["placement"], told["tokens"], told["tokens_of_a_step"]) == ("2W8 J A", 256, 128)
+    assert told["seconds"] > 0
+    assert "placement 2W8 J A" in nas(*args).out
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [("--data", "absent.txt"), ("--sequence", "512", "--data", "short.txt")])
+def test_a_refused_distill_leaves_no_folder(nas, distill_args, tmp_path, monkeypatch, changes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(UserError, match=r"no such data|too little text"):
+        nas(*distill_args, *changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_do_not_train_one_run(nas, distill_args, tmp_path):
+    nas(*distill_args)
+    script = "import sys; from nasbench.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    words = [str(word) for word in distill_args]
+    with sole_writer(tmp_path / "run", "distills"):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "another process distills in" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["distill", "eval"])
+def test_a_model_of_broken_numbers_is_named(nas, distill_args, tiny_model, tmp_path, command):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    for value, message in ((float("nan"), "holds values that are not finite"), (1e38, "not finite")):
+        weights["model.layers.2.mlp.down_proj.weight"][0, 0] = value
+        save_file(weights, broken / "model.safetensors")
+        on_cpu = ["--data", distill_args[10], "--sequence", "32", "--device", "cpu", "--dtype", "fp32"]
+        words = [*distill_args[1:], "--model", broken] if command == "distill" else [broken, *on_cpu]
+        with pytest.raises(NasbenchError, match=message) as caught:
+            nas(command, *words)
+        assert "layers.2" in str(caught.value)
+        assert "lr" not in str(caught.value)
+        assert not list((tmp_path / "run").rglob("*.csv"))
 
 
 def test_dry_run_says_what_is_left_and_writes_nothing(nas, distill_args, tmp_path):

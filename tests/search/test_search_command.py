@@ -147,3 +147,21 @@ def test_a_folder_that_is_no_run(tmp_path, capsys):
 
     assert run(["search", str(tmp_path), "-k", "1"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_run_remembers_its_target(prepared, capsys):
+    from nasbench.cli.main import run
+
+    folder, db = prepared
+
+    def target(*arguments):
+        words = ["search", str(folder.path), "-k", "1", "--evaluations", "8", "--device", "cpu", "--json", *arguments]
+        assert run([*words, "--search-tokens", "256", "--test-tokens", "0"]) == 0
+        return json.loads(capsys.readouterr().out)["target"]
+
+    (folder.path / "options.json").unlink(missing_ok=True)
+    widest = {"device": "test-device", "context": 256, "batch": 4, "dtype": "bf16"}
+    assert target("--profile", "test-device", "--db", str(db)) == widest, "the largest that was profiled"
+    assert target() == widest
+    assert target("--batch", "1") == {**widest, "batch": 1}
+    assert target() == {**widest, "batch": 1}

@@ -94,3 +94,11 @@ def test_a_space_around_a_model_with_windows():
     assert space.without(["W512"]).choices == (("W512", "J"), ("W512", "J"), ("A", "J"), ("W512", "J"), ("A", "J"))
     with pytest.raises(UserError, match="3 full-attention layers asked of 2"):
         space.check_full_attention(3)
+
+
+def test_a_bare_letter_is_the_only_kind_of_it():
+    space = Space.uniform(3, ("A", "W256", "J", "G@1x2x4", "G@1x2x8"))
+    assert space.check(("W", "A", "J")) == ("W256", "A", "J")
+    for name in ("G", "W128", "R"):
+        with pytest.raises(UserError, match=f"unknown layer kind at layer 1 '{name}'"):
+            space.check(("A", name, "A"))
