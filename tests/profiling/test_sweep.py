@@ -245,14 +245,14 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
     planned = prepare(TINY, db=tmp_path, **ASKED)
     asked = ASKED | {"seconds_per_row": 9.0}
     result = run(prepare(TINY, db=tmp_path, limit_s=20.0, **asked))
-    assert (result.left, len(budgets)) == (len(planned.points) - 20, 20)
+    assert (len(result.left), len(budgets)) == (len(planned.points) - 20, 20)
     assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
     left = prepare(TINY, db=tmp_path, **ASKED).groups
     for before, after in zip(planned.groups, left, strict=True):
         # Of every group the last rows, of none all.
         assert after == before[-len(after) :]
         assert len(after) < len(before)
-    assert run(prepare(TINY, db=tmp_path, limit_s=1e6, **ASKED)).left == 0
+    assert run(prepare(TINY, db=tmp_path, limit_s=1e6, **ASKED)).left == []
 
 
 def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch):
