@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LIMIT_S = ByDevice(cpu=600, cuda=0)
 """Seconds of a command that does not say: every kind and size on a CPU would take hours."""
-SWEEP = 0.6
+SWEEP = 0.5
 """Share of them that rows may take where whole steps follow."""
 WHOLE_RUNS = 5
 """About how many times a whole step or prompt runs, warm-up included."""
@@ -204,7 +204,7 @@ def _time_left(todo: SweepPlan, end: float | None, share: float) -> Callable[[Wh
     from nasbench.cost import load_cost_model
     from nasbench.cost.holdout import compare_point
 
-    if end is None:
+    if end is None or not todo.path.exists():
         return lambda point: True
     costs = load_cost_model(todo.machine.info.slug, todo.bench.shape, dtype_name(todo.bench.dtype), todo.path)
     stop = time.monotonic() + share * (end - time.monotonic())
