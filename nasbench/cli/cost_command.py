@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -75,7 +75,8 @@ def command(
         log(stale_warning(cost.stale, slug, shape.name))
     served = engine_cache(engine, shape, layers, tokens, sequences, costs.dtype_bytes) if engine else None
     if as_json:
-        extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms, "largest_batch": most}
+        extra: dict[str, Any] = {"device": slug, "dtype": costs.dtype, "largest_batch": most}
+        extra |= {"step_interval_ms": cost.step_interval_ms}
         extra |= {"reason": reason} if reason else {}
         extra |= {"engine": asdict(served)} if served else {}
         print_json(asdict(cost) | extra)

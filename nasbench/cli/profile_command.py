@@ -154,13 +154,13 @@ def _whole_models(
     modes: Sequence[str],
     calibrate: bool,
     holdout: int,
-    asked: int,
+    batch: int,
     end: float | None,
 ) -> dict[str, Any]:
     """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them.
 
     Args:
-        asked: largest batch of the command line.
+        batch: the largest of the command line.
         end: of the limit, by time.monotonic.
     """
     from nasbench.cli.common import log
@@ -178,7 +178,7 @@ def _whole_models(
     if calibrate:
         rows = select(read_db(todo.path), mode="decode", status="ok", source="measured")
         profiled = {row.batch for row in rows if row.block in MIXERS}
-        points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled, asked)
+        points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled, batch)
         told["calibration"] = sum(
             measure_missing(
                 whole, [point for point in points if point.mode == mode], path, log, chunk,
