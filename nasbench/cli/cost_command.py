@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
+    from nasbench.cost import Cost
     from nasbench.model.shapes import ModelSpec
     from nasbench.store import Row
 
@@ -28,11 +29,14 @@ def command(
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Allow points outside of the measured ones.")
     ] = False,
+    engine: Annotated[
+        str, typer.Option(help="Also lay the caches out as a serving engine does that groups layers by kind: vllm.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, mark_source, print_json
+    from nasbench.cli.common import log, print_json
     from nasbench.cost import (
         CostModel,
         find_profiles,
@@ -41,7 +45,7 @@ def command(
         profiled_devices,
         stale_warning,
     )
-    from nasbench.cost.model import INTERVAL_SD
+    from nasbench.cost.engine import engine_cache
     from nasbench.devices import DEVICES, detect
 
     shape = resolve_shape(model)
@@ -69,12 +73,35 @@ def command(
             log("no prefill rows for this: prefill_tok_s is left out")
     if cost.stale:
         log(stale_warning(cost.stale, slug, shape.name))
+    served = engine_cache(engine, shape, layers, tokens, sequences, costs.dtype_bytes) if engine else None
     if as_json:
-        extra = {"device": slug, "dtype": costs.dtype, "step_interval_ms": cost.step_interval_ms, "largest_batch": most}
+        extra: dict[str, Any] = {"device": slug, "dtype": costs.dtype, "largest_batch": most}
+        extra |= {"step_interval_ms": cost.step_interval_ms}
         extra |= {"reason": reason} if reason else {}
+        extra |= {"engine": asdict(served)} if served else {}
         print_json(asdict(cost) | extra)
         return
     print(f"{cost.placement}  {cost.model}  {slug}  {costs.dtype}  context {cost.context}  batch {cost.batch}")
+    _print_speed(cost)
+    cache, conv_state = (size / 2**20 for size in (cost.cache_bytes, cost.conv_state_bytes))
+    print(f"cache    {cache:.2f} MiB, and {conv_state:.2f} MiB of convolution inputs")
+    limit = "" if cost.fits is None else f", {'fits' if cost.fits else 'DOES NOT FIT'} in the memory of {slug}"
+    print(f"memory   {cost.needed_bytes / 1e9:.2f} GB of weights, caches and activations{limit}")
+    if most is not None:
+        print(f"batch    {most} at most")
+    if served:
+        size, page = served.cache_bytes / 2**20, served.page_bytes / 2**10
+        groups = f"{served.groups} groups of {served.group_layers} layers, {served.padding_layers} of them padding"
+        print(f"{engine:<8} {size:.2f} MiB in pages of {page:.0f} KiB: {groups}")
+        low, high = served.step_factor
+        if high > 1:
+            print(f"         by published figures its groups make a step {low:.2f} to {high:.2f} times as long")
+
+
+def _print_speed(cost: Cost) -> None:
+    from nasbench.cli.common import mark_source
+    from nasbench.cost.model import INTERVAL_SD
+
     if cost.decode_tok_s is not None:
         low, high = cost.step_interval_ms or (cost.step_ms, cost.step_ms)
         print(
@@ -86,12 +113,6 @@ def command(
         print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {mark_source(cost.source)}")
     if cost.j_per_token is not None:
         print(f"energy   {cost.j_per_token * 1e3:.3f} mJ a token")
-    cache, conv_state = (size / 2**20 for size in (cost.cache_bytes, cost.conv_state_bytes))
-    print(f"cache    {cache:.2f} MiB, and {conv_state:.2f} MiB of convolution inputs")
-    limit = "" if cost.fits is None else f", {'fits' if cost.fits else 'DOES NOT FIT'} in the memory of {slug}"
-    print(f"memory   {cost.needed_bytes / 1e9:.2f} GB of weights, caches and activations{limit}")
-    if most is not None:
-        print(f"batch    {most} at most")
 
 
 def _calibrated(rows: int) -> str:

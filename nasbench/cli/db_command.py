@@ -63,35 +63,29 @@ def show(
 ) -> None:
     """List the rows of databases."""
     from dataclasses import asdict
+    from itertools import groupby
 
     from nasbench.cli.common import mark_source, print_json, print_table
+    from nasbench.core.sizes import format_size
     from nasbench.store import read_db
 
     rows = [row for file in _files(path) for row in read_db(file)]
     if as_json:
         print_json({"rows": [asdict(row) for row in rows]})
         return
-    columns = (
-        "device",
-        "block",
-        "args",
-        "hidden_size",
-        "mode",
-        "dtype",
-        "batch",
-        "context",
-        "chunk",
-        "p50_us",
-        "noisy",
-        "source",
-    )
-    cells: list[list[Any]] = []
-    for row in rows:
-        values = [getattr(row, name) for name in columns]
-        values[columns.index("noisy")] = "noisy" if row.noisy else ""
-        values[columns.index("source")] = mark_source(row.source)
-        cells.append([*("" if value is None else value for value in values), row.status])
-    print_table([*columns, "status"], cells)
+    rows.sort(key=lambda row: (row.device, row.hidden_size, row.dtype))
+    columns = ["block", "mode", "batch", "context", "chunk", "p50_us", ""]
+    for (device, dtype, size), group in groupby(rows, lambda row: (row.device, row.dtype, row.hidden_size)):
+        cells: list[list[Any]] = []
+        for row in group:
+            marks = [row.status] if row.status != "ok" else []
+            marks += [mark_source(row.source)] if row.source == "estimated" else []
+            marks += [name for name in ("noisy", "stale") if getattr(row, name)]
+            where = [row.batch, *(format_size(tokens) if tokens else "" for tokens in (row.context, row.chunk))]
+            us = "" if row.p50_us is None else round(row.p50_us, 2)
+            cells.append([f"{row.block} {row.args}".strip(), row.mode, *where, us, " ".join(marks)])
+        print_table(columns, cells, f"{device}, {dtype}" + (f", hidden size {size}" if size else ", ceilings"))
+        print()
 
 
 @command.command("merge")

@@ -14,6 +14,8 @@ EXAMPLES = (
     "nasbench profile --model qwen3-1.7b --blocks 'A W256 J' --contexts 4k,64k --batches 1,max",
     "nasbench profile --model default --dry-run",
     "nasbench db check profiles",
+    "nasbench db estimate --from nvidia-h200 --to nvidia-rtx-3090",
+    "nasbench db judge reports/cost-h200/measured.csv",
     "nasbench cost '14J A 4J A 2W 6J' --model jet-nemotron-2b --profile nvidia-h100-sxm --context 64k --batch 128",
     "nasbench throughput 28A --model qwen2.5-1.5b --context 4k --batch 8",
     "nasbench corpus generate --out own.jsonl --tokens 4M",

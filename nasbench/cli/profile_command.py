@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nasbench.cli.common import Blocks, Dtype, chunk_help
+from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import parse_size, parse_sizes
 
 if TYPE_CHECKING:
+    from nasbench.cost.holdout import WholePoint
+    from nasbench.profiling.plan import Point
     from nasbench.profiling.sweep import SweepPlan, SweepResult
+
+LIMIT_S = ByDevice(cpu=600, cuda=0)
+"""Seconds of a command that does not say: every kind and size on a CPU would take hours."""
+SWEEP = 0.5
+"""Share of them that rows may take where whole steps follow."""
+WHOLE_RUNS = 5
+"""About how many times a whole step or prompt runs, warm-up included."""
 
 
 def command(
@@ -47,8 +58,12 @@ def command(
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one row may take; 0: by the budget.")] = 0.0,
     limit: Annotated[
-        float, typer.Option(help="Seconds that the sweep may take; the rest is left for the same command. 0: none.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Seconds that all of it may take; what does not fit is named, and the same command continues. "
+            "0: no limit; default: 600 on a CPU, none on a GPU."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure decode and prefill of mixers, FFNs, norm, embedding and head. Rows that exist are skipped.
@@ -59,7 +74,7 @@ def command(
     from nasbench.profiling.plan import parse_batches
 
     for option, seconds in (("budget", budget), ("timeout", timeout), ("limit", limit)):
-        if seconds < 0:
+        if seconds is not None and seconds < 0:
             raise UserError(f"{option} {seconds}: write seconds, or 0 for the default")
     asked_contexts = parse_sizes(contexts)
     asked_batches = parse_batches(batches) if batches else []
@@ -74,10 +89,12 @@ def command(
     on_gpu = name.startswith("cuda")
     context_list = asked_contexts or default_contexts(shape.max_context, on_gpu)
     batch_list = asked_batches or (["auto"] if on_gpu else [1, 4])
+    limit_s = LIMIT_S.of(name) if limit is None else limit
+    whole = calibrate or holdout > 0
     todo = prepare(
         shape, names, context_list, batch_list, mode_list, device=name, db=db,
         dtype=choose_dtype(dtype, name), chunk=tokens, force=force, seconds_per_row=budget or None,
-        isolate=not in_process, timeout_s=timeout or None, limit_s=limit or None,
+        isolate=not in_process, timeout_s=timeout or None, limit_s=(SWEEP if whole else 1.0) * limit_s or None,
     )  # fmt: skip
     if dry_run:
         _print_plan(todo, as_json)
@@ -92,13 +109,20 @@ def command(
         "device": todo.machine.info.slug,
         "path": str(result.path),
         "measured": result.count("ok"),
+        "noisy": len(result.noisy),
         "skipped": result.skipped,
-        "left": result.left,
+        "left": len(result.left),
         **{status: result.count(status) for status in ("oom", "unsupported", "failed")},
         "seconds": round(time.monotonic() - began, 1),
     }
-    if calibrate or holdout:
-        summary |= _whole_models(todo, names, context_list, tokens, mode_list, calibrate, holdout)
+    if result.left:
+        log(f"left out for lack of time, the same command continues: {_named(result.left)}")
+    if result.noisy:
+        log(f"{len(result.noisy)} of {len(result.rows)} rows are noisy: something else used the machine")
+    if whole:
+        end = began + limit_s if limit_s else None
+        asked = max((batch for batch in batch_list if isinstance(batch, int)), default=1)
+        summary |= _whole_models(todo, names, context_list, tokens, mode_list, calibrate, holdout, asked, end)
     _print_summary(summary, as_json)
     if result.count("failed"):
         reasons = "; ".join(f"{row.block} {row.mode}: {row.reason}" for row in result.rows if row.status == "failed")
@@ -130,8 +154,15 @@ def _whole_models(
     modes: Sequence[str],
     calibrate: bool,
     holdout: int,
+    batch: int,
+    end: float | None,
 ) -> dict[str, Any]:
-    """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them."""
+    """Measures whole prompts and steps that have not been measured yet; returns what the command prints of them.
+
+    Args:
+        batch: the largest of the command line.
+        end: of the limit, by time.monotonic.
+    """
     from nasbench.cli.common import log
     from nasbench.cost import load_cost_model
     from nasbench.cost.calibration import calibration_path, read_calibration
@@ -147,18 +178,51 @@ def _whole_models(
     if calibrate:
         rows = select(read_db(todo.path), mode="decode", status="ok", source="measured")
         profiled = {row.batch for row in rows if row.block in MIXERS}
-        points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled)
-        points = [point for point in points if point.mode in modes]
-        told["calibration"] = measure_missing(whole, points, path, log, chunk)
+        points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled, batch)
+        told["calibration"] = sum(
+            measure_missing(
+                whole, [point for point in points if point.mode == mode], path, log, chunk,
+                allows=_time_left(todo, end, share),
+            )
+            for mode, share in (("prefill", 0.3), ("decode", 0.6 if holdout else 1.0))
+            if mode in modes
+        )  # fmt: skip
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
         asked["prompt_tokens"] = 2 * PROMPT_TOKENS.of(info.kind)
         points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
-        measure_missing(whole, points, holdout_path(todo.path), log, chunk, read_calibration(path))
+        known = read_calibration(path)
+        measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, _time_left(todo, end, 1.0))
         costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)
         found, uncovered = evaluate(costs, read_calibration(holdout_path(todo.path)))
         told["holdout"] = {mode: errors.cells() for mode, errors in found.items()} | {"not_covered": uncovered}
     return told
+
+
+def _time_left(todo: SweepPlan, end: float | None, share: float) -> Callable[[WholePoint], bool]:
+    """Says whether a whole step or prompt, repeated a few times, ends within this share of the time that is left."""
+    from nasbench.cost import load_cost_model
+    from nasbench.cost.holdout import compare_point
+
+    if end is None or not todo.path.exists():
+        return lambda point: True
+    costs = load_cost_model(todo.machine.info.slug, todo.bench.shape, dtype_name(todo.bench.dtype), todo.path)
+    stop = time.monotonic() + share * (end - time.monotonic())
+
+    def allows(point: WholePoint) -> bool:
+        try:
+            tok_s = compare_point(costs, point, 1.0, extrapolate=True).predicted_tok_s
+        except UserError:  # of a kind without rows
+            return time.monotonic() < stop
+        return time.monotonic() + WHOLE_RUNS * point.tokens / tok_s < stop
+
+    return allows
+
+
+def _named(points: Sequence[Point]) -> str:
+    """How many points of which mode and block: `3 prefill A, 1 decode mlp`."""
+    counts = Counter(f"{point.mode} {point.block}" for point in points)
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def default_contexts(max_context: int, on_gpu: bool) -> list[int]:

@@ -10,6 +10,7 @@ from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.cost.table import Table, Time, blend
 from nasbench.model.shapes import ModelSpec
+from nasbench.profiling.plan import same_work
 from nasbench.store import SIZE_COLUMNS, Row, block_cells, is_shared
 
 _IDENTITY = ("block", "args", "variant", *SIZE_COLUMNS)
@@ -89,6 +90,11 @@ class Blocks:
         cells = block_cells(self.shape, name)
         table = self._tables.get((*cells.values(), mode, chunk))
         time = table.at(context, batch, extrapolate) if table else None
+        if table and time is None and not is_shared(name):
+            # A kind that does the same at a measured context takes the same time.
+            spec = self.shape.mixer(name)
+            equal = [at for at in sorted(table.points) if same_work(spec, at, context, chunk)]
+            time = next(filter(None, (table.at(at, batch, extrapolate) for at in equal)), None)
         if time is None:
             title = f"{cells['block']}{cells['args'] and ' ' + cells['args']}"
             at = f"batch {batch}" if is_shared(name) else f"context {format_size(context)}, batch {batch}"

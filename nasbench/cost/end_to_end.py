@@ -126,18 +126,23 @@ def measure_missing(
     log: Callable[[str], None],
     chunk: int | None = None,
     elsewhere: Sequence[CalibrationRow] = (),
+    allows: Callable[[WholePoint], bool] = lambda point: True,
 ) -> int:
     """Adds the points that a file has not yet; one that does not fit is left out. Returns how many were measured.
 
     Args:
         elsewhere: rows that count as measured too.
+        allows: whether there is time left for a point.
     """
     known = {(r.model, r.dtype, r.mode, r.placement, r.context, r.batch) for r in [*read_calibration(path), *elsewhere]}
-    done = 0
+    done = left = 0
     for point in points:
         name = format_placement(point.placement)
         cells = (point.mode, name, point.context, point.batch)
         if (whole.shape.name, dtype_name(whole.dtype), *cells) in known:
+            continue
+        if not allows(point):
+            left += 1
             continue
         log(f"whole {point.mode} of {name}, context {point.context}, batch {point.batch}")
         try:
@@ -145,6 +150,8 @@ def measure_missing(
             done += 1
         except (NasbenchError, torch.OutOfMemoryError) as error:
             log(f"left out: {error}")
+    if left:
+        log(f"left out for lack of time: {left} whole steps or prompts")
     return done
 
 
@@ -155,6 +162,7 @@ def calibration_points(
     info: DeviceInfo,
     dtype_bytes: int,
     profiled: Collection[int] = (),
+    asked: int = 1,
 ) -> list[WholePoint]:
     """The whole prompts and steps that calibrate: every kind alone, and all by turns, at the least and the most context
     and batch that fit. Few, and none that a search would choose: those are for the holdout. Prompts come first, short
@@ -162,6 +170,7 @@ def calibration_points(
 
     Args:
         profiled: batches of the profile's decode rows. A step beyond them calibrates nothing; () for no bound.
+        asked: a batch that somebody cares for.
     """
     names = list(dict.fromkeys(names))
     most, tokens = MOST_SEQUENCES.of(info.kind), PROMPT_TOKENS.of(info.kind)
@@ -172,9 +181,11 @@ def calibration_points(
     points = [WholePoint("prefill", placement, *size) for size in sizes for placement, _ in placements]
     for placement, widest in placements:
         for context in dict.fromkeys((first, last)):
-            largest = min(most, largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes))
+            fits = largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes)
+            largest = min(max(most, asked), fits)
             # A few sequences: what lies between the kernels shows where they are short.
-            wanted = (1, min(4, largest), largest) if context == first else (largest,)
+            few = (1, min(4, largest)) if context == first else ()
+            wanted = (*few, min(asked, fits), largest) if asked > 1 else (*few, largest)
             low, high = (min(profiled), max(profiled)) if profiled else (1, largest)
             batches = dict.fromkeys(max(low, min(high, batch)) for batch in wanted)
             points += [WholePoint("decode", placement, context, batch) for batch in batches if batch <= largest]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import BlockSpec
 from nasbench.runtime.memory import lean_hybrid, sequences_that_fit
 from nasbench.store import is_shared, shared_blocks
 
@@ -25,6 +27,9 @@ FULL_MEMORY = 1.0
 nasbench.runtime.memory lets a model fill, or its largest batch has no rows."""
 USABLE_MEMORY = 0.85
 """Share of the device's memory that a plan counts on; the rest is for work space and what else runs."""
+
+Place = tuple[int, int]
+"""Context and chunk of a point."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,17 @@ def check_context(shape: ModelSpec, context: int) -> int:
     if not 1 <= context <= shape.max_context:
         raise UserError(f"context {context} is not of {shape.name}: choose 1 to {format_size(shape.max_context)}")
     return context
+
+
+def same_work(spec: BlockSpec, context: int, other: int, chunk: int = 0) -> bool:
+    """Whether a block does the same at two contexts, as recurrent states do, and windows that are full at both."""
+    new = chunk or 1
+    asked = (
+        lambda at: spec.flops(new, max(0, at - new)),
+        lambda at: spec.traffic_bytes(1, at),
+        lambda at: spec.cache_bytes(1, at),
+    )
+    return all(amount(context) == amount(other) for amount in asked)
 
 
 def parse_batches(text: str) -> list[int | str]:
@@ -97,8 +113,9 @@ def plan(
     """The points of a sweep in groups: the shared blocks, then one kind after another in decode, then in prefill.
 
     Prefill is measured at its first chunk and at every context; a placement's prefill is summed over chunks in between.
-    Contexts below the chunk are prompts that are read at once: their rows are of a chunk of that length. In a prefill
-    group short and few prompts come first, so that a sweep that is cut lacks those that take longest.
+    Contexts below the chunk are prompts that are read at once: their rows are of a chunk of that length. Contexts at
+    which a kind does the same are measured once, at the first of them. In a prefill group short and few prompts come
+    first, so that a sweep that is cut lacks those that take longest.
 
     Raises:
         UserError: unknown kind or mode, a context beyond the model's.
@@ -138,12 +155,22 @@ def plan(
             first += [Point(block, "prefill", batch, chunk=size) for size in sizes for batch in prefill_batches(size)]
     groups = [first]
     kinds = list(dict.fromkeys(names))
+
+    def points(name: str, mode: str, ends: Sequence[Place], batches: Callable[[int], list[int]]) -> list[Point]:
+        """The points of a kind: every batch at every place, but those of the same work at the first of them."""
+        spec = shape.mixer(name)
+        found: dict[Place, set[int]] = {}
+        for end, size in ends:
+            same = [at for at in found if at[1] == size and same_work(spec, at[0], end, size)]
+            found.setdefault(same[0] if same else (end, size), set()).update(batches(end))
+        return [Point(name, mode, batch, *at) for at, sizes in found.items() for batch in sorted(sizes)]
+
     if "decode" in modes:
         for name in kinds:
-            groups.append([Point(name, "decode", batch, end) for end in contexts for batch in batches_at(name, end)])
+            groups.append(points(name, "decode", [(end, 0) for end in contexts], partial(batches_at, name)))
     if "prefill" in modes:
         for name in kinds:
-            group = [Point(name, "prefill", batch, end, size) for end, size in chunks for batch in prefill_batches(end)]
+            group = points(name, "prefill", chunks, prefill_batches)
             groups.append(sorted(group, key=lambda point: (point.batch * point.context, point.context)))
     return [group for group in groups if group]
 

@@ -67,12 +67,14 @@ class SweepResult:
         rows: measured now, ceilings included.
         skipped: points that the database had already.
         left: points that the limit left for the next sweep.
+        noisy: points whose rows are.
     """
 
     path: Path
     rows: list[Row] = field(default_factory=list)
     skipped: int = 0
-    left: int = 0
+    left: list[Point] = field(default_factory=list)
+    noisy: list[Point] = field(default_factory=list)
 
     def count(self, status: str) -> int:
         """Rows of this sweep with a status."""
@@ -108,16 +110,17 @@ class SweepPlan:
 
     def group_seconds(self, points: Sequence[Point]) -> float:
         """Rough time of points that one child measures once."""
-        info, budget_s = self.machine.info, self.machine.budget.seconds
+        kind = self.machine.info.kind
+        wanted_s = SETTLED.of(kind) * self.machine.budget.seconds
+        return sum(self.row_seconds(point, wanted_s) for point in points) + self.isolate * START_S.of(kind)
+
+    def row_seconds(self, point: Point, wanted_s: float) -> float:
+        """Rough time of a row whose timing may take so long, or as long as its fewest runs take."""
+        info = self.machine.info
         known = DEVICES[info.slug].tflop_s if info.slug in DEVICES else GUESSED_TFLOP_S.of(info.kind)
         rate = self.machine.matmul_tflop_s.get(dtype_name(self.bench.dtype)) or known
-
-        def row_s(point: Point) -> float:
-            flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
-            runs_s = FEWEST_RUNS * most_instances(point) * flops / (REACHED * rate) / 1e12
-            return max(SETTLED.of(info.kind) * budget_s, runs_s) + ROW_S
-
-        return sum(map(row_s, points)) + (START_S.of(info.kind) if self.isolate else 0.0)
+        flops = amounts(self.bench.shape, point, self.bench.dtype.itemsize)[1]
+        return max(wanted_s, FEWEST_RUNS * most_instances(point) * flops / (REACHED * rate) / 1e12) + ROW_S
 
 
 def prepare(
@@ -151,7 +154,8 @@ def prepare(
             `if __name__ == "__main__"`.
         timeout_s: a row that takes longer than this is given up.
         limit_s: about how long the sweep may take. Rows get less time where that is not enough for all, every group
-            its part of it, and what does not fit is left: retries first, then the rows that take longest.
+            its part of it, and what does not fit is left: further rounds and retries first, then the rows that take
+            longest. On a busy machine rows take longer than planned, and more is left.
 
     Raises:
         UserError: unknown kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
@@ -181,7 +185,10 @@ def prepare(
     left = [group for group in left if group]
     ceilings = bool(left) and (force or len(known) < len(CEILINGS))
     timeout_s = timeout_s or TIMEOUT_S + 20 * budget.seconds
-    return SweepPlan(path, machine, bench, left, skipped, ceilings, rounds, isolate, timeout_s, limit_s)
+    todo = SweepPlan(path, machine, bench, left, skipped, ceilings, rounds, isolate, timeout_s, limit_s)
+    if limit_s and todo.seconds > limit_s:
+        todo = replace(todo, rounds=max(1, int(rounds * limit_s / todo.seconds)))
+    return todo
 
 
 class InProcess:
@@ -207,11 +214,21 @@ class InProcess:
 
 
 class TimeBudget:
-    """How much time the next row may take, so that as many as possible fit into a limit."""
+    """How much time the next row may take, so that as many as possible fit into a limit.
+
+    Attributes:
+        planned_s, taken_s: of the rows so far. Where others use the machine, the second is larger.
+    """
 
     def __init__(self, limit_s: float | None) -> None:
         self.end = None if limit_s is None else time.monotonic() + limit_s
         self.group_end = self.end
+        self.planned_s = self.taken_s = 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether a row that is planned to take so long ends before the limit."""
+        pace = max(1.0, self.taken_s / self.planned_s) if self.planned_s else 1.0
+        return self.end is None or time.monotonic() + pace * seconds <= self.end
 
     def new_group(self, share: float) -> None:
         """The next rows may take this share of what is left: the slowest rows of one kind leave time for the next."""
@@ -282,9 +299,10 @@ class _Sweep:
         for group in todo.groups:
             # Rows that were too slow for their group's part, where others took less than theirs.
             self.measure([point for point in group if point not in self.best], budget)
-        result.left = len(todo.points) - len(self.best)
+        result.left = [point for point in todo.points if point not in self.best]
         self.retry(budget)
         result.rows += self.best.values()
+        result.noisy = [point for point, row in self.best.items() if row.noisy]
         return result
 
     def retry(self, budget: Budget) -> None:
@@ -310,7 +328,13 @@ class _Sweep:
                 some = self.time.of_row(budget, max(1, self.total - self.done))
                 if some is None:
                     break
+                planned_s = self.todo.row_seconds(point, some.seconds)
+                if not self.time.allows(planned_s):
+                    continue
+                began = time.monotonic()
                 row = self.measurer.measure(point, some)
+                self.time.planned_s += planned_s
+                self.time.taken_s += time.monotonic() - began
                 self.measurer.start_ahead()
                 if point not in self.best or _faster(row, self.best[point]):
                     self.best[point] = row

@@ -47,7 +47,7 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
     assert profile(tmp_path, "--json") == 0
     summary = stdout_json(capsys)
     assert summary["device"] == CPU
-    assert (summary["measured"], summary["skipped"], summary["failed"]) == (12, 0, 0)
+    assert (summary["measured"], summary["skipped"], summary["failed"]) == (11, 0, 0)
     assert profile(tmp_path, "--json") == 0
     assert (stdout_json(capsys)["measured"]) == 0
 
@@ -76,11 +76,11 @@ def test_profile_then_cost_then_devices(tmp_path, capsys):
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
     assert profile(tmp_path / "db", "--dry-run", "--json") == 0
     plan = stdout_json(capsys)
-    assert len(plan["points"]) == 8
+    assert len(plan["points"]) == 7
     assert plan["seconds"] >= 3
     assert not (tmp_path / "db").exists()
     assert profile(tmp_path / "db", "--dry-run") == 0
-    assert "8 rows and 4 ceilings" in capsys.readouterr().out
+    assert "7 rows and 4 ceilings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

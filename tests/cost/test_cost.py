@@ -175,6 +175,16 @@ def test_batches_may_differ_between_contexts():
         costs.decode(SHAPE.placement, 4000, 32)
 
 
+def test_a_kind_that_does_the_same_everywhere_needs_one_context(costs):
+    sparse = [row for row in rows_of() if row.block not in ("J", "G") or row.context in (1024, CHUNK)]
+    few = CostModel(sparse, SHAPE, "fp32")
+    for placement in ("10A 10J 10G", "30J"):
+        assert few.cost(SHAPE.parse(placement), 8192, 4) == costs.cost(SHAPE.parse(placement), 8192, 4)
+    without = CostModel([row for row in sparse if row.block != "A" or row.context == 1024], SHAPE, "fp32")
+    with pytest.raises(UserError, match="block A"):
+        without.decode(SHAPE.parse("30A"), 8192, 4)
+
+
 def test_one_estimated_row_marks_the_sum():
     rows = rows_of()
     marked = [replace(row, source="estimated") if (row.block, row.context) == ("G", 8192) else row for row in rows]

@@ -26,14 +26,22 @@ def points(**changes) -> list[Point]:
 def test_every_kind_at_every_context_and_batch():
     found = points()
     assert len(found) == len(set(found))
-    for name in ("A", "J"):
+    # A recurrent state does the same at every context.
+    for name, contexts, ends in (("A", (1024, 8192), (512, 1024, 8192)), ("J", (1024,), (512,))):
         decode = {(p.context, p.batch) for p in found if p.block == name and p.mode == "decode"}
-        assert decode == {(1024, 1), (1024, 4), (8192, 1), (8192, 4)}
+        assert decode == {(context, batch) for context in contexts for batch in (1, 4)}
         prefill = {(p.context, p.batch, p.chunk) for p in found if p.block == name and p.mode == "prefill"}
-        assert prefill == {(512, 1, 512), (1024, 1, 512), (8192, 1, 512)}
+        assert prefill == {(end, 1, 512) for end in ends}
     for name in ("embedding", "norm", "mlp"):
         assert {(p.mode, p.batch) for p in found if p.block == name} == {("decode", 1), ("decode", 4), ("prefill", 1)}
     assert {(p.mode, p.batch) for p in found if p.block == "head"} == {("decode", 1), ("decode", 4)}
+
+
+def test_a_window_is_measured_until_it_is_full():
+    found = points(names=("W1152",), contexts=[1024, 2048, 4096, 8192])
+    places = {(p.mode, p.context) for p in found if p.block == "W1152"}
+    decode = {("decode", context) for context in (1024, 2048)}
+    assert places == decode | {("prefill", context) for context in (512, 1024, 2048)}
 
 
 def test_one_mode_only():
@@ -92,7 +100,7 @@ def test_auto_batches_are_powers_of_two_up_to_the_largest():
         assert max(batches) == largest
     norms = {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")}
     assert {1 << power for power in range(11)} <= norms
-    prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("J", "prefill")}
+    prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("A", "prefill")}
     assert prefill >= {(2048, 64), (4096, 2), (262144, 8)}
     assert (262144, 64) not in prefill
 

@@ -56,9 +56,10 @@ def test_every_planned_row_is_there_and_ok(rows):
     assert {row.status for row in rows} == {"ok"}
     assert {row.block for row in rows} == {"A", "W", "J", "G", "mlp", "norm", "embedding", "head", "ceiling"}
     assert {row.args for row in rows if row.block == "ceiling"} == set(CEILINGS)
-    decode = [row for row in rows if row.block in "AWJG" and row.mode == "decode"]
-    assert len(decode) == 4 * 2 * 2
-    assert len([row for row in rows if row.block in "AWJG" and row.mode == "prefill"]) == 4 * 3
+    # What does the same at every context is measured at the first.
+    for mode, wanted in (("decode", {64, 256}), ("prefill", {32, 64, 256})):
+        found = [{row.context for row in rows if (row.block, row.mode) == (block, mode)} for block in "AJG"]
+        assert found == [wanted, {min(wanted)}, {min(wanted)}]
 
 
 def test_rows_tell_where_they_are_from(rows):
@@ -242,17 +243,18 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
 
     monkeypatch.setattr(sweep_module, "measure", fake)
     monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1))
-    planned = prepare(TINY, db=tmp_path, **ASKED)
-    asked = ASKED | {"seconds_per_row": 9.0}
+    many = ASKED | {"blocks": ("A", "W512"), "contexts": [64, 128, 192, 256]}
+    planned = prepare(TINY, db=tmp_path, **many)
+    asked = many | {"seconds_per_row": 9.0}
     result = run(prepare(TINY, db=tmp_path, limit_s=20.0, **asked))
-    assert (result.left, len(budgets)) == (len(planned.points) - 20, 20)
+    assert (len(result.left), len(budgets)) == (len(planned.points) - 20, 20)
     assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
-    left = prepare(TINY, db=tmp_path, **ASKED).groups
+    left = prepare(TINY, db=tmp_path, **many).groups
     for before, after in zip(planned.groups, left, strict=True):
         # Of every group the last rows, of none all.
         assert after == before[-len(after) :]
         assert len(after) < len(before)
-    assert run(prepare(TINY, db=tmp_path, limit_s=1e6, **ASKED)).left == 0
+    assert run(prepare(TINY, db=tmp_path, limit_s=1e6, **many)).left == []
 
 
 def test_a_block_within_other_kernels_is_a_row_of_no_time(tmp_path, monkeypatch):
