@@ -102,7 +102,7 @@ def variables(encode: Encode, generator: random.Random, length: int) -> Question
         for step, chain in product(range(CHAIN), range(chains))
     ]
     chosen = generator.randrange(chains)
-    asked = f"\nThe {CHAIN} variables that are {numbers[chosen]}, in order, are"
+    asked = f"\nThe {CHAIN} variables that have the value {numbers[chosen]}, in order, are VAR"
     return Question(encode(lines), asked, names[chosen * CHAIN : (chosen + 1) * CHAIN])
 
 
@@ -110,7 +110,9 @@ def words(encode: Encode, generator: random.Random, length: int) -> Question:
     order = generator.sample(WORDS, len(WORDS))
     ids = dict(zip(order, encode([f" {word}" for word in order]), strict=True))
     drawn = generator.choices(order, [FREQUENT] + [1] * (len(order) - 1), k=length)
-    return Question([ids[word] for word in drawn], "\nThe most frequent of these words is", order[:1], filler=False)
+    return Question(
+        [ids[word] for word in drawn], "\nOf these words the most frequent is the word", order[:1], filler=False
+    )
 
 
 def documents(encode: Encode, generator: random.Random, length: int) -> Question:
@@ -123,7 +125,7 @@ def documents(encode: Encode, generator: random.Random, length: int) -> Question
             for number, (who, home) in enumerate(zip(people, homes, strict=True), 1)
         ]
     )
-    asked = [f"\nQuestion: where does {who} live? Answer:" for who in people]
+    asked = [f"\nQuestion: in which city does {who} live?\nAnswer: {who} lives in" for who in people]
     room = length - 2 * len(encode(asked[:1])[0])
     chosen = generator.randrange(max(1, int(np.cumsum([len(life) for life in lives]).searchsorted(room, "right"))))
     return Question(lives, asked[chosen], [homes[chosen]], filler=False)

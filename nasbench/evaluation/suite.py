@@ -202,6 +202,16 @@ class Suite(Task):
         items = read_items(self.path)
         return [items[i] for i in evenly(self.limit or len(items), len(items))]
 
+    def scored_tokens(self, context: Context) -> int:
+        def longest() -> int:
+            items = self.items()
+            texts = [first + self.delimiter + second for item in items for first, second in item.alternatives]
+            texts += [item.query for item in items if item.answers]
+            room = ANSWER_TOKENS if items[0].answers else 0
+            return max(map(len, encode_prompts(context.tokenizer, texts))) + room
+
+        return context.once((self, "longest"), longest)
+
     def larger(self) -> Self | None:
         return type(self)(self.path) if self.limit else None
 

@@ -49,7 +49,8 @@ def solve(kind, text):
         who = re.fullmatch(r"The locker number of (.*) is", question)[1]
         return " " + re.search(rf"The locker number of {who} is (\d+)\.", body)[1]
     if kind == "documents":
-        who = re.search(r"where does (.*) live", question)[1]
+        body = body.rsplit("\n", 1)[0]
+        who = re.search(r"Answer: (.*) lives in", question)[1]
         return " " + re.search(rf": {who} was born in .* and lives in (\w+)\.", body)[1]
     if kind == "words":
         words = body.split()
