@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from nasbench.core.errors import MachineError, NasbenchError, UserError, unknown
+from nasbench.core.sizes import is_count
 from nasbench.evaluation.scores import Scores
 from nasbench.evaluation.suite import encode_prompts
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
@@ -83,7 +84,7 @@ class HarnessTask(Task):
     def of(cls, name: str, length: str, argument: str) -> Self:
         """From `NAME@LENGTH:ARGUMENT`. Raises UserError for a name that neither nasbench nor the harness has, and
         MachineError without the harness."""
-        shots, _, folder = argument.partition(":") if argument.partition(":")[0].isdecimal() else ("", "", argument)
+        shots, _, folder = argument.partition(":") if is_count(argument.partition(":")[0]) else ("", "", argument)
         error = unknown("task", name, TASKS)
         if not name or difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.75):
             raise error

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError, unknown
-from nasbench.core.sizes import format_size
+from nasbench.core.sizes import format_size, is_count
 from nasbench.evaluation.reading import Ends, Text
 from nasbench.evaluation.retrieval import FACT_TOKENS, ITEMS, NAMES, Generated, begin, prose
 from nasbench.evaluation.tasks import TASKS, Context
@@ -209,7 +209,7 @@ class Ruler(Generated):
 
     @classmethod
     def parse(cls, length: str, argument: str) -> Self:
-        kind, _, count = argument.partition(":") if not argument.isdecimal() else ("", "", argument)
+        kind, _, count = argument.partition(":") if not is_count(argument) else ("", "", argument)
         if kind and kind not in KINDS:
             raise unknown(f"kind of task {cls.name}", kind, KINDS)
         task = replace(super().parse(length, count), kind=kind)

@@ -27,7 +27,8 @@ class NasbenchConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As config.json has it, so that nasbench reads it again."""
         found = super().to_dict()
-        return {**found, **found.pop("fields", {})}
+        fields = found.pop("fields", {})
+        return {**found, **fields}
 
 
 def register() -> None:
