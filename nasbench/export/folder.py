@@ -143,11 +143,9 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _tokenizer_config(tokenizer: Tokenizer, source: Path | None) -> dict[str, Any]:
-    """The base model's own, or what transformers needs to read tokenizer.json as a fast tokenizer; with the chat
-    template."""
-    known = _of_source(source, "tokenizer_config.json")
-    if not known:
-        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        texts = {name: tokenizer.backend.id_to_token(index) for name, index in special.items() if index is not None}
-        known = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **texts}
-    return known | ({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
+    """What transformers needs to read tokenizer.json, the base model's own settings over it; the chat template."""
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    found: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    found |= {name: tokenizer.backend.id_to_token(index) for name, index in special.items() if index is not None}
+    found |= _of_source(source, "tokenizer_config.json") | {"chat_template": tokenizer.chat_template}
+    return {name: value for name, value in found.items() if name != "chat_template" or value}

@@ -41,7 +41,9 @@ class NasbenchForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *_: Any, config: Any = None, **options: Any) -> Self:
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: Any, *_: Any, config: Any = None, **options: Any
+    ) -> Self:
         """The model of a folder, read as nasbench reads it: one tensor at a time to its device.
 
         Args:
@@ -120,7 +122,7 @@ class NasbenchForCausalLM(PreTrainedModel, GenerationMixin):
         cache.length = before + tokens
         return logits[:, None]
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int,
         max_cache_length: int, *_: Any,
     ) -> None:  # fmt: skip
