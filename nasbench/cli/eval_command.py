@@ -65,6 +65,7 @@ def command(
     the tasks of the searched ones, then those of all others.
     """
     from nasbench.cli.common import print_json, print_table, run_dtype, torch_device, torch_dtype
+    from nasbench.evaluation.evaluator import IDENTICAL
     from nasbench.evaluation.tasks import parse_tasks
 
     where = torch_device(device)
@@ -92,6 +93,7 @@ def command(
     if as_json:
         rows = {
             name: {"metric": s.metric, "value": s.value, "stderr": None if s.n < 2 else s.stderr, "n": s.n}
+            | ({IDENTICAL: True} if s.about.get(IDENTICAL) else {})
             for name, s in found.items()
         }
         print_json({"target": target, "placement": scored, "split": split, "dtype": dtype, "scores": rows})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasbench.data.packing import Batch, Corpus
 from nasbench.evaluation.reading import Reading
@@ -18,13 +19,16 @@ from nasbench.evaluation.tasks import Context, Task, parse_task
 from nasbench.model.block import kinds_without_varlen
 from nasbench.model.decoder import Decoder
 from nasbench.runs import Run
-from nasbench.spaces.placement import Placement
+from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.supernet import Supernet
 
 SEARCH_TOKENS = 2048
 """Held-out tokens that score a placement while searching."""
 TEXT = ("loss", "kl")
 """What every search measures; one reading gives both."""
+IDENTICAL = "identical_to_model"
+"""In `Scores.about` of a placement that the scored texts cannot tell from the model itself."""
+log = logging.getLogger("nasbench")
 Progress = Callable[[int, int], None]
 """Called with how many placements are done, and of how many."""
 
@@ -63,10 +67,16 @@ class Evaluator:
         dtype: torch.dtype | None = None,
         search_tokens: int = SEARCH_TOKENS,
         test_tokens: int | None = None,
+        sequence: int | None = None,
     ) -> Evaluator:
-        """Loads the run's supernet and corpus. `dtype` None: bf16, in which the supernet was trained."""
+        """Loads the run's supernet and corpus.
+
+        Args:
+            dtype: None for bf16, in which the supernet was trained.
+            sequence: tokens of a scored row, None for those of a training row.
+        """
         supernet = Supernet.load(run, dtype=dtype or torch.bfloat16, device=device)
-        corpus = Corpus.load(run.spec.data, supernet.tokenizer, run.spec.sequence)
+        corpus = Corpus.load(run.spec.data, supernet.tokenizer, sequence or run.spec.sequence)
         return cls(run, supernet, corpus, search_tokens=search_tokens, test_tokens=test_tokens)
 
     @property
@@ -125,12 +135,31 @@ class Evaluator:
         for placement in missing:
             self.supernet.space.check(placement)
         task.check(context)
+        same = self.identical(missing, task.scored_tokens(context)) if missing else set()
+        if same:
+            log.warning(
+                "%s: its texts of %d tokens cannot tell these from the model itself: %s", task.label,
+                task.scored_tokens(context), ", ".join(map(format_placement, sorted(same))),
+            )  # fmt: skip
         for placement, measures in self._samples(task, missing, context, progress):
             device = self.supernet.teacher.device
             new = {title: task.scores(samples, title, context, device) for title, samples in measures.items()}
+            if placement in same:
+                new = {t: replace(s, about={**s.about, IDENTICAL: True}) for t, s in new.items()}
             self.store.put({self.key(placement, task, context, title): scores for title, scores in new.items()})
             found[placement] = new[task.title]
         return {placement: scores for placement, scores in found.items() if scores is not None}
+
+    def identical(self, placements: Sequence[Placement], tokens: int) -> set[Placement]:
+        """Those that are the model itself on texts of `tokens` tokens, though another placement: windows as long as the
+        text, with the model's own weights."""
+        net, own = self.supernet, self.supernet.space.original
+        far = {p for p in placements if p != own and net.teacher.shape.exact_until(p) >= tokens}
+        layers = {(i, name) for p in far for i, name in enumerate(p) if name != own[i]}
+        trained = {
+            (i, name) for i, name in layers if not _same_weights(net.layer(i, name), net.teacher.layers[i])
+        }  # fmt: skip
+        return {p for p in far if trained.isdisjoint(enumerate(p))}
 
     @torch.inference_mode()
     def _samples(
@@ -176,6 +205,13 @@ class Evaluator:
                     states.append(self.supernet.layer(i, placement[i])(states[-1], meta))
             last = placement
             yield placement, teacher.model.norm(states[-1])
+
+
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[name] is theirs[name] or torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def score_checkpoint(

@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 from nasbench.core.errors import MachineError, NasbenchError, UserError, unknown
+from nasbench.core.sizes import is_count
 from nasbench.evaluation.scores import Scores
+from nasbench.evaluation.suite import encode_prompts
 from nasbench.evaluation.tasks import TASKS, Context, Task, parse_length
 from nasbench.model.decoder import Decoder
 
@@ -82,9 +84,9 @@ class HarnessTask(Task):
     def of(cls, name: str, length: str, argument: str) -> Self:
         """From `NAME@LENGTH:ARGUMENT`. Raises UserError for a name that neither nasbench nor the harness has, and
         MachineError without the harness."""
-        shots, _, folder = argument.partition(":") if argument.partition(":")[0].isdecimal() else ("", "", argument)
+        shots, _, folder = argument.partition(":") if is_count(argument.partition(":")[0]) else ("", "", argument)
         error = unknown("task", name, TASKS)
-        if difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.75):
+        if not name or difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.75):
             raise error
         if folder and not Path(folder).is_dir():
             raise UserError(f"task {name}: no such folder of task files: {folder}")
@@ -108,6 +110,21 @@ class HarnessTask(Task):
 
     def settings(self, context: Context) -> str:
         return f"lm-eval-{version('lm_eval')}/{self._loaded(context).digest}"
+
+    def scored_tokens(self, context: Context) -> int:
+        """Of the longest request, as its texts have."""
+        tasks = self._loaded(context).subtasks.values()
+
+        def longest() -> int:
+            with _in_one_line(f"task {self.label}"):
+                for task in tasks:
+                    task.set_fewshot_seed(SEED)
+                    task.build_all_requests(limit=self.limit or None)
+            texts = ["".join(text for text in i.args if isinstance(text, str)) for t in tasks for i in t.instances]
+            new = max(int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)) for task in tasks)
+            return new + max(map(len, encode_prompts(context.tokenizer, sorted(texts, key=len)[-20:])))
+
+        return context.once((self, "longest"), longest)
 
     def measures(self, decoder: Decoder, context: Context) -> dict[str, Tensor]:
         import lm_eval

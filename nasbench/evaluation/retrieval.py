@@ -7,6 +7,7 @@ What full attention does and a state of constant size does not: loss on ordinary
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -52,8 +53,8 @@ class AnswerEnds(Ends):
 
 
 @dataclass(frozen=True)
-class Retrieval(Task):
-    """Accuracy of greedy retrieval.
+class Generated(Task):
+    """A task whose texts are made, as long as asked.
 
     Attributes:
         length: tokens of prompt and answer together.
@@ -62,43 +63,52 @@ class Retrieval(Task):
 
     length: int = 512
     items: int = ITEMS
-    name: ClassVar[str] = "retrieval"
 
     @classmethod
     def parse(cls, length: str, argument: str) -> Self:
-        tokens = parse_length(cls.name, length, 512)
+        tokens = parse_length(cls.name, length, cls.length)
         if tokens < _SHORTEST:
             raise UserError(f"task {cls.name}@{length}: at least {_SHORTEST} tokens")
         if argument and not (is_count(argument) and int(argument) > 0):
-            raise UserError(f"bad number of items {argument!r}: write {cls.name}@{length or 512}:ITEMS")
+            raise UserError(f"bad number of items {argument!r}: write {cls.name}@{length or cls.length}:ITEMS")
         return cls(tokens, int(argument) if argument else ITEMS)
 
     @property
     def label(self) -> str:
         return f"{self.name}@{format_size(self.length)}" + (f":{self.items}" if self.items != ITEMS else "")
 
-    def settings(self, context: Context) -> str:
-        return f"{VERSION[context.split]}/{context.split}/{self.items}/{context.corpus.fingerprint[:8]}"
-
-    def reading(self, decoder: Decoder, context: Context) -> AnswerEnds:
+    def reading(self, decoder: Decoder, context: Context) -> Ends:
         self.check(context)
         longest = decoder.shape.max_context
         if self.length > longest:
             raise UserError(f"task {self.label}: {decoder.shape.name} has a context of {longest}")
+        key = self, context.split, longest, decoder.device
+        return context.once(key, lambda: self.lay_out(longest, decoder.device, context))
 
-        def lay_out() -> AnswerEnds:
-            items = make_items(context, self.length, self.items)
-            texts = [Text(item.prompt + item.answer, len(item.answer)) for item in items]
-            return self.ends(texts, longest, decoder.device, context)
-
-        return context.once((self, context.split, longest, decoder.device), lay_out)
-
-    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> AnswerEnds:
-        """The texts laid out as this task reads them."""
-        return AnswerEnds(texts, longest, device, title=self.title)
+    @abstractmethod
+    def lay_out(self, longest: int, device: torch.device, context: Context) -> Ends:
+        """The texts as this task reads them."""
 
     def scored_tokens(self, context: Context) -> int:
         return self.length
+
+
+@dataclass(frozen=True)
+class Retrieval(Generated):
+    """Accuracy of greedy retrieval."""
+
+    name: ClassVar[str] = "retrieval"
+
+    def settings(self, context: Context) -> str:
+        version = VERSION[context.split] + ("" if context.tokenizer.bos_id is None else "+bos")
+        return f"{version}/{context.split}/{self.items}/{context.corpus.fingerprint[:8]}"
+
+    def lay_out(self, longest: int, device: torch.device, context: Context) -> Ends:
+        items = make_items(context, self.length, self.items)
+        return self.ends([Text(i.prompt + i.answer, len(i.answer)) for i in items], longest, device, context)
+
+    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> Ends:
+        return AnswerEnds(texts, longest, device, title=self.title)
 
 
 class AnswerKLEnds(AnswerEnds):
@@ -135,7 +145,7 @@ class RetrievalKL(Retrieval):
     higher_is_better: ClassVar[bool] = False
     needs_teacher: ClassVar[bool] = True
 
-    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> AnswerEnds:
+    def ends(self, texts: Sequence[Text], longest: int, device: torch.device, context: Context) -> Ends:
         assert context.teacher is not None
         return AnswerKLEnds(texts, longest, device, self.title, context.teacher)
 
@@ -143,13 +153,23 @@ class RetrievalKL(Retrieval):
 def make_items(context: Context, length: int, count: int) -> list[Item]:
     """`count` items over the context's split, whose prompt and answer are `length` tokens at most, and all but a few of
     them. A search sees other questions than a report."""
-    encode = context.tokenizer.encode
-    prose = context.corpus.held_out(context.split).tokens.numpy()
+    encode, first = context.tokenizer.encode, begin(context)
+    rows = context.corpus.held_out(context.split).tokens.numpy()
     seed = 0 if context.split == "test" else context.split
-    return [_make_item(encode, prose, length, random.Random(f"{seed}/{index}/{length}")) for index in range(count)]
+    items = [
+        _make_item(encode, rows, length - len(first), random.Random(f"{seed}/{index}/{length}"))
+        for index in range(count)
+    ]
+    return [Item(first + item.prompt, item.answer) for item in items]
 
 
-def _make_item(encode: Callable[[str], list[int]], prose: np.ndarray, length: int, generator: random.Random) -> Item:
+def begin(context: Context) -> list[int]:
+    """The token that begins every text, where the model was trained with one."""
+    bos = context.tokenizer.bos_id
+    return [] if bos is None else [bos]
+
+
+def _make_item(encode: Callable[[str], list[int]], rows: np.ndarray, length: int, generator: random.Random) -> Item:
     facts_count = max(2, min(len(NAMES), length // FACT_TOKENS))
     names = generator.sample(NAMES, facts_count)
     values = [str(generator.randrange(1000, 10_000)) for _ in names]
@@ -161,19 +181,19 @@ def _make_item(encode: Callable[[str], list[int]], prose: np.ndarray, length: in
     prompt: list[int] = []
     for index, fact in enumerate(facts):
         size = max(0, room * (index + 1) // facts_count - room * index // facts_count)
-        prompt += _prose(prose, size, generator) + fact
+        prompt += prose(rows, size, generator) + fact
     return Item(prompt + question, answer)
 
 
-def _prose(prose: np.ndarray, size: int, generator: random.Random) -> list[int]:
+def prose(rows: np.ndarray, size: int, generator: random.Random) -> list[int]:
     """`size` tokens of ordinary text [rows, T] from a random place; the first row follows the last.
 
     An array and no tensor: where cores are busy, indexing a tensor waits for torch's threads, 50 times longer than it
     copies these few tokens.
     """
-    row, column = generator.randrange(prose.shape[0]), generator.randrange(prose.shape[1])
-    start = row * prose.shape[1] + column
-    return prose.ravel()[np.arange(start, start + size) % prose.size].tolist()
+    row, column = generator.randrange(rows.shape[0]), generator.randrange(rows.shape[1])
+    start = row * rows.shape[1] + column
+    return rows.ravel()[np.arange(start, start + size) % rows.size].tolist()
 
 
 for _task in (Retrieval, RetrievalKL):

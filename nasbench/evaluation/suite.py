@@ -104,15 +104,21 @@ def chance(items: list[SuiteItem]) -> float:
     return sum(1 / len(item.alternatives) if item.alternatives else 0.0 for item in items) / len(items)
 
 
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, behind the token that begins every text, where the model was trained with one."""
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [ids if ids[:1] == begin else begin + ids for ids in tokenizer.encode_batch(texts)]
+
+
 def tokenised(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """(context, continuation) of each pair of texts, as lm-evaluation-harness cuts them: tokenised together, what
     stands behind as many tokens as the context alone has is the continuation."""
     moved = [(first.rstrip(), first[len(first.rstrip()) :] + second) for first, second in texts]
     # Alternatives of one question mostly share its text.
     firsts = list(dict.fromkeys(first for first, _ in moved))
-    prefixes = dict(zip(firsts, tokenizer.encode_batch(firsts), strict=True))
+    prefixes = dict(zip(firsts, encode_prompts(tokenizer, firsts), strict=True))
     pairs = []
-    for (first, second), whole in zip(moved, tokenizer.encode_batch([a + b for a, b in moved]), strict=True):
+    for (first, second), whole in zip(moved, encode_prompts(tokenizer, [a + b for a, b in moved]), strict=True):
         tail = whole[len(prefixes[first]) :] or tokenizer.encode(second)
         pairs.append((prefixes[first] or [tokenizer.eos_id or 0], tail))
     return pairs
@@ -188,12 +194,23 @@ class Suite(Task):
             read_items(self.path)
             return hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
-        return f"{VERSION}/{context.once((self.path, 'digest'), digest)}"
+        begin = "" if context.tokenizer.bos_id is None else "+bos"
+        return f"{VERSION}{begin}/{context.once((self.path, 'digest'), digest)}"
 
     def items(self) -> list[SuiteItem]:
         """Those that are evaluated."""
         items = read_items(self.path)
         return [items[i] for i in evenly(self.limit or len(items), len(items))]
+
+    def scored_tokens(self, context: Context) -> int:
+        def longest() -> int:
+            items = self.items()
+            texts = [first + self.delimiter + second for item in items for first, second in item.alternatives]
+            texts += [item.query for item in items if item.answers]
+            room = ANSWER_TOKENS if items[0].answers else 0
+            return max(map(len, encode_prompts(context.tokenizer, texts))) + room
+
+        return context.once((self, "longest"), longest)
 
     def larger(self) -> Self | None:
         return type(self)(self.path) if self.limit else None
@@ -230,7 +247,7 @@ class Suite(Task):
     def _written(self, items: list[SuiteItem], decoder: Decoder, context: Context) -> Tensor:
         tokenizer, longest = context.tokenizer, decoder.shape.max_context - ANSWER_TOKENS
         ends = context.once("line ends", lambda: line_ends(tokenizer))
-        queries = context.once((self, "queries"), lambda: tokenizer.encode_batch([item.query for item in items]))
+        queries = context.once((self, "queries"), lambda: encode_prompts(tokenizer, [item.query for item in items]))
         prompts = [ids[-longest:] or [tokenizer.eos_id or 0] for ids in queries]
         # Prompts of one length are read at once.
         order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), PROMPTS.of(decoder.device)

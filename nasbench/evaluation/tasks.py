@@ -141,7 +141,7 @@ TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
 def task_names() -> list[str]:
     """Every registered task."""
     # Registered by their own modules, which import this one.
-    from nasbench.evaluation import agreement, retrieval, suite  # noqa: F401
+    from nasbench.evaluation import agreement, retrieval, ruler, suite  # noqa: F401
 
     return list(TASKS)
 

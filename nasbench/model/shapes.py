@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 from nasbench.core.registry import Registry
@@ -103,6 +104,12 @@ class ModelSpec:
         layers = parse_placement(placement, self.num_layers)
         self.mixers(layers)
         return layers
+
+    def exact_until(self, placement: Placement) -> float:
+        """Tokens of the longest text on which the placement is the model itself, its weights unchanged: infinite for
+        the model's own placement. No score on texts up to there tells the two apart."""
+        pairs = zip(self.mixers(self.placement), self.mixers(placement), strict=True)
+        return min(math.inf if own == other else min(own.exact_until, other.exact_until) for own, other in pairs)
 
     def cache_bytes(self, placement: Placement, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Keys, values and recurrent states of all layers, as arXiv 2508.15884 counts the cache."""

@@ -155,6 +155,12 @@ class MixerSpec(BlockSpec):
         """The rotary embedding that a layer of this kind looks up, if any: a decoder makes its tables beforehand."""
         return self.shape.rotary
 
+    @property
+    def exact_until(self) -> float:
+        """Tokens of the longest text on which the mixer with the attention's weights is full attention: infinite for
+        that itself, 0 for a kind that differs from the first token on or has weights of its own."""
+        return 0
+
     @classmethod
     @abstractmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:

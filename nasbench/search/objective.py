@@ -74,19 +74,20 @@ def parse_objective(text: str) -> list[tuple[float, Task]]:
 def distinct_space(evaluator: Evaluator, tasks: Sequence[Task]) -> Space:
     """The evaluator's space without the names that no task can tell from full attention.
 
-    A window at least as long as every scored text is full attention on it: its score would be the teacher's. Such a
-    name keeps as large a cache as full attention at every context up to that length.
+    A window at least as long as every scored text is full attention on it: its score would be the teacher's.
 
     Raises UserError where no alternative is left.
     """
     shape, space, context = evaluator.supernet.teacher.shape, evaluator.supernet.space, evaluator.context("search")
     longest = max(task.scored_tokens(context) for task in tasks)
-
-    def caches(layer: int, name: str) -> list[int]:
-        return [shape.mixer(name, layer).cache_bytes(1, max(1, longest // part)) for part in (1, 2, 3)]
-
-    full = space.may_be_full[:1]
-    names = [n for n in space.efficient_names for at in full if caches(at, n) == caches(at, space.original[at])]
+    exact = {name: shape.mixer(name, at).exact_until for name in space.efficient_names for at in space.may_be_full[:1]}
+    names = [name for name, until in exact.items() if until >= longest]
+    near = [name for name, until in exact.items() if longest / 2 < until < longest]
+    if near:
+        log.warning(
+            "%s differ from full attention only in the last part of scored texts of %d tokens: score on texts of twice "
+            "their window to tell them apart", ", ".join(near), longest,
+        )  # fmt: skip
     if not names:
         return space
     told = (

@@ -147,7 +147,7 @@ def test_prose_is_rows_one_behind_the_other(size):
         for i in range(size // 32 + 2):
             rows += prose[(first + i) % 7].tolist()
         start = generator.randrange(32)
-        found = retrieval._prose(prose.numpy(), size, random.Random(seed))
+        found = retrieval.prose(prose.numpy(), size, random.Random(seed))
         assert found == rows[start : start + size]
 
 

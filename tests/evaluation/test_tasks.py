@@ -210,7 +210,7 @@ def test_white_space_before_a_choice_is_the_choices(context, tmp_path):
 class Merges:
     """A tokenizer that joins a letter with the space before it."""
 
-    eos_id = 0
+    eos_id, bos_id = 0, None
     words = types.MappingProxyType({"a": [1], "a ": [1, 9], "a b": [1, 23], "b": [2], " b": [23]})
 
     def encode_batch(self, texts):

@@ -1,16 +1,21 @@
 """Exported folders load again and compute the same; what a format cannot say is refused; nothing is half written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from supernet_tiny import LAYERS, save_supernet, save_tiny
 
+from nasbench.checkpoints.families import read_spec
 from nasbench.checkpoints.load import LoadedModel, load_model, random_decoder
 from nasbench.core.errors import UserError
+from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.export import export, write_model
 from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run, RunSpec
+from nasbench.runtime.generate import generate
 from nasbench.spaces.placement import format_placement, parse_placement
 from nasbench.supernet.supernet import Supernet
 
@@ -47,7 +52,8 @@ def test_an_exported_folder_computes_the_same(run, tmp_path, format, placement, 
     layers = parse_placement(placement)
     out = export(run, layers, tmp_path / "out", format, dtype=dtype)
     assert sorted(path.name for path in out.iterdir()) == [
-        "config.json", "model.safetensors", "nasbench.json", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "nasbench.json", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     loaded = load_model(str(out), dtype=dtype)
     assert [config.kind for config in loaded.shape.mixers(loaded.decoder.placement)] == [name[0] for name in layers]
@@ -59,18 +65,112 @@ def test_an_exported_folder_computes_the_same(run, tmp_path, format, placement, 
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_transformers_loads_full_attention(run, tmp_path):
+@pytest.mark.parametrize(
+    ("placement", "model_type"),
+    [("4A", "llama"), ("4W8", "mistral"), ("A W8 A W8", "qwen2"), ("J A W8 G", "nasbench")],
+)
+def test_transformers_loads_every_placement(run, tmp_path, placement, model_type):
+    """In a format that it has where one can say the placement, else by our class: logits, greedy text, token ids."""
     transformers = pytest.importorskip("transformers")
     from tolerances import LOGITS_FP32, relative_rmse
 
-    out = export(run, run.spec.space.original, tmp_path / "out", "hf", dtype=torch.float32)
+    layers = parse_placement(placement)
+    out = export(run, layers, tmp_path / "out", "hf", dtype=torch.float32)
     model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
-    assert model.config.model_type == "llama"
+    assert (model.config.model_type, model.dtype) == (model_type, torch.float32)
+    decoder = Supernet.load(run).select(layers)
     with torch.no_grad():
-        expected = Supernet.load(run).teacher(TOKENS)
-        assert relative_rmse(model(TOKENS).logits, expected) <= LOGITS_FP32
+        assert relative_rmse(model(TOKENS).logits, decoder(TOKENS)) <= LOGITS_FP32
+        # The folder's own end token ends some texts; the rest is padded.
+        written = model.generate(TOKENS, attention_mask=torch.ones_like(TOKENS), max_new_tokens=9, do_sample=False)
+    expected = generate(decoder, TOKENS.tolist(), max_new_tokens=9, eos_ids=(0,))
+    assert [
+        row[: len(own)] for row, own in zip(written[:, TOKENS.shape[1] :].tolist(), expected, strict=True)
+    ] == expected
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer("abc")["input_ids"] == Supernet.load(run).tokenizer.encode("abc")
+    assert torch.equal(load_model(str(out)).decoder(TOKENS).detach(), decoder(TOKENS).detach())
+
+
+def test_the_model_class_of_transformers(run, tmp_path):
+    """Contexts padded on the left, loss and gradients, samples, beams, bf16, and saved again."""
+    transformers = pytest.importorskip("transformers")
+    layers = parse_placement("J A W8 G")
+    out = export(run, layers, tmp_path / "out", "hf", dtype=torch.float32)
+    model, decoder = transformers.AutoModelForCausalLM.from_pretrained(out), Supernet.load(run).select(layers)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :5] = 0
+    rows = [TOKENS[0, 5:].tolist(), TOKENS[1].tolist()]
+    written = model.generate(TOKENS, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=255)
+    assert written[:, TOKENS.shape[1] :].tolist() == generate(decoder, rows, max_new_tokens=6)
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS, attention_mask=mask).logits[0, 5:], decoder(TOKENS[:1, 5:])[0])
+    sampled = model.generate(TOKENS, attention_mask=mask, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert sampled.shape == (6, TOKENS.shape[1] + 4)
+    assert model.generate(TOKENS, attention_mask=mask, max_new_tokens=4, num_beams=2).shape[0] == 2
+    labels = TOKENS.masked_fill(TOKENS < 100, -100)
+    loss = model(TOKENS, labels=labels).loss
+    expected = torch.nn.functional.cross_entropy(decoder(TOKENS)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    half = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, device_map="cpu")
+    assert half.dtype == torch.bfloat16
+    model.config.save_pretrained(tmp_path / "again")
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert read_spec(config, "again", "config.json").published_placement == "J@4x8x8 A W8 G@4x8x8"
+
+
+def test_transformers_may_be_imported_first(run, tmp_path):
+    pytest.importorskip("transformers")
+    out = export(run, parse_placement("J A W8 G"), tmp_path / "out", "hf")
+    code = (
+        "from transformers.models.auto.configuration_auto import AutoConfig; import nasbench; "
+        f"print(AutoConfig.from_pretrained({str(out)!r}).placement)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "J@4x8x8 A W8 G@4x8x8"
+
+
+def test_a_folder_holds_what_the_base_model_says(run, tmp_path):
+    """Chat template, generation settings, licence; of a base folder that has them."""
+    base = save_tiny(tmp_path / "base")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "auto_map": 1})
+    )
+    (base / "chat_template.jinja").write_text(template)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    (base / "LICENSE").write_text("MIT")
+    again = Run.create(tmp_path / "run", RunSpec(str(base), ("A", "W8"), LAYERS))
+    save_supernet(Supernet(load_model(str(base)), again.spec.space), again.supernet)
+    out = export(again, parse_placement("2A 2W8"), tmp_path / "out")
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    assert (tokenizer["chat_template"], "auto_map" in tokenizer) == (template, False)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["eos_token_id"]) == (0.6, 0)
+    assert (out / "LICENSE").read_text() == "MIT"
+    assert "license: mit" in (out / "README.md").read_text()
+
+
+def test_the_card_has_the_placement_and_what_was_measured(run, tmp_path, caplog):
+    layers = parse_placement("J A W8 J")
+    version = Supernet.load(run).version
+    key = ScoreKey(version, "J A W8 J", "loss", "test/4x32/ab", "float32")
+    searched = ScoreKey(version, "J A W8 J", "kl", "search/4x32/ab", "float32")
+    scores = Scores.of([1.25, 1.75], "nats", False)
+    ScoreStore(run.scores).put({key: scores, searched: scores})
+    card = (export(run, layers, tmp_path / "out", "jet-nemotron") / "README.md").read_text()
+    assert "| loss | nats | 1.5000 | 0.2500 | 2 | test/4x32/ab, float32 |" in card
+    assert "search/" not in card
+    for part in ("`J A W8 J`", run.spec.model, "never finalised", "sglang.launch_server", "not tried", version):
+        assert part in card
+    assert "J A W8 J was never finalised" in caplog.text
+    caplog.clear()
+    plain = (export(run, run.spec.space.original, tmp_path / "plain") / "README.md").read_text()
+    assert "never finalised" not in plain + caplog.text
+    assert "import nasbench" not in plain
 
 
 def test_jet_nemotron_layout(run, tmp_path):
@@ -84,6 +184,9 @@ def test_jet_nemotron_layout(run, tmp_path):
     assert config["efficient_attention_config"]["swa"]["window_size"] == 8
     assert config["torch_dtype"] == "bfloat16"
     tensors = load_file(out / "model.safetensors")
+    assert config["efficient_attention_config"]["jet"]["norm_eps"] == "1e-5"
+    assert (config["use_sliding_window"], config["max_window_layers"], config["rope_scaling"]) == (False, 4, None)
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_jet_nemotron.JetNemotronForCausalLM"
     names = {name.removeprefix("model.layers.0.self_attn.") for name in tensors if ".layers.0.self_attn." in name}
     assert names == {
         *(f"{name}_proj.weight" for name in "qkvbago"), "A_log", "dt_bias", "o_norm.weight",
@@ -114,7 +217,7 @@ def test_nothing_is_overwritten(run, tmp_path):
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
-    from nasbench import export as module
+    from nasbench.export import folder as module
 
     def fail(tensors, path, metadata):
         path.write_bytes(b"half")

@@ -42,15 +42,18 @@ def read_spec(config: dict[str, Any], name: str, where: str) -> ModelSpec:
 def write_config(spec: ModelSpec, placement: Placement, format: str = "hf") -> tuple[dict[str, Any], Family]:
     """(config.json, the family whose tensor names go with it) of a model.
 
-    `hf` is the family's own format where that can express the placement, else nasbench's. `jet-nemotron` is the
+    `hf` is the first format that transformers has and that can express the model: the family's own, Mistral's or
+    Qwen2's (its windows in any layers; biases that the model lacks are zeros), else nasbench's. `jet-nemotron` is the
     published format, whatever the family. Raises UserError for what the format has no place for.
     """
     if format not in FORMATS:
         raise unknown("export format", format, FORMATS)
-    family: Family = JetNemotron() if format == "jet-nemotron" else FAMILIES[spec.family]()
-    try:
-        return family.to_config(spec, placement), family
-    except UserError:
-        if format != "hf":
-            raise
-        return Hybrid().to_config(spec, placement), family
+    if format == "jet-nemotron":
+        return JetNemotron().to_config(spec, placement), JetNemotron()
+    own = FAMILIES[spec.family]()
+    for family in (own, Mistral(), Qwen2()):
+        try:
+            return family.to_config(spec, placement), family
+        except UserError:
+            continue
+    return Hybrid().to_config(spec, placement), own

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nasbench.checkpoints.families.family import Family
+from nasbench.checkpoints.families.qwen import zero_biases
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
 from nasbench.model.shapes import ModelSpec
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
 
 _KINDS = {"attn": "A", "swa": "W", "jet": "J"}
 _FIXED = {"conv_size": 4, "dconv_generator_reduction": 8}
+_PUBLISHED = {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "sliding_window": None,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "auto_map": {
+        "AutoConfig": "configuration_jet_nemotron.JetNemotronConfig",
+        "AutoModelForCausalLM": "modeling_jet_nemotron.JetNemotronForCausalLM",
+    },
+}
+"""What the published files say beside what we read."""
 _LETTERS = {letter: kind for kind, letter in _KINDS.items()}
 
 
@@ -63,17 +75,14 @@ class JetNemotron(Family):
         return super().own_config(spec, placement) | {
             "layer_types": [_LETTERS[mixer.kind] for mixer in mixers],
             "efficient_attention_config": efficient,
+            **_PUBLISHED,
+            "max_window_layers": spec.num_layers,
         }
 
     def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
         """Attention and windows have biases on q, k and v: zeros where the model has none."""
         yield from super().split(name, tensor, spec, placement)
-        match = _INPUT.fullmatch(name)
-        if match and not spec.qkv_bias and spec.mixers(placement)[int(match[2])].kind in "AW":
-            yield f"{match[1]}.bias", tensor.new_zeros(len(tensor))
-
-
-_INPUT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.[qkv]_proj)\.weight")
+        yield from zero_biases(name, tensor, spec, placement)
 
 
 def _jet_args(jet: Fields) -> str:
@@ -101,5 +110,5 @@ def _jet_config(heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
         "expand_v": expand_v,
         **_FIXED,
         "dconv_implementation": "triton",
-        "norm_eps": 1e-5,
+        "norm_eps": "1e-5",
     }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nasbench.checkpoints.families.family import Family, layer_kinds, placed, read_window, write_windows
 from nasbench.checkpoints.fields import Fields
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Qwen2(Family):
@@ -33,6 +38,21 @@ class Qwen2(Family):
             "max_window_layers": types.index("sliding_attention") if window else spec.num_layers,
             "layer_types": types,
         }
+
+    def split(self, name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+        yield from super().split(name, tensor, spec, placement)
+        if self.qkv_bias:
+            yield from zero_biases(name, tensor, spec, placement)
+
+
+_INPUT = re.compile(r"(model\.layers\.(\d+)\.self_attn\.[qkv]_proj)\.weight")
+
+
+def zero_biases(name: str, tensor: Tensor, spec: ModelSpec, placement: Placement) -> Iterator[tuple[str, Tensor]]:
+    """The biases on q, k and v of an attention layer that a format has and the model does not."""
+    match = _INPUT.fullmatch(name)
+    if match and not spec.qkv_bias and spec.mixers(placement)[int(match[2])].is_attention:
+        yield f"{match[1]}.bias", tensor.new_zeros(len(tensor))
 
 
 class Qwen3(Qwen2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -47,6 +48,10 @@ class FullAttentionSpec(MixerSpec):
     @property
     def args(self) -> str:
         return ""
+
+    @property
+    def exact_until(self) -> float:
+        return math.inf
 
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return key_value_bytes(self.shape, batch, context, dtype_bytes)

@@ -34,6 +34,10 @@ class SlidingWindowSpec(MixerSpec):
     def args(self) -> str:
         return str(self.window)
 
+    @property
+    def exact_until(self) -> float:
+        return self.window
+
     def cache_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         return key_value_bytes(self.shape, batch, min(self.window, context), dtype_bytes)
 

@@ -1,0 +1,57 @@
+"""Lets transformers know our model classes once both packages are imported, in either order. Imports nothing itself:
+`import nasbench` stays cheap where transformers is not used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+TABLES = {
+    "transformers.models.auto.configuration_auto": "nasbench.runtime.auto_config",
+    "transformers.models.auto.modeling_auto": "nasbench.runtime.auto_model",
+}
+"""A module of transformers, and ours whose `register` adds to it."""
+
+
+class _Then(Loader):
+    """A module's own loader, and then ours."""
+
+    def __init__(self, name: str, loader: Loader) -> None:
+        self.name, self.loader = name, loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        import_module(TABLES[self.name]).register()
+
+
+class _Finder(MetaPathFinder):
+    def __init__(self) -> None:
+        self.left = set(TABLES)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in self.left:
+            return None
+        self.left.discard(fullname)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Then(fullname, spec.loader)
+        return spec
+
+
+def watch() -> None:
+    """Registers now what transformers has loaded, the rest when it will be."""
+    for table, ours in TABLES.items():
+        if table in sys.modules:
+            import_module(ours).register()
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
