@@ -47,19 +47,24 @@ def distributions(search: Session) -> dict[str, optuna.distributions.BaseDistrib
 
 
 def decode(search: Session, names: Placement) -> Placement:
-    """The placement that a trial's names stand for: itself, or the nearest one with a wanted K."""
+    """The placement that a trial's names stand for: itself, or the nearest one with a wanted K. Where limits decide on
+    K, the least important layers give up full attention until a placement keeps to them."""
     counts = search.options.full_attention
     full = set(full_layers(names))
-    if not counts or len(full) in counts:
+    if len(full) in (counts or (len(full),)) and (counts or search.keeps(names)):
         return names
-    wanted = min(counts, key=lambda count: (abs(count - len(full)), count))
     by_importance = sorted(search.space.may_be_full, key=lambda layer: (search.layer_importance[layer], layer))
-    while len(full) > wanted:
+    others = tuple(search.base[layer] if is_full(name) else name for layer, name in enumerate(names))
+    wanted = min(counts, key=lambda count: (abs(count - len(full)), count)) if counts else 0
+
+    def placed() -> Placement:
+        return search.space.with_full_attention(others, frozenset(full))
+
+    while len(full) > wanted and (counts or not search.keeps(placed())):
         full.remove(next(layer for layer in by_importance if layer in full))
     while len(full) < wanted:
         full.add(next(layer for layer in reversed(by_importance) if layer not in full))
-    others = tuple(search.base[layer] if is_full(name) else name for layer, name in enumerate(names))
-    return search.space.with_full_attention(others, frozenset(full))
+    return placed()
 
 
 def open_study(search: Session) -> optuna.Study:
