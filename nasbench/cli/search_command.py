@@ -53,7 +53,16 @@ def command(
     random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 0,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
-    storage: Annotated[str, typer.Option(help="Optuna storage URL; default: a journal file in the run.")] = "",
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="Where optuna keeps its study: a journal file, sqlite:///FILE or postgresql://USER@HOST/NAME; "
+            "default: a journal file in the run."
+        ),
+    ] = "",
+    worker: Annotated[
+        bool, typer.Option("--worker", help="One of several such processes that share the storage and the run.")
+    ] = False,
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement.")] = "2k",
     test_tokens: Annotated[str, typer.Option(help="Other held-out tokens for what was found; 0: none.")] = "4k",
     device: Annotated[
@@ -75,6 +84,8 @@ def command(
     from nasbench.search.strategies import STRATEGIES
 
     opened = Run.open(run)
+    if worker:
+        strategy, test_tokens = "optuna", "0"
     STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
     if objective.partition("@")[0] not in METRICS:
         parse_objective(objective)
@@ -88,6 +99,7 @@ def command(
         replacement=replacement,
         seed=seed,
         storage=storage,
+        worker=worker,
     )
     options.check(opened.spec.space)
     sizes = parse_size(context), parse_size(batch), parse_size(search_tokens)

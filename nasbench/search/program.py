@@ -156,7 +156,7 @@ class Program:
         for number, (row, switch) in enumerate(parts, 1):
             scale = float(np.abs(row.coefficients).max(initial=0.0)) or 1.0
             bound = row.bound / scale
-            entries = [(columns, values[number] / scale)]
+            entries: list[tuple[Any, Any]] = [(columns, values[number] / scale)]
             if switch >= 0:
                 spare = max(0.0, self._most(row.coefficients) / scale - bound)
                 entries.append((first + switch, spare))

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import locked
 from nasbench.core.provenance import utc_now
 from nasbench.core.registry import Registry
 from nasbench.search.limited import check_limits
@@ -53,7 +54,8 @@ class Options:
         replacement: the name in every layer without full attention; "" for each layer's best of those that are faster
             than full attention on the target, or of all where there are limits.
         limits: on costs and on tasks; every strategy keeps to them.
-        storage: Optuna storage URL; "" for a journal file in the run folder.
+        storage: URL of Optuna's database, or path of a journal file; "" for a journal file in the run folder.
+        worker: one of several processes that share the storage; each draws its own trials.
     """
 
     full_attention: tuple[int, ...] = ()
@@ -66,6 +68,7 @@ class Options:
     seed: int = 0
     limits: tuple[Limit, ...] = ()
     storage: str = ""
+    worker: bool = False
 
     def check(self, space: Space) -> None:
         """Raises UserError for a K or a replacement that the space does not have, and for sizes below 1."""
@@ -289,10 +292,12 @@ class Comparison:
 
 
 def baselines(search: Session) -> None:
-    """The teacher, and the evenly spread and random placements of every wanted K: trials of every search, at no
-    charge."""
+    """The teacher, the base where limits decide on K, and the evenly spread and random placements of every wanted K:
+    trials of every search, at no charge."""
     space, options = search.space, search.options
     search.evaluate([space.original], TEACHER, free=True)
+    if options.limits:
+        search.evaluate([search.base], FILLERS, free=True)
     for count in options.full_attention:
         search.evaluate(search.evenly_spread(count), UNIFORM, free=True)
         for number in range(options.random if 0 < count < len(space.may_be_full) else 0):
@@ -318,7 +323,8 @@ def run_search(search: Session, strategy: str) -> list[Comparison]:
     """
     propose = STRATEGIES[strategy]
     nearest = [check_limits(search, count) for count in search.options.full_attention or (None,)]
-    baselines(search)
+    with locked(search.folder / "baselines"):  # workers that start at once measure them once
+        baselines(search)
     if search.options.seconds:
         search.options = replace(search.options, evaluations=affordable(search))
     propose(search)

@@ -141,9 +141,7 @@ def test_what_binds_and_the_nearest_placement_are_named(tmp_path):
         run_search(search(tmp_path, limits=LIMITS, full_attention=(2, 6)), "beam")
     assert not (tmp_path / "trials.csv").exists()
     fast = Limit("decode_tok_s", False, 900.0, Workload("test-device", 2048, 0))
-    with pytest.raises(
-        UserError, match=r"=900@test-device,2k,max binds: it has 714.*, 20\.6% beyond it; "
-    ):
+    with pytest.raises(UserError, match=r"=900@test-device,2k,max binds: it has 714.*, 20\.6% beyond it; "):
         run_search(search(tmp_path, limits=(fast,)), "random")
 
 
