@@ -73,7 +73,8 @@ def team_of(search: Session) -> Team:
     options, objective = search.options, search.objective
     scored = objective.text, objective.settings, objective.dtype, objective.version
     limits = tuple(map(str, options.limits))
-    identity = repr((*scored, objective.target, search.space, options.full_attention, search.faster, limits))
+    wanted = options.full_attention, search.faster, limits
+    identity = repr(("claims", *scored, objective.target, search.space, *wanted))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     study = open_study(name, options.storage, search.folder / "optuna.journal")
     # The seed moves with the trials that are there, so that a study that goes on does not repeat itself, and workers
@@ -103,7 +104,7 @@ def optuna_study(search: Session) -> None:
     team = team_of(search)
     study, space = team.study, team.space
     for placement in seeds(search):
-        study.enqueue_trial(dict(zip(space, placement, strict=True)), skip_if_exists=True)
+        study.enqueue_trial(team.names(placement), skip_if_exists=True)
     idle = 0
     while len(team.copy()) < team.budget and idle < PATIENCE:
         team.reclaim()

@@ -37,7 +37,7 @@ def open_study(name: str, storage: str, journal: Path) -> optuna.Study:
         MachineError: the disk is at fault.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import DBAPIError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url = "postgresql+psycopg://" + storage.partition("://")[2] if storage.startswith("postgres") else storage
@@ -47,7 +47,7 @@ def open_study(name: str, storage: str, journal: Path) -> optuna.Study:
             return optuna.create_study(
                 study_name=name, storage=kept, directions=["minimize", "maximize"], load_if_exists=True
             )
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        except (DBAPIError, optuna.exceptions.StorageInternalError) as error:
             if attempt == ATTEMPTS:
                 raise _refused(storage, error) from error
             time.sleep(random.uniform(0.0, 0.05 * 2**attempt))

@@ -11,12 +11,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nasbench.spaces.placement import Placement
+from nasbench.spaces.placement import Placement, format_placement, parse_placement
 
 if TYPE_CHECKING:
     import optuna
@@ -25,10 +24,8 @@ if TYPE_CHECKING:
 POLL_S = 0.05
 LEASE_S = 3600.0
 """Time for a trial on another host, whose processes cannot be seen."""
-WORKER = "worker"
-
-Names = Mapping[str, Any]
-"""A trial's parameters: the name of every layer."""
+CLAIM = "claim"
+"""A trial's attribute: [its placement, HOST:PROCESS:START:SEARCH of the worker, when it was claimed]."""
 
 
 class Team:
@@ -55,7 +52,7 @@ class Team:
 
         self.shared, self.space, self.budget = shared, space, budget
         self.study = optuna.create_study(directions=shared.directions, sampler=sampler)
-        self.me = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+        self.me = f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}:{time.time_ns()}"
         self._copied: set[int] = set()
         self.done = self.copy()
 
@@ -69,12 +66,16 @@ class Team:
                 self._copied.add(trial.number)
                 self.study.add_trial(
                     optuna.create_trial(
-                        values=trial.values, params=trial.params, distributions=trial.distributions,
+                        values=trial.values, params=self.names(_placement(trial)), distributions=self.space,
                         system_attrs=trial.system_attrs,
                     )
                 )  # fmt: skip
-        self.done = self._placements(finished)
+        self.done = set(map(_placement, finished))
         return self.done
+
+    def names(self, placement: Placement) -> dict[str, str]:
+        """The parameters of a placement in this worker's study."""
+        return dict(zip(self.space, placement, strict=True))
 
     def busy(self) -> bool:
         """Whether others, who are alive, evaluate all that is left of the budget."""
@@ -88,14 +89,11 @@ class Team:
         if placement in self._taken():
             return None
         asked = self.study.trials[trial.number]
-        stamp = f"{time.time_ns()}"
-        self.shared.add_trial(
-            optuna.create_trial(
-                state=optuna.trial.TrialState.RUNNING, params=dict(zip(self.space, placement, strict=True)),
-                distributions=self.space, user_attrs={WORKER: self.me, "stamp": stamp}, system_attrs=asked.system_attrs,
-            )
-        )  # fmt: skip
-        mine = next(t for t in reversed(self._trials("RUNNING")) if t.user_attrs.get("stamp") == stamp)
+        claim = [format_placement(placement), self.me, time.time_ns()]
+        # Parameters are left out: a database takes a query for each.
+        state, notes = optuna.trial.TrialState.RUNNING, asked.system_attrs
+        self.shared.add_trial(optuna.create_trial(state=state, user_attrs={CLAIM: claim}, system_attrs=notes))
+        mine = next(t for t in reversed(self._trials("RUNNING")) if t.user_attrs[CLAIM] == claim)
         taken = self._taken(mine.number)
         if placement in taken or len(taken) >= self.budget:
             self.shared.tell(mine.number, state=optuna.trial.TrialState.FAIL)
@@ -118,15 +116,12 @@ class Team:
                     self.shared.tell(trial.number, state=optuna.trial.TrialState.FAIL)
                 except (ValueError, RuntimeError):
                     continue  # another worker saw it first
-                self.study.enqueue_trial(trial.params)
+                self.study.enqueue_trial(self.names(_placement(trial)))
 
     def _taken(self, before: int | None = None) -> set[Placement]:
         """Placements that are evaluated, or are being so by somebody alive, in trials with lower numbers."""
         trials = [t for t in self._trials("COMPLETE", "RUNNING") if before is None or t.number < before]
-        return self._placements(t for t in trials if t.state.name == "COMPLETE" or self._alive(t))
-
-    def _placements(self, trials: Iterable[FrozenTrial]) -> set[Placement]:
-        return {tuple(t.params[name] for name in self.space) for t in trials if t.params.keys() == self.space.keys()}
+        return {_placement(t) for t in trials if t.state.name == "COMPLETE" or self._alive(t)}
 
     def _trials(self, *states: str) -> list[FrozenTrial]:
         import optuna
@@ -136,11 +131,17 @@ class Team:
 
     def _alive(self, trial: FrozenTrial) -> bool:
         """Whether the worker of a running trial lives."""
-        host, process, started = trial.user_attrs.get(WORKER, "::").split(":")
+        worker = trial.user_attrs[CLAIM][1]
+        host, process, started, _ = worker.split(":")
         if host != socket.gethostname():
             age = datetime.now() - (trial.datetime_start or datetime.min)
-            return bool(host) and age.total_seconds() < LEASE_S
-        return _started(int(process)) == started
+            return age.total_seconds() < LEASE_S
+        # An earlier search of this process, which was interrupted, is dead as well.
+        return worker == self.me if int(process) == os.getpid() else _started(int(process)) == started
+
+
+def _placement(trial: FrozenTrial) -> Placement:
+    return parse_placement(trial.user_attrs[CLAIM][0])
 
 
 def _started(process: int) -> str:

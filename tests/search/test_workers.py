@@ -20,7 +20,7 @@ from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import read_trials
 
 TESTS = Path(__file__).parents[1]
-BUDGET = 60
+BUDGET = 48
 
 
 def server_program(name):
