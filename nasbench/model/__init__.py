@@ -16,8 +16,8 @@ from nasbench.model.mixers.gated_delta.spec import (
 )
 from nasbench.model.mixers.mamba2.spec import Mamba2Spec
 from nasbench.model.mixers.mla.spec import LatentAttentionSpec
-from nasbench.model.mixers.rwkv7.spec import RWKV7Spec
 from nasbench.model.mixers.none.spec import NoMixerSpec
+from nasbench.model.mixers.rwkv7.spec import RWKV7Spec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
 from nasbench.model.mixers.windowed.spec import WindowedJetBlockSpec
 from nasbench.model.spec import FFNS, MIXERS, LayerShape, MixerSpec, mixer_spec

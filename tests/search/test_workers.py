@@ -20,7 +20,7 @@ from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import read_trials
 
 TESTS = Path(__file__).parents[1]
-BUDGET = 48
+BUDGET = 40
 
 
 def server_program(name):
@@ -98,7 +98,7 @@ def test_four_workers_of_which_two_are_killed(tmp_path, request, kind):
     """No finished trial is lost, none is run twice, the budget is kept, and the others come to an end."""
     storage = storage_of(kind, tmp_path, request)
     workers = start(tmp_path, storage, 4)
-    until(lambda: len(evaluated(tmp_path)) > 15, workers)
+    until(lambda: len(evaluated(tmp_path)) > 12, workers)
     for worker in workers[:2]:
         worker.kill()
         worker.wait()
