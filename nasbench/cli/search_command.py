@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +22,23 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder with a distilled supernet, e.g. runs/NAME.")],
     strategy: Annotated[str, typer.Option(help="How placements are found; `list` names all ways.")] = "beam",
     objective: Annotated[
-        str, typer.Option(help="Task, or weighted mix of tasks, to be good at; as for --tasks of nasbench eval.")
+        str,
+        typer.Option(
+            help="Task or weighted mix of tasks to be good at, as for --tasks of nasbench eval; or a cost, e.g. "
+            "decode_tok_s@h200,64k,max."
+        ),
     ] = "kl",
     full_attention: Annotated[
         str, typer.Option("--full-attention", "-k", help="Layers with full attention, e.g. 4 or 4,8,15.")
     ] = "",
+    most: Annotated[
+        list[str] | None,
+        typer.Option("--max", help="Most of a cost or task: NAME=VALUE[@DEVICE,CONTEXT,BATCH], e.g. cache=64MiB@64k."),
+    ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option("--min", help="Least of a cost or task, e.g. decode_tok_s=8000@h200,64k,max."),
+    ] = None,
     profile: Annotated[
         str, typer.Option(help="Profile database of the device to be fast on; default: this one's.")
     ] = "",
@@ -42,8 +56,16 @@ def command(
     random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 0,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
-    step_ms: Annotated[float, typer.Option(help="Longest decode step, for exact; 0: no limit.")] = 0.0,
-    storage: Annotated[str, typer.Option(help="Optuna storage URL; default: a journal file in the run.")] = "",
+    storage: Annotated[
+        str,
+        typer.Option(
+            help="Where optuna keeps its study: a journal file, sqlite:///FILE or postgresql://USER@HOST/NAME; "
+            "default: a journal file in the run."
+        ),
+    ] = "",
+    worker: Annotated[
+        bool, typer.Option("--worker", help="One of several such processes that share the storage and the run.")
+    ] = False,
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement.")] = "2k",
     test_tokens: Annotated[str, typer.Option(help="Other held-out tokens for what was found; 0: none.")] = "4k",
     device: Annotated[
@@ -62,13 +84,17 @@ def command(
     from nasbench.cli.run_target import remember_target, run_db, run_target
     from nasbench.core.files import sole_writer
     from nasbench.runs import Run
-    from nasbench.search.objective import parse_objective
+    from nasbench.search.limits import METRICS, parse_limit
+    from nasbench.search.objective import parse_goal, parse_objective
     from nasbench.search.session import Options
     from nasbench.search.strategies import STRATEGIES
 
     opened = Run.open(run)
+    if worker:
+        strategy, test_tokens = "optuna", "0"
     STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
-    parse_objective(objective)
+    if objective.partition("@")[0] not in METRICS:
+        parse_objective(objective)
     options = Options(
         full_attention=parse_counts(full_attention),
         evaluations=evaluations,
@@ -78,8 +104,8 @@ def command(
         candidates=candidates,
         replacement=replacement,
         seed=seed,
-        step_ms=step_ms,
         storage=storage,
+        worker=worker,
     )
     options.check(opened.spec.space)
     scored = parse_size(search_tokens)
@@ -95,19 +121,23 @@ def command(
     target = run_target(opened, shape, db, torch_name, profile, context, batch, dtype)
     check_context(shape, target.context)
     cost = load_cost_model(target.device, shape, target.dtype, db)
+    parse_goal(objective, target, db)
+    limits = [parse_limit(text, True, target, db) for text in most or ()]
+    limits += [parse_limit(text, False, target, db) for text in least or ()]
 
     from nasbench.evaluation.evaluator import Evaluator
 
     kind = torch_dtype(run_dtype(run, eval_dtype, torch_name))
-    with sole_writer(run / "search", "searches"), progress_bar("search: reads model and text") as progress:
+    alone = nullcontext() if worker else sole_writer(run / "search", "searches")
+    with alone, progress_bar("search: reads model and text") as progress:
         evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=scored, test_tokens=held_out)
         remember_target(opened, target, db)
         outcome = search_run(
-            opened, evaluator, cost, target, strategy, options,
-            objective=objective, test=held_out is not None, progress=progress,
+            opened, evaluator, cost, target, strategy, replace(options, limits=tuple(limits)),
+            objective=objective, test=held_out is not None, db=db, progress=progress,
         )  # fmt: skip
     if json:
-        print_json(as_json(outcome, target, opened.front))
+        print_json(as_json(outcome, target, objective, opened.front))
     else:
         print_outcome(outcome, target)
 
@@ -124,12 +154,21 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
     """Searched against evenly spread for every K, then the front."""
     from nasbench.cli.common import print_table
 
+    for note in outcome.notes:
+        print(note)
+    if not outcome.front or outcome.best is None:
+        print("no placement that was tried keeps to all limits: try more --evaluations, or loosen those on tasks")
+        return
     first = outcome.front[0]
     what = "Loss" if first.objective in ("loss", "kl") else f"Score of {first.objective}"
     if outcome.comparisons:
         columns = ("K", "uniform", "searched", "gain", "tok/s", "searched placement")
         rows = [_comparison(pair) for pair in outcome.comparisons]
         print_table(columns, rows, f"{what}, searched against uniform ({target})")
+        print()
+    if outcome.limits:
+        print(f"within the limits: {outcome.best.placement}, K {outcome.best.k}, score {outcome.best.score:.4f}")
+        print_table(("limit", "predicted"), [(kept.limit, f"{kept.value:g}") for kept in outcome.limits])
         print()
     head = ("#", "K", what.lower().partition(" ")[0], "test loss", "tok/s", "×full", "MiB", "placement")
     full = next((row for row in outcome.front if row.strategy == "teacher"), first)
@@ -157,13 +196,13 @@ def _speed(row: Any) -> str:
     return f"{'~' if row.source == 'estimated' else ''}{row.decode_tok_s:,.1f}"
 
 
-def as_json(outcome: Outcome, target: Target, path: Path) -> dict[str, Any]:
+def as_json(outcome: Outcome, target: Target, objective: str, path: Path) -> dict[str, Any]:
     """The outcome as plain data."""
     from dataclasses import asdict
 
     return {
         "target": asdict(target),
-        "objective": outcome.front[0].objective,
+        "objective": objective,
         "front_csv": str(path),
         **asdict(outcome),
     }

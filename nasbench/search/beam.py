@@ -65,19 +65,20 @@ class Growth(FullSets):
 def beam(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run, options = Growth(search, BEAM), search.options
-    run.grow(max(run.counts), options.beam_width, options.candidates, GROWTH_SHARE)
+    run.grow(run.most, options.beam_width, options.candidates, GROWTH_SHARE)
     run.refine_all(dict.fromkeys(run.counts, ()))
 
 
 def kl_greedy(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run = Growth(search, GREEDY)
-    run.grow(max(run.counts), 1, search.space.num_layers, 1.0)
+    run.grow(run.most, 1, search.space.num_layers, 1.0)
 
 
 def greedy_swap(search: Session) -> None:
     """The strategy. Raises UserError if no K was asked for."""
     run = Growth(search, GREEDY_SWAP)
+    run.grow(run.most, 1, search.space.num_layers, GROWTH_SHARE)
     # Its own earlier trials are no starts: a search that goes on takes the same way again.
     earlier = [
         trial
@@ -92,7 +93,6 @@ def greedy_swap(search: Session) -> None:
             if trial.k == count:
                 ways.setdefault((trial.strategy, trial.objective), []).append(trial)
         starts[count] = [full_layers(best_of(mine).layers) for mine in ways.values()]
-    run.grow(max(run.counts), 1, search.space.num_layers, GROWTH_SHARE)
     run.refine_all(starts)
 
 

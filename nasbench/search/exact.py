@@ -1,116 +1,114 @@
-"""The exact optimum of an additive model: every layer's loss increase, measured alone, sums to the placement's.
+"""The exact optimum of an additive model: every layer's score, measured alone, sums to the placement's.
 
-An integer program (HiGHS): one name per layer, exactly K layers of full attention, or a decode step no longer than a
-budget. The answer is exact for the model, not for the world: it is then evaluated like any other placement.
+An integer program (HiGHS) with all limits as linear constraints. Without a K it is solved for a row of budgets, from
+the least that any placement needs of the first limit to its bound; without limits, of the decode step. Each program
+gives its optimum and further placements that differ from it, which the supernet ranks again: what layers cost alone
+does not add up.
 """
 
 from __future__ import annotations
 
-import math
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
-from nasbench.core.errors import MachineError, UserError
+import numpy as np
+
+from nasbench.core.errors import UserError
+from nasbench.search.limited import LimitedProgram
+from nasbench.search.limits import Limit, Workload
+from nasbench.search.program import Floats, Row, Solution
 from nasbench.search.session import STRATEGIES, Session
 from nasbench.spaces.placement import Placement
-from nasbench.spaces.space import Space, is_full
 
 NAME = "exact"
+POINTS = 20
+"""Budgets of a search without K."""
+POOL = 6
+"""Placements of one program, the optimum included ..."""
+DISTANCE = 2
+"""... in how many layers each differs from those before it, at least."""
 
 
-def solve(
-    space: Space,
-    increases: dict[tuple[int, str], float],
-    count: int | None = None,
-    layer_ms: dict[tuple[int, str], float] | None = None,
-    budget_ms: float = math.inf,
-) -> Placement | None:
-    """The placement with the least sum of loss increases; None if no placement satisfies the constraints.
-
-    Args:
-        increases: of each (layer, name); names that are missing are not used, full attention is 0.
-        count: exact number of full-attention layers.
-        layer_ms: time of each (layer, name); with `budget_ms`, the longest sum over the layers.
-    """
-    import highspy
-
-    with _stdout_to_stderr():
-        program = highspy.Highs()
-    program.setOptionValue("output_flag", False)
-    chosen = {
-        (layer, name): program.addBinary(obj=increases.get((layer, name), 0.0))
-        for layer, names in enumerate(space.choices)
-        for name in names
-        if is_full(name) or (layer, name) in increases
-    }
-    for layer in range(space.num_layers):
-        program.addConstr(sum(x for (at, _), x in chosen.items() if at == layer) == 1)
-    if count is not None:
-        program.addConstr(sum(x for (_, name), x in chosen.items() if is_full(name)) == count)
-    if layer_ms is not None and math.isfinite(budget_ms):
-        program.addConstr(sum(layer_ms[key] * x for key, x in chosen.items()) <= budget_ms)
-    program.minimize()
-    status = program.getModelStatus()
-    if status == highspy.HighsModelStatus.kInfeasible:
-        return None
-    if status != highspy.HighsModelStatus.kOptimal:
-        raise MachineError(f"the integer program was not solved: {program.modelStatusToString(status)}")
-    values = program.getSolution().col_value
-    picked = {layer: name for (layer, name), x in chosen.items() if values[x.index] > 0.5}
-    return tuple(picked[layer] for layer in range(space.num_layers))
+def budgets(limited: LimitedProgram, scores: Floats, extra: list[Row], points: int = POINTS) -> list[Solution]:
+    """The optimum at each budget of the first limit: the front of the additive model, each point once."""
+    most = limited.solve(scores, extra=extra)
+    if most is None or len(limited.rows[0]) != 1:  # a batch of max has a bound for each batch: its own is the budget
+        return [most] if most else []
+    row = limited.rows[0][0][0]
+    least = limited.solve(row.coefficients, extra=extra) or most
+    low, high = (float(row.coefficients @ _chosen(limited, one.placement)) for one in (least, most))
+    found: dict[Placement, Solution] = {}
+    for bound in np.linspace(low, high, points):
+        cut = replace(row, bound=float(bound) + 1e-9 * abs(bound))
+        if solution := limited.solve(scores, extra=[*extra, cut]):
+            found.setdefault(solution.placement, solution)
+    return list(found.values())
 
 
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """HiGHS prints its banner on the process's standard output, before it can be told not to."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+def _chosen(limited: LimitedProgram, placement: Placement) -> Floats:
+    return np.array([float(placement[layer] == name) for layer, name in limited.program.keys])
 
 
-def layer_times(search: Session) -> tuple[dict[tuple[int, str], float], float]:
-    """(milliseconds that each name adds to a step in each layer, step of the model itself)."""
-    space, speed = search.space, search.objective.speed
-    full_ms = speed(space.original).step_ms
-    groups: dict[tuple[str, str], list[int]] = {}
-    for layer, names in enumerate(space.choices):
-        for name in names:
-            groups.setdefault((names[0], name), []).append(layer)
-    times = {}
-    for (_, name), layers in groups.items():
-        changed = tuple(name if i in layers else own for i, own in enumerate(space.original))
-        times.update(dict.fromkeys(((i, name) for i in layers), (speed(changed).step_ms - full_ms) / len(layers)))
-    return times, full_ms
+def pool(limited: LimitedProgram, scores: Floats, extra: list[Row], count: int | None, size: int) -> Iterator[Solution]:
+    """The optimum, and the best placements that differ from all before it in DISTANCE layers."""
+    apart: list[Row] = []
+    for _ in range(size):
+        found = limited.solve(scores, count, [*extra, *apart])
+        if found is None:
+            return
+        yield found
+        apart.append(limited.program.apart(found.placement, DISTANCE))
 
 
 def exact(search: Session) -> None:
-    """The strategy. Raises UserError if neither K nor a step time was asked for, or nothing satisfies them."""
-    options = search.options
-    if not options.full_attention and not options.step_ms:
-        raise UserError("the exact strategy needs --full-attention K[,K...] or a decode step's limit: --step-ms T")
-    increases = {**search.importance, **search.objective.importance(search.faster, by_score=True)}
-    times, full_ms = layer_times(search) if options.step_ms else (None, 0.0)
-    budget_ms = options.step_ms - full_ms if options.step_ms else math.inf
-    for count in options.full_attention or (None,):
-        placement = solve(search.space, increases, count, times, budget_ms)
-        if placement is None:
-            limit = f" and {count} full-attention layers" if count is not None else ""
-            least = full_ms + sum(
-                min((times or {}).get((i, n), 0.0) for n in c) for i, c in enumerate(search.space.choices)
-            )
-            raise UserError(
-                f"no placement has a decode step of {options.step_ms:g} ms{limit}: "
-                f"the model takes {least:.4g} to {full_ms:.4g} ms"
-            )
-        search.evaluate([placement], NAME)
+    """The strategy. Raises UserError where nothing keeps to the limits on tasks by the additive model."""
+    space, objective, options = search.space, search.objective, search.options
+    increases = {**search.importance, **objective.importance(search.faster, by_score=True)}
+    increases |= dict.fromkeys(enumerate(space.original), 0.0)
+    choices = [tuple(name for name in names if (i, name) in increases) for i, names in enumerate(space.choices)]
+    limits = search.cost_limits
+    swept = not limits and not options.full_attention
+    if swept:
+        at = objective.target
+        limits = [Limit("tpot_ms", True, _step_ms(search), Workload(at.device, at.context, at.batch))]
+    limited = LimitedProgram(choices, space.original, objective.costs, limits)
+    scores = limited.program.vector(increases)
+    extra = _task_rows(search, limited)
+    solved: list[list[Solution]] = []
+    for count in options.full_attention:
+        size = max(1, min(POOL, options.evaluations // len(options.full_attention)))
+        solved.append(list(pool(limited, scores, extra, count, size)))
+    if not options.full_attention:
+        ends = budgets(limited, scores, extra, min(POINTS, options.evaluations))
+        within = [] if swept else list(pool(limited, scores, extra, None, POOL))
+        solved += [within, *([one] for one in reversed(ends))]
+    found = [solution for own in solved for solution in own]
+    if not found:
+        raise UserError("no placement keeps to all limits, by what the layers cost alone: loosen those on tasks")
+    gap = max(one.score - one.least for one in found)
+    search.notes.append(
+        f"exact: {len(found)} integer programs solved, each proved optimal within {max(gap, 0.0):.1e} of its score"
+    )
+    # The optima first: they may be all that the budget lasts for.
+    order = [own[rank] for rank in range(POOL) for own in solved if rank < len(own)]
+    search.evaluate([one.placement for one in order], NAME)
 
 
-exact.keeps_step_ms = True  # type: ignore[attr-defined]
+def _step_ms(search: Session) -> float:
+    return search.objective.speed(search.space.original).step_ms
+
+
+def _task_rows(search: Session, limited: LimitedProgram) -> list[Row]:
+    """Limits on tasks, of which the layers' changes sum as well."""
+    rows = []
+    for limit in search.options.limits:
+        if limit.workload is None:
+            base, changes = search.objective.task_changes(limit, search.faster)
+            sign = 1.0 if limit.most else -1.0
+            changes |= dict.fromkeys(enumerate(search.space.original), 0.0)
+            coefficients = sign * limited.program.vector(changes)
+            rows.append(Row(coefficients, sign * (limit.bound - base)))
+    return rows
+
+
 STRATEGIES.register(NAME, exact)

@@ -26,15 +26,33 @@ class FullSets:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The wanted K. Raises UserError if none was asked for."""
-        if not self.search.options.full_attention:
-            raise UserError(f"{self.strategy} needs the number of full-attention layers: --full-attention K[,K...]")
-        return self.search.options.full_attention
+        """The wanted K; the one with the best score so far where limits decide. Raises UserError for neither."""
+        options = self.search.options
+        if options.full_attention or not options.limits:
+            return options.full_attention or self._no_count()
+        return (len(self.best(self.scores)[0]),) if self.scores else ()
+
+    @property
+    def most(self) -> int:
+        """The largest wanted K; where limits decide, the largest that keeps to those on costs."""
+        options, space = self.search.options, self.search.space
+        if options.full_attention or not options.limits:
+            return max(options.full_attention or self._no_count())
+        counts = range(len(space.may_be_full), 0, -1)
+        return next((k for k in counts if self.search.keeps(self.search.with_full(space.evenly(k)))), 0)
+
+    def _no_count(self) -> tuple[int, ...]:
+        raise UserError(
+            f"{self.strategy} needs the number of full-attention layers, --full-attention K[,K...], or limits, "
+            "as --max cache=64MiB"
+        )
 
     def evaluate(self, sets: Iterable[Layers]) -> None:
-        """Evaluates sets of full layers as far as the budget goes."""
+        """Evaluates sets of full layers as far as the budget goes: those within the limits, or all as steps on the way
+        where none is."""
         by_placement = {self.search.with_full(layers): layers for layers in sets}
-        answers = self.search.evaluate(by_placement, self.strategy)
+        within = [placement for placement in by_placement if self.search.keeps(placement)]
+        answers = self.search.evaluate(within or by_placement, self.strategy, stepping=True)
         self.scores.update((by_placement[placement], score) for placement, score in answers.items())
 
     def best(self, sets: Iterable[Layers]) -> list[Layers]:
@@ -51,11 +69,11 @@ class FullSets:
         return [search.space.evenly(count), frozenset(important)]
 
     def refine_all(self, starts: Mapping[int, Sequence[Layers]]) -> None:
-        """For every wanted K, an equal share of what is left of the budget: evaluates the starts, then moves one full
-        layer at a time, from the best seen set, while that helps."""
-        for position, count in enumerate(self.counts):
+        """For every K of the starts, an equal share of what is left of the budget: evaluates the starts, then moves one
+        full layer at a time, from the best seen set, while that helps."""
+        for position, count in enumerate(starts):
             left = self.search.remaining(self.strategy)
-            floor = left - left // (len(self.counts) - position)
+            floor = left - left // (len(starts) - position)
             self.evaluate([*starts[count], *self.even_and_important(count)])
             self.refine(count, floor)
 

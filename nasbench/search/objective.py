@@ -2,7 +2,8 @@
 
 An objective is a task, or a weighted mix of tasks: `kl`, `retrieval@512`, `kl+0.5*retrieval-kl@2k:64`. A search
 minimises its score: nats, or 1 - accuracy. Each term of a mix is a share: what the placement loses against the model
-itself, over what the best placement with one kind in all layers loses.
+itself, over what the best placement with one kind in all layers loses. An objective may also be a cost, as
+`decode_tok_s@h200,64k,max` (nasbench.search.limits): its score is the share of the model's own.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nasbench.core.errors import UserError
+from nasbench.search.limits import METRICS, Costs, Limit, Workload, parse_workload
 from nasbench.search.trials import Target
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space
@@ -35,12 +38,14 @@ log = logging.getLogger("nasbench")
 @dataclass(frozen=True)
 class Measured:
     """The score that placements are ranked by, lower is better, and what every search measures beside it: mean loss of
-    a token in nats, its standard error, KL divergence from the teacher."""
+    a token in nats, its standard error, KL divergence from the teacher. `excess`: by how much of their bounds it misses
+    limits on tasks."""
 
     score: float
     loss: float
     loss_stderr: float = math.nan
     kl: float = math.nan
+    excess: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ def parse_objective(text: str) -> list[tuple[float, Task]]:
             raise UserError(f"bad weight {weight!r} in objective {text!r}: write kl+0.5*retrieval@512")
         terms.append((value, parse_task(task)))
     return terms
+
+
+def parse_goal(text: str, target: Target, db: Path | None = None) -> tuple[str, Workload] | None:
+    """`decode_tok_s@h200,64k,max` -> the cost and its workload; None for an objective of tasks. Raises UserError."""
+    name, _, place = text.partition("@")
+    return (name, parse_workload(place, name, target, db)) if name in METRICS else None
 
 
 def distinct_space(evaluator: Evaluator, tasks: Sequence[Task]) -> Space:
@@ -107,6 +118,8 @@ class RunObjective:
     Args:
         speed: of a placement on the target.
         text: the objective, as written to --objective.
+        costs: predicted costs of any workload; they are needed for limits on costs, and for a cost as the objective.
+        limits: the search's; those on tasks are measured here.
         progress: called with (what, done, total) while the layers' importance is measured.
 
     Attributes:
@@ -127,20 +140,27 @@ class RunObjective:
         speed: Callable[[Placement], Speed],
         text: str = "kl",
         progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+        costs: Costs | None = None,
+        limits: Sequence[Limit] = (),
     ) -> None:
         from nasbench.evaluation.tasks import parse_task
 
-        self.target, self.text = target, text
-        self.terms = parse_objective(text)
+        self.target, self.text, self.costs = target, text, costs
+        self.goal = parse_goal(text, target, costs.db) if costs else None
+        self.terms = [] if self.goal else parse_objective(text)
+        self.task_limits = [(limit, parse_task(limit.metric)) for limit in limits if limit.workload is None]
         self.version, self.dtype, self.store = evaluator.supernet.version, evaluator.dtype, evaluator.store
         context = evaluator.context("search")
-        for _, task in self.terms:
+        tasks = [task for _, task in (*self.terms, *self.task_limits)]
+        for task in tasks:
             task.check(context)
         self.settings = parse_task("kl").settings(context)
-        self.space = distinct_space(evaluator, [task for _, task in self.terms])
-        accurate = self.terms[0][1].higher_is_better
-        vocabulary = math.log(evaluator.supernet.teacher.shape.vocab_size)
-        self.reference = 2 * sum(w for w, _ in self.terms) if self.mixed else 1.0 if accurate else vocabulary
+        self.space = distinct_space(evaluator, tasks or [parse_task("kl")])
+        if self.goal or self.mixed:
+            self.reference = 2.0 * (sum(weight for weight, _ in self.terms) or 1.0)
+        else:
+            vocabulary = math.log(evaluator.supernet.teacher.shape.vocab_size)
+            self.reference = 1.0 if self.terms[0][1].higher_is_better else vocabulary
         self._evaluator, self._speed, self._progress = evaluator, speed, progress
         self._speeds: dict[Placement, Speed] = {}
         self._scales: list[tuple[float, float]] = []
@@ -151,14 +171,21 @@ class RunObjective:
 
     def measure(self, placements: Sequence[Placement]) -> list[Measured]:
         """On the search split. The expensive one: many placements in one call share work."""
-        tasks = list(dict.fromkeys([*TEXT, *(task.label for _, task in self.terms)]))
+        tasks = list(dict.fromkeys([*TEXT, *(task.label for _, task in (*self.terms, *self.task_limits))]))
         found = self._evaluator.measure(list(placements), "search", tasks=tasks)
         return [
-            Measured(self._score(scores), scores["loss"].value, scores["loss"].stderr, scores["kl"].value)
-            for scores in found
-        ]
+            Measured(
+                self._score(placement, scores), scores["loss"].value, scores["loss"].stderr, scores["kl"].value,
+                sum(limit.excess(scores[task.label].value) for limit, task in self.task_limits),
+            )
+            for placement, scores in zip(placements, found, strict=True)
+        ]  # fmt: skip
 
-    def _score(self, scores: Mapping[str, Scores]) -> float:
+    def _score(self, placement: Placement, scores: Mapping[str, Scores]) -> float:
+        if self.goal and self.costs:
+            (metric, at), value = self.goal, self.costs.value
+            share = value(metric, at, placement) / value(metric, at, self.space.original)
+            return 1 / share if METRICS[metric].more else share
         costs = [scores[task.label].cost for _, task in self.terms]
         if not self.mixed:
             return costs[0]
@@ -202,10 +229,27 @@ class RunObjective:
         rows = layer_importance(self._evaluator, names, progress)
         if self.text in TEXT or not by_score:
             return {(row.layer, row.name): row.kl for row in rows}
-        original = self.space.original
-        singles = [(*original[: row.layer], row.name, *original[row.layer + 1 :]) for row in rows]
-        (base, *found) = self.measure([original, *singles])
-        return {(row.layer, row.name): one.score - base.score for row, one in zip(rows, found, strict=True)}
+        keys = [(row.layer, row.name) for row in rows]
+        return self._singles(keys, lambda found: [one.score for one in self.measure(found)])[1]
+
+    def task_changes(self, limit: Limit, names: Sequence[str]) -> tuple[float, dict[tuple[int, str], float]]:
+        """(a task's value for the model, how it changes with each (layer, name) alone)."""
+        keys = [(i, name) for i, own in enumerate(self.space.choices) for name in own[1:] if name in names]
+        label = limit.metric
+
+        def values(placements: Sequence[Placement]) -> list[float]:
+            found = self._evaluator.measure(placements, "search", tasks=[label])
+            return [scores[label].value for scores in found]
+
+        return self._singles(keys, values)
+
+    def _singles(
+        self, keys: Sequence[tuple[int, str]], values: Callable[[list[Placement]], list[float]]
+    ) -> tuple[float, dict[tuple[int, str], float]]:
+        """(value of the model, how it changes where one layer has another name)."""
+        own = self.space.original
+        base, *found = values([own, *((*own[:layer], name, *own[layer + 1 :]) for layer, name in keys)])
+        return base, {key: value - base for key, value in zip(keys, found, strict=True)}
 
 
 def model_speed(cost: CostModel, target: Target) -> Callable[[Placement], Speed]:

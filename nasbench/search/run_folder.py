@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nasbench.core.errors import UserError
@@ -12,9 +13,10 @@ from nasbench.core.sizes import parse_size
 from nasbench.cost import CostModel
 from nasbench.runs import Run
 from nasbench.search import strategies
+from nasbench.search.limits import Costs
 from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
-from nasbench.search.trials import FrontRow, Target, front_rows, write_front
+from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, write_front
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
 
@@ -24,10 +26,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found: the comparison of every wanted K, and the front over all trials of the target."""
+    """What a search found.
+
+    Attributes:
+        comparisons: of every wanted K.
+        front: over all trials of the target that keep to the limits.
+        best: the trial with the lowest score within the limits; None where none is within those on tasks.
+        limits: what the best one costs where there are limits.
+        notes: what the strategy says of its answer.
+    """
 
     comparisons: list[Comparison]
     front: list[FrontRow]
+    best: Trial | None
+    limits: list[Kept]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A limit on a cost, and what the best placement costs there."""
+
+    limit: str
+    value: float
 
 
 def choose_dtype(rows: Sequence[Row], asked: str, device: str) -> str:
@@ -56,12 +77,14 @@ def search_run(
     *,
     objective: str = "kl",
     test: bool = True,
+    db: Path | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Outcome:
-    """Runs one strategy, adds its trials to trials.csv and writes the target's front to front.csv.
+    """Runs one strategy, adds its trials to trials.csv and writes the target's front, limits or not, to front.csv.
 
     Args:
         cost: of the target's device and data type.
+        db: where the profiles of the limits' devices are.
         objective: what the search minimises, see nasbench.search.objective.
         test: score the front, and the compared placements, on the test split as well (kept in the score store).
 
@@ -72,20 +95,25 @@ def search_run(
     # Missing rows are the user's to fix: say so before the first loss is measured.
     for name in evaluator.supernet.space.names:
         cost.decode(evaluator.supernet.space.homogeneous(name), target.context, target.batch)
-    world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress)
+    costs = Costs(cost.shape, cost, db)
+    costs.check(options.limits, evaluator.supernet.space)
+    world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress, costs, options.limits)
     search = Session(run.path, world, options, progress)
     run_search(search, strategy)
-    trials = search.trials()
+    every, trials = search.trials(), search.feasible()
     comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))
+    best = best_of(trials) if trials else None
     if test:
         fast = [row.layers for row in front_rows(trials, world.reference)]
         pairs = [trial.layers for pair in comparisons for trial in (pair.searched, pair.uniform)]
         evaluator.measure(
             list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
         )
-    front = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
+    front = front_rows(every, world.reference, lambda layers: held_out_scores(evaluator, layers))
     write_front(run.front, target, front)
-    return Outcome(comparisons, front)
+    within = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
+    kept = [Kept(str(limit), value) for limit, value in search.values(best.layers)] if best else []
+    return Outcome(comparisons, within if options.limits else front, best, kept, search.notes)
 
 
 def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, float, float]:

@@ -34,7 +34,8 @@ def random_placements(search: Session) -> None:
     for attempt in range(20 * search.options.evaluations):
         if len(wanted) >= search.options.evaluations:
             break
-        wanted.setdefault(draw(counts[attempt % len(counts)]))
+        if search.keeps(placement := draw(counts[attempt % len(counts)])):
+            wanted.setdefault(placement)
     search.evaluate(wanted, RANDOM)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import statistics
@@ -13,12 +12,16 @@ from functools import cached_property
 from pathlib import Path
 
 from nasbench.core.errors import UserError, unknown
+from nasbench.core.files import locked
 from nasbench.core.provenance import utc_now
 from nasbench.core.registry import Registry
+from nasbench.search.limited import check_limits
+from nasbench.search.limits import Limit
 from nasbench.search.objective import Measured, RunObjective
 from nasbench.search.trials import (
     DRAWN,
     FILLERS,
+    NEAREST,
     TEACHER,
     UNIFORM,
     Trial,
@@ -31,8 +34,7 @@ from nasbench.search.trials import (
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.spaces.space import Space, count_full
 
-log = logging.getLogger("nasbench")
-BATCH = 8
+BATCH = 32
 """Placements that are evaluated in one call, between two looks at the losses and two writes of the trials."""
 FEWEST, MOST = 8, 1000
 """Evaluations that a time gives: the fewest for each K, the most in all."""
@@ -50,9 +52,10 @@ class Options:
         random: random placements of every wanted K among the baselines.
         beam_width, candidates: of the beam: sets of layers kept a level, layers tried for each.
         replacement: the name in every layer without full attention; "" for each layer's best of those that are faster
-            than full attention on the target.
-        step_ms: longest decode step, for the exact strategy; 0 for no limit.
-        storage: Optuna storage URL; "" for a journal file in the run folder.
+            than full attention on the target, or of all where there are limits.
+        limits: on costs and on tasks; every strategy keeps to them.
+        storage: URL of Optuna's database, or path of a journal file; "" for a journal file in the run folder.
+        worker: one of several processes that share the storage; each draws its own trials.
     """
 
     full_attention: tuple[int, ...] = ()
@@ -63,8 +66,9 @@ class Options:
     candidates: int = 8
     replacement: str = ""
     seed: int = 0
-    step_ms: float = 0.0
+    limits: tuple[Limit, ...] = ()
     storage: str = ""
+    worker: bool = False
 
     def check(self, space: Space) -> None:
         """Raises UserError for a K or a replacement that the space does not have, and for sizes below 1."""
@@ -74,10 +78,9 @@ class Options:
             self.replacement not in space.efficient(layer) for layer in range(space.num_layers)
         ):
             raise unknown("replacement", self.replacement, space.efficient_names)
-        for name, unit in (("step_ms", "milliseconds"), ("seconds", "seconds"), ("random", "placements")):
+        for name, unit in (("seconds", "seconds"), ("random", "placements")):
             if not 0 <= getattr(self, name) < math.inf:
-                option = name.replace("_", "-")
-                raise UserError(f"bad --{option} {getattr(self, name)}: choose {unit} above 0, or 0 for no limit")
+                raise UserError(f"bad --{name} {getattr(self, name)}: choose {unit} above 0, or 0 for none")
         for name in ("evaluations", "beam_width", "candidates"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', ' ')} is {getattr(self, name)}: choose 1 or more")
@@ -97,6 +100,8 @@ class Session:
     progress: Progress = lambda what, done, total: None
     visited: dict[str, set[Placement]] = field(default_factory=dict)
     known: dict[Placement, Measured] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """What a strategy says of its answer."""
 
     def __post_init__(self) -> None:
         self.options.check(self.space)
@@ -120,11 +125,13 @@ class Session:
         """The replacement asked for, or the names that are faster than the model itself on the target; all, if none is.
 
         A layer that is slower than the attention it replaces can only lose: on a short context or without a fast
-        kernel that is what linear attention does.
+        kernel that is what linear attention does. Where there are limits, it may still keep to them.
         """
         if self.options.replacement:
             return (self.options.replacement,)
         names = self.space.efficient_names
+        if self.options.limits:
+            return names
         full_ms = self.objective.speed(self.space.original).step_ms
         fast = [name for name in names if self.objective.speed(self.space.homogeneous(name)).step_ms < full_ms]
         return tuple(fast or names)
@@ -170,19 +177,56 @@ class Session:
             dict.fromkeys(self.space.with_full_attention(fill, even) for fill in (self.base, *self.homogeneous))
         )
 
+    @cached_property
+    def cost_limits(self) -> list[Limit]:
+        """The limits that are known before anything is evaluated."""
+        return [limit for limit in self.options.limits if limit.workload is not None]
+
+    def values(self, placement: Placement) -> list[tuple[Limit, float]]:
+        """What a placement costs where there are limits."""
+        return [(limit, self._cost(limit, placement)) for limit in self.cost_limits]
+
+    def _cost(self, limit: Limit, placement: Placement) -> float:
+        costs, at = self.objective.costs, limit.workload
+        assert costs is not None
+        assert at is not None
+        return costs.value(limit.metric, at, placement)
+
+    def excess(self, placement: Placement) -> float:
+        """By how much of their bounds a placement misses the limits, summed; limits on tasks count once measured."""
+        measured = self.known[placement].excess if placement in self.known else 0.0
+        return measured + sum(limit.excess(value) for limit, value in self.values(placement))
+
+    def keeps(self, placement: Placement) -> bool:
+        """Whether a placement keeps to all limits, as far as is known."""
+        return self.excess(placement) == 0
+
+    def feasible(self) -> list[Trial]:
+        """The trials of this target that keep to all limits."""
+        tasks = len(self.cost_limits) < len(self.options.limits)
+        return [t for t in self.trials() if self.keeps(t.layers) and (t.layers in self.known or not tasks)]
+
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
         return self.options.evaluations - len(self.visited.get(strategy, ()))
 
-    def evaluate(self, placements: Iterable[Placement], strategy: str, free: bool = False) -> dict[Placement, float]:
+    def evaluate(
+        self, placements: Iterable[Placement], strategy: str, free: bool = False, stepping: bool = False
+    ) -> dict[Placement, float]:
         """Scores of the placements, as far as the strategy's budget goes; trials are written as they come.
+
+        Placements that miss a limit on a cost get no score. One that turns out to miss a limit on a task gets the
+        objective's reference and what it misses by: a score worse than of all that keep to it.
 
         Args:
             free: charge no budget (baselines).
+            stepping: score also what misses a limit on a cost, in the same way: a step on the way to what keeps to it.
         """
         visited = self.visited.setdefault(strategy, set())
         allowed: list[Placement] = []
         for placement in dict.fromkeys(placements):
+            if not (free or stepping or self.keeps(placement)):
+                continue
             if placement not in visited:
                 if not free and len(visited) >= self.options.evaluations:
                     continue
@@ -203,7 +247,11 @@ class Session:
             seconds = (time.perf_counter() - began) / len(fresh)
         rows = [self._trial(placement, strategy, seconds if placement in fresh else 0.0) for placement in placements]
         add_trials(self.path, rows)
-        return {placement: self.known[placement].score for placement in placements}
+        return {placement: self._penalised(placement) for placement in placements}
+
+    def _penalised(self, placement: Placement) -> float:
+        excess = self.excess(placement)
+        return self.objective.reference + excess if excess else self.known[placement].score
 
     def _trial(self, placement: Placement, strategy: str, seconds: float) -> TrialRow:
         objective, target = self.objective, self.objective.target
@@ -229,8 +277,7 @@ class Session:
 
 
 Strategy = Callable[[Session], None]
-"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try. One that keeps
-`Options.step_ms` says so by its attribute `keeps_step_ms`."""
+"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try."""
 
 STRATEGIES: Registry[Strategy] = Registry("search strategy", group="nasbench.strategies")
 
@@ -245,10 +292,12 @@ class Comparison:
 
 
 def baselines(search: Session) -> None:
-    """The teacher, and the evenly spread and random placements of every wanted K: trials of every search, at no
-    charge."""
+    """The teacher, the base where limits decide on K, and the evenly spread and random placements of every wanted K:
+    trials of every search, at no charge."""
     space, options = search.space, search.options
     search.evaluate([space.original], TEACHER, free=True)
+    if options.limits:
+        search.evaluate([search.base], FILLERS, free=True)
     for count in options.full_attention:
         search.evaluate(search.evenly_spread(count), UNIFORM, free=True)
         for number in range(options.random if 0 < count < len(space.may_be_full) else 0):
@@ -273,13 +322,16 @@ def run_search(search: Session, strategy: str) -> list[Comparison]:
         UserError: unknown strategy, or options that the space or the strategy does not take.
     """
     propose = STRATEGIES[strategy]
-    if search.options.step_ms and not getattr(propose, "keeps_step_ms", False):
-        log.warning("strategy %s ignores --step-ms: placements with longer decode steps are among its trials", strategy)
-    baselines(search)
+    nearest = [check_limits(search, count) for count in search.options.full_attention or (None,)]
+    with locked(search.folder / "baselines"):  # workers that start at once measure them once
+        baselines(search)
     if search.options.seconds:
         search.options = replace(search.options, evaluations=affordable(search))
     propose(search)
-    return compare(search.trials(), search.options.full_attention)
+    if search.cost_limits and not any(trial.strategy == strategy for trial in search.feasible()):
+        search.notes.append(f"{strategy} found no placement within the limits: the model's nearest one is evaluated")
+        search.evaluate(nearest, NEAREST, free=True)
+    return compare(search.feasible(), search.options.full_attention)
 
 
 def compare(trials: Sequence[Trial], counts: Iterable[int]) -> list[Comparison]:

@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
+from nasbench.search.limits import Costs, Limit, Workload
 from nasbench.search.objective import Measured, Speed
 from nasbench.search.session import Options, Session
 from nasbench.search.trials import Target
@@ -14,6 +16,32 @@ from nasbench.spaces.space import Space
 
 MS = {"A": 1.0, "W": 0.5, "J": 0.3, "V": 0.6}
 """Time of one layer, milliseconds."""
+HOST_MS = {"A": 0.4, "W": 0.6, "J": 0.7, "V": 0.6}
+"""Its launches in a prompt: the longer of both sums counts."""
+
+
+class SyntheticCosts(Costs):
+    """A batch of B takes B times the time; the cache is that of full attention alone."""
+
+    def __init__(self) -> None:
+        self.value, self.batches = cache(self._value), cache(self._batches)
+
+    def room_bytes(self, device: str) -> float:
+        return 64e6
+
+    def _batches(self, device: str) -> list[int]:
+        return [1, 4, 16]
+
+    def predict(self, metric: str, at: Workload, placement: Placement) -> float:
+        full = placement.count("A") * at.batch * at.context
+        step_ms = (2.0 + sum(MS[name] for name in placement)) * at.batch / 4
+        tokens = at.batch * at.context
+        layers_ms = [sum(ms[name] for name in placement) * tokens / 1e3 for ms in (MS, HOST_MS)]
+        values = {
+            "tpot_ms": step_ms, "ttft_ms": max(layers_ms), "cache": 1e3 * full, "memory": 1e6 + 1e3 * full,
+            "j_per_token": step_ms / 1e3,
+        }  # fmt: skip
+        return values[metric]
 
 
 class SyntheticObjective:
@@ -21,6 +49,7 @@ class SyntheticObjective:
 
     text, settings, dtype = "kl", "search/8x32/made-up", "bfloat16"
     store: ScoreStore
+    limits: tuple[Limit, ...] = ()
 
     def __init__(
         self, layers: int = 12, names: tuple[str, ...] = ("A", "W", "J"), seed: int = 0, version: str = "v1", space=None
@@ -38,6 +67,7 @@ class SyntheticObjective:
         }
         self.pair = source.normal(0.0, 0.02, size=layers)
         self.asked: list[Placement] = []
+        self.costs = SyntheticCosts()
 
     def loss(self, placement: Placement) -> float:
         alone = sum(self.cost.get((layer, name), 0.0) for layer, name in enumerate(placement))
@@ -61,11 +91,18 @@ class SyntheticObjective:
                     {self.key(placement, task): Scores("nats", False, v, 0.01, 8) for task, v in values.items()}
                 )
         kept = [[self.store.get(self.key(p, task)) for task in ("kl", "loss")] for p in placements]
-        return [Measured(kl.value, loss.value, loss.stderr, kl.value) for kl, loss in kept]
+        limits = [limit for limit in self.limits if limit.workload is None]
+        return [
+            Measured(kl.value, loss.value, loss.stderr, kl.value, sum(limit.excess(kl.value) for limit in limits))
+            for kl, loss in kept
+        ]
 
     def speed(self, placement: Placement) -> Speed:
         step_ms = 2.0 + sum(MS[name] for name in placement)
         return Speed(4 / step_ms * 1e3, 9000.0, step_ms, 1000 * placement.count("A"), "measured")
+
+    def task_changes(self, limit: Limit, names: Sequence[str]) -> tuple[float, dict[tuple[int, str], float]]:
+        return self.kl(self.space.original), dict(self.importance(names))
 
     def importance(self, names: Sequence[str], by_score: bool = False) -> Mapping[tuple[int, str], float]:
         original = self.space.original
@@ -80,4 +117,5 @@ def search(folder, objective=None, **options) -> Session:
     """A search whose scores are kept in the folder."""
     objective = objective or SyntheticObjective()
     objective.store = ScoreStore(folder / "scores")
+    objective.limits = tuple(options.get("limits", ()))
     return Session(folder, objective, Options(**options))

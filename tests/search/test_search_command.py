@@ -95,6 +95,23 @@ def test_json_is_all_that_stands_on_standard_output(prepared, capfd):
         assert data["objective"] == "kl"
 
 
+def test_limits_make_k_an_outcome(prepared, capsys):
+    """Limits on two devices and on a task; the front and the answer keep to them, and say what they cost."""
+    limits = ["--max", "cache=40k@256,1", "--min", "decode_tok_s=100@guess,64,1", "--max", "loss=99"]
+    for strategy in ("beam", "exact", "optuna"):
+        assert search(prepared, "--strategy", strategy, "--evaluations", "10", *limits, "--json") == 0
+        data = json.loads(capsys.readouterr().out)
+        assert data["best"]["k"] < 4
+        assert [row["limit"].split("=")[0] for row in data["limits"]] == ["--max cache", "--min decode_tok_s"]
+        assert data["limits"][0]["value"] <= 40 * 1024
+        assert {row["k"] for row in data["front"]} <= set(range(4))
+    fast = ["--objective", "decode_tok_s@guess,256,4", "--max", "loss=99", "--strategy", "kl-greedy"]
+    assert search(prepared, *fast, "--max", "cache=40k@256,1") == 0
+    assert "within the limits: " in capsys.readouterr().out
+    assert search(prepared, "--max", "loss=0.001", "--evaluations", "4") == 0
+    assert "no placement that was tried keeps to all limits" in capsys.readouterr().out
+
+
 def test_another_objective(prepared, capsys):
     text = "kl+0.5*retrieval-kl@96:3"
     assert search(prepared, "--strategy", "greedy-swap", "-k", "1,2", "--evaluations", "8", "--objective", text) == 0
@@ -129,8 +146,11 @@ def test_estimated_rows_are_marked(prepared, capsys):
         (["-k", "1", "--db", "/nonexistent"], "/nonexistent"),
         (["-k", "1", "--evaluations", "0"], "evaluations is 0"),
         (["-k", "1", "--objective", "retreival"], "did you mean 'retrieval'"),
-        (["-k", "1", "--step-ms", "nan"], "bad --step-ms nan"),
-        (["-k", "1", "--step-ms", "-1"], "bad --step-ms -1"),
+        (["--max", "tpot_ms=nan"], "nan is no bound"),
+        (["--max", "tpot_ms=0.01"], "tpot_ms=0.01@test-device,128,2 binds"),
+        (["--max", "cache=8MiB@1k"], "context 1024 is not of tiny"),
+        (["--max", "ttft_ms=3"], "no prefill rows"),
+        (["--min", "j_per_token=1@guess"], "no energy is in the profile rows of guess"),
     ],
 )
 def test_bad_input_is_one_line(prepared, capsys, arguments, message):

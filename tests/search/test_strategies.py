@@ -2,14 +2,15 @@
 
 import itertools
 import json
-import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from search.synthetic import SyntheticObjective, search
 
 from nasbench.core.errors import UserError
-from nasbench.search.exact import solve
+from nasbench.search import program
+from nasbench.search.program import Program
 from nasbench.search.session import baselines, run_search
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import TEACHER, UNIFORM, add_trials, read_trials
@@ -153,16 +154,10 @@ def test_exact_is_the_least_sum(count):
 
     legal = (p for p in itertools.product("AWJ", repeat=6) if p.count("A") == count)
     least = min(total(p) for p in legal)
-    assert total(solve(objective.space, increases, count)) == pytest.approx(least)
-
-
-def test_exact_keeps_the_step_time(tmp_path):
-    run = search(tmp_path, step_ms=8.0)
-    run_search(run, "exact")
-    (mine,) = [t for t in run.trials() if t.strategy == "exact"]
-    assert mine.step_ms <= 8.0
-    with pytest.raises(UserError, match=r"1 ms.*takes 5\.6 to 14 ms"):
-        run_search(search(tmp_path, step_ms=1.0), "exact")
+    program = Program(objective.space.choices)
+    found = program.solve(np.array([increases.get(key, 0.0) for key in program.keys]), count=count)
+    assert total(found.placement) == pytest.approx(least)
+    assert found.score == pytest.approx(found.least) == pytest.approx(least)
 
 
 @pytest.mark.parametrize(
@@ -173,9 +168,6 @@ def test_exact_keeps_the_step_time(tmp_path):
         ({"replacement": "A"}, "unknown replacement"),
         ({"evaluations": 0}, "evaluations is 0"),
         ({"beam_width": 0}, "beam width is 0"),
-        ({"step_ms": math.nan}, "bad --step-ms nan"),
-        ({"step_ms": math.inf}, "bad --step-ms inf"),
-        ({"step_ms": -1.0}, "bad --step-ms -1"),
         ({"seconds": -1.0}, "bad --seconds -1"),
         ({"random": -1}, "bad --random -1"),
     ],
@@ -188,7 +180,7 @@ def test_bad_options(tmp_path, options, message):
 def test_unknown_strategy_and_missing_k(tmp_path):
     with pytest.raises(UserError, match="did you mean 'beam'"):
         run_search(search(tmp_path), "beems")
-    for strategy in ("beam", "exact"):
+    for strategy in ("beam", "kl-greedy", "greedy-swap"):
         with pytest.raises(UserError, match="--full-attention"):
             run_search(search(tmp_path), strategy)
 
@@ -236,16 +228,11 @@ def test_a_kind_that_is_slower_than_full_attention_is_no_filler(tmp_path, monkey
     assert search(tmp_path / "none").faster == ("W", "J")
 
 
-@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "uniform", "random", "exact"])
-def test_a_strategy_that_ignores_the_step_time_says_so(tmp_path, caplog, strategy):
-    run_search(search(tmp_path, full_attention=(2,), evaluations=8, step_ms=9.0), strategy)
-    assert (f"strategy {strategy} ignores --step-ms" in caplog.text) == (strategy != "exact")
-
-
 def test_a_solver_prints_nothing_on_standard_output(capfd):
-    """Its banner comes from the constructor, before any option could silence it."""
-    objective = SyntheticObjective(4)
-    assert solve(objective.space, dict(objective.importance(("W",))), 1) is not None
+    """Its banner comes before any option could silence it."""
+    program._solver.cache_clear()
+    own = program.Program(SyntheticObjective(4).space.choices)
+    assert own.solve(np.ones(len(own.keys)), count=1) is not None
     assert capfd.readouterr().out == ""
 
 
