@@ -7,12 +7,12 @@
     nb.recommend("runs/mine")  nb.report("runs/mine")
     nb.plot.front("runs/mine")
 
-Stages that train or measure a device stay commands: profile, distill, finalize, validate. They take minutes to hours, and
-continue after a stop. `nb.cost`, `nb.devices`, `nb.report` and `nb.search` are also packages; calling one calls
-the function here.
+Stages that train or measure a device stay commands: profile, distill, finalize, validate. They take minutes to hours,
+and continue after a stop. `nb.cost`, `nb.devices`, `nb.report` and `nb.search` are also packages; calling one calls the
+function here.
 
-Wrong input raises `nasbench.core.errors.UserError`, a failing machine `MachineError`; both are `NasbenchError`. A size is
-a number or a text, as "64k". A run is its folder.
+Wrong input raises `nasbench.core.errors.UserError`, a failing machine `MachineError`; both are `NasbenchError`. A size
+is a number or a text, as "64k". A run is its folder.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nasbench.report.verdict import Verdict
     from nasbench.search.run_folder import Outcome
     from nasbench.search.session import Progress
+    from nasbench.store import Row
 
 Size = int | str
 Folder = str | Path
@@ -96,6 +97,11 @@ def cost_model(model: str, profile: str = "", dtype: str = "", db: Folder | None
 
     Raises UserError for an unknown model or device.
     """
+    return profiled_model(model, profile, dtype, db)[0]
+
+
+def profiled_model(model: str, profile: str, dtype: str, db: Folder | None) -> tuple[CostModel, list[Row]]:
+    """`cost_model`, and the rows of its device, none where nobody measured it."""
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cost import CostModel, find_profiles, load_cost_model, profiled_devices
     from nasbench.devices import DEVICES, detect
@@ -107,7 +113,7 @@ def cost_model(model: str, profile: str = "", dtype: str = "", db: Folder | None
     rows = find_profiles(slug, place) if known else []
     dtypes = {row.dtype for row in select(rows, **block_cells(shape, "head"))}
     dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else "bf16")
-    return load_cost_model(slug, shape, dtype, place) if rows else CostModel([], shape, dtype, device=slug)
+    return load_cost_model(slug, shape, dtype, place) if rows else CostModel([], shape, dtype, device=slug), rows
 
 
 def cost(
@@ -128,15 +134,16 @@ def cost(
         extrapolate: allow points outside of the measured ones.
 
     Returns:
-        A `Cost`; speeds are None where rows are missing, `source` says of what class they are.
+        A `Cost`; speeds are None where rows are missing or it does not fit; `source` says of what class they are.
 
     Raises UserError for a placement, context, batch, model or device that is not legal.
     """
     costs = cost_model(model, profile, dtype, db)
     layers, tokens, sequences = costs.shape.parse(placement), _size(context), _size(batch)
     found = costs.cache(layers, tokens, sequences)
-    with contextlib.suppress(UserError):  # no rows for a speed
-        found = costs.cost(layers, tokens, sequences, extrapolate)
+    if found.fits is not False:
+        with contextlib.suppress(UserError):  # no rows for a speed
+            found = costs.cost(layers, tokens, sequences, extrapolate)
     return found
 
 

@@ -17,12 +17,7 @@ def command(
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases; default: the run's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write index.html, and every figure (PNG, SVG) and table (CSV, Markdown); prints the page's path.
-
-    nasbench report runs/mine
-
-    nasbench report --compare runs/a runs/b
-    """
+    """Write index.html, and every figure (PNG, SVG) and table (CSV, Markdown); prints the page's path."""
     from nasbench.cli.common import print_json
     from nasbench.report.compare import RunsPage
     from nasbench.report.facts import collect

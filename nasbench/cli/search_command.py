@@ -55,55 +55,21 @@ def command(
 
     The same command again continues where it stopped; what was evaluated once costs nothing.
     """
-    from nasbench.cli.common import print_json, progress_bar, torch_device, torch_dtype
+    from nasbench import api
+    from nasbench.cli.common import print_json, progress_bar, torch_device
     from nasbench.runs import Run
-    from nasbench.search.objective import parse_objective
-    from nasbench.search.session import Options
-    from nasbench.search.strategies import STRATEGIES
 
-    opened = Run.open(run)
-    STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
-    parse_objective(objective)
-    options = Options(
-        full_attention=parse_counts(full_attention),
-        evaluations=evaluations,
-        seconds=seconds,
-        random=random,
-        beam_width=beam_width,
-        candidates=candidates,
-        replacement=replacement,
-        seed=seed,
-        step_ms=step_ms,
-        storage=storage,
-    )
-    options.check(opened.spec.space)
-    sizes = parse_size(context), parse_size(batch), parse_size(search_tokens)
-    held_out = parse_size(test_tokens) if test_tokens != "0" else None
-
-    from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cost import check_context, find_profiles, load_cost_model
-    from nasbench.devices import detect
-    from nasbench.search.run_folder import choose_dtype, search_run
-    from nasbench.search.trials import Target
-
-    torch_name = torch_device(device)
-    shape = resolve_shape(opened.spec.model)
-    check_context(shape, sizes[0])
-    profile = profile or detect(torch_name).slug
-    target = Target(profile, sizes[0], sizes[1], choose_dtype(find_profiles(profile, db), dtype, profile))
-    cost = load_cost_model(profile, shape, target.dtype, db)
-
-    from nasbench.evaluation.evaluator import Evaluator
-
-    kind = torch_dtype(eval_dtype)
-    evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=sizes[2], test_tokens=held_out)
     with progress_bar() as progress:
-        outcome = search_run(
-            opened, evaluator, cost, target, strategy, options,
-            objective=objective, test=held_out is not None, progress=progress,
+        outcome = api.search(
+            run, strategy, context=context, batch=parse_size(batch), objective=objective, profile=profile, dtype=dtype,
+            eval_dtype=eval_dtype, search_tokens=search_tokens, test_tokens=test_tokens, device=torch_device(device),
+            db=db, progress=progress, full_attention=parse_counts(full_attention), evaluations=evaluations,
+            seconds=seconds, random=random, beam_width=beam_width, candidates=candidates, replacement=replacement,
+            seed=seed, step_ms=step_ms, storage=storage,
         )  # fmt: skip
+    target = outcome.front[0].target
     if json:
-        print_json(as_json(outcome, target, opened.front))
+        print_json(as_json(outcome, target, Run.open(run).front))
     else:
         print_outcome(outcome, target)
 

@@ -1,7 +1,7 @@
 """The report's figures as matplotlib axes, for notebooks: `nb.plot.front("runs/mine")`.
 
-Every function takes a run's folder and returns the axes that it drew, a tuple of `matplotlib.axes.Axes`; `axes[0].figure`
-is the figure. Raises UserError for a folder that is no run, and for a run that has no data for the figure.
+Every function takes a run's folder and returns the axes that it drew, a tuple of `matplotlib.axes.Axes`;
+`axes[0].figure` is the figure. Raises UserError for a folder that is no run, and for a run without data for the figure.
 """
 
 from __future__ import annotations
