@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help quickstart reproduce-smollm2 test test-slow test-gpu lint format install install-dev wheel clean
+.PHONY: help quickstart reproduce-smollm2 test test-slow test-gpu lint format install install-dev docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,11 +44,15 @@ format: $(VENV)/.installed-dev ## ruff, with fixes
 install: $(VENV)/.installed ## make .venv with nasbench in it
 install-dev: $(VENV)/.installed-dev ## the same with the test tools
 
+docs: $(VENV)/.installed-dev ## build the documentation into site/
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 wheel: $(VENV)/.installed-dev ## build dist/*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove .venv and build outputs (runs/ stays)
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python >= 3.11 with venv found: set PYTHON=/path/to/python3.11" >&2; exit 2; }

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = (
     "core", "spaces", "runs", "devices", "model", "checkpoints", "runtime", "store", "profiling", "cost", "data",
-    "parallel", "supernet", "evaluation", "search", "report", "export", "pipeline", "cli",
+    "parallel", "supernet", "evaluation", "search", "report", "export", "api", "pipeline", "cli",
 )  # fmt: skip
 """A room may import itself and those before it."""
 NO_TORCH = ["core", "spaces", "runs", "devices", "store"]

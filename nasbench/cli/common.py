@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +16,9 @@ from nasbench.core.dtypes import torch_dtype as torch_dtype
 from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.core.files import strict_json
 from nasbench.core.sizes import format_size, is_count
+from nasbench.supernet.trained import choose_dtype as choose_dtype
+from nasbench.supernet.trained import run_dtype as run_dtype
+from nasbench.supernet.trained import trained_with as trained_with
 
 if TYPE_CHECKING:
     from nasbench.model.shapes import ModelSpec
@@ -160,31 +162,6 @@ def torch_device(name: str) -> str:
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
     return name
-
-
-def choose_dtype(name: str, device: str) -> str:
-    """A data type that was given, else the faster one of fp32 and bf16 on a torch device. Raises UserError."""
-    from nasbench.core.dtypes import check_dtype
-    from nasbench.devices.dtype import faster_dtype
-
-    return check_dtype(name) if name else faster_dtype(device)
-
-
-def trained_with(run: Path) -> dict[str, Any]:
-    """The settings that a run's supernet was trained with, its dtype among them; {} before there is one."""
-    from nasbench.supernet import checkpoint
-
-    saved = checkpoint.latest(run / "supernet")
-    settings = {} if saved is None else saved.state.get("settings", {})
-    return settings if isinstance(settings, dict) else {}
-
-
-def run_dtype(run: Path, name: str, device: str) -> str:
-    """A data type that was given, else that in which the run was trained, else as `choose_dtype`. Raises UserError."""
-    from nasbench.core.dtypes import dtype_name
-
-    trained = "" if name else trained_with(run).get("dtype", "")
-    return dtype_name(trained) if trained else choose_dtype(name, device)
 
 
 def parse_kinds(text: str, shape: ModelSpec) -> tuple[str, ...]:

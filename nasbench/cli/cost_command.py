@@ -13,8 +13,6 @@ from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
     from nasbench.cost import Cost
-    from nasbench.model.shapes import ModelSpec
-    from nasbench.store import Row
 
 
 def command(
@@ -35,27 +33,15 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict decode and prefill speed and cache size of a placement. The cache part needs no profile."""
-    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.api import profiled_model
     from nasbench.cli.common import log, print_json
-    from nasbench.cost import (
-        CostModel,
-        find_profiles,
-        how_to_get_rows,
-        load_cost_model,
-        profiled_devices,
-        stale_warning,
-    )
+    from nasbench.cost import how_to_get_rows, stale_warning
     from nasbench.cost.engine import engine_cache
-    from nasbench.devices import DEVICES, detect
 
-    shape = resolve_shape(model)
+    costs, rows = profiled_model(model, profile or device, dtype, db)
+    shape, slug = costs.shape, costs.device
     layers = shape.parse(placement)
     tokens, sequences = parse_size(context), parse_size(batch)
-    named = profile or device
-    slug, profiled = named or detect("auto").slug, profiled_devices(db)
-    rows = find_profiles(slug, db) if slug in profiled or (named and named not in DEVICES) else []
-    width = dtype or _profiled_dtype(rows, shape)
-    costs = load_cost_model(slug, shape, width, db) if rows else CostModel([], shape, width, device=slug)
     cost, reason = costs.cache(layers, tokens, sequences), ""
     most = costs.largest_batch(layers, tokens)
     try:
@@ -117,11 +103,3 @@ def _print_speed(cost: Cost) -> None:
 
 def _calibrated(rows: int) -> str:
     return f"calibrated by {rows} whole steps" if rows else "not calibrated"
-
-
-def _profiled_dtype(rows: list[Row], shape: ModelSpec) -> str:
-    """The data type that this model was profiled in, bf16 where there are several or none."""
-    from nasbench.store import block_cells, select
-
-    found = {row.dtype for row in select(rows, **block_cells(shape, "head"))}
-    return found.pop() if len(found) == 1 else "bf16"

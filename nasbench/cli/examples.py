@@ -28,6 +28,7 @@ EXAMPLES = (
     "nasbench finalize runs/mine --placement '2W 2A 4W' --dry-run",
     "nasbench validate runs/mine --context 8k --batch 4",
     "nasbench report runs/mine",
+    "nasbench report --compare runs/mine runs/other",
     "nasbench export runs/mine --placement '2W 2A 4W' --out hybrid --format hf",
     "nasbench generate hybrid --prompt 'The capital of France is'",
 )

@@ -17,18 +17,13 @@ def command(
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases; default: the run's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write index.html, and every figure (PNG, SVG) and table (CSV, Markdown); prints the page's path.
-
-    nasbench report runs/mine
-
-    nasbench report --compare runs/a runs/b
-    """
+    """Write index.html, and every figure (PNG, SVG) and table (CSV, Markdown); prints the page's path."""
     from nasbench.cli.common import print_json
-    from nasbench.cli.run_target import run_db
     from nasbench.report.compare import RunsPage
     from nasbench.report.facts import collect
     from nasbench.report.html import Page
     from nasbench.runs import Run
+    from nasbench.search.run_target import run_db
 
     if compare != (len(runs) > 1):
         raise UserError("write one run, or --compare and at least two")

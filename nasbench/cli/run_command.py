@@ -84,10 +84,10 @@ def _print_plan(title: str, steps: list[Step], out: Path, memory: str, as_json: 
 def _summary(out: Path) -> None:
     """The found placements in a table: the best of each K that was searched, below the model itself."""
     from nasbench.cli.common import log, print_table
-    from nasbench.cli.run_target import run_db
     from nasbench.report.facts import collect
     from nasbench.report.sections import best_searched
     from nasbench.runs import Run
+    from nasbench.search.run_target import run_db
 
     if not (out / "run.json").is_file():
         return

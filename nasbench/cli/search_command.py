@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import is_count, parse_size
+from nasbench.core.sizes import is_count
 
 if TYPE_CHECKING:
     from nasbench.search.run_folder import Outcome
@@ -80,64 +78,21 @@ def command(
     The same command again continues where it stopped; what was evaluated once costs nothing. Device, context, batch,
     dtype and databases are by default those of the run's last search, in the first one the largest that were profiled.
     """
-    from nasbench.cli.common import print_json, progress_bar, run_dtype, torch_device, torch_dtype
-    from nasbench.cli.run_target import remember_target, run_db, run_target
-    from nasbench.core.files import sole_writer
+    from nasbench import api
+    from nasbench.cli.common import print_json, progress_bar, torch_device
     from nasbench.runs import Run
-    from nasbench.search.limits import METRICS, parse_limit
-    from nasbench.search.objective import parse_goal, parse_objective
-    from nasbench.search.session import Options
-    from nasbench.search.strategies import STRATEGIES
 
-    opened = Run.open(run)
-    if worker:
-        strategy, test_tokens = "optuna", "0"
-    STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
-    if objective.partition("@")[0] not in METRICS:
-        parse_objective(objective)
-    options = Options(
-        full_attention=parse_counts(full_attention),
-        evaluations=evaluations,
-        seconds=seconds,
-        random=random,
-        beam_width=beam_width,
-        candidates=candidates,
-        replacement=replacement,
-        seed=seed,
-        storage=storage,
-        worker=worker,
-    )
-    options.check(opened.spec.space)
-    scored = parse_size(search_tokens)
-    held_out = parse_size(test_tokens) if test_tokens != "0" else None
-
-    from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cost import check_context, load_cost_model
-    from nasbench.search.run_folder import search_run
-
-    torch_name = torch_device(device)
-    shape = resolve_shape(opened.spec.model)
-    db = run_db(opened, db)
-    target = run_target(opened, shape, db, torch_name, profile, context, batch, dtype)
-    check_context(shape, target.context)
-    cost = load_cost_model(target.device, shape, target.dtype, db)
-    parse_goal(objective, target, db)
-    limits = [parse_limit(text, True, target, db) for text in most or ()]
-    limits += [parse_limit(text, False, target, db) for text in least or ()]
-
-    from nasbench.evaluation.evaluator import Evaluator
-
-    kind = torch_dtype(run_dtype(run, eval_dtype, torch_name))
-    alone = nullcontext() if worker else sole_writer(run / "search", "searches")
-    with alone, progress_bar("search: reads model and text") as progress:
-        evaluator = Evaluator.open(opened, device=torch_name, dtype=kind, search_tokens=scored, test_tokens=held_out)
-        remember_target(opened, target, db)
-        outcome = search_run(
-            opened, evaluator, cost, target, strategy, replace(options, limits=tuple(limits)),
-            objective=objective, test=held_out is not None, db=db, progress=progress,
+    with progress_bar("search: reads model and text") as progress:
+        outcome = api.search(
+            run, strategy, objective=objective, most=most or (), least=least or (), profile=profile, context=context,
+            batch=batch, dtype=dtype, eval_dtype=eval_dtype, search_tokens=search_tokens, test_tokens=test_tokens,
+            device=torch_device(device), db=db, progress=progress, full_attention=parse_counts(full_attention),
+            evaluations=evaluations, seconds=seconds, random=random, beam_width=beam_width, candidates=candidates,
+            replacement=replacement, seed=seed, storage=storage, worker=worker,
         )  # fmt: skip
+    target = outcome.target
     if json:
-        print_json(as_json(outcome, target, objective, opened.front))
+        print_json(as_json(outcome, target, objective, Run.open(run).front))
     else:
         print_outcome(outcome, target)
 

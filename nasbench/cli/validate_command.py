@@ -32,12 +32,12 @@ def command(
     """
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json, print_table, progress_bar, torch_device
-    from nasbench.cli.run_target import run_db, run_target
     from nasbench.core.errors import UserError
     from nasbench.cost import load_cost_model
     from nasbench.devices import detect
     from nasbench.runs import Run
     from nasbench.search.compared import compositions
+    from nasbench.search.run_target import run_db, run_target
     from nasbench.search.validation import choose, mean_error, validate
 
     opened = Run.open(run)

@@ -29,6 +29,7 @@ class Outcome:
     """What a search found.
 
     Attributes:
+        target: device, context, batch and dtype of the speeds.
         comparisons: of every wanted K.
         front: over all trials of the target that keep to the limits.
         best: the trial with the lowest score within the limits; None where none is within those on tasks.
@@ -36,6 +37,7 @@ class Outcome:
         notes: what the strategy says of its answer.
     """
 
+    target: Target
     comparisons: list[Comparison]
     front: list[FrontRow]
     best: Trial | None
@@ -113,7 +115,7 @@ def search_run(
     write_front(run.front, target, front)
     within = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
     kept = [Kept(str(limit), value) for limit, value in search.values(best.layers)] if best else []
-    return Outcome(comparisons, within if options.limits else front, best, kept, search.notes)
+    return Outcome(target, comparisons, within if options.limits else front, best, kept, search.notes)
 
 
 def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, float, float]:

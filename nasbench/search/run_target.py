@@ -1,4 +1,4 @@
-"""What the commands of a run are to be fast on, as it was given, or as the run remembers it."""
+"""What a search or a validation of a run is to be fast on: as it was given, or as the run remembers it."""
 
 from __future__ import annotations
 
