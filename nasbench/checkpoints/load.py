@@ -46,8 +46,11 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
         MachineError: it cannot be fetched, or does not fit in memory.
     """
     folder, shape, source = model_folder(classify(name))
-    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
-    decoder = load_decoder(folder, shape, dtype=dtype, device=device)
+    try:
+        tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
+        decoder = load_decoder(folder, shape, dtype=dtype, device=device)
+    except UserError as error:  # names the user's file, not the cache
+        raise UserError(str(error).replace(str(folder), name)) from None
     return LoadedModel(decoder, tokenizer, shape, source)
 
 

@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
     """Reads JSON. Raises UserError naming the file when it is absent or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None

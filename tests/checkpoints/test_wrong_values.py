@@ -200,9 +200,10 @@ def test_quantised_weights_are_refused(folder, dtype):
         load_model(str(folder))
 
 
-def test_a_git_lfs_pointer_is_named(folder):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer"):
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_git_lfs_pointer_is_named(folder, file):
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{file} is a Git LFS pointer"):
         load_model(str(folder))
 
 
