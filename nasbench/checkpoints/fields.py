@@ -121,8 +121,17 @@ class Fields:
                 raise UserError(f"{self.where}: the field {name} = {_short(value)} is not supported: leave it out")
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises UserError for a file that Git LFS has not fetched."""
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError naming the file."""
+    if path.is_file():
+        refuse_pointer(path)
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")

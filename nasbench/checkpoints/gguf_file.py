@@ -59,7 +59,9 @@ def convert(path: Path, sha256: str | None = None) -> Path:
     with locked(folder), machine_errors(f"writing {folder}"):
         if folder.is_dir():
             return folder
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         try:
             _write_folder(header, temporary)
             temporary.rename(folder)
@@ -77,7 +79,7 @@ def _write_folder(header: GgufHeader, folder: Path) -> None:
     family, config, fields = _config(header)
     spec = family.from_config(Fields(config, str(header.path)), header.path.stem)
     tokenizer = gguf_tokenizer(fields)
-    fields.finish(())
+    fields.finish(key for key in fields.data if key.startswith("tokenizer.chat_template"))
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in header.tensors.values():
         # Zeros without memory have the shapes that the values will have.

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.fields import Fields, refuse_pointer
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def read_header(path: Path) -> GgufHeader:
 
 def _read_part(path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
+        refuse_pointer(path)
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UserError(f"{path} is not a whole GGUF file: it does not begin with GGUF")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nasbench.checkpoints.families import read_spec
-from nasbench.checkpoints.fields import Fields, read_object, token_ids
+from nasbench.checkpoints.fields import Fields, read_object, refuse_pointer, token_ids
 from nasbench.core.errors import UserError
 from nasbench.model.shapes import ModelSpec
 
@@ -68,9 +68,7 @@ def _opened(path: Path, framework: str) -> Iterator[Any]:
     """The `safe_open` of a file. Raises UserError naming a corrupt one."""
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
-        if file.read(24).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+    refuse_pointer(path)
     try:
         with safe_open(path, framework=framework) as tensors:
             yield tensors

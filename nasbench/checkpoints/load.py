@@ -46,8 +46,11 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
         MachineError: it cannot be fetched, or does not fit in memory.
     """
     folder, shape, source = model_folder(classify(name))
-    tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
-    decoder = load_decoder(folder, shape, dtype=dtype, device=device)
+    try:
+        tokenizer = tokenizer_from_json(folder / "tokenizer.json", hf_folder.end_tokens(folder), shape.vocab_size)
+        decoder = load_decoder(folder, shape, dtype=dtype, device=device)
+    except UserError as error:  # names the user's file, not the cache
+        raise UserError(str(error).replace(str(folder), name)) from None
     return LoadedModel(decoder, tokenizer, shape, source)
 
 
@@ -90,6 +93,9 @@ def _empty_decoder(shape: ModelSpec, dtype: torch.dtype, tensors: int, where: st
         return Decoder(shape, shape.placement)
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+
+
 def find_places(
     shapes: dict[str, tuple[int, ...]], shape: ModelSpec, slots: dict[str, Tensor] | None, where: str
 ) -> dict[str, Place | None]:
@@ -100,14 +106,19 @@ def find_places(
     """
     family = FAMILIES[shape.family]()
     slots = slots or _empty_decoder(shape, torch.float32, len(shapes), where).state_dict()
-    places: dict[str, Place | None] = {}
-    filled = dict.fromkeys(slots, 0)
     stored = ((name, torch.empty(sizes, device="meta")) for name, sizes in shapes.items())
-    for name, sizes in ((name, tensor.shape) for name, tensor in _unpacked(stored, shape)):
-        place = places[name] = family.place(name, shape)
-        if place is None or (place.name == "lm_head.weight" and shape.tie_embeddings):
-            places[name] = None
+    tensors = dict(_unpacked(stored, shape))
+    places = {name: family.place(name, shape) for name in tensors}
+    if shape.tie_embeddings:
+        embedded = any(place is not None and place.name == _EMBEDDING for place in places.values())
+        for name, place in places.items():
+            if place is not None and place.name == "lm_head.weight":  # the one matrix may stand under either name
+                places[name] = None if embedded else Place(_EMBEDDING)
+    filled = dict.fromkeys(slots, 0)
+    for name, place in places.items():
+        if place is None:
             continue
+        sizes = tensors[name].shape
         slot = slots.get(place.name)
         if slot is None or (place.index and int(place.index[0]) >= len(slot)):
             raise UserError(

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nasbench.checkpoints.fields import Fields, read_object
+from nasbench.checkpoints.fields import Fields, read_object, refuse_pointer
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
 
     if not path.is_file():
         raise UserError(f"no such file: {path} (a model folder needs the tokenizer.json of the `tokenizers` library)")
+    refuse_pointer(path)
     with library_errors(f"{path} is not a tokenizer"), _quiet():
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         backend.no_truncation()

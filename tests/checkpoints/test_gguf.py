@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_gguf import HEAD_DIM, HIDDEN, random_tensors, write_gguf
 
+from nasbench.checkpoints.gguf_file import converted_folder, file_sha256
 from nasbench.checkpoints.load import load_model
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.errors import UserError
@@ -125,6 +126,32 @@ def test_tensors_are_checked_under_the_users_file(tmp_path):
         with pytest.raises(UserError, match=message) as caught:
             load_model(str(path))
         assert str(path) in str(caught.value)
+
+
+def test_errors_name_the_users_file_and_not_the_cache(tmp_path, cache):
+    tensors = random_tensors()
+    tensors["output_norm.weight"][0] = 1e30  # finite in fp32 alone
+    path = write_gguf(tmp_path / "x.gguf", tensors=tensors)
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds values that are not finite") as caught:
+        load_model(str(path), dtype=torch.float16)
+    assert str(path) in str(caught.value)
+    assert str(cache) not in str(caught.value)
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path, cache):
+    path = write_gguf(tmp_path / "x.gguf")
+    folder = converted_folder(file_sha256(path))
+    left = folder.with_name(f".{folder.name}.abc.tmp")
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    load_model(str(path))
+    assert not left.exists()
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    (tmp_path / "x.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=r"x\.gguf is a Git LFS pointer"):
+        resolve_shape(str(tmp_path / "x.gguf"))
 
 
 def split(tmp_path, second=True):

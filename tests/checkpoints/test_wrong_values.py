@@ -69,6 +69,13 @@ def test_tokenizers_that_differ_anywhere_share_no_cached_tokens(folder, tmp_path
     assert set(second.encode("zb")) == ids
 
 
+def test_a_tied_matrix_may_stand_under_the_heads_name(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert equals_transformers(folder)
+
+
 @pytest.mark.parametrize("other", [False, True])
 def test_a_head_under_the_tie_flag_is_used_where_it_differs(folder, other):
     tensors = load_file(folder / "model.safetensors")
@@ -160,6 +167,7 @@ def test_heads_that_do_not_divide_the_hidden_size_are_refused():
     ("field", "value"),
     [
         ("layer_types", 5),
+        ("bos_token_id", "1"),
         ("layer_types", [5, 5, 5]),
         ("hidden_size", 10**400),
         ("rms_norm_eps", 10**400),
@@ -200,9 +208,10 @@ def test_quantised_weights_are_refused(folder, dtype):
         load_model(str(folder))
 
 
-def test_a_git_lfs_pointer_is_named(folder):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match=r"model\.safetensors is a Git LFS pointer"):
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_git_lfs_pointer_is_named(folder, file):
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{file} is a Git LFS pointer"):
         load_model(str(folder))
 
 

@@ -13,7 +13,7 @@ from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from nasbench.checkpoints.families.rope import own_context, read_rope, write_scaling
-from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.fields import Fields, token_ids
 from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
 from nasbench.model.shapes import ModelSpec
@@ -115,6 +115,7 @@ class Family:
             "activation": ACTIVATIONS[fields.text(*self.activation, ACTIVATIONS)],
         }
         fields.neutral("quantization_config")
+        token_ids(fields, "bos_token_id")  # the tokenizer decides; a wrong type is refused all the same
         sizes |= self.rope(fields, sizes)
         spec = ModelSpec(name=name, family=self.model_type, **sizes | self.details(fields, sizes))
         fields.finish(INERT)

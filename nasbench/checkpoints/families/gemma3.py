@@ -41,7 +41,8 @@ class Gemma3(Family):
     def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
         for name in ("attention_bias", "use_bidirectional_attention"):
             fields.neutral(name, False)
-        for name in ("final_logit_softcapping", "attn_logit_softcapping"):
+        # transformers does not look for the trained context beside nested rotary parameters.
+        for name in ("final_logit_softcapping", "attn_logit_softcapping", "original_max_position_embeddings"):
             fields.neutral(name)
         fields.neutral("hidden_act", "gelu_pytorch_tanh")
         queries = (sizes["head_dim"] / fields.number("query_pre_attn_scalar", 256)) ** 0.5

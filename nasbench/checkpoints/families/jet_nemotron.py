@@ -54,6 +54,8 @@ class JetNemotron(Family):
             args["W"] = str(window.integer("window_size"))
         if "jet" in types:
             args["J"] = _jet_args(jet)
+        window.finish(("window_size",))
+        efficient.finish(())
         names = [_KINDS[kind] + ("@" if kind == "jet" else "") + args[_KINDS[kind]] for kind in types]
         defaults = tuple((letter, value) for letter, value in args.items() if value)
         return {"published_placement": format_placement(tuple(names)), "defaults": defaults}

@@ -39,9 +39,10 @@ def read_rope(rope: Fields, fields: Fields, default: float, head_dim: int = 0) -
     rotated = _rotated(rope, fields, head_dim)
     context = fields.integer("max_position_embeddings")
     numbers: list[float] = []
+    outer = fields.number(_TRAINED, None)  # of no effect on other kinds
     if kind in ("llama3", "yarn", "longrope"):
         inner = rope.number(_TRAINED, None)
-        original = fields.number(_TRAINED, None) or inner or context
+        original = outer or inner or context
     if kind == "longrope":
         lists = [_factors(rope, name, (rotated or head_dim) // 2) for name in _LISTS]
         stretched = rope.number("factor", None) or context / original
