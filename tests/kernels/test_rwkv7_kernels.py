@@ -73,3 +73,23 @@ def test_steps(dtype, bound):
     for t in range(5):
         assert relative_rmse(rwkv7_step(*(part[:, t] for part in inputs), held), wanted[:, t]) < bound
     assert relative_rmse(held, last) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [64, 500])
+def test_equals_flash_linear_attention(tokens):
+    """In bf16: outputs, the last state and every gradient."""
+    fla = pytest.importorskip("fla.ops.rwkv7")
+    inputs = [tensor.cuda() for tensor in make(tokens, heads=4, dim=64)]
+    *inputs, state = [tensor.bfloat16() if i != 1 and i != 6 else tensor for i, tensor in enumerate(inputs)]
+    results = []
+    for form in (naive_rwkv7, chunked_rwkv7, fla.chunk_rwkv7):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*inputs, state)]
+        extra = {"initial_state": leaves[6], "output_final_state": True, "safe_gate": True}
+        y, last = form(*leaves[:6], **extra) if form is fla.chunk_rwkv7 else form(*leaves)
+        weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).cuda()
+        ((y.float() * weight).sum() + last.square().sum()).backward()
+        results.append({"y": y, "last": last} | {name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)})
+    for name, wanted in results[0].items():
+        for form, bound in ((1, 5e-3), (2, 1e-2)):
+            assert relative_rmse(results[form][name].float(), wanted.float()) < bound, (form, name)
