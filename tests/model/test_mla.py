@@ -61,13 +61,32 @@ def test_a_latent_of_full_rank_loses_nothing_of_keys_and_values():
     """Every pair rotates: of one key/value head, keys are the rotary key, and values come back from the latent."""
     shape = LayerShape(48, 4, 1, 8, 64)
     attention = build("A", shape, seed=3)
-    spec = mixer_spec("C@8x8x8x8", shape)
+    spec = mixer_spec("C@9x8x8x8", shape)
     mixer = spec.block_class().init_from_attention(spec, attention)
     x = inputs(spec, 2, 12)
-    latent = mixer.kv_a_proj_with_mqa(x)[..., :8]
+    mixer.kv_a_proj_with_mqa.weight[8] = 0.0
+    latent = mixer.kv_a_proj_with_mqa(x)[..., :9]
     _, v = mixer.heads(mixer.kv_b_proj(latent), 8, 8)
     assert relative_rmse(v, attention.v_proj(x)[..., None, :].expand_as(v)) < 1e-5
     # The latents' norm is the only difference: with latents of one size it scales the values alike.
     scaled = x / latent.square().mean(-1, keepdim=True).sqrt()
     error = relative_rmse(whole(mixer, scaled), whole(attention, scaled))
     assert error < 1e-3
+
+
+@torch.no_grad()
+def test_calibration_makes_the_norm_one_factor():
+    """Inputs with a common part: values from latents are nearly the attention's, whatever the inputs' size."""
+    shape = LayerShape(48, 4, 1, 8, 64)
+    attention = build("A", shape, seed=3)
+    spec = mixer_spec("C@9x8x8x8", shape)
+    common = torch.randn(48, generator=torch.Generator().manual_seed(2))
+    x = 0.1 * (common + 0.3 * inputs(spec, 4, 50))
+    constant = torch.linalg.lstsq(x.flatten(0, 1).double(), torch.ones(200, 1, dtype=torch.float64)).solution[:, 0]
+    errors = []
+    for calibrated in (False, True):
+        mixer = spec.block_class().init_from_attention(spec, attention)
+        if calibrated:
+            mixer.load_state_dict(mixer.calibration(constant), strict=False)
+        errors.append(relative_rmse(whole(mixer, x), whole(attention, x)))
+    assert errors[1] < 0.1 < errors[0]

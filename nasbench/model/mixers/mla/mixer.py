@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nasbench.model.block import Block, BlockCache
+from nasbench.model.block import Block, BlockCache, with_weights
 from nasbench.model.documents import document_attention
 from nasbench.model.meta import Meta, StepMeta
 from nasbench.model.mixers.attention.mixer import FullAttention, causal_attention, write_slots
@@ -28,6 +28,8 @@ from nasbench.model.mixers.mla.spec import LatentAttentionSpec
 from nasbench.model.packed import PackedProjections
 from nasbench.model.rotary import apply_rotary
 
+STEADY = 4.0
+"""How much larger than an input's common part the constant latent is."""
 MOST_EXPANDED = 1 << 28
 """Numbers of keys and values made from latents at once; sequences beyond it take turns."""
 
@@ -132,6 +134,15 @@ class LatentAttention(Block):
         )
         return torch.bmm(mixed, up_value.mT).transpose(0, 1).flatten(1)
 
+    def calibration(self, constant: Tensor) -> dict[str, Tensor]:
+        """The last latent becomes a large constant: then the latents' norm is nearly one factor for all tokens, which
+        its weight takes back, and keys and values from latents are as linear in the input as the attention's."""
+        latent, size = self.spec.latent, STEADY / constant.norm()
+        weight = with_weights(self, lambda mixer: mixer.kv_a_proj_with_mqa.weight.detach().clone())
+        weight[latent - 1] = size * constant
+        scale = (size / latent**0.5).expand(latent)
+        return {"kv_a_proj_with_mqa.weight": weight, "kv_a_layernorm.weight": scale}
+
     @classmethod
     def init_from_attention(cls, spec: Any, attention: FullAttention) -> Self:
         """Latents by a truncated SVD of the stacked key and value projections (arXiv 2502.14837), each scaled to the
@@ -151,7 +162,7 @@ class LatentAttention(Block):
             scales = [1.0 / max(float(x.norm()), 1e-30) for x in own]
             stacked = torch.cat([(x * scale).flatten(0, 1) for x, scale in zip(own, scales, strict=True)])
             left, sizes, right = torch.linalg.svd(stacked, full_matrices=False)
-            rank = min(rank, len(sizes))
+            rank = min(rank - 1, len(sizes))  # the last latent is for `calibration`
             a, b = mixer.kv_a_proj_with_mqa.weight, mixer.kv_b_proj.weight.zero_().unflatten(0, (heads, -1))
             # Rows of length 1: inputs of size 1 give latents of size 1, which their norm leaves alone.
             a[:rank] = right[:rank]
