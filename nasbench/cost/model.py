@@ -259,8 +259,7 @@ class CostModel:
 
     def _shared_counts(self) -> Counter[str]:
         """How often each shared block but the head runs."""
-        norms = self.shape.num_layers * self.shape.norms_per_layer + 1
-        return Counter({"embedding": 1, "norm": norms}) + Counter(ffn_names(self.shape))
+        return Counter({"embedding": 1, "norm": self.shape.norms}) + Counter(ffn_names(self.shape))
 
     def _decode_parts(self, placement: Placement, context: int, batch: int, extrapolate: bool) -> Parts:
         counts = self._shared_counts() + Counter({"head": 1}) + Counter(placement)

@@ -21,6 +21,7 @@ from nasbench.model.block import Block, BlockCache, Sublayer, with_weights
 from nasbench.model.documents import Documents
 from nasbench.model.meta import Meta, RotaryTables, SequenceMeta, StepMeta
 from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import FFNSpec
 from nasbench.model.stream import Stream, stream_for
 from nasbench.spaces.placement import Placement
 
@@ -156,12 +157,12 @@ class Decoder(nn.Module):
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(shape.hidden_size, shape.rms_eps)
 
-        def norms(wanted: bool, absent: Any) -> list[Any]:
-            return [norm() if wanted else absent for _ in ("mixer", "FFN")]
+        def norms(wanted: bool, absent: Any, ffn: FFNSpec) -> list[Any]:
+            return [norm() if wanted and there else absent for there in (True, ffn.kind != "none")]
 
         layers = []
         for mixer, ffn in zip(shape.mixers(placement), shape.ffns(), strict=False):
-            before, after = norms(shape.pre_norms, nn.Identity()), norms(shape.post_norms, None)
+            before, after = norms(shape.pre_norms, nn.Identity(), ffn), norms(shape.post_norms, None, ffn)
             layers.append(DecoderLayer(before[0], mixer.build(), before[1], ffn.build(), *after))
         embed = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.model = _Body(embed, layers, norm())

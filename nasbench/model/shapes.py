@@ -120,15 +120,16 @@ class ModelSpec:
         return sum(block.conv_state_bytes(batch, dtype_bytes) for block in self.blocks(placement))
 
     @property
-    def norms_per_layer(self) -> int:
-        return 2 * (self.pre_norms + self.post_norms)
+    def norms(self) -> int:
+        """All norms around mixers and FFNs, and the last one. No FFN has no norm."""
+        blocks = self.num_layers + sum(ffn.kind != "none" for ffn in self.ffns())
+        return (self.pre_norms + self.post_norms) * blocks + 1
 
     def parameters(self, placement: Placement | None = None) -> int:
         """Number of parameters with this placement (default: the published one); tied embeddings count once."""
         blocks = sum(block.parameters() for block in self.blocks(placement or self.placement))
-        norms = (self.num_layers * self.norms_per_layer + 1) * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
-        return blocks + norms + embeddings
+        return blocks + self.norms * self.hidden_size + embeddings
 
 
 DEFAULT_MODEL = "smollm2-135m"

@@ -112,7 +112,7 @@ def _parts(
     shape: ModelSpec, placement: Placement, batch: int, context: int, width: int, ceilings: Ceilings | None
 ) -> list[Part]:
     blocks = shape.blocks(placement)
-    norms = (shape.num_layers * shape.norms_per_layer + 1) * shape.hidden_size
+    norms = shape.norms * shape.hidden_size
     head = shape.vocab_size * shape.hidden_size
     # The rows of an embedding are looked up, not multiplied; a tied one is the output matrix.
     looked_up = 0 if shape.tie_embeddings else batch * shape.hidden_size

@@ -14,8 +14,7 @@ PARAMETERS = {
     "gemma3-1b": 999_885_952,
     "qwen3-30b-a3b": 30_532_122_624,
     "deepseek-v2-lite": 15_706_484_224,
-    # Its checkpoint has no norm before an FFN that is not there.
-    "mamba2-2.7b": 2_702_599_680 + 64 * 2560,
+    "mamba2-2.7b": 2_702_599_680,
     # Its checkpoint has the value residual, a low-rank projection of rank 64 with a bias in all layers but one, and
     # norms with biases, one of them behind the embedding.
     "rwkv7-1.5b": 1_527_404_544 - 23 * (2 * 2048 * 64 + 2048) - (2 * 24 + 1) * 2048 - 2 * 2048,

@@ -50,7 +50,9 @@ class LatentAttentionSpec(MixerSpec):
     @property
     def rope_shape(self) -> LayerShape:
         """The layer as far as its rotary embedding is concerned."""
-        return replace(self.shape, head_dim=self.rope)
+        # Long rotary embeddings have a factor for each pair of the attention's heads.
+        scaling = () if self.shape.rope_scaling[:1] == ("longrope",) else self.shape.rope_scaling
+        return replace(self.shape, head_dim=self.rope, rotary_dim=0, rope_scaling=scaling)
 
     @property
     def rotary(self) -> Rotary:
