@@ -63,7 +63,7 @@ def load_decoder(
     decoder = _empty_decoder(shape, dtype, len(shapes), str(folder))
     slots = decoder.state_dict()
     places = find_places(shapes, shape, slots, str(folder))
-    parted: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:
             for name, tensor in _unpacked(hf_folder.read_tensors(path), shape):
@@ -75,12 +75,13 @@ def load_decoder(
                 value = (tensor.to(device, torch.float32) + place.shift) * place.scale if changed else tensor
                 value = value.to(device, slot.dtype)
                 _check_values(name, tensor.dtype, value, path)
-                if place.index:
-                    if place.name not in parted:
-                        parted[place.name] = torch.empty_like(slot, device=device)
-                    parted[place.name][place.index] = value
-                    value = parted[place.name]
-                decoder.load_state_dict({place.name: value}, strict=False, assign=True)
+                if not place.index:
+                    values[place.name] = value
+                    continue
+                if place.name not in values:
+                    values[place.name] = torch.empty_like(slot, device=device)
+                values[place.name][place.index] = value
+    decoder.load_state_dict(values, assign=True)
     _materialise_buffers(decoder, device)
     return decoder.eval()
 

@@ -7,9 +7,15 @@ from collections.abc import Iterable
 
 
 class NasbenchError(Exception):
-    """Base of everything nasbench raises on purpose. `exit_code` is what the command line returns."""
+    """Base of everything nasbench raises on purpose. `exit_code` is what the command line returns.
+
+    The message stays one line whatever names from a user's files stand in it.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
     def __str__(self) -> str:
         """One line, whatever the bad value held."""

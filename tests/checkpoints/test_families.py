@@ -75,6 +75,7 @@ def test_what_a_format_cannot_say_is_refused(tiny):
     [
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("gemma3", {"rope_scaling": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "truncate = False"),
         ("gemma3", {"original_max_position_embeddings": 64}, "original_max_position_embeddings = 64 is not supported"),
         ("gemma3", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor = 0\.5 is not supported"),
         (

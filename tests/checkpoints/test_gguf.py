@@ -128,6 +128,13 @@ def test_tensors_are_checked_under_the_users_file(tmp_path):
         assert str(path) in str(caught.value)
 
 
+def test_a_name_with_a_line_end_stays_on_one_line(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", **{"llama__odd\nkey\x1b": 1})
+    with pytest.raises(UserError, match=r"llama\.odd\\nkey\\x1b") as caught:
+        resolve_shape(str(path))
+    assert str(caught.value).isprintable()
+
+
 def test_errors_name_the_users_file_and_not_the_cache(tmp_path, cache):
     tensors = random_tensors()
     tensors["output_norm.weight"][0] = 1e30  # finite in fp32 alone

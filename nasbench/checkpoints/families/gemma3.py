@@ -59,6 +59,7 @@ class Gemma3(Family):
         full, local = ropes.object("full_attention"), ropes.object("sliding_attention")
         if fields.raw("rope_scaling"):
             full = Fields({**full.data, **fields.object("rope_scaling").data}, full.where)
+        full.neutral("truncate", True)  # transformers reads it beside the nested parameters alone
         base = fields.number("rope_local_base_freq", 10_000.0)
         local.neutral("rope_type", "default")
         ropes.finish(())
