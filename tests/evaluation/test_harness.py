@@ -77,6 +77,7 @@ def test_log_likelihoods_are_those_of_the_hf_backend(pair):
         for context in contexts
         for continuation in (" state", " key value", "x", words(generator, 3), " state of it")
     ]
+    requests += [asked("", "<e> state"), asked("", "<s> state"), asked("<s> token", " value")]
     expected, found = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests, disable_tqdm=True)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
