@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nasbench.checkpoints.tokenizer import Tokenizer
+from nasbench.core.errors import UserError
 from nasbench.data.packing import Batch, Corpus
 from nasbench.evaluation.reading import Reading
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.evaluation.tasks import Context, Task, parse_task
 from nasbench.model.block import kinds_without_varlen
 from nasbench.model.decoder import Decoder
+from nasbench.model.shapes import ModelSpec
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.supernet import Supernet
@@ -54,7 +59,9 @@ class Evaluator:
     ) -> None:
         self.run, self.supernet = run, supernet
         self.corpus = corpus.without_documents() if kinds_without_varlen(supernet.mixers()) else corpus
-        self.tokens: dict[str, int | None] = {"search": search_tokens, "test": test_tokens}
+        # A single row would have no standard error.
+        least = 2 * corpus.sequence if corpus.sequence > run.spec.sequence else 0
+        self.tokens: dict[str, int | None] = {"search": max(search_tokens, least), "test": test_tokens}
         self.store = ScoreStore(run.scores)
         self._memo: dict[object, Any] = {} if memo is None else memo
 
@@ -67,16 +74,10 @@ class Evaluator:
         dtype: torch.dtype | None = None,
         search_tokens: int = SEARCH_TOKENS,
         test_tokens: int | None = None,
-        sequence: int | None = None,
     ) -> Evaluator:
-        """Loads the run's supernet and corpus.
-
-        Args:
-            dtype: None for bf16, in which the supernet was trained.
-            sequence: tokens of a scored row, None for those of a training row.
-        """
+        """Loads the run's supernet and corpus. `dtype` None: bf16, in which the supernet was trained."""
         supernet = Supernet.load(run, dtype=dtype or torch.bfloat16, device=device)
-        corpus = Corpus.load(run.spec.data, supernet.tokenizer, sequence or run.spec.sequence)
+        corpus = scoring_corpus(run, supernet.teacher.shape, supernet.tokenizer)
         return cls(run, supernet, corpus, search_tokens=search_tokens, test_tokens=test_tokens)
 
     @property
@@ -205,6 +206,18 @@ class Evaluator:
                     states.append(self.supernet.layer(i, placement[i])(states[-1], meta))
             last = placement
             yield placement, teacher.model.norm(states[-1])
+
+
+def scoring_corpus(run: Run, shape: ModelSpec, tokenizer: Tokenizer) -> Corpus:
+    """The run's text in rows that score its placements: as long as those of training, or twice the largest window, so
+    that windows can be told from full attention, where the model and the text have room for it."""
+    kinds = [shape.mixer(name, at) for name in run.spec.space.efficient_names for at in run.spec.space.may_be_full[:1]]
+    windows = [int(kind.exact_until) for kind in kinds if kind.exact_until < math.inf]
+    length = min(shape.max_context, max(run.spec.sequence, *(2 * window for window in [0, *windows])))
+    if length > run.spec.sequence:
+        with contextlib.suppress(UserError):
+            return Corpus.load(run.spec.data, tokenizer, length)
+    return Corpus.load(run.spec.data, tokenizer, run.spec.sequence)
 
 
 def _same_weights(one: nn.Module, other: nn.Module) -> bool:

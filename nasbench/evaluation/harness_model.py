@@ -24,6 +24,7 @@ from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.by_device import ByDevice
 from nasbench.evaluation.prefixes import Group, shared_prefixes
 from nasbench.evaluation.reading import ANY_SHAPE, padded, score_tokens
+from nasbench.evaluation.suite import encode_prompts, tokenised
 from nasbench.model.decoder import Decoder
 from nasbench.runtime.generate import cache_rows, prefill, stream
 
@@ -63,6 +64,12 @@ class HarnessModel(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self.words.encode(string) if add_special_tokens is False else self.words.encode_prompt(string)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log-likelihood in nats, and whether greedy decoding would write it."""
+        texts = [request.args for request in requests]
+        pairs = tokenised(self.words, texts)
+        return self._loglikelihood_tokens([(text, *pair) for text, pair in zip(texts, pairs, strict=True)])
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[tuple[float, bool]]:
@@ -142,7 +149,8 @@ class HarnessModel(TemplateLM):
         """Text behind each context, up to the first of its stop strings. Contexts that leave too little room lose their
         beginning."""
         texts = [""] * len(requests)
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        known = encode_prompts(self.words, [request.args[0] for request in requests])
+        prompts = [ids or [self.prefix_token_id] for ids in known]
 
         def settings(index: int) -> str:
             return json.dumps(requests[index].args[1], sort_keys=True)

@@ -120,7 +120,9 @@ def tokenised(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[tu
     pairs = []
     for (first, second), whole in zip(moved, encode_prompts(tokenizer, [a + b for a, b in moved]), strict=True):
         tail = whole[len(prefixes[first]) :] or tokenizer.encode(second)
-        pairs.append((prefixes[first] or [tokenizer.eos_id or 0], tail))
+        before = prefixes[first] or [tokenizer.eos_id or 0]
+        # A continuation that begins with the token that stands for an empty context does not get it twice.
+        pairs.append((before, tail[1:] if not first and tail[:1] == before and tail[1:] else tail))
     return pairs
 
 

@@ -6,10 +6,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
 
 TABLES = {
     "transformers.models.auto.configuration_auto": "nasbench.runtime.auto_config",
@@ -18,7 +21,7 @@ TABLES = {
 """A module of transformers, and ours whose `register` adds to it."""
 
 
-class _Then(Loader):
+class _Then:
     """A module's own loader, and then ours."""
 
     def __init__(self, name: str, loader: Loader) -> None:
@@ -32,7 +35,9 @@ class _Then(Loader):
         import_module(TABLES[self.name]).register()
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
+    """On `sys.meta_path`. The base classes of finders and loaders cost more to import than all of this."""
+
     def __init__(self) -> None:
         self.left = set(TABLES)
 
@@ -44,7 +49,7 @@ class _Finder(MetaPathFinder):
         self.left.discard(fullname)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Then(fullname, spec.loader)
+            spec.loader = _Then(fullname, spec.loader)  # type: ignore[assignment]
         return spec
 
 
@@ -54,4 +59,4 @@ def watch() -> None:
         if table in sys.modules:
             import_module(ours).register()
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]

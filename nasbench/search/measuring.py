@@ -16,8 +16,7 @@ import torch
 from nasbench.checkpoints.load import load_model
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.tables import write_table
-from nasbench.data.packing import Corpus
-from nasbench.evaluation.evaluator import TEXT, Evaluator
+from nasbench.evaluation.evaluator import TEXT, Evaluator, scoring_corpus
 from nasbench.evaluation.suite import Suite, chance, read_items
 from nasbench.evaluation.tasks import Task, parse_task
 from nasbench.parallel.pool import Pool
@@ -96,7 +95,7 @@ class Measurer:
     def __init__(self, run: Run, *, device: str, dtype: torch.dtype, test_tokens: int | None) -> None:
         self.run, self.device, self._dtype, self._tokens = run, device, dtype, test_tokens
         self._loaded = load_model(run.spec.model, dtype=dtype, device=device)
-        self._corpus = Corpus.load(run.spec.data, self._loaded.tokenizer, run.spec.sequence)
+        self._corpus = scoring_corpus(run, self._loaded.shape, self._loaded.tokenizer)
         self._memo: dict[object, Any] = {}
         self.supernet = self._evaluator(self._net())
         self._final: tuple[Path, str, Evaluator] | None = None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nasbench.core.errors import UserError
+from nasbench.core.sizes import format_size
 from nasbench.search.limits import METRICS, Costs, Limit, Workload, parse_workload
 from nasbench.search.trials import Target
 from nasbench.spaces.placement import Placement
@@ -82,15 +83,23 @@ def parse_goal(text: str, target: Target, db: Path | None = None) -> tuple[str, 
     return (name, parse_workload(place, name, target, db)) if name in METRICS else None
 
 
-def distinct_space(evaluator: Evaluator, tasks: Sequence[Task]) -> Space:
+def distinct_space(evaluator: Evaluator, tasks: Sequence[Task], context_tokens: int = 0) -> Space:
     """The evaluator's space without the names that no task can tell from full attention.
 
     A window at least as long as every scored text is full attention on it: its score would be the teacher's.
+
+    Args:
+        context_tokens: of the target; shorter scored texts are said.
 
     Raises UserError where no alternative is left.
     """
     shape, space, context = evaluator.supernet.teacher.shape, evaluator.supernet.space, evaluator.context("search")
     longest = max(task.scored_tokens(context) for task in tasks)
+    if longest < context_tokens:
+        log.warning(
+            "scores are of texts of %d tokens, the target's context has %d: ruler@%s in --objective scores what only "
+            "long texts need", longest, context_tokens, format_size(min(context_tokens, shape.max_context)),
+        )  # fmt: skip
     exact = {name: shape.mixer(name, at).exact_until for name in space.efficient_names for at in space.may_be_full[:1]}
     names = [name for name, until in exact.items() if until >= longest]
     near = [name for name, until in exact.items() if longest / 2 < until < longest]
@@ -155,7 +164,7 @@ class RunObjective:
         for task in tasks:
             task.check(context)
         self.settings = parse_task("kl").settings(context)
-        self.space = distinct_space(evaluator, tasks or [parse_task("kl")])
+        self.space = distinct_space(evaluator, tasks or [parse_task("kl")], target.context)
         if self.goal or self.mixed:
             self.reference = 2.0 * (sum(weight for weight, _ in self.terms) or 1.0)
         else:

@@ -77,6 +77,7 @@ def test_log_likelihoods_are_those_of_the_hf_backend(pair):
         for context in contexts
         for continuation in (" state", " key value", "x", words(generator, 3), " state of it")
     ]
+    requests += [asked("", "<e> state"), asked("", "<s> state"), asked("<s> token", " value")]
     expected, found = theirs.loglikelihood(requests, disable_tqdm=True), ours.loglikelihood(requests, disable_tqdm=True)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
@@ -215,3 +216,34 @@ def test_a_name_that_nobody_knows(folder, monkeypatch):
     monkeypatch.setattr(harness, "manager", lambda folder: (_ for _ in ()).throw(ImportError()))
     with pytest.raises(UserError, match=r"unknown task 'mmlu'.*pip install 'nasbench\[eval\]'"):
         parse_task("mmlu")
+
+
+@pytest.mark.slow
+def test_smollm2_scores_as_the_hf_backend_does():
+    """The real model, dequantised, in fp32: contexts of several lengths, four continuations each."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate")
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from nasbench.checkpoints.resolve import classify, model_folder
+    from nasbench.data.text import default_documents
+    from nasbench.evaluation.harness_model import HarnessModel
+
+    folder, loaded = model_folder(classify("default"))[0], load_model("default")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ends = loaded.tokenizer.backend.id_to_token(loaded.tokenizer.eos_id)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token=ends, pad_token=ends
+    )
+    theirs = HFLM(model, tokenizer=fast, batch_size=8, device="cpu", max_length=8192)
+    ours = HarnessModel(loaded.decoder, loaded.tokenizer, batch_size=8)
+    texts = default_documents()[:4]
+    requests = [
+        asked(text[:size], end)
+        for text, size in zip(texts, (30, 120, 400, 900), strict=True)
+        for end in (text[size : size + 20], " yes", " the object", " 42")
+    ]
+    expected, found = theirs.loglikelihood(requests), ours.loglikelihood(requests)
+    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]

@@ -6,10 +6,14 @@ import math
 import pytest
 import torch
 
-from nasbench.evaluation.evaluator import IDENTICAL, Evaluator
+from nasbench.checkpoints.load import load_model
+from nasbench.data.packing import Corpus
+from nasbench.evaluation.evaluator import IDENTICAL, Evaluator, scoring_corpus
 from nasbench.model.shapes import MODELS, ModelSpec
+from nasbench.runs import Run, RunSpec
 from nasbench.spaces.placement import parse_placement
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.supernet import Supernet
 from nasbench.supernet.train import distill
 
 
@@ -31,7 +35,8 @@ def test_a_placement_is_the_model_up_to_its_shortest_window():
 def evaluator(make_run):
     run = make_run(names=("A", "W8", "W32", "J"))
     distill(run, DistillConfig(ridge_tokens=512, align_tokens=0, supernet_tokens=0), dtype=torch.float32)
-    return Evaluator.open(run, dtype=torch.float32, search_tokens=256, test_tokens=512)
+    net = Supernet.load(run, dtype=torch.float32)
+    return Evaluator(run, net, Corpus.load(run.spec.data, net.tokenizer, 32), search_tokens=256, test_tokens=512)
 
 
 def test_scores_name_placements_that_are_the_model(evaluator, caplog):
@@ -63,6 +68,19 @@ def test_tasks_say_how_long_their_texts_are(evaluator, tmp_path):
     assert parse_task(f"suite:{tmp_path}/w.jsonl").scored_tokens(context) == 3 + 24
 
 
-def test_rows_can_be_longer_than_those_of_training(evaluator):
-    longer = Evaluator.open(evaluator.run, dtype=torch.float32, search_tokens=256, sequence=64)
-    assert longer.corpus.sequence == 64
+def test_rows_are_long_enough_to_tell_windows_apart(make_run, tiny_model, tmp_path):
+    """Twice the largest window; as long as those of training where that is enough, or where the text is too short."""
+    loaded = load_model(str(tiny_model))
+
+    def rows(run):
+        return scoring_corpus(run, loaded.shape, loaded.tokenizer).sequence
+
+    assert rows(make_run("a", names=("A", "W8", "J"))) == 32
+    assert rows(make_run("b", names=("A", "W8", "W40", "J"))) == 80
+    assert rows(make_run("c", names=("A", "W400", "J"))) == loaded.shape.max_context == 512
+    for characters, expected in ((100, 80), (60, 16)):
+        text = tmp_path / f"{characters}.jsonl"
+        lines = [json.dumps({"text": f"{i} the layer holds ".ljust(characters, "x")}) for i in range(10)]
+        text.write_text("\n".join(lines))
+        short = Run.create(tmp_path / f"{characters}", RunSpec(str(tiny_model), ("A", "W40"), 4, str(text), 16))
+        assert rows(short) == expected

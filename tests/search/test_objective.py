@@ -105,6 +105,7 @@ def test_a_window_as_long_as_the_scored_text_is_left_out(make_run, caplog, text)
     world = objective(evaluator, text)
     assert world.space.names == ("A", "W8", "J")
     assert "W32 cannot be told from full attention on scored text of 32 tokens" in caplog.text
+    assert f"texts of 32 tokens, the target's context has {world.target.context}: ruler@" in caplog.text
     search = Session(evaluator.run.path, world, Options(full_attention=(1,), evaluations=4))
     run_search(search, "beam")
     assert not any("W32" in trial.layers for trial in search.trials())
