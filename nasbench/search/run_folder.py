@@ -102,6 +102,12 @@ def search_run(
     world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress, costs, options.limits)
     search = Session(run.path, world, options, progress)
     run_search(search, strategy)
+    layers = evaluator.layers
+    if layers.computed:
+        search.notes.append(
+            f"{layers.computed:,} layer evaluations instead of {layers.asked:,} "
+            f"({layers.asked / layers.computed:.1f}x fewer): placements share the layers that they begin with"
+        )
     every, trials = search.trials(), search.feasible()
     comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))
     best = best_of(trials) if trials else None
