@@ -121,6 +121,8 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
         rows = [_comparison(pair) for pair in outcome.comparisons]
         print_table(columns, rows, f"{what}, searched against uniform ({target})")
         print()
+    if text := str(outcome.trust):
+        print(f"{text}\n")
     if outcome.limits:
         print(f"within the limits: {outcome.best.placement}, K {outcome.best.k}, score {outcome.best.score:.4f}")
         print_table(("limit", "predicted"), [(kept.limit, f"{kept.value:g}") for kept in outcome.limits])

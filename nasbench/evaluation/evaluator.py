@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError
-from nasbench.data.packing import Batch, Corpus
-from nasbench.evaluation.reading import Reading
+from nasbench.data.packing import Corpus
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
+from nasbench.evaluation.shared_layers import SharedLayers
 from nasbench.evaluation.tasks import Context, Task, parse_task
 from nasbench.model.block import kinds_without_varlen
 from nasbench.model.decoder import Decoder
@@ -64,6 +64,7 @@ class Evaluator:
         self.tokens: dict[str, int | None] = {"search": max(search_tokens, least), "test": test_tokens}
         self.store = ScoreStore(run.scores)
         self._memo: dict[object, Any] = {} if memo is None else memo
+        self.layers = SharedLayers(supernet)
 
     @classmethod
     def open(
@@ -168,7 +169,7 @@ class Evaluator:
     ) -> Iterator[tuple[Placement, dict[str, Tensor]]]:
         """What a task measures of sorted placements.
 
-        The layers that a placement shares with the one before it are not computed again: neighbours in a search cost a
+        The layers that a placement shares with those before it are not computed again: neighbours in a search cost a
         fraction of a forward each.
         """
         teacher = self.supernet.teacher
@@ -180,32 +181,14 @@ class Evaluator:
             return
         parts: dict[Placement, list[tuple[Tensor, ...]]] = {placement: [] for placement in placements}
         done, total = 0, len(placements) * len(reading.batches)
+        text = self.supernet.version, task.label, task.settings(context)
         for index, batch in enumerate(reading.batches):
-            for placement, hidden in self._shared_prefixes(placements, batch, reading):
+            for placement, hidden in self.layers.hidden(placements, (*text, index), batch, reading):
                 parts[placement].append(reading.read(teacher, index, hidden))
                 done += 1
                 progress(done * len(placements) // total, len(placements))
         for placement, read in parts.items():
             yield placement, reading.samples(read)
-
-    def _shared_prefixes(
-        self, placements: Sequence[Placement], batch: Batch, reading: Reading
-    ) -> Iterator[tuple[Placement, Tensor]]:
-        """Final hidden states of sorted placements. states[i] is what layer i reads, for the last placement walked."""
-        teacher = self.supernet.teacher
-        x, meta = teacher.begin(batch.tokens, batch.documents)
-        states = [x]
-        last: Placement = ()
-        for placement in placements:
-            shared = next(
-                (i for i, pair in enumerate(zip(placement, last, strict=False)) if pair[0] != pair[1]), len(last)
-            )
-            del states[shared + 1 :]
-            with reading.kernels():
-                for i in range(shared, len(placement)):
-                    states.append(self.supernet.layer(i, placement[i])(states[-1], meta))
-            last = placement
-            yield placement, teacher.model.norm(states[-1])
 
 
 def scoring_corpus(run: Run, shape: ModelSpec, tokenizer: Tokenizer) -> Corpus:

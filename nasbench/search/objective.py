@@ -221,6 +221,11 @@ class RunObjective:
             raise UserError(f"objective {self.text} tells no placements apart: choose another")
         return scales
 
+    def scaled_terms(self) -> list[tuple[float, float, Task]]:
+        """(weight, what a share of 1 is, task) of every term; none where the objective is a cost."""
+        scales = self._scales if self.mixed else [(0.0, 1.0)]
+        return [(weight, whole, task) for (weight, task), (_, whole) in zip(self.terms, scales, strict=False)]
+
     def speed(self, placement: Placement) -> Speed:
         """On the target. Cheap."""
         if placement not in self._speeds:

@@ -213,6 +213,8 @@ OPTIONS = {
     "output_flag": False, "threads": 1, "mip_rel_gap": 0.0, "mip_abs_gap": 0.0, "mip_allow_restart": False,
     "mip_detect_symmetry": False, "mip_heuristic_effort": 0.0, "mip_heuristic_run_rins": False,
     "mip_heuristic_run_rens": False, "mip_heuristic_run_root_reduced_cost": False,
+    "mip_heuristic_run_feasibility_jump": False, "mip_allow_cut_separation_at_nodes": False,
+    "mip_pscost_minreliable": 1,
 }  # fmt: skip
 """One thread, for the same answer again; exact; and without heuristics, which take longer than these programs."""
 

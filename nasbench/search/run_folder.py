@@ -16,7 +16,8 @@ from nasbench.search import strategies
 from nasbench.search.limits import Costs
 from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
-from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, write_front
+from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, read_trials, write_front
+from nasbench.search.trust import Trust, trust
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
 
@@ -35,6 +36,7 @@ class Outcome:
         best: the trial with the lowest score within the limits; None where none is within those on tasks.
         limits: what the best one costs where there are limits.
         notes: what the strategy says of its answer.
+        trust: how sure the comparisons and the order are.
     """
 
     target: Target
@@ -43,6 +45,7 @@ class Outcome:
     best: Trial | None
     limits: list[Kept]
     notes: list[str]
+    trust: Trust
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,12 @@ def search_run(
     world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress, costs, options.limits)
     search = Session(run.path, world, options, progress)
     run_search(search, strategy)
+    layers = evaluator.layers
+    if layers.computed:
+        search.notes.append(
+            f"{layers.computed:,} layer evaluations instead of {layers.asked:,} "
+            f"({layers.asked / layers.computed:.1f}x fewer): placements share the layers that they begin with"
+        )
     every, trials = search.trials(), search.feasible()
     comparisons = compare(trials, options.full_attention or sorted({trial.k for trial in trials}))
     best = best_of(trials) if trials else None
@@ -115,7 +124,8 @@ def search_run(
     write_front(run.front, target, front)
     within = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
     kept = [Kept(str(limit), value) for limit, value in search.values(best.layers)] if best else []
-    return Outcome(target, comparisons, within if options.limits else front, best, kept, search.notes)
+    known = trust(evaluator, world, comparisons, trials, read_trials(run.trials, evaluator.store))
+    return Outcome(target, comparisons, within if options.limits else front, best, kept, search.notes, known)
 
 
 def held_out_scores(evaluator: Evaluator, placement: Placement) -> tuple[float, float, float]:

@@ -130,7 +130,7 @@ def test_few_items_of_a_benchmark_come_out_of_all(evaluator, tmp_path, monkeypat
     path.write_text("\n".join(map(json.dumps, items)))
     placement = ("J", "A", "W8", "J")
     whole = evaluator.scores(placement, [f"suite:{path}"])[f"suite:{path}"]
-    monkeypatch.setattr(Evaluator, "_shared_prefixes", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator.layers, "hidden", lambda *_: pytest.fail("measured again"))
     few = evaluator.scores(placement, [f"suite@3:{path}"])[f"suite@3:{path}"]
     assert few.samples.tolist() == whole.samples[::2].tolist()
 
@@ -141,7 +141,7 @@ def test_nothing_is_measured_twice(evaluator, monkeypatch):
     first = evaluator.measure(placements, "search", lambda done, total: calls.append((done, total)))
     assert calls[-1] == (len(set(placements)), len(set(placements)))
     again = Evaluator(evaluator.run, evaluator.supernet, evaluator.corpus, search_tokens=256)
-    monkeypatch.setattr(again, "_shared_prefixes", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(again.layers, "hidden", lambda *_: pytest.fail("measured again"))
     for old, new in zip(first, again.measure(placements), strict=True):
         assert new["loss"].value == pytest.approx(old["loss"].value, rel=1e-8)
     again.supernet.version = "other"
@@ -155,7 +155,7 @@ def test_scores_of_tasks_are_cached(evaluator, monkeypatch):
     assert list(first) == ["loss", "kl", "retrieval@160:4"]
     assert 0 <= first["retrieval@160:4"].value <= 1
     monkeypatch.setattr(evaluator.supernet, "select", lambda _: pytest.fail("measured again"))
-    monkeypatch.setattr(Evaluator, "_shared_prefixes", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluator.layers, "hidden", lambda *_: pytest.fail("measured again"))
     assert evaluator.scores(placement, ["loss", "kl", "retrieval@160:4"]) == first
 
 
