@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -100,7 +101,10 @@ def _summary(out: Path) -> None:
             if (trial := trials.get(best.text)) is None:
                 continue
             losses = [score.value if score else None for score in (found.scores(row, "loss") for row in (best, even))]
-            gain = trial.decode_tok_s / target.full.decode_tok_s if target.full else None
+            full = target.full.decode_tok_s if target.full else math.nan
+            gain = trial.decode_tok_s / full
+            if target.full and best.text in speeds and target.full.placement in speeds:  # as the report says it
+                gain = speeds[best.text] / speeds[target.full.placement]
             cells = [_known(value, form) for value, form in zip(losses, (".3f", ".3f"), strict=True)]
             cells += [f"{trial.decode_tok_s:,.1f}", _known(speeds.get(best.text), ",.1f"), _known(gain, ".2f")]
             rows.append((best.k, *cells, f"{trial.cache_bytes / 2**20:,.0f}", best.text))
@@ -108,9 +112,9 @@ def _summary(out: Path) -> None:
         print_table(columns, rows, f"{facts.shape.name} on {target.target}")
     log(
         "K layers keep full attention. Loss: nats a token on text that no search saw, beside evenly spread layers.\n"
-        "Speed: predicted from the profile, and measured end to end."
+        "Speed: predicted from the profile, and measured end to end. ×full: measured where both are, else predicted."
     )
 
 
 def _known(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None or math.isnan(value) else format(value, form)

@@ -17,7 +17,7 @@ from nasbench.report.html import template, write_files
 from nasbench.report.sections import Cell, Section, markdown
 from nasbench.report.svg import Rendered, rendered
 from nasbench.report.targets import choices, recommended, target_words
-from nasbench.report.verdict import Verdict, verdicts
+from nasbench.report.verdict import Verdict, plus_minus, verdicts
 
 MARKERS = "osD^vP*X"
 
@@ -73,19 +73,18 @@ def _runs(facts: Sequence[Facts], names: Sequence[str], told: Sequence[Verdict])
     for name, each, verdict in zip(names, facts, told, strict=True):
         point, target = verdict.point, each.main
         assert target is not None
-        test = f"{number(point.test.mean, '+.4f')} ± {number(1.96 * point.test.stderr)}" if point.test.n else ""
+        test = plus_minus(point.test) if point.test.n else ""
         rows.append(
             [
-                Cell(name), Cell(each.shape.name), Cell(target_words(target.target)), Cell(f"{len(target.trials):,}"),
+                Cell(name), Cell(each.shape.name), Cell(target_words(target.target)),
                 Cell(point.row.placement, placement=point.row.layers), Cell(str(point.row.k)),
                 Cell(number(point.delta, "+.4f")), Cell(test),
                 Cell(f"{speed(point.tok_s)} {point.basis}", estimated=point.basis == "estimated"),
                 Cell(f"{number(point.speedup, '.2f')}×"), Cell(number(point.row.cache_bytes / 2**20, ",.0f")),
             ]
         )  # fmt: skip
-    head = ["run", "model", "target", "placements tried", "recommended", "K", "loss above the model"]
-    head += ["on other text", "tok/s", "speed-up", "cache MiB"]
-    words = "Each run's loss is above its own full-attention model's, nats a token. Other text: no search saw it."
+    head = ["run", "model", "target", "recommended", "K", "loss", "on other text", "tok/s", "speed-up", "cache MiB"]
+    words = "Loss: above the run's own full-attention model, nats a token. Other text: no search saw it."
     return Section("runs", "The runs", words, head, rows)
 
 

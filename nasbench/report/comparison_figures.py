@@ -19,7 +19,7 @@ from nasbench.search.trials import DRAWN, TEACHER, UNIFORM
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOOKS = tuple(zip(style.PALETTE, "os^Dvp*PX", strict=True)) * 9
+LOOKS = tuple(zip(style.PALETTE[:9], "os^Dvp*PX", strict=True)) * 9
 """Colours and markers, again and again."""
 DRAWN_LABEL, FINAL_LABEL = "random", "finalised"
 

@@ -15,6 +15,7 @@ from nasbench.report.drawing import Draw, Drawing, log_ticks, new_figure, thousa
 from nasbench.report.facts import Facts
 from nasbench.report.speed_figures import layers, roofline, validation, whole
 from nasbench.report.targets import Point, TargetFacts, recommended
+from nasbench.report.verdict import plus_minus
 from nasbench.search.trials import UNIFORM
 from nasbench.spaces.space import is_full
 
@@ -137,7 +138,7 @@ def _tip(point: Point) -> str:
     lines = [f"{row.rank}. K = {row.k}, found by {row.strategy}", row.placement]
     lines.append(f"loss {row.loss:.4f} ± {_note(row.loss_stderr, '.4f')}, {_note(point.delta, '+.4f')} above the model")
     if point.test.n:
-        lines.append(f"on other text {point.test.mean:+.4f} ({point.test.low:+.4f} to {point.test.high:+.4f})")
+        lines.append(f"on other text {plus_minus(point.test)}")
     lines.append(f"{row.decode_tok_s:,.1f} tokens/s {'estimated' if point.estimated else 'predicted'}")
     if not math.isnan(point.measured_tok_s):
         lines.append(f"{point.measured_tok_s:,.1f} tokens/s measured")

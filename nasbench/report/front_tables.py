@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from nasbench.core.sizes import format_size
-from nasbench.evaluation.scores import Z95
 from nasbench.report.facts import Facts
 from nasbench.report.sections import Cell, Section
 from nasbench.report.targets import TargetFacts, recommended, target_words
+from nasbench.report.verdict import plus_minus
 
 
 def number(value: float | None, form: str = ",.4f") -> str:
@@ -26,9 +26,8 @@ def front_table(target: TargetFacts, number_of: int) -> Section:
     rows = []
     for point in target.points:
         row = point.row
-        half = number(Z95 * point.test.stderr)
         loss = [Cell(f"{number(row.loss)} ± {number(row.loss_stderr)}"), Cell(number(point.delta, "+.4f"))]
-        other = Cell(f"{number(point.test.mean, '+.4f')} ± {half}" if point.test.n else "")
+        other = Cell(plus_minus(point.test) if point.test.n else "")
         score = [] if target.by_loss else [Cell(number(row.front_score))]
         rows.append(
             [

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from nasbench.core.files import atomic_path, machine_errors, write_text
 from nasbench.core.sizes import format_size
+from nasbench.model import MIXERS
 from nasbench.report import style
 from nasbench.report.comparison import tables
 from nasbench.report.comparison_figures import comparison_drawings
@@ -160,6 +161,8 @@ def template(name: str, shown: Sequence[Facts], **values: Any) -> str:
     )
     environment.filters |= {"number": cell_number, "strip": strip, "size": format_size, "target": target_words}
     kinds = {style.css_class(name): (name, title) for each in shown for name, title in each.kinds}
+    if len(shown) > 1:  # runs differ in the arguments of a kind
+        kinds = {css: (css[-1], MIXERS[css[-1]].title) for css in kinds}
     colours = "".join(f".{css}{{background:{style.colour(name)}}}" for css, (name, _) in sorted(kinds.items()))
     return environment.get_template(name).render(
         css=Markup((HERE / "page.css").read_text(encoding="utf-8") + colours),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 UNITS = {
     "decode_tok_s": ("Decode", "tokens/s, all sequences", 1.0),
     "prefill_tok_s": ("Prompt", "tokens/s, all sequences", 1.0),
-    "needed_bytes": ("Memory", "GiB of weights, caches, activations", 2.0**30),
+    "needed_bytes": ("Memory", "GiB, weights and caches", 2.0**30),
     "j_per_token": ("Energy of a decode step", "mJ a token", 1e-3),
 }
 """Title, unit and its size of each measure of whole models."""

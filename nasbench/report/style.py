@@ -9,9 +9,15 @@ from typing import Any
 from nasbench.model import MIXERS
 from nasbench.spaces.placement import split_name
 
-# Okabe and Ito's palette, told apart with every common colour blindness, on light and on dark paper.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b3a800", "#8c6bb1", "#a6761d")
+# Okabe and Ito's palette, told apart with every common colour blindness, on light and on dark paper. The second line is
+# for the rarer kinds: with more than eight colours some pairs are close, and strips stand beside their letters.
+PALETTE = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b3a800", "#8c6bb1", "#a6761d",
+    "#7f8fa9", "#44aa99", "#c4548a", "#8a5a44",
+)  # fmt: skip
 _OTHER = "#999999"
+_ORDER = "AWJGDMLRTKCN"
+"""Kinds in the order in which they get colours, so that a new kind changes no other one's."""
 
 # Stand-ins that the SVG text is searched for: the page replaces them by its own light and dark colours.
 INK, MUTED, GRID, PAPER, SOFT = "#1b1f26", "#5d6672", "#e2e5ea", "#fefefe", "#aeb6c0"
@@ -25,9 +31,12 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 
 
 
 def colour(name: str) -> str:
-    """The colour of a layer name's kind, by its place among the registered ones; grey for a kind that is not."""
-    kinds, (letter, _) = list(MIXERS), split_name(name)
-    return PALETTE[kinds.index(letter) % len(PALETTE)] if letter in kinds else _OTHER
+    """The colour of a layer name's kind; grey for a kind that is not registered. The first colour is given once."""
+    letter = split_name(name)[0]
+    if letter not in MIXERS:
+        return _OTHER
+    place = [*_ORDER, *(kind for kind in MIXERS if kind not in _ORDER)].index(letter)
+    return PALETTE[place] if place < len(PALETTE) else PALETTE[1 + place % (len(PALETTE) - 1)]
 
 
 def css_class(name: str) -> str:

@@ -26,7 +26,7 @@ class Point:
     Attributes:
         price: front score above the full-attention model's: nats a token where the objective is loss or KL.
         delta: loss above the full-attention model's on the search split, nats.
-        test: the same on the text that no search saw, item by item; NaN and n = 0 where not evaluated.
+        test: the same on the text that no search saw; NaN and n = 0 where not evaluated.
         measured_tok_s: decode end to end, NaN where not validated; `measured_utc` when.
         speedup: decode tokens/s over the full-attention model's. Both are measured where `measured`, else predicted.
         identical: it scored exactly as the model does, so that this text cannot tell them apart.
@@ -120,7 +120,7 @@ def target_facts(
         for row in validation
         if (row.device, row.context, row.batch, row.dtype or target.dtype) == astuple(target)
     }
-    whole = measured.get(text)
+    whole, base = measured.get(text), next((r for r in fronts if r.target == target and r.placement == text), None)
     points = []
     for row in sorted((row for row in fronts if row.target == target), key=lambda row: row.rank):
         seen = measured.get(row.placement)
@@ -130,7 +130,7 @@ def target_facts(
                 row=row,
                 price=row.front_score - full.front_score if full else math.nan,
                 delta=row.loss - full.loss if full else math.nan,
-                test=compared.above_teacher(row.placement),
+                test=_test_gap(compared.above_teacher(row.placement), row, base),
                 measured_tok_s=seen.measured_tok_s if seen else math.nan,
                 measured_utc=seen.measured_utc if seen else "",
                 speedup=seen.measured_tok_s / whole.measured_tok_s if seen and whole else gain,
@@ -140,6 +140,12 @@ def target_facts(
         )
     even = [trial for trial in mine if trial.strategy == UNIFORM]
     return TargetFacts(target, full, unique(mine), even, points)
+
+
+def _test_gap(gap: Gap, row: FrontRow, base: FrontRow | None) -> Gap:
+    """Item by item where the items are known, else of the means that older searches kept, without an interval."""
+    mean = row.loss_test - base.loss_test if base else math.nan
+    return gap if gap.n or math.isnan(mean) else Gap(mean, math.nan, 1)
 
 
 def choices(target: TargetFacts) -> list[Point]:

@@ -105,11 +105,16 @@ def _searched(point: Point) -> Gap:
     return Gap(point.delta, math.nan, 0)
 
 
+def plus_minus(gap: Gap) -> str:
+    """`+0.0654 ± 0.0123`: half of a 95 % interval behind the mean, where it is known."""
+    width = "" if math.isnan(gap.stderr) else f" ± {Z95 * gap.stderr:.4f}"
+    return f"{gap.mean:+.4f}{width}".replace("-", "−")
+
+
 def gap_words(gap: Gap) -> str:
     """`+0.0654 ± 0.0123 nats a token (+6.8 % perplexity)`."""
-    width = "" if math.isnan(gap.stderr) else f" ± {Z95 * gap.stderr:.4f}"
     where = "" if gap.n else " on the text of the search"
-    return f"{gap.mean:+.4f}{width} nats a token ({perplexity(gap.mean)}){where}"
+    return f"{plus_minus(gap)} nats a token ({perplexity(gap.mean)}){where}"
 
 
 def _cautions(facts: Facts, point: Point) -> list[str]:

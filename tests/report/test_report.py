@@ -71,27 +71,32 @@ def test_the_verdict_is_the_fastest_within_the_budget(facts):
     take, because, price = found[best].sentences
     assert take.startswith(f"Take {told.row.placement}: {told.row.k} of 30 layers keep full attention")
     assert f"{told.speedup:.2f} × the model itself (measured)" in because
-    assert f"{told.test.mean:+.4f}" in price
+    assert f"{told.test.mean:+.4f} ± {1.96 * told.test.stderr:.4f} nats a token" in price
     assert "text that no search saw" in price
     assert [line.split()[1] for line in found[best].commands] == ["finalize", "export"]
     for line in found[best].commands:
         parse(shlex.split(line)[1:])
 
 
+COMMITTED = Path(__file__).parents[2] / "reports" / "quickstart-h200"
+
+
+@pytest.mark.skipif(not COMMITTED.is_dir(), reason="committed reports are not part of the source distribution")
 def test_the_committed_quickstart_recommends_a_sensible_placement(tmp_path):
-    """Its fastest placement loses 0.96 nats a token: no hybrid stays within 5 %, so that the most accurate is taken."""
+    """The most accurate or what stays within 5 % of perplexity, not the fastest; the speed-up is that of the files."""
     run = Run.create(tmp_path / "run", RunSpec("default", ("A", "W", "J"), 30))
-    for path in (Path(__file__).parents[2] / "reports" / "quickstart-h200").glob("*.csv"):
-        shutil.copy(path, run.path if path.stem != "losses" else run.supernet.parent / "losses.csv")
+    for path in COMMITTED.glob("*.csv"):
+        shutil.copy(path, run.path)
     facts = collect(run)
     found, best = verdicts(facts)
-    told = found[best]
-    assert (told.point.row.k, best) == (15, 0)
-    assert told.point.price == min(each.point.price for each in found) < 0.06
-    assert any("costs more than 5 % of perplexity" in caution for caution in told.cautions)
-    # The README of that report has the same speed-up, of measured speeds.
+    told, least = found[best], min(each.point.price for each in found)
+    assert told.point.price == least or told.point.price <= math.log(1 + TOLERANCE)
+    assert told.point.price < 0.1 < found[-1].point.price
+    assert (told.point.price > math.log(1 + TOLERANCE)) == any("5 % of perplexity" in text for text in told.cautions)
+    assert "on text that no search saw" in told.sentences[2]
+    speeds = pd.read_csv(run.validation).set_index("placement")["measured_tok_s"]
     assert told.point.basis == "measured"
-    assert f"{told.point.speedup:.1f}" == "1.6"
+    assert told.point.speedup == pytest.approx(speeds[told.point.row.placement] / speeds["30A"])
 
 
 def test_what_scores_as_the_model_is_named_and_left_out(tmp_path):
