@@ -48,6 +48,8 @@ def classify(name: str) -> ModelName:
         return ModelName("gguf", name)
     if path.is_file():
         raise UserError(f"{name} is no model: give a folder with config.json and safetensors, or a .gguf file")
+    if name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(f"no such model folder: {name}")
     if _HUB_NAME.fullmatch(name):
         return ModelName("hub", name)
     error = unknown("model", name, ("default", *MODELS))
@@ -60,8 +62,8 @@ def resolve_shape(name: str) -> ModelSpec:
     if model.kind in ("default", "shape"):
         return MODELS[model.value]
     if model.kind == "gguf":
-        return gguf_file.gguf_spec(Path(model.value))
-    return model_folder(model, weights=False)[1]
+        return replace(gguf_file.gguf_spec(Path(model.value)), source=name)
+    return replace(model_folder(model, weights=False)[1], source=name)
 
 
 def model_folder(model: ModelName, weights: bool = True) -> tuple[Path, ModelSpec, str]:

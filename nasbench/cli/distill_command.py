@@ -11,7 +11,7 @@ import typer
 from nasbench.cli.common import AsJson, Blocks, Device, DryRun, Model
 from nasbench.cli.training_options import Settings, Shard, TensorBoard, TrainDtype, read_inputs, training_settings
 from nasbench.core.errors import UserError
-from nasbench.core.sizes import parse_size
+from nasbench.core.sizes import parse_budget, parse_size
 
 if TYPE_CHECKING:
     from nasbench.runs import RunSpec
@@ -29,8 +29,8 @@ def command(
         str | None, typer.Option(help="Tokens of block-wise alignment, as 16k; 0 for none.")
     ] = None,
     supernet_tokens: Annotated[str | None, typer.Option(help="Tokens of random sub-networks; 0 for none.")] = None,
-    align_seconds: Annotated[float, typer.Option(help="Instead of tokens: time of alignment.")] = 0.0,
-    supernet_seconds: Annotated[float, typer.Option(help="Instead of tokens: time of random sub-networks.")] = 0.0,
+    align_seconds: Annotated[float, typer.Option(help="Time of alignment; with tokens, the fewer of both.")] = 0.0,
+    supernet_seconds: Annotated[float, typer.Option(help="Time of random sub-networks; with tokens, the fewer.")] = 0.0,
     changes: Settings = None,
     align_batch: Annotated[str | None, typer.Option(help="Tokens of an alignment step.")] = None,
     supernet_batch: Annotated[str | None, typer.Option(help="Tokens of a supernet step.")] = None,
@@ -62,8 +62,6 @@ def command(
     for stage, value in seconds.items():
         if not value >= 0:
             raise UserError(f"bad --{stage}-seconds {value}: at least 0")
-        if value and (align_tokens if stage == "align" else supernet_tokens) is not None:
-            raise UserError(f"--{stage}-seconds and --{stage}-tokens exclude each other: leave one out")
     sizes = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
     sizes |= {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
     chosen = torch_device(device)
@@ -86,7 +84,9 @@ def command(
             read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own), kind)
             run = Run.create(out, spec)
             if any(seconds.values()):
-                settings = Budget(run, settings, read["loaded"], read["corpus"], own, log).settings(seconds)
+                given = {"align": align_tokens, "supernet": supernet_tokens}
+                most = {stage: parse_budget(text) for stage, text in given.items() if text is not None}
+                settings = Budget(run, settings, read["loaded"], read["corpus"], own, log).settings(seconds, most)
             net = distill(run, settings, device=own, dtype=kind, progress=progress, notice=log, workers=workers, **read)
         source, version = net.source, net.version
         del net, read  # before the processes part

@@ -49,8 +49,10 @@ def command(
     replacement: Annotated[
         str, typer.Option(help="Kind of all other layers, e.g. J; default: each layer's best of the faster ones.")
     ] = "",
-    evaluations: Annotated[int, typer.Option(help="Placements that the strategy may look at.")] = 120,
-    seconds: Annotated[float, typer.Option(help="Instead: about the time that the strategy takes.")] = 0.0,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Placements that the strategy may look at; default: 120, or what --seconds hold.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="About the time that the strategy takes.")] = 0.0,
     random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 0,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
@@ -81,13 +83,15 @@ def command(
     from nasbench import api
     from nasbench.cli.common import print_json, progress_bar, torch_device
     from nasbench.runs import Run
+    from nasbench.search.session import MOST, USUAL
 
+    asked = (MOST if seconds else USUAL) if evaluations is None else evaluations
     with progress_bar("search: reads model and text") as progress:
         outcome = api.search(
             run, strategy, objective=objective, most=most or (), least=least or (), profile=profile, context=context,
             batch=batch, dtype=dtype, eval_dtype=eval_dtype, search_tokens=search_tokens, test_tokens=test_tokens,
             device=torch_device(device), db=db, progress=progress, full_attention=parse_counts(full_attention),
-            evaluations=evaluations, seconds=seconds, random=random, beam_width=beam_width, candidates=candidates,
+            evaluations=asked, seconds=seconds, random=random, beam_width=beam_width, candidates=candidates,
             replacement=replacement, seed=seed, storage=storage, worker=worker,
         )  # fmt: skip
     target = outcome.target

@@ -81,8 +81,9 @@ class Blocks:
         blocks = f" --blocks {name}" if name and not is_shared(name) else ""
         contexts = f" --contexts {format_size(context)}" if context else ""
         modes = "decode" if mode == "decode" else "decode,prefill"
+        model = self.shape.source or self.shape.name
         return (
-            f"measure it there with `nasbench profile --model {self.shape.name}{blocks}{contexts} --batches {batch} "
+            f"measure it there with `nasbench profile --model {model}{blocks}{contexts} --batches {batch} "
             f"--modes {modes} --dtype {self.dtype}`"
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 from nasbench.core.registry import Registry
 from nasbench.model.spec import BlockSpec, FFNSpec, LayerShape, MixerSpec, ffn_spec, mixer_spec
@@ -15,6 +15,7 @@ class ModelSpec:
     """Everything about a decoder-only model but its weights.
 
     Attributes:
+        source: the --model that named it, for commands that messages suggest; "" for a built-in shape.
         family: "llama", "qwen2", ...: the names and details of its checkpoint.
         published_placement: the layer kinds that the published model has, "" for full attention everywhere.
         defaults: (letter, arguments) of kinds named without arguments, for this model.
@@ -55,6 +56,7 @@ class ModelSpec:
     window_rope_theta: float | None = None
     pre_norms: bool = True
     wide_qk_norm: bool = False
+    source: str = field(default="", compare=False)
     rotary_dim: int = 0
     no_rope: tuple[int, ...] = ()
     query_scale: float = 1.0

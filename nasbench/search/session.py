@@ -36,7 +36,7 @@ from nasbench.spaces.space import Space, count_full
 
 BATCH = 32
 """Placements that are evaluated in one call, between two looks at the losses and two writes of the trials."""
-FEWEST, MOST = 8, 1000
+FEWEST, USUAL, MOST = 8, 120, 1000
 """Evaluations that a time gives: the fewest for each K, the most in all."""
 
 
@@ -59,7 +59,7 @@ class Options:
     """
 
     full_attention: tuple[int, ...] = ()
-    evaluations: int = 120
+    evaluations: int = USUAL
     seconds: float = 0.0
     random: int = 0
     beam_width: int = 4
@@ -310,9 +310,9 @@ def affordable(search: Session) -> int:
     trials.csv: a search that goes on gets the same number."""
     known = [t.seconds for t in search.trials() if t.seconds > 0 and t.strategy.startswith((FILLERS, UNIFORM, DRAWN))]
     if not known:
-        return search.options.evaluations
+        return min(USUAL, search.options.evaluations)
     least = FEWEST * max(1, len(search.options.full_attention))
-    return min(MOST, max(least, int(search.options.seconds / statistics.median(known))))
+    return min(search.options.evaluations, max(least, int(search.options.seconds / statistics.median(known))))
 
 
 def run_search(search: Session, strategy: str) -> list[Comparison]:

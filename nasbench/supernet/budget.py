@@ -148,12 +148,21 @@ class Budget:
         self.device, self.log = device, log
         self.path = run.supernet / FILE
 
-    def settings(self, seconds: dict[str, float]) -> DistillConfig:
-        """The settings with the steps and the tokens that fill the seconds of each stage; 0 leaves a stage as it is."""
+    def settings(self, seconds: dict[str, float], most: dict[str, int] | None = None) -> DistillConfig:
+        """The settings with the steps and the tokens that fill the seconds of each stage; 0 leaves a stage as it is.
+
+        Args:
+            most: tokens of stages beyond which their seconds buy no more.
+        """
         changes: dict[str, Any] = {}
         for stage in (name for name, value in seconds.items() if value):
             known = self.stage(stage, seconds[stage])
-            changes |= {f"{stage}_tokens": int(known["tokens"]), f"{stage}_batch_tokens": int(known["batch_tokens"])}
+            tokens = min(int(known["tokens"]), (most or {}).get(stage, int(known["tokens"])))
+            if most and tokens < most.get(stage, 0):
+                self.log(
+                    f"{stage}: {seconds[stage]:.0f} s leave out {most[stage] - tokens:,} of {most[stage]:,} tokens"
+                )
+            changes |= {f"{stage}_tokens": tokens, f"{stage}_batch_tokens": int(known["batch_tokens"])}
             if stage == "supernet":
                 changes["graphs"] = bool(known["graphs"])
         return self.config.updated(changes)

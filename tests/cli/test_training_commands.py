@@ -93,7 +93,6 @@ def test_distill_eval_finalize(nas, distill_args, tmp_path):
         (("--config", "absent.toml"), "no such file"),
         (("--shard",), "needs several processes: start with `torchrun"),
         (("--shard", "--dry-run"), "needs several processes"),
-        (("--align-seconds", "3"), "--align-seconds and --align-tokens exclude each other"),
         (("--supernet-seconds", "-1"), "bad --supernet-seconds"),
         (("--set", "whol=true"), "did you mean 'whole'"),
         (("--set", "whole=maybe"), "bad --set"),

@@ -47,6 +47,16 @@ def test_seconds_become_tokens_once(monkeypatch, budget, tmp_path):
     assert json.loads((tmp_path / "budget.json").read_text())["align"]["seconds"] == 20
 
 
+def test_seconds_and_tokens_give_the_fewer(monkeypatch, budget):
+    monkeypatch.setattr(Budget, "_timed_step", timed())
+    made, told = budget(align_batch_tokens=1024), []
+    made.log = told.append
+    assert made.settings({"align": 10.0}, {"align": 2048}).align_tokens == 2048
+    assert not any("leave out" in line for line in told)
+    assert made.settings({"align": 10.0}, {"align": 16384}).align_tokens == 9 * 1024
+    assert "align: 10 s leave out 7,168 of 16,384 tokens" in told
+
+
 def test_a_row_that_does_not_fit_is_an_error(monkeypatch, budget):
     monkeypatch.setattr(Budget, "_timed_step", timed(fits=512))
     with pytest.raises(Exception, match="not one row of 1024 tokens fits into a step of align"):

@@ -160,7 +160,7 @@ class Family:
         for field in dataclass_fields(ModelSpec):
             value, back = getattr(spec, field.name), getattr(again, field.name)
             added = field.name == "qkv_bias" and back  # biases that a model lacks are written as zeros
-            if value != back and not added and field.name not in _IN_LAYERS:
+            if field.compare and value != back and not added and field.name not in _IN_LAYERS:
                 raise self.no_place(spec, f"{field.name} = {value!r}")
         return config
 
