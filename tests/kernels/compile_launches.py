@@ -83,6 +83,19 @@ def recurrent(
     )
 
 
+def other_recurrences(batch: int, heads: int, dim: int) -> None:
+    """Steps of D, K, L and T, with keys and values of `dim`."""
+    size, fp32 = heads * dim, partial(nothing, dtype=FP32)
+    row, state, channels = nothing(batch, 4 * size + 64), fp32(batch, heads, dim, dim), nothing(batch, size)
+    step = partial(ops.recurrent_step, row, RowLayout(0, size, 2 * size, 3 * size, 0, 4 * size), state, fp32(heads))
+    once = fp32(heads), nothing(dim), ops.StepWorkspace()
+    each = fp32(size), nothing(dim), ops.StepWorkspace()
+    step(*once, form=ops.StepForm(sign=0.0, gate=""))
+    step(*each, form=ops.StepForm(gate="sigmoid"), decay=channels, gate=channels)
+    step(*each, form=ops.StepForm(False, False, -1.0), decay=channels)
+    step(*once, form=ops.StepForm(False, False, 0.0), tables=(fp32(batch, dim), fp32(batch, dim)))
+
+
 def attention(batch: int, heads: int, kv_heads: int, slots: int, dim: int, dtype: torch.dtype, norm: bool) -> None:
     keys = nothing(batch, kv_heads, slots, dim, dtype=dtype)
     positions, weight = nothing(batch, dtype=torch.int64), nothing(dim, dtype=dtype) if norm else None
@@ -224,6 +237,8 @@ CASES: dict[str, Callable[[], None]] = {
     "recurrent 2B batch 128": lambda: recurrent(128, 12, 96, 256, FP32),
     "recurrent 2B batch 1": lambda: recurrent(1, 12, 96, 256, FP32),
     "recurrent 2B bf16 state": lambda: recurrent(128, 12, 96, 256, BF16),
+    "steps of D, K, L and T": lambda: other_recurrences(256, 12, 128),
+    "steps of D, K, L and T, smollm2": lambda: other_recurrences(64, 9, 64),
     "attention 2B": lambda: attention(128, 12, 2, 65536, 128, BF16, False),
     "between products": lambda: between_products(128, 1536, 8960),
     "products of 128 sequences": lambda: skinny_products(128, 1536, 8960, BF16),

@@ -1,13 +1,14 @@
-"""G and J: published names and shapes, fp32 decays, the formula of the design, the start from attention."""
+"""Linear mixers: published names and shapes, fp32 decays, their formulas, the start from attention."""
 
 import pytest
 import torch
-from mixer_cases import PLAIN, build, inputs, whole
+from mixer_cases import PLAIN, build, chunk, inputs, whole
 from nasbench_kernels.conv import naive_short_conv
 from nasbench_kernels.gated_delta import naive_gated_delta
 from tolerances import CACHE_FP32, relative_rmse
 from torch.nn import functional as F
 
+from nasbench.core.errors import UserError
 from nasbench.model import LayerShape, mixer_spec
 from nasbench.model.mixers.gated_delta.mixer import (
     LONGEST_HALF_LIFE,
@@ -15,6 +16,7 @@ from nasbench.model.mixers.gated_delta.mixer import (
     START_SHARPNESS,
     START_VALUE_SCALE,
 )
+from nasbench.model.rotary import apply_rotary, rotary_tables
 from nasbench.model.shapes import MODELS
 
 PUBLISHED_2B = {
@@ -133,3 +135,76 @@ def test_half_lives_are_spread(name):
     assert (half_lives >= 0.99 * SHORTEST_HALF_LIFE).all()
     assert (half_lives <= 1.01 * LONGEST_HALF_LIFE).all()
     assert half_lives.unique().numel() == mixer.heads
+
+
+def conv(x, weight):
+    return naive_short_conv(x, weight[:, 0])
+
+
+def heads(x, count, unit=True):
+    x = x.unflatten(-1, (count, -1))
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() if unit else x
+
+
+def low_rank(x, pair):
+    return pair[1](x @ pair[0].weight.T)
+
+
+@torch.no_grad()
+def written_out(mixer, x):
+    """(q, k, v, log decay, beta, output gate) of D, K, L and T, from the equations of their papers."""
+    kind, count = mixer.spec.kind, mixer.heads
+    q, k, v = (x @ projection.weight.T for projection in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    if kind in "DK":
+        q, k, v = (
+            conv(part, getattr(mixer, f"{name}_conv1d").weight) for name, part in zip("qkv", (q, k, v), strict=True)
+        )
+    q, k, v = heads(q, count, kind in "DK"), heads(k, count, kind in "DK"), heads(v, count, False)
+    beta = torch.sigmoid(x @ mixer.b_proj.weight.T) if kind in "DK" else None
+    if kind == "D":
+        return q, k, v, torch.zeros_like(beta), beta, 1.0
+    if kind == "K":
+        raw = heads(low_rank(x, mixer.f_proj) + mixer.dt_bias, count, False)
+        return q, k, v, -mixer.A_log.exp()[:, None] * F.softplus(raw), beta, low_rank(x, mixer.g_proj).sigmoid()
+    gate = F.silu(x @ mixer.g_proj.weight.T)
+    if kind == "L":
+        return q, k, v, heads(F.logsigmoid(low_rank(x, mixer.gk_proj)) / 16, count, False), None, gate
+    cos, sin = rotary_tables(mixer.spec.shape.rotary, torch.arange(x.shape[1]))
+    q, k = (apply_rotary(part, cos[:, None], sin[:, None]) for part in (q, k))
+    g = torch.log(1 - 2.0 ** (-5 - torch.arange(count))).expand(*x.shape[:2], -1)
+    return q, k, v, g, None, gate
+
+
+@pytest.mark.parametrize("kind", list("DKLT"))
+@torch.no_grad()
+def test_each_kind_is_the_formula_of_its_paper(kind):
+    mixer = build(kind)
+    x = inputs(mixer.spec, 2, 40)
+    *tensors, gate = written_out(mixer, x)
+    o, _ = naive_gated_delta(*tensors)
+    normed = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * mixer.o_norm.weight
+    assert relative_rmse(whole(mixer, x), normed.flatten(2) * gate @ mixer.o_proj.weight.T) < CACHE_FP32
+
+
+@torch.no_grad()
+def test_decays_per_channel_start_spread_over_the_heads():
+    attention = build("A")
+    for kind in "KL":
+        spec = mixer_spec(kind, PLAIN)
+        mixer = spec.block_class().init_from_attention(spec, attention)
+        decay, _ = mixer.gates(mixer.parts(mixer.packed(torch.zeros(1, 1, 48))), chunk(0, 1))
+        half_lives = -torch.log(torch.tensor(2.0)) / decay[0, 0]
+        expected = torch.logspace(0, 8, 6, base=2.0)[:, None].expand(6, 8)
+        torch.testing.assert_close(half_lives, expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["T", "L", "D"])
+def test_fixed_decays_stay_fp32(kind):
+    mixer = mixer_spec(kind, PLAIN).build().to(torch.bfloat16)
+    assert {buffer.dtype for buffer in mixer.buffers()} == {torch.float32}
+    assert not any(name in mixer.state_dict() for name in ("A_log", "dt_bias"))
+
+
+def test_retention_needs_an_even_key_dim():
+    with pytest.raises(UserError, match=r"T: .*even key_dim"):
+        mixer_spec("T@2x5x8", PLAIN)

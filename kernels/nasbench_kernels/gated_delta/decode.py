@@ -242,6 +242,9 @@ def step_launch(heads: int, key_dim: int, value_dim: int, sms: int) -> StepLaunc
     while block_v > 8 and block_v * key_dim > 8192:
         block_v //= 2
     block_v = min(block_v, whole)
+    # Two large tiles are unrolled and spill: of 128 x 128 in 64 channels 448 bytes a thread, in 32 none.
+    if whole == 2 * block_v and block_v * key_dim > 4096:
+        block_v //= 2
     # Three stages against two on an H100: 117 us against 119 at 128 sequences, 453 against 457 at 512; four at 64
     # sequences, 61 against 65. Slower in whole steps: a tile for each program in registers (by 2 %, though 3 % faster
     # alone), and prefetching the state into the second-level cache.
