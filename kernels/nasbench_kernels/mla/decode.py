@@ -151,12 +151,12 @@ def num_splits(programs: int, max_seqlen: int, multiprocessors: int, block_n: in
     return longest
 
 
-def latent_launch(width: int, element_size: int, shared_memory: int) -> tuple[int, int, int]:
-    """(tokens of a tile, warps, pipeline stages) of tiles that are `width` numbers wide."""
+def latent_launch(width: int, element_size: int, shared_memory: int) -> tuple[int, int]:
+    """(tokens of a tile, pipeline stages) of tiles that are `width` numbers wide."""
     for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2)):
         if stages * block_n * width * element_size <= shared_memory - (8 << 10):
-            return block_n, 8, stages
-    return 16, 8, 1
+            return block_n, stages
+    return 16, 1
 
 
 def latent_attention(
@@ -171,9 +171,11 @@ def latent_attention(
     slots, rope = latents.shape[1], q_rope.shape[2]
     block_l, block_r = (max(16, triton.next_power_of_2(size)) for size in (latent, rope))
     multiprocessors, shared = sm_limits(q.device)
-    block_n, warps, stages = latent_launch(block_l + block_r, latents.element_size(), shared)
+    block_n, stages = latent_launch(block_l + block_r, latents.element_size(), shared)
     programs = batch * triton.cdiv(heads, BLOCK_H)
     splits = num_splits(programs, min(max_seqlen, slots), multiprocessors, block_n)
+    # Share of a plain read on one H200, 8 and 4 warps: 0.74 and 0.61 of 128 programs on 132 multiprocessors, 0.84 and 0.98
+    # of 256.
     out = torch.empty_like(q)
     parts = weights = q
     if splits > 1:
@@ -183,7 +185,7 @@ def latent_attention(
         q, q_rope, latents, positions, out, parts, weights, batch, latents.stride(0), slots, scale * LOG2E,
         HEADS=heads, LATENT=latent, ROPE=rope, BLOCK_H=BLOCK_H, BLOCK_L=block_l, BLOCK_R=block_r, BLOCK_N=block_n,
         SPLITS=splits, PRECISION="ieee" if latents.dtype == torch.float32 else "tf32",
-        num_warps=warps, num_stages=stages, **pdl_launch(q.device),
+        num_warps=8 if programs * splits <= multiprocessors else 4, num_stages=stages, **pdl_launch(q.device),
     )  # fmt: skip
     if splits > 1:
         block = min(block_l, 64)
