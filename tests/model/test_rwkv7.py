@@ -20,18 +20,17 @@ def test_arguments():
             mixer_spec(f"R@{text}", PLAIN)
 
 
-@pytest.mark.parametrize("name", ["R", "R@8x6", "R@4x12x16"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("name", "batch"), [("R", 1), ("R@8x6", 3), ("R@4x12x16", 2)])
 @torch.no_grad()
 def test_steps_by_kernels_equal_the_plain_ones(name, batch):
     pytest.importorskip("triton")
     bound = BF16 if name.endswith("x16") else CACHE_FP32  # the interpreter rounds to bf16 in its own way
     mixer = build(name)
-    x = inputs(mixer.spec, batch, 12)
-    caches = [new_cache(mixer, batch, 12) for _ in range(2)]
+    x = inputs(mixer.spec, batch, 10)
+    caches = [new_cache(mixer, batch, 10) for _ in range(2)]
     for cache in caches:
         in_chunks(mixer, x[:, :8], [8], cache)
-    for t in range(8, 12):
+    for t in range(8, 10):
         meta, row = step(torch.full((batch,), t), t + 1, True), x[:, t, None].contiguous()
         expected = mixer.core(row, meta, caches[0])[:, 0]
         assert relative_rmse(mixer.decode_core(row, meta, caches[1], None), expected) < bound

@@ -67,7 +67,7 @@ def small(shape):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", [*PARAMETERS])
 def test_a_small_version_decodes_and_reads_prompts(name):
     shape = small(MODELS[name])
     result = measure(
