@@ -56,8 +56,10 @@ def card_of(run: Run, placement: Placement, base: str, source: Path, version: st
         if not key.settings.startswith("search/")
     ]
     speeds = [row for row in read_table(run.validation, ValidationRow, exact=False) if row.placement == text]
+    # A folder's path is nobody else's business.
+    name = Path(base).name if Path(base).exists() else base
     weights = f"{'finalised' if finalised else 'of the supernet'}, version {version}"
-    return Card(text, base, weights, finalised, licence_of(source, base), sorted(scores), speeds)
+    return Card(text, name, weights, finalised, licence_of(source, base), sorted(scores), speeds)
 
 
 def licence_of(folder: Path, source: str) -> str:

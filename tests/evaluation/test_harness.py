@@ -204,6 +204,56 @@ def test_a_task_of_a_folder_is_scored_and_kept_with_its_settings(folder, make_ru
     assert parse_task(f"tiny_choice@2:0:{folder}").label == f"tiny_choice@2:0:{folder}"
 
 
+def test_written_and_rolling_tasks(folder, tiny_model, text_file, tmp_path, monkeypatch):
+    """One item a line: whether the written line is the answer; nats a word of a text."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from nasbench.data.packing import Corpus
+    from nasbench.evaluation.tasks import Context, parse_task
+    from nasbench.runtime.generate import generate
+
+    loaded = load_model(str(tiny_model))
+    context = Context(loaded.tokenizer, Corpus.load(str(text_file), loaded.tokenizer, 32), None)
+    texts = [f"the {word}" for word in WORDS[:3]]
+    ids = generate(loaded.decoder, [context.tokenizer.encode(text) for text in texts], max_new_tokens=4)
+    answers = [context.tokenizer.decode(ids[0]), "nowhere", context.tokenizer.decode(ids[2])]
+    items = [{"question": text, "answer": answer} for text, answer in zip(texts, answers, strict=True)]
+    (folder / "choice.jsonl").write_text("\n".join(map(json.dumps, items)))
+    common = YAML.format(folder=folder).partition("output_type")[0]
+    (folder / "written.yaml").write_text(
+        common.replace("tiny_choice", "written") + "output_type: generate_until\ntest_split: test\n"
+        "doc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\ngeneration_kwargs: {until: [], max_gen_toks: 4}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    (folder / "rolling.yaml").write_text(
+        common.replace("tiny_choice", "rolling") + "output_type: loglikelihood_rolling\ntest_split: test\n"
+        "doc_to_text: ''\ndoc_to_target: '{{question}}'\nmetric_list: [{metric: word_perplexity}]\n"
+    )
+    assert parse_task(f"written:{folder}").score(loaded.decoder, context).samples.tolist() == [1, 0, 1]
+    rolling = parse_task(f"rolling:{folder}").score(loaded.decoder, context)
+    assert (rolling.metric, rolling.higher_is_better) == ("nats", False)
+    tokens = torch.tensor([[0, *context.tokenizer.encode(texts[1])]])
+    with torch.no_grad():
+        log_p = torch.log_softmax(loaded.decoder(tokens)[0, :-1], -1).gather(-1, tokens[0, 1:, None])
+    assert rolling.samples[1] == pytest.approx(-float(log_p.sum()) / 2, rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_scores_as_a_cpu_does(tiny_model):
+    """A hybrid, with prefixes from a cache and without."""
+    pytest.importorskip("lm_eval")
+    from nasbench.evaluation.harness_model import HarnessModel
+
+    loaded = load_model(str(tiny_model))
+    decoders = [random_decoder(loaded.shape, parse_placement("J A W8 M")) for _ in range(2)]
+    models = [HarnessModel(decoder, loaded.tokenizer, 3) for decoder in (decoders[0], decoders[1].to("cuda"))]
+    shots = words(random.Random(0), 30)
+    requests = [asked(f"{start} {word}", f" {end}") for start in ("", shots) for word in WORDS for end in WORDS[:3]]
+    expected, found = (model.loglikelihood(requests) for model in models)
+    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-2)
+
+
 def test_a_name_that_nobody_knows(folder, monkeypatch):
     pytest.importorskip("lm_eval")
     from nasbench.evaluation import harness
