@@ -175,9 +175,10 @@ def _whole_models(
     whole = EndToEnd(shape, todo.bench.device, dtype)
     path = calibration_path(todo.path)
     told: dict[str, Any] = {}
+    mine = {"hidden_size": shape.hidden_size, "dtype": dtype_name(dtype), "mode": "decode"}
+    rows = select(read_db(todo.path), status="ok", source="measured", **mine) if todo.path.exists() else []
+    profiled = {row.batch for row in rows if row.block in MIXERS}
     if calibrate:
-        rows = select(read_db(todo.path), mode="decode", status="ok", source="measured")
-        profiled = {row.batch for row in rows if row.block in MIXERS}
         points = calibration_points(shape, names, contexts, info, dtype.itemsize, profiled, batch)
         told["calibration"] = sum(
             measure_missing(
@@ -189,7 +190,7 @@ def _whole_models(
         )  # fmt: skip
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
-        asked["prompt_tokens"] = 2 * PROMPT_TOKENS.of(info.kind)
+        asked |= {"prompt_tokens": 2 * PROMPT_TOKENS.of(info.kind), "largest": max(profiled, default=1)}
         points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
         known = read_calibration(path)
         measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, _time_left(todo, end, 1.0))

@@ -207,6 +207,7 @@ def holdout_points(
     memory_bytes: int,
     dtype_bytes: int,
     prompt_tokens: int,
+    largest: int = BATCHES[-1],
     seed: int = 0,
 ) -> list[WholePoint]:
     """`count` points over placements, contexts and batches; any beginning of the list covers all three.
@@ -214,6 +215,7 @@ def holdout_points(
     Args:
         memory_bytes: of the device.
         prompt_tokens: of all prompts of a prefill point together.
+        largest: batch, the largest that was profiled.
     """
     generator = random.Random(f"{seed} {mode}")
     full = _largest_cache(shape, names)
@@ -221,7 +223,7 @@ def holdout_points(
     for i, placement in enumerate(_placements(shape, names, count, generator)):
         context = contexts[(3 * i + i // len(contexts)) % len(contexts)]
         fits = sequences_that_fit(shape, placement, context, dtype_bytes, MEMORY * memory_bytes)
-        most = max(1, min(fits, BATCHES[-1]))
+        most = max(1, min(fits, largest))
         if mode == "prefill":
             # Full attention over the longest prompts takes tens of seconds on any device.
             wide = placement.count(full) > shape.num_layers // 3
