@@ -12,7 +12,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from nasbench.core.files import atomic_path, machine_errors, write_text
+from nasbench.core.files import atomic_path, write_text
 from nasbench.core.sizes import format_size
 from nasbench.model import MIXERS
 from nasbench.report import style
@@ -115,11 +115,8 @@ class Page:
 
         Raises MachineError where the folder cannot be written.
         """
-        frames = {
-            f"tables/{name}.csv": frame.to_csv(index=False, float_format="%.6g") for name, frame in self.frames.items()
-        }
-        texts = {**frames, "summary.md": self.summary(), "index.html": self.html()}
-        write_files(folder, texts, self.figures, self.tables)
+        texts = {"summary.md": self.summary(), "index.html": self.html()}
+        write_files(folder, texts, self.figures, self.tables, self.frames)
         return folder / "index.html"
 
 
@@ -172,17 +169,23 @@ def template(name: str, shown: Sequence[Facts], **values: Any) -> str:
     )
 
 
-def write_files(folder: Path, texts: dict[str, str], figures: dict[str, Rendered], tables: Iterable[Section]) -> None:
-    """Writes the figures and tables of a page into folders of their own, then the texts by file name."""
-    with machine_errors(f"writing {folder}"):
-        for part in ("figures", "tables"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        write_text(folder / "figures" / f"{name}.svg", figure.svg)
-        with atomic_path(folder / "figures" / f"{name}.png") as temporary:
-            temporary.write_bytes(figure.png)
-    for section in tables:
-        write_text(folder / "tables" / f"{section.name}.csv", section.csv)
-        write_text(folder / "tables" / f"{section.name}.md", markdown([section]))
+def write_files(
+    folder: Path,
+    texts: dict[str, str],
+    figures: dict[str, Rendered],
+    sections: Iterable[Section],
+    frames: dict[str, pd.DataFrame] | None = None,
+) -> None:
+    """Writes the texts by file name, and folders of figures and tables, which replace those of an earlier report."""
+    with atomic_path(folder / "figures", folder=True) as place:
+        for name, figure in figures.items():
+            (place / f"{name}.svg").write_text(figure.svg, encoding="utf-8")
+            (place / f"{name}.png").write_bytes(figure.png)
+    with atomic_path(folder / "tables", folder=True) as place:
+        for name, frame in (frames or {}).items():
+            frame.to_csv(place / f"{name}.csv", index=False, float_format="%.6g")
+        for section in sections:
+            (place / f"{section.name}.csv").write_text(section.csv, encoding="utf-8")
+            (place / f"{section.name}.md").write_text(markdown([section]), encoding="utf-8")
     for name, text in texts.items():
         write_text(folder / name, text)
