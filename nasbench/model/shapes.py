@@ -56,10 +56,10 @@ class ModelSpec:
     window_rope_theta: float | None = None
     pre_norms: bool = True
     wide_qk_norm: bool = False
-    source: str = field(default="", compare=False)
     rotary_dim: int = 0
     no_rope: tuple[int, ...] = ()
     query_scale: float = 1.0
+    source: str = field(default="", compare=False)
 
     def layer(self, index: int = 0) -> LayerShape:
         """The attention that layer `index` was pre-trained with. Every layer has the same sizes; the rotary positions
