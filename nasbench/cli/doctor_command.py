@@ -81,7 +81,7 @@ def examine() -> list[Finding]:
 
 _PACKAGES = (
     ("triton", "kernels for CUDA GPUs", "pip install triton; without a GPU nothing needs it"),
-    ("fla", "flash-linear-attention, whose kernels the benchmarks compare with", "pip install flash-linear-attention"),
+    ("fla", "fla-core, whose kernels L and K take on a GPU", "pip install 'nasbench[fla]'"),
     ("huggingface_hub", "models and data sets by hub name", "pip install 'nasbench[hub]'"),
     ("tensorboard", "training curves in TensorBoard", "pip install 'nasbench[tensorboard]'"),
     ("pynvml", "clocks, power and throttling of NVIDIA GPUs", "pip install nvidia-ml-py"),
