@@ -22,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.by_device import ByDevice
-from nasbench.evaluation.prefixes import Group, shared_prefixes
+from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
 from nasbench.evaluation.reading import ANY_SHAPE, padded, score_tokens
 from nasbench.evaluation.suite import encode_prompts, tokenised
 from nasbench.model.decoder import Decoder
@@ -110,7 +110,8 @@ class HarnessModel(TemplateLM):
         def tail(group: Group) -> int:
             return max(len(rows[row]) for row in group.rows) - group.prefix
 
-        groups = sorted(shared_prefixes(rows, most), key=lambda group: (group.prefix, tail(group)))
+        found = shared_prefixes(rows, most, BLOCK.of(self.decoder.device))
+        groups = sorted(found, key=lambda group: (group.prefix, tail(group)))
         for prefix, members in groupby(groups, lambda group: group.prefix):
             order = [row for group in members for row in group.rows]
             for start in range(0, len(order), self.batch_size):

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-BLOCK = 32
+from nasbench.core.by_device import ByDevice
+
+BLOCK = ByDevice(cpu=32, cuda=128)
 """A shared prefix is a multiple of this many tokens, so that prefixes of different groups are often equally long and
-are read at once."""
+are read at once. On a GPU a second pass takes longer than a few tokens more."""
 
 
 @dataclass(frozen=True)
@@ -19,22 +21,23 @@ class Group:
     prefix: int
 
 
-def shared_prefixes(rows: Sequence[tuple[int, ...]], most: Sequence[int]) -> list[Group]:
+def shared_prefixes(rows: Sequence[tuple[int, ...]], most: Sequence[int], block: int) -> list[Group]:
     """Divides rows of token ids into groups whose prefixes save the most tokens.
 
     Args:
         most: tokens of each row that may stand in a prefix.
+        block: what prefixes are multiples of.
     """
     order = sorted(range(len(rows)), key=rows.__getitem__)
-    shared = [_common(rows[one], rows[other], min(most[one], most[other])) for one, other in pairwise(order)]
+    shared = [_common(rows[one], rows[other], min(most[one], most[other]), block) for one, other in pairwise(order)]
     return [Group(tuple(order[first : last + 1]), prefix) for first, last, prefix in _divide(shared, 0, len(rows) - 1)]
 
 
-def _common(one: tuple[int, ...], other: tuple[int, ...], most: int) -> int:
+def _common(one: tuple[int, ...], other: tuple[int, ...], most: int, block: int) -> int:
     """Tokens with which both begin, in whole blocks, at most `most`."""
     length = 0
-    while length + BLOCK <= most and one[length : length + BLOCK] == other[length : length + BLOCK]:
-        length += BLOCK
+    while length + block <= most and one[length : length + block] == other[length : length + block]:
+        length += block
     return length
 
 

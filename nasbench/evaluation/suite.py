@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -132,23 +132,22 @@ class Choices(Ends):
     Args:
         pairs: (context, continuation) of every alternative, tokenised.
         count: alternatives of each question, [questions] int64.
-        weight: what an alternative's log-likelihood is divided by, [alternatives] float64.
+        lengths: of each accuracy by its title, what an alternative's log-likelihood is divided by, [alternatives] fp64.
         gold: the right alternative of each question, [questions] int64.
-        titles: of the accuracy with and without the division.
     """
 
     def __init__(
-        self, pairs: Sequence[tuple[list[int], list[int]]], count: np.ndarray, weight: np.ndarray, gold: np.ndarray,
-        titles: tuple[str, str], longest: int, device: torch.device,
+        self, pairs: Sequence[tuple[list[int], list[int]]], count: np.ndarray, lengths: dict[str, np.ndarray],
+        gold: np.ndarray, longest: int, device: torch.device,
     ) -> None:  # fmt: skip
         super().__init__([Text(first + second, len(second)) for first, second in pairs], longest, device)
-        self.weight, self.gold, self.titles = weight, gold, titles
+        self.lengths, self.gold = lengths, gold
         self.ends = count.cumsum()[:-1]
 
     def judge(self, log_p: np.ndarray, right: np.ndarray) -> dict[str, Tensor]:
         """1 where the right alternative is the likeliest; of equally likely ones the first counts."""
-        plain = self.sums(log_p)
-        return dict(zip(self.titles, map(self.correct, (plain / self.weight, plain)), strict=True))
+        sums = self.sums(log_p)
+        return {title: self.correct(sums / length) for title, length in self.lengths.items()}
 
     def correct(self, values: np.ndarray) -> Tensor:
         """[questions] fp32, from a value of every alternative."""
@@ -187,9 +186,10 @@ class Suite(Task):
     def title(self) -> str:
         return f"{self._head}:{self.path.stem}"
 
-    def titles(self) -> tuple[str, str]:
-        """Of the accuracy by length in bytes, and of the plain one."""
-        return self.title, f"{self.title}.plain"
+    def lengths(self) -> dict[str, Callable[[str], int]]:
+        """What each accuracy divides the log-likelihood of a continuation by, the task's own first: the harness's
+        acc_bytes, acc and acc_norm."""
+        return {self.title: _bytes, f"{self.title}.plain": _one, f"{self.title}.characters": len}
 
     def settings(self, context: Context) -> str:
         def digest() -> str:
@@ -227,13 +227,16 @@ class Suite(Task):
 
         def lay_out() -> Choices:
             pairs = [(first, self.delimiter + second) for item in items for first, second in item.alternatives]
+
+            def weights(length: Callable[[str], int]) -> np.ndarray:
+                # The space that stands before a continuation is not counted.
+                return np.array([max(1, length(text[len(self.delimiter) :])) for _, text in pairs], np.float64)
+
             return Choices(
                 tokenised(context.tokenizer, pairs),
                 count=np.array([len(item.alternatives) for item in items]),
-                # The space that stands before a continuation is not counted.
-                weight=np.array([max(1, len(b.encode()) - len(self.delimiter)) for _, b in pairs], np.float64),
+                lengths={title: weights(length) for title, length in self.lengths().items()},
                 gold=np.array([item.gold for item in items]),
-                titles=self.titles(),
                 longest=decoder.shape.max_context,
                 device=decoder.device,
             )
@@ -276,8 +279,16 @@ class PlainMultipleChoice(MultipleChoice):
 
     name: ClassVar[str] = "mc-plain"
 
-    def titles(self) -> tuple[str, str]:
-        return f"{self.title}.bytes", self.title
+    def lengths(self) -> dict[str, Callable[[str], int]]:
+        return {self.title: _one, f"{self.title}.bytes": _bytes, f"{self.title}.characters": len}
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
+
+
+def _one(text: str) -> int:
+    return 1
 
 
 def line_ends(tokenizer: Tokenizer) -> list[int]:

@@ -9,9 +9,10 @@ import torch
 
 from nasbench.checkpoints.load import load_model, random_decoder
 from nasbench.core.errors import UserError
-from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
+from nasbench.evaluation.prefixes import Group, shared_prefixes
 from nasbench.spaces.placement import parse_placement
 
+BLOCK = 32
 WORDS = ["layer", "state", "key", "value", "window", "model", "token", "holds", "each", "not"]
 
 
@@ -117,14 +118,16 @@ def test_a_hybrid_reads_shared_prefixes_as_whole_requests(pair, monkeypatch):
     monkeypatch.setattr(harness_model, "prefill", lambda d, t, c: (read.append(t.shape), prefill(d, t, c))[1])
     assert hybrid.loglikelihood(requests, disable_tqdm=True) == found
     assert read
-    monkeypatch.setattr(harness_model, "shared_prefixes", lambda rows, most: [Group((i,), 0) for i in range(len(rows))])
+    monkeypatch.setattr(
+        harness_model, "shared_prefixes", lambda rows, most, block: [Group((i,), 0) for i in range(len(rows))]
+    )
     whole = hybrid.loglikelihood(requests, disable_tqdm=True)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in whole], abs=1e-4)
 
 
 def test_prefixes_save_the_most_tokens():
     def prefixes(rows):
-        return sorted(shared_prefixes(rows, [len(row) - 1 for row in rows]), key=str)
+        return sorted(shared_prefixes(rows, [len(row) - 1 for row in rows], BLOCK), key=str)
 
     def row(*parts):
         return (*(token for part, blocks in parts for token in [part] * (BLOCK * blocks)), 0)

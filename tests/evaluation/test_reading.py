@@ -128,9 +128,8 @@ def test_tokens_are_those_of_each_text_alone(context):
 
 
 def test_the_first_of_equally_likely_alternatives_is_chosen(monkeypatch):
-    choices = Choices(
-        [([1], [2])] * 5, np.array([2, 3]), np.array([1, 2, 1, 1, 1]), np.array([0, 1]), ("bytes", "plain"), 64, CPU
-    )
+    lengths = {"bytes": np.array([1, 2, 1, 1, 1]), "plain": np.ones(5)}
+    choices = Choices([([1], [2])] * 5, np.array([2, 3]), lengths, np.array([0, 1]), 64, CPU)
     monkeypatch.setattr(choices, "sums", lambda _: np.array([-4, -6, -1, -1, -2]))
     found = choices.judge(np.empty(0), np.empty(0))
     assert found["bytes"].tolist() == [0, 0]

@@ -27,6 +27,17 @@ def write(path, items):
     return path
 
 
+def test_lengths_are_those_of_the_harness(context, tmp_path):
+    """acc_bytes, acc and acc_norm: a two-byte letter is one character, the space before a choice is none."""
+    path = write(tmp_path / "q.jsonl", [{"query": "q", "choices": ["é", "abc"], "gold": 0}])
+    for name, titles in (("suite", ("", ".plain", ".characters")), ("mc-plain", (".bytes", "", ".characters"))):
+        task = parse_task(f"{name}:{path}")
+        lengths = task.reading(context.teacher, replace(context, memo={})).lengths
+        assert list(lengths) == ["mc-plain:q", "mc-plain:q.bytes", "mc-plain:q.characters"] or name == "suite"
+        found = [lengths[task.title + ending].tolist() for ending in titles]
+        assert found == [[2, 3], [1, 1], [1, 3]]
+
+
 def test_choices_and_prefixes(context, tmp_path):
     tokens = context.tokenizer.encode("the layer holds ")
     said = context.teacher(torch.tensor([tokens]))[0, -1]
@@ -35,7 +46,8 @@ def test_choices_and_prefixes(context, tmp_path):
     choices = [{"query": "the layer holds", "choices": [other, best], "gold": gold} for gold in (1, 1, 0)]
     path = write(tmp_path / "choices.jsonl", choices)
     found = parse_task(f"suite:{path}").measures(context.teacher, context)
-    assert [values.tolist() for values in found.values()] == [[1, 1, 0], [1, 1, 0]]
+    assert list(found) == ["suite:choices", "suite:choices.plain", "suite:choices.characters"]
+    assert [values.tolist() for values in found.values()] == [[1, 1, 0]] * 3
     assert chance(read_items(path)) == 0.5
     assert parse_task(f"suite@2:{path}").score(context.teacher, context).n == 2
 
