@@ -114,8 +114,8 @@ def plan(
 
     Prefill is measured at its first chunk and at every context; a placement's prefill is summed over chunks in between.
     Contexts below the chunk are prompts that are read at once: their rows are of a chunk of that length. Contexts at
-    which a kind does the same are measured once, at the first of them. In a prefill group short and few prompts come
-    first, so that a sweep that is cut lacks those that take longest.
+    which a kind does the same are measured once, at the first of them. A sweep that is cut lacks the last of a group:
+    decode rows that lie between others, prefill rows that take longest.
 
     Raises:
         UserError: unknown kind or mode, a context beyond the model's.
@@ -167,12 +167,23 @@ def plan(
 
     if "decode" in modes:
         for name in kinds:
-            groups.append(points(name, "decode", [(end, 0) for end in contexts], partial(batches_at, name)))
+            group = points(name, "decode", [(end, 0) for end in contexts], partial(batches_at, name))
+            groups.append(_corners_first(group))
     if "prefill" in modes:
         for name in kinds:
             group = points(name, "prefill", chunks, prefill_batches)
             groups.append(sorted(group, key=lambda point: (point.batch * point.context, point.context)))
     return [group for group in groups if group]
+
+
+def _corners_first(points: Sequence[Point]) -> list[Point]:
+    """The least and the most context and batch first: what lies between can be interpolated."""
+    contexts, batches = ({getattr(point, name) for point in points} for name in ("context", "batch"))
+
+    def inner(point: Point) -> int:
+        return (point.context not in (min(contexts), max(contexts))) + (point.batch not in (min(batches), max(batches)))
+
+    return sorted(points, key=inner)
 
 
 def _powers(largest: int) -> set[int]:

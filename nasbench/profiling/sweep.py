@@ -285,14 +285,15 @@ class _Sweep:
                 self.report(row)
             use_ceilings(todo.machine, result.rows)
             self.database.merge(result.rows)
-        waiting_s = todo.rounds * sum(map(todo.group_seconds, todo.groups))
         for turn in range(todo.rounds):
-            for group in todo.groups:
+            for index, group in enumerate(todo.groups):
                 # What does not fit or does not run will not do so the next time either.
                 again = [point for point in group if point in self.best and self.best[point].p50_us is not None]
-                seconds = todo.group_seconds(group)
-                self.time.new_group(seconds / max(waiting_s, seconds))
-                waiting_s -= seconds
+                waiting = [*todo.groups[index:], *(todo.rounds - 1 - turn) * todo.groups]
+                if turn == 0 and _decodes(group):
+                    # Without its decode rows a kind has no speed: prompts and further rounds take what those leave.
+                    waiting = [other for other in todo.groups[index:] if _decodes(other)]
+                self.time.new_group(todo.group_seconds(group) / sum(map(todo.group_seconds, waiting)))
                 self.measure(again if turn else group, budget)
                 self.done += len(group) - len(again) if turn else 0
         self.time.new_group(1.0)
@@ -351,6 +352,10 @@ class _Sweep:
     def report(self, row: Row) -> None:
         self.done += 1
         self.progress(self.done, self.total, row)
+
+
+def _decodes(group: Sequence[Point]) -> bool:
+    return any(point.mode == "decode" for point in group)
 
 
 def _faster(new: Row, old: Row) -> bool:

@@ -44,6 +44,13 @@ def test_a_window_is_measured_until_it_is_full():
     assert places == decode | {("prefill", context) for context in (512, 1024, 2048)}
 
 
+def test_the_ends_come_before_what_lies_between():
+    asked = {"names": ("A",), "contexts": [1024, 2048, 8192], "batches": [1, 2, 4], "modes": ("decode",)}
+    decode = [(p.context, p.batch) for p in points(**asked) if p.block == "A"]
+    assert decode[:4] == [(1024, 1), (1024, 4), (8192, 1), (8192, 4)]
+    assert decode[-1] == (2048, 2)
+
+
 def test_one_mode_only():
     assert {p.mode for p in points(modes=("decode",))} == {"decode"}
     # Prefill ends with one head.
