@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from nasbench.model.mixers.gated_delta.gated_delta_net import ShortConvolved
-from nasbench.model.mixers.gated_delta.mixer import LEARNT_DECAYS, LowRank, Recurrence
+from nasbench.model.mixers.gated_delta.mixer import LEARNT_DECAYS, WIDEST_KEY, LowRank, Recurrence
 from nasbench.model.mixers.gated_delta.optional import fla_chunks
 
 
@@ -39,4 +39,4 @@ class KimiDelta(ShortConvolved):
         return self.g_proj.widened(parts["gate middle"])
 
     def fast_chunks(self, row: Tensor) -> Recurrence | None:
-        return fla_chunks("kda", "chunk_kda", row)
+        return fla_chunks("kda", "chunk_kda", row) if self.key_dim <= WIDEST_KEY else None

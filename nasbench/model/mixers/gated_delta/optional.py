@@ -13,12 +13,13 @@ from torch import Tensor
 def fla_chunks(module: str, name: str, like: Tensor) -> Any:
     """`fla.ops.<module>.<name>` with the arguments and results of `naive_gated_delta`, or None where rows like these
     cannot have it. Its products of fp32 are tf32's, so that it serves half precision alone."""
-    usable = like.is_cuda and like.element_size() == 2 and find_spec("fla") is not None
-    return _operation(module, name) if usable else None
+    return _operation(module, name) if like.is_cuda and like.element_size() == 2 else None
 
 
 @cache
 def _operation(module: str, name: str) -> Any:
+    if find_spec("fla") is None:
+        return None
     return partial(_call, getattr(import_module(f"fla.ops.{module}"), name))
 
 
