@@ -19,13 +19,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
+from nasbench.model.spec import STATE_BITS, LayerShape, MixerSpec, check_state_bits, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
 
-STATE_BITS = (32, 16)
-"""Of an element of the recurrent state: fp32, as published checkpoints were trained, or bf16."""
 LOW_RANK = 16
 """Middle channels of GLA's decay."""
 
@@ -52,11 +50,7 @@ class LinearSpec(MixerSpec):
         args = args or f"{shape.num_heads}x{shape.head_dim}x{shape.head_dim}"
         names = ("heads", "key_dim", "value_dim", "state bits")
         heads, key_dim, value_dim, *bits = parse_ints(cls.kind, args, names if args.count("x") > 2 else names[:3])
-        if bits and bits[0] not in STATE_BITS:
-            raise UserError(
-                f"bad arguments {args!r} of layer kind {cls.kind}: the state has 32 bits (fp32) or 16 (bf16)"
-            )
-        return cls(shape, heads, key_dim, value_dim, cls.conv_size, *bits)
+        return cls(shape, heads, key_dim, value_dim, cls.conv_size, check_state_bits(cls.kind, args, *bits))
 
     @property
     def args(self) -> str:
