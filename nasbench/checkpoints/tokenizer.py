@@ -106,8 +106,13 @@ def library_errors(what: str) -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what native code writes to standard error: a panic tells its story there before it is raised."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # a process without standard error
+        yield
+        return
     sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)
         yield
@@ -142,7 +147,7 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
         backend.encode("a\u0001é日🙂")
     file = path.with_name("tokenizer_config.json")
     fields = Fields(read_object(file) if file.is_file() else {}, str(file))
-    with library_errors(f"{file} does not fit {path.name}"):
+    with library_errors(f"{file} does not fit {path.name}"), _quiet():
         named = _add_special_tokens(backend, fields)
         bos_id = _begin(backend, eos_ids)
     return Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)

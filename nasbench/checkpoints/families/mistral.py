@@ -17,6 +17,7 @@ class Mistral(Family):
     architecture: ClassVar[str] = "MistralForCausalLM"
 
     def details(self, fields: Fields, sizes: dict[str, Any]) -> dict[str, Any]:
+        fields.neutral("use_sliding_window", True)  # Qwen's: here it would have no effect
         window = read_window(fields)
         return placed(fields, layer_kinds(sizes["num_layers"], window), window)
 

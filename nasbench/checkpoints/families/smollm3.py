@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from nasbench.checkpoints.families.family import Family, placed, write_windows
 from nasbench.checkpoints.fields import Fields
-from nasbench.core.errors import UserError
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
@@ -32,8 +31,6 @@ class SmolLM3(Family):
         kinds = fields.items("layer_types", str, layers) or [
             "sliding_attention" if used and window and i in bare else "full_attention" for i in range(layers)
         ]
-        if len(bare) == layers:
-            raise UserError(f"{fields.where}: no_rope_layers leaves no layer with rotary positions")
         return placed(fields, kinds, window) | {"no_rope": bare}
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:
