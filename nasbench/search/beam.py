@@ -7,6 +7,10 @@ budget does not last for every candidate, those are tried that a guess, learning
 layers are then refined by moving one full layer at a time. `kl-greedy` (arXiv 2512.20569) keeps one set: the layer is
 restored that lowers the score the most, one after another. `greedy-swap` does so too, and refines the best of its own
 and of all earlier searches' sets, whatever their objective.
+
+`kl-remove` goes the other way: it starts from the model itself, and takes full attention from the layer that misses it
+the least, one after another. `one-swap` trains and searches nothing: it keeps the layers that cost the most when they
+alone are replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from nasbench.spaces.space import full_layers
 BEAM = "beam"
 GREEDY = "kl-greedy"
 GREEDY_SWAP = "greedy-swap"
+REMOVAL = "kl-remove"
+ONE_SWAP = "one-swap"
 GROWTH_SHARE = 0.6
 """Part of the budget that growing may take where the rest refines."""
 
@@ -96,5 +102,31 @@ def greedy_swap(search: Session) -> None:
     run.refine_all(starts)
 
 
-for _name, _strategy in ((BEAM, beam), (GREEDY, kl_greedy), (GREEDY_SWAP, greedy_swap)):
+def kl_remove(search: Session) -> None:
+    """The strategy. Raises UserError if neither K nor limits were given."""
+    run, full = FullSets(search, REMOVAL), frozenset(search.space.may_be_full)
+    least = min(search.options.full_attention, default=0)
+    run.evaluate([full])
+    for count in range(len(full) - 1, least - 1, -1):
+        if not (larger := run.reached(count + 1)):
+            return
+        run.surrogate.fit(run.scores)
+        children = sorted((larger[0] - {layer} for layer in larger[0]), key=lambda left: run.missed(full - left))
+        allowance = search.remaining(REMOVAL) // (count - least + 1)
+        run.evaluate(children[: max(1, allowance)])
+
+
+def one_swap(search: Session) -> None:
+    """The strategy. Raises UserError if neither K nor limits were given."""
+    run = FullSets(search, ONE_SWAP)
+    costs = search.objective.importance(search.faster, by_score=True)
+    gains = [costs.get((layer, name), 0.0) for layer, name in enumerate(search.base)]
+    order = sorted(search.space.may_be_full, key=lambda layer: (-gains[layer], layer))
+    for count in search.options.full_attention or range(run.most, -1, -1):
+        run.evaluate([frozenset(order[:count])])
+
+
+for _name, _strategy in (
+    (BEAM, beam), (GREEDY, kl_greedy), (GREEDY_SWAP, greedy_swap), (REMOVAL, kl_remove), (ONE_SWAP, one_swap)
+):  # fmt: skip
     STRATEGIES.register(_name, _strategy)

@@ -12,7 +12,7 @@ Layers = frozenset[int]
 
 
 class FullSets:
-    """Sets of full layers, with the base elsewhere.
+    """Sets of full layers, with the base elsewhere. Raises UserError for a search without a K and without limits.
 
     Attributes:
         scores: of every set that this strategy has seen.
@@ -20,32 +20,29 @@ class FullSets:
     """
 
     def __init__(self, search: Session, strategy: str) -> None:
+        if not search.options.full_attention and not search.options.limits:
+            raise UserError(
+                f"{strategy} needs the number of full-attention layers, --full-attention K[,K...], or limits, "
+                "as --max cache=64MiB"
+            )
         self.search, self.strategy = search, strategy
         self.scores: dict[Layers, float] = {}
         self.surrogate = Surrogate(search.layer_importance)
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """The wanted K; the one with the best score so far where limits decide. Raises UserError for neither."""
-        options = self.search.options
-        if options.full_attention or not options.limits:
-            return options.full_attention or self._no_count()
-        return (len(self.best(self.scores)[0]),) if self.scores else ()
+        """The wanted K; the one with the best score so far where limits decide."""
+        wanted = self.search.options.full_attention
+        return wanted or tuple(len(best) for best in self.best(self.scores)[:1])
 
     @property
     def most(self) -> int:
         """The largest wanted K; where limits decide, the largest that keeps to those on costs."""
-        options, space = self.search.options, self.search.space
-        if options.full_attention or not options.limits:
-            return max(options.full_attention or self._no_count())
+        search, space = self.search, self.search.space
+        if search.options.full_attention:
+            return max(search.options.full_attention)
         counts = range(len(space.may_be_full), 0, -1)
-        return next((k for k in counts if self.search.keeps(self.search.with_full(space.evenly(k)))), 0)
-
-    def _no_count(self) -> tuple[int, ...]:
-        raise UserError(
-            f"{self.strategy} needs the number of full-attention layers, --full-attention K[,K...], or limits, "
-            "as --max cache=64MiB"
-        )
+        return next((k for k in counts if search.keeps(search.with_full(space.evenly(k)))), 0)
 
     def evaluate(self, sets: Iterable[Layers]) -> None:
         """Evaluates sets of full layers as far as the budget goes: those within the limits, or all as steps on the way
@@ -61,6 +58,10 @@ class FullSets:
     def reached(self, count: int) -> list[Layers]:
         """The seen sets of K layers, the best first."""
         return self.best(layers for layers in self.scores if len(layers) == count)
+
+    def missed(self, layers: Layers) -> tuple[float, list[int]]:
+        """How much the score is expected to suffer where these layers lose full attention; to sort by."""
+        return float(sum(self.surrogate.gains[layer] for layer in layers)), sorted(layers)
 
     def even_and_important(self, count: int) -> list[Layers]:
         """Where a search of K layers starts from at least: evenly spread, and the most important layers."""

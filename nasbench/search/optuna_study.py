@@ -11,8 +11,11 @@ import hashlib
 import os
 import time
 import warnings
+from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from nasbench.core.errors import UserError
 from nasbench.search.session import STRATEGIES, Session
 from nasbench.search.storage import open_study
 from nasbench.search.trials import best_of, front_rows
@@ -23,7 +26,8 @@ from nasbench.spaces.space import full_layers, is_full
 if TYPE_CHECKING:
     import optuna
 
-NAME = "optuna"
+NAME, TPE, GP, NSGA3 = "optuna", "optuna-tpe", "optuna-gp", "optuna-nsga3"
+"""Strategies by sampler: NSGA-II, the tree-structured Parzen estimator, a Gaussian process, NSGA-III."""
 POPULATION = 24
 ROUND = 8
 """Trials that are asked at once."""
@@ -66,22 +70,33 @@ def decode(search: Session, names: Placement) -> Placement:
     return placed()
 
 
-def team_of(search: Session) -> Team:
-    """The workers on the study of this target, these weights and this space. Raises as `open_study`."""
-    import optuna
+def sampler_of(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler of a strategy. Raises UserError for one whose package is missing."""
+    from optuna import samplers
 
+    if name == GP:
+        if find_spec("scipy") is None:
+            raise UserError(f"strategy {GP} needs scipy: pip install scipy")
+        return samplers.GPSampler(seed=seed)
+    if name == TPE:
+        return samplers.TPESampler(seed=seed, multivariate=True)
+    genetic = samplers.NSGAIIISampler if name == NSGA3 else samplers.NSGAIISampler
+    return genetic(population_size=POPULATION, seed=seed)
+
+
+def team_of(search: Session, strategy: str) -> Team:
+    """The workers on the study of this target, these weights and this space. Raises as `open_study`."""
     options, objective = search.options, search.objective
     scored = objective.text, objective.settings, objective.dtype, objective.version
     limits = tuple(map(str, options.limits))
     wanted = options.full_attention, search.faster, limits
-    identity = repr(("claims", *scored, objective.target, search.space, *wanted))
+    identity = repr((strategy, "claims", *scored, objective.target, search.space, *wanted))
     name = f"nasbench-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     study = open_study(name, options.storage, search.folder / "optuna.journal")
     # The seed moves with the trials that are there, so that a study that goes on does not repeat itself, and workers
     # that start at once do not ask the same.
     seed = options.seed + len(study.get_trials(deepcopy=False)) + (os.getpid() if options.worker else 0)
-    sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
-    return Team(study, sampler, distributions(search), options.evaluations)
+    return Team(study, sampler_of(strategy, seed), distributions(search), options.evaluations)
 
 
 def seeds(search: Session) -> list[Placement]:
@@ -97,11 +112,13 @@ def seeds(search: Session) -> list[Placement]:
     return usable[:POPULATION]
 
 
-def optuna_study(search: Session) -> None:
+def optuna_study(search: Session, strategy: str = NAME) -> None:
     """The strategy: asks a round of trials, evaluates those that no other worker does, tells their score and speed."""
     import optuna
 
-    team = team_of(search)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
+        team = team_of(search, strategy)
     study, space = team.study, team.space
     for placement in seeds(search):
         study.enqueue_trial(team.names(placement), skip_if_exists=True)
@@ -122,10 +139,11 @@ def optuna_study(search: Session) -> None:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 claimed[placement] = trial, number
-        for placement, score in search.evaluate(claimed, NAME).items():
+        for placement, score in search.evaluate(claimed, strategy).items():
             team.finish(*claimed[placement], (score, search.objective.speed(placement).decode_tok_s))
         idle = 0 if claimed else idle + 1
-    search.evaluate(sorted(team.done), NAME)
+    search.evaluate(sorted(team.done), strategy)
 
 
-STRATEGIES.register(NAME, optuna_study)
+for _name in (NAME, TPE, GP, NSGA3):
+    STRATEGIES.register(_name, partial(optuna_study, strategy=_name))

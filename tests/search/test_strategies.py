@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import TEACHER, UNIFORM, add_trials, read_trials
 from nasbench.spaces.space import Space, count_full
 
+EVERY = [name for name in STRATEGIES if name != "optuna-gp" or find_spec("scipy")]
+
 
 def enumerate_best(run, count):
     """The least loss over every set of `count` full layers with the base's fillers."""
@@ -23,7 +26,7 @@ def enumerate_best(run, count):
     return min(run.objective.loss(run.with_full(full)) for full in itertools.combinations(layers, count))
 
 
-@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "exact", "uniform", "random"])
+@pytest.mark.parametrize("strategy", EVERY)
 def test_every_strategy_meets_the_contract(tmp_path, strategy):
     """Legal placements of the wanted K, within the budget, baselines included, and a second run asks nothing new."""
     run = search(tmp_path, full_attention=(2, 4), evaluations=30)
@@ -34,7 +37,7 @@ def test_every_strategy_meets_the_contract(tmp_path, strategy):
     assert {TEACHER, UNIFORM, strategy} <= {trial.strategy for trial in trials}
     mine = [trial for trial in trials if trial.strategy == strategy != UNIFORM]
     assert len(mine) <= 30
-    if strategy not in ("beam", "kl-greedy", "greedy-swap"):  # which pass through every smaller K
+    if strategy not in ("beam", "kl-greedy", "greedy-swap", "kl-remove"):  # which pass through other K
         assert {trial.k for trial in mine} <= {2, 4}
     for trial in trials:
         run.space.check(trial.layers)
@@ -53,6 +56,46 @@ def test_beam_finds_the_optimum_or_comes_close(tmp_path, seed):
     for row in run_search(run, "beam"):
         least = enumerate_best(run, row.k)
         assert row.searched.loss - least <= 0.1 * (row.uniform.loss - least)
+
+
+def test_same_seed_same_result(tmp_path):
+    for strategy in EVERY:
+        tried = []
+        for folder in ("one", "two"):
+            run = search(tmp_path / strategy / folder, full_attention=(3,), evaluations=16, seed=5)
+            run_search(run, strategy)
+            tried.append([(t.strategy, t.placement, t.score) for t in run.trials()])
+        assert tried[0] == tried[1], strategy
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("nasbench.search.optuna_study.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="optuna-gp needs scipy: pip install scipy"):
+        run_search(search(tmp_path, full_attention=(2,)), "optuna-gp")
+
+
+def test_kl_remove_takes_the_layer_that_is_missed_least(tmp_path):
+    run = search(tmp_path, SyntheticObjective(seed=2), full_attention=(9,), evaluations=100)
+    run_search(run, "kl-remove")
+    left = frozenset(range(12))
+    for _ in range(3):
+        left = min((left - {i} for i in left), key=lambda layers: run.objective.loss(run.with_full(layers)))
+    mine = [trial for trial in run.trials() if trial.k == 9 and trial.strategy == "kl-remove"]
+    assert min(mine, key=lambda t: t.kl).layers == run.with_full(left)
+
+
+def test_sampled_beats_random_with_the_same_budget(tmp_path):
+    wins = 0
+    for seed in range(4):
+        best = []
+        for strategy in ("sampled", "random"):
+            run = search(
+                tmp_path / f"{strategy}{seed}", SyntheticObjective(20, seed=seed), full_attention=(6,), evaluations=60
+            )
+            run_search(run, strategy)
+            best.append(min(t.loss for t in run.trials() if t.strategy == strategy))
+        wins += best[0] < best[1]
+    assert wins == 4
 
 
 def test_kl_greedy_restores_the_layer_that_lowers_the_kl_most(tmp_path):
@@ -180,13 +223,13 @@ def test_bad_options(tmp_path, options, message):
 def test_unknown_strategy_and_missing_k(tmp_path):
     with pytest.raises(UserError, match="did you mean 'beam'"):
         run_search(search(tmp_path), "beems")
-    for strategy in ("beam", "kl-greedy", "greedy-swap"):
+    for strategy in ("beam", "kl-greedy", "greedy-swap", "kl-remove", "one-swap"):
         with pytest.raises(UserError, match="--full-attention"):
             run_search(search(tmp_path), strategy)
 
 
 def test_a_filler_asked_for_is_the_only_one(tmp_path):
-    for strategy in ("beam", "optuna", "exact", "random"):
+    for strategy in ("beam", "optuna", "exact", "random", "sampled", "kl-remove"):
         run = search(tmp_path / strategy, full_attention=(3,), replacement="J", evaluations=15)
         run_search(run, strategy)
         assert {name for t in run.trials() for name in t.layers} == {"A", "J"}
@@ -298,7 +341,7 @@ def gemma(layers=9):
     return SyntheticObjective(space=Space.around(original, ("A", "W", "J")))
 
 
-@pytest.mark.parametrize("strategy", ["beam", "kl-greedy", "greedy-swap", "optuna", "exact", "uniform", "random"])
+@pytest.mark.parametrize("strategy", EVERY)
 def test_a_model_with_windows_of_its_own(tmp_path, strategy):
     """K counts the layers that keep full attention, and only those that have it may."""
     run = search(tmp_path, gemma(), full_attention=(0, 1, 2), evaluations=30)
