@@ -248,12 +248,14 @@ def compare(
         tables = {"chosen": found.chosen.to_dict("records")}
         print_json(tables | {"ranks": found.ranks.to_dict(), "regret": found.regret.to_dict()})
         return
-    for row in found.chosen.itertuples():
-        print(f"{row.device}: {row.placement}")
+    chosen = found.chosen.to_dict("records")
+    for row in chosen:
+        print(f"{row['device']}: {row['placement']}")
     cells = [
-        [row.device, round(row.score, 4), round(row.decode_tok_s), round(row.speed_up, 2), mark_source(row.source)]
-        for row in found.chosen.itertuples()
-    ]
+        [row["device"], round(row["score"], 4), round(row["decode_tok_s"]), round(row["speed_up"], 2),
+         mark_source(row["source"])]
+        for row in chosen
+    ]  # fmt: skip
     print_table(["device", "score", "tokens/s", "speed-up", "source"], cells, "\nchosen")
     print_table(["device", *names], _cells(found.ranks), "\nrank correlation of the speeds")
     print_table(["device", *names], _cells(found.regret), "\nscore lost by the choice of (inf: too slow)")

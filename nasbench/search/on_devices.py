@@ -50,12 +50,12 @@ def choices(
     if not scores:
         raise UserError("nothing to choose from: no trial has a score")
     score = np.array(list(scores.values()))
-    speeds, rows, picks = {}, [], {}
+    speeds, wholes, rows, picks = {}, {}, [], {}
     for cost in costs:
-        full = cost.decode(whole, context, batch)
+        wholes[cost.device] = cost.decode(whole, context, batch).decode_tok_s or math.nan
         found = [cost.decode(placement, context, batch) for placement in scores]
         tok_s = np.array([math.nan if each.fits is False else each.decode_tok_s for each in found], dtype=float)
-        ratio = tok_s / (full.decode_tok_s or math.nan)
+        ratio = tok_s / wholes[cost.device]
         fast = np.flatnonzero(ratio >= speed_up)
         if not len(fast):
             raise UserError(f"no trial decodes {speed_up:g} times as fast as the whole model on {cost.device}")
@@ -64,7 +64,6 @@ def choices(
         rows.append((cost.device, found[best].placement, score[best], tok_s[best], ratio[best], found[best].source))
     chosen = pd.DataFrame(rows, columns=["device", "placement", "score", "decode_tok_s", "speed_up", "source"])
     table = pd.DataFrame(speeds)
-    wholes = {cost.device: cost.decode(whole, context, batch).decode_tok_s for cost in costs}
     regret = pd.DataFrame(
         {
             other: {
