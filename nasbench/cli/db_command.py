@@ -1,4 +1,4 @@
-"""`nasbench db check|migrate|show|merge|estimate|judge`: profile databases as files, and how far to trust them."""
+"""`nasbench db`: profile databases as files, estimates of other devices, and how far to trust both."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from nasbench.store import Row
 
 command = typer.Typer(help="Validate, list, merge, estimate and judge profile databases.", no_args_is_help=True)
@@ -214,3 +216,50 @@ def judge(
     left = sum(line["not_covered"] for line in lines)
     if left:
         print(f"{left} measurements are outside of the profiled points")
+
+
+@command.command("compare")
+def compare(
+    trials: Annotated[Path, typer.Argument(help="The trials.csv of a run: placements with scores.")],
+    devices: Annotated[str, typer.Option(help="Measured or estimated ones: nvidia-h200,nvidia-b200.")],
+    model: Annotated[str, typer.Option(help="Built-in shape, local folder, .gguf file, hub name or default.")],
+    context: Annotated[str, typer.Option(help="Tokens of a sequence, as 8k.")],
+    batch: Annotated[str, typer.Option(help="Sequences.")] = "1",
+    speed_up: Annotated[float, typer.Option(help="Least decode speed, as a multiple of the whole model's.")] = 1.5,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    db: Annotated[Path | None, typer.Option(help="Folder of profile databases.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Which placement of a run each device would choose, and what it loses by another device's choice."""
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.cli.common import mark_source, print_json, print_table
+    from nasbench.core.sizes import parse_size
+    from nasbench.cost import load_cost_model
+    from nasbench.search.on_devices import choices
+    from nasbench.search.trials import read_trials
+
+    if not trials.is_file():
+        raise UserError(f"no such file: {trials}")
+    shape = resolve_shape(model)
+    names = [name.strip() for name in devices.split(",") if name.strip()]
+    costs = [load_cost_model(name, shape, dtype, db) for name in names]
+    found = choices(read_trials(trials), costs, shape.placement, parse_size(context), parse_size(batch), speed_up)
+    if as_json:
+        tables = {"chosen": found.chosen.to_dict("records")}
+        print_json(tables | {"ranks": found.ranks.to_dict(), "regret": found.regret.to_dict()})
+        return
+    chosen = found.chosen.to_dict("records")
+    for row in chosen:
+        print(f"{row['device']}: {row['placement']}")
+    cells = [
+        [row["device"], round(row["score"], 4), round(row["decode_tok_s"]), round(row["speed_up"], 2),
+         mark_source(row["source"])]
+        for row in chosen
+    ]  # fmt: skip
+    print_table(["device", "score", "tokens/s", "speed-up", "source"], cells, "\nchosen")
+    print_table(["device", *names], _cells(found.ranks), "\nrank correlation of the speeds")
+    print_table(["device", *names], _cells(found.regret), "\nscore lost by the choice of (inf: too slow)")
+
+
+def _cells(table: pd.DataFrame) -> list[list[Any]]:
+    return [[name, *(round(float(value), 4) for value in table.loc[name])] for name in table.index]

@@ -89,7 +89,9 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
     for kind, own in (("measured", measured), ("estimated", [row for row in rows if row.source != "measured"])):
         if own:
             file = f"profiles/{own[0].device}.csv"
-            found.append(_source("predicted tokens/s, speed by context", file, own, f"{len(own)} {kind} rows"))
+            stale = sum(row.stale for row in own)
+            note = f"{len(own)} {kind} rows" + (f", {stale} of them stale: of other kernels" if stale else "")
+            found.append(_source("predicted tokens/s, speed by context", file, own, note))
     if validated:
         note = f"{len(validated)} placements end to end"
         source = _source("measured tokens/s", "validation.csv", validated, note)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
-from nasbench.cost import CostModel
+from nasbench.cost import CostModel, stale_warning
 from nasbench.runs import Run
 from nasbench.search import strategies
 from nasbench.search.limits import Costs
@@ -98,13 +98,16 @@ def search_run(
     """
     strategies.STRATEGIES[strategy]
     # Missing rows are the user's to fix: say so before the first loss is measured.
-    for name in evaluator.supernet.space.names:
-        cost.decode(evaluator.supernet.space.homogeneous(name), target.context, target.batch)
+    space = evaluator.supernet.space
+    whole = [cost.decode(space.homogeneous(name), target.context, target.batch) for name in space.names]
+    stale = sorted({block for each in whole for block in each.stale})
     costs = Costs(cost.shape, cost, db)
-    costs.check(options.limits, evaluator.supernet.space)
+    costs.check(options.limits, space)
     world = RunObjective(target, evaluator, model_speed(cost, target), objective, progress, costs, options.limits)
     search = Session(run.path, world, options, progress)
     run_search(search, strategy)
+    if stale:
+        search.notes.append(stale_warning(stale, cost.device, cost.shape.name))
     layers = evaluator.layers
     if layers.computed:
         search.notes.append(

@@ -34,6 +34,7 @@ from nasbench.report.verdict import verdicts
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import TrialRow, add_trials, read_front, write_front
 from nasbench.spaces.placement import parse_placement
+from nasbench.store import Row
 
 
 def test_facts_are_those_of_the_files(made, facts):
@@ -193,6 +194,13 @@ def test_a_crowd_of_dots_is_thinned():
     assert 1000 < len(shown) < 15_000
     assert np.isclose(shown.min(axis=0), dots.min(axis=0)).all()
     assert len(thinned(dots[:100])) == 100
+
+
+def test_stale_rows_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(Row, "stale", True)
+    run, db = make_run(tmp_path, extras=False)
+    notes = [source.note for source in collect(run, db).sources]
+    assert any("measured rows" in note and "of them stale: of other kernels" in note for note in notes)
 
 
 def test_estimated_speeds_are_marked(tmp_path, monkeypatch):

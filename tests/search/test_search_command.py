@@ -10,7 +10,7 @@ from supernet_tiny import LAYERS, SHAPE, save_supernet, save_tiny
 from nasbench.checkpoints.load import load_model
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front, read_trials
-from nasbench.store import Database
+from nasbench.store import Database, Row
 from nasbench.supernet.supernet import Supernet
 
 
@@ -111,6 +111,13 @@ def test_estimated_rows_are_marked(prepared, capsys):
     assert "estimated" in text
     assert {row.source for row in read_front(prepared[0].front) if row.device == "guess"} == {"estimated"}
     assert any(row.device == "test-device" for row in read_front(prepared[0].front))
+
+
+def test_stale_rows_are_named(prepared, capsys, monkeypatch):
+    monkeypatch.setattr(Row, "stale", True)
+    assert search(prepared, "--strategy", "uniform", "-k", "2") == 0
+    captured = capsys.readouterr()
+    assert "stale: the rows of A, J, W8, embedding" in captured.out + captured.err
 
 
 @pytest.mark.parametrize(
