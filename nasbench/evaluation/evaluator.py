@@ -231,8 +231,7 @@ def score_checkpoint(
 
         known = store.get(key(task.title)) if store else None
         if known is None:
-            measures = task.measures(decoder, context)
-            new = {title: task.scores(samples, title, context, decoder.device) for title, samples in measures.items()}
+            new = task.all_scores(decoder, context)
             if store:
                 store.put({key(title): scores for title, scores in new.items()})
             known = new[task.title]

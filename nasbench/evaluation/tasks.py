@@ -125,14 +125,19 @@ class Task(ABC):
         about = {"device": str(device), **provenance().cells("torch", "project")}
         return Scores.of(samples.double().cpu().numpy(), self.metric, self.higher_is_better, about)
 
-    def score(self, decoder: Decoder, context: Context) -> Scores:
-        """Measured now, and kept nowhere. Raises MachineError for a score that is not finite, naming the layer."""
-        scores = self.scores(self.measures(decoder, context)[self.title], self.title, context, decoder.device)
-        if not math.isfinite(scores.value):
+    def all_scores(self, decoder: Decoder, context: Context) -> dict[str, Scores]:
+        """Every measure of the task, by title. Raises MachineError for one that is not finite, naming the layer."""
+        measures = self.measures(decoder, context)
+        found = {title: self.scores(samples, title, context, decoder.device) for title, samples in measures.items()}
+        if not all(math.isfinite(scores.value) for scores in found.values()):
             batch = context.corpus.batch(0, 1, 0).to(decoder.device)
             layer = decoder.nonfinite_layer(batch.tokens, batch.documents) or "the head"
             raise MachineError(f"task {self.label} is not finite: {layer} gives such numbers in {decoder.dtype}")
-        return scores
+        return found
+
+    def score(self, decoder: Decoder, context: Context) -> Scores:
+        """Measured now, and kept nowhere. Raises as `all_scores`."""
+        return self.all_scores(decoder, context)[self.title]
 
 
 TASKS: Registry[type[Task]] = Registry("task", group="nasbench.tasks")
