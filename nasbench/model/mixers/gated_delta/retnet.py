@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from nasbench.model import fused
 from nasbench.model.meta import Meta, StepMeta
 from nasbench.model.mixers.gated_delta.mixer import WIDEST_KEY, WIDEST_TRAINED_KEY, LinearMixer, Recurrence
 from nasbench.model.mixers.gated_delta.spec import LinearSpec
@@ -36,10 +37,16 @@ class Retention(LinearMixer):
     def inputs(self) -> dict[str, nn.Linear]:
         return {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "gate": self.g_proj}
 
+    def parts(self, row: Tensor) -> dict[str, Tensor]:
+        return super().parts(row) | {"row": row}
+
     def vectors(
         self, parts: dict[str, Tensor], meta: Meta, past: Tensor | None, kernels: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        cos, sin = (table[..., None, :] for table in meta.rotary(self.rotated))
+        cos, sin = meta.rotary(self.rotated)
+        if kernels and self.key_dim == self.value_dim:
+            return fused.ops().rotary(parts["row"], cos, sin, self.heads, self.heads)
+        cos, sin = cos[..., None, :], sin[..., None, :]
         q, k = (apply_rotary(parts[name].unflatten(-1, (self.heads, -1)), cos, sin) for name in "qk")
         return q, k, parts["v"].unflatten(-1, (self.heads, -1))
 
