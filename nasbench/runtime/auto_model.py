@@ -8,20 +8,18 @@ without a cache.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutput
 
-from nasbench.checkpoints import hf_folder
 from nasbench.checkpoints.families import Hybrid, read_spec
 from nasbench.checkpoints.load import load_decoder
-from nasbench.core.errors import UserError
+from nasbench.checkpoints.resolve import classify, model_folder
 from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.runtime.auto_config import NasbenchConfig
 from nasbench.runtime.generate import cache_rows, prefill
@@ -44,15 +42,13 @@ class NasbenchForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]
         cls, folder: Any, *_: Any, config: Any = None, **options: Any
     ) -> Self:
-        """The model of a folder, read as nasbench reads it: one tensor at a time to its device.
+        """The model of a folder or a hub name, read as nasbench reads it: one tensor at a time to its device.
 
         Args:
             options: `dtype` or `torch_dtype` (default: the checkpoint's), `device_map` (one device). Others are
                 transformers' own and without effect here.
         """
-        path = Path(folder)
-        if not path.is_dir():
-            raise UserError(f"{folder} is no folder: fetch the checkpoint first")
+        path, spec, _source = model_folder(classify(str(folder)))
         config = config or cls.config_class.from_pretrained(path)
         dtype = options.get("dtype", options.get("torch_dtype")) or "auto"
         if dtype == "auto":
@@ -64,7 +60,9 @@ class NasbenchForCausalLM(PreTrainedModel, GenerationMixin):
             place = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.device("meta"):
             model = cls(config)
-        model.decoder = load_decoder(path, hf_folder.folder_spec(path), dtype=dtype, device=place)
+        model.decoder = load_decoder(path, spec, dtype=dtype, device=place)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(path)
         return model.eval()
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,6 +21,16 @@ TABLES = {
 """A module of transformers, and ours whose `register` adds to it."""
 
 
+def _register(table: str) -> None:
+    try:
+        import_module(TABLES[table]).register()
+    except ImportError as error:  # of another version: transformers must still import
+        import logging
+
+        told = "transformers will not load hybrids of nasbench, which needs its version 5: %s"
+        logging.getLogger("nasbench").warning(told, error)
+
+
 class _Then:
     """A module's own loader, and then ours."""
 
@@ -32,7 +42,7 @@ class _Then:
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        import_module(TABLES[self.name]).register()
+        _register(self.name)
 
 
 class _Finder:
@@ -55,8 +65,8 @@ class _Finder:
 
 def watch() -> None:
     """Registers now what transformers has loaded, the rest when it will be."""
-    for table, ours in TABLES.items():
+    for table in TABLES:
         if table in sys.modules:
-            import_module(ours).register()
+            _register(table)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]

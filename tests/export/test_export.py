@@ -97,7 +97,10 @@ def test_the_model_class_of_transformers(run, tmp_path):
     transformers = pytest.importorskip("transformers")
     layers = parse_placement("J A W8 G")
     out = export(run, layers, tmp_path / "out", "hf", dtype=torch.float32)
+    settings = json.loads((out / "generation_config.json").read_text())
+    (out / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 254]}))
     model, decoder = transformers.AutoModelForCausalLM.from_pretrained(out), Supernet.load(run).select(layers)
+    assert model.generation_config.eos_token_id == [0, 254]
     mask = torch.ones_like(TOKENS)
     mask[0, :5] = 0
     rows = [TOKENS[0, 5:].tolist(), TOKENS[1].tolist()]
@@ -130,6 +133,14 @@ def test_transformers_may_be_imported_first(run, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "J@4x8x8 A W8 G@4x8x8"
+
+
+def test_another_version_of_transformers_still_imports(monkeypatch, caplog):
+    from nasbench.runtime import on_import
+
+    monkeypatch.setattr(on_import, "TABLES", {"json": "nasbench.no_such_module"})
+    on_import.watch()
+    assert "needs its version 5: No module named 'nasbench.no_such_module'" in caplog.text
 
 
 def test_a_folder_holds_what_the_base_model_says(run, tmp_path):
