@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALIGNED = 16
+ALIGNED = 8
 """Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""
 
 
@@ -25,14 +25,13 @@ class PackedProjections:
 
     Attributes:
         sizes: outputs of each projection.
-        padded: zeros follow in rows of inference, up to a multiple of ALIGNED.
         unpacked: the parameters must stay where they are, as FSDP2's do.
     """
 
     unpacked = False
 
-    def __init__(self, linears: Sequence[nn.Linear], padded: bool = False) -> None:
-        self.linears, self.padded = tuple(linears), padded
+    def __init__(self, linears: Sequence[nn.Linear]) -> None:
+        self.linears = tuple(linears)
         self.sizes = [linear.out_features for linear in self.linears]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -87,20 +86,20 @@ class PackedProjections:
         weights, biases = self._parameters()
         if self.unpacked:
             return torch.cat(weights), torch.cat(biases) if biases else None
-        self.weight = packed_parameters(self.weight, weights, -sum(self.sizes) % ALIGNED if self.padded else 0)
+        self.weight = packed_parameters(self.weight, weights)
         self.bias = packed_parameters(self.bias, biases) if biases else None
         return self.weight, self.bias
 
 
-def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor], further: int = 0) -> Tensor:
+def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
     """Parameters side by side along their first dimension: `known` if every one still is a view of its part, else they
-    are packed anew. `further` rows of zeros stand behind them."""
+    are packed anew."""
     if known is None or known.dtype != parameters[0].dtype:
-        return _pack(parameters, further)
+        return _pack(parameters)
     pointer = known.data_ptr()
     for parameter in parameters:
         if parameter.data_ptr() != pointer:
-            return _pack(parameters, further)
+            return _pack(parameters)
         pointer += parameter.nbytes
     return known
 
@@ -108,11 +107,10 @@ def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor], furthe
 # Never in inference mode: parameters must not become inference tensors, which could not be trained again.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pack(parameters: Sequence[Tensor], further: int) -> Tensor:
+def _pack(parameters: Sequence[Tensor]) -> Tensor:
     """Concatenates parameters along the first dimension and makes each a view of its part."""
-    like, sizes = parameters[0], [parameter.shape[0] for parameter in parameters]
-    packed = torch.cat([*(parameter.detach() for parameter in parameters), like.new_zeros(further, *like.shape[1:])])
-    for parameter, part in zip(parameters, packed[: sum(sizes)].split(sizes), strict=True):
+    packed = torch.cat([parameter.detach() for parameter in parameters])
+    for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
         parameter.data = part
     if packed.is_cuda:
         # Once: kernels of a decode step ask for weights before the launches ahead of them are done.
