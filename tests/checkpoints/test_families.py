@@ -1,6 +1,7 @@
 """Families: configurations and names both ways, formats that cannot say all, GGUF files, a family from outside."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -106,6 +107,15 @@ def test_fields_of_a_family_are_read_or_refused(name, fields, message, tiny):
     with pytest.raises(UserError, match=message) as caught:
         read_spec(config | fields, "x", "c.json")
     assert str(caught.value).startswith("c.json")
+
+
+def test_layers_beyond_the_configuration_are_named(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("phi3-partial")[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"has a tensor model\.layers\.1"):
+        load_model(str(folder))
 
 
 def test_absent_fields_mean_what_transformers_takes_them_for(tiny):

@@ -259,7 +259,9 @@ def _by_pairs(name: str, tensor: Tensor, spec: ModelSpec, back: bool) -> Tensor:
     """Query and key channels of a partial rotation in the order of our tables: the halves of the rotated channels first
     and in the middle, so that the two channels of a pair always stand half a head apart. `back`: in the file's."""
     match, rotated, dim = _ROTATED.fullmatch(name), spec.rotary_dim, spec.head_dim
-    if not match or not rotated or len(tensor) % dim or not spec.mixers(spec.placement)[int(match[1])].is_attention:
+    if not match or not rotated or len(tensor) % dim or int(match[1]) >= spec.num_layers:
+        return tensor
+    if not spec.mixers(spec.placement)[int(match[1])].is_attention:
         return tensor
     middle = (rotated + dim) // 2
     order = [*range(rotated // 2), *range(rotated, middle), *range(rotated // 2, rotated), *range(middle, dim)]
