@@ -94,6 +94,16 @@ def test_limits_make_k_an_outcome(prepared, capsys):
     assert "no placement that was tried keeps to all limits" in capsys.readouterr().out
 
 
+def test_a_worker_leaves_its_trials_to_the_search_that_shares_its_storage(prepared, tmp_path, capsys):
+    shared = ["-k", "1,2", "--evaluations", "6", "--storage", f"sqlite:///{tmp_path}/studies.db"]
+    assert search(prepared, "--worker", *shared) == 0
+    tried = [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"]
+    assert len(tried) >= 6
+    assert search(prepared, "--strategy", "optuna", *shared) == 0
+    assert [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"] == tried
+    assert "layer evaluations instead of" in capsys.readouterr().out
+
+
 def test_another_objective(prepared, capsys):
     text = "kl+0.5*retrieval-kl@96:3"
     assert search(prepared, "--strategy", "greedy-swap", "-k", "1,2", "--evaluations", "8", "--objective", text) == 0
@@ -139,6 +149,7 @@ def test_stale_rows_are_named(prepared, capsys, monkeypatch):
         (["--max", "tpot_ms=0.01"], "tpot_ms=0.01@test-device,128,2 binds"),
         (["--max", "cache=8MiB@1k"], "context 1024 is not of tiny"),
         (["--max", "ttft_ms=3"], "no prefill rows"),
+        (["--min", "decode_tok_s=3@64,max"], "the memory of test-device is not known"),
         (["--min", "j_per_token=1@guess"], "no energy is in the profile rows of guess"),
     ],
 )
