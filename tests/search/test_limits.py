@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from nasbench.search.trials import NEAREST, TEACHER, UNIFORM, Target
 from nasbench.spaces.space import Space
 from nasbench.store import Database
 
-EVERY = [name for name in STRATEGIES if name != "optuna-gp" or find_spec("scipy")]
+EVERY = [name for name in STRATEGIES if name != "optuna-gp"]  # which is slow
 HERE = Workload("test-device", 1024, 4)
 TARGET = Target("test-device", 1024, 4, "bf16")
 
