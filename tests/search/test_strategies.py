@@ -18,9 +18,8 @@ from nasbench.search.trials import TEACHER, UNIFORM, add_trials, read_trials
 from nasbench.spaces.space import Space, count_full
 
 EVERY = [name for name in STRATEGIES if name != "optuna-gp"]
-SLOW = pytest.param(
-    "optuna-gp", marks=[pytest.mark.slow, pytest.mark.skipif(not find_spec("scipy"), reason="no scipy")]
-)
+NO_SCIPY = pytest.mark.skipif(not find_spec("scipy"), reason="scipy is not installed")
+SLOW = pytest.param("optuna-gp", marks=[pytest.mark.slow, NO_SCIPY])
 
 
 def enumerate_best(run, count):
