@@ -69,20 +69,20 @@ class Growth(FullSets):
 
 
 def beam(search: Session) -> None:
-    """The strategy. Raises UserError if no K was asked for."""
+    """The strategy."""
     run, options = Growth(search, BEAM), search.options
     run.grow(run.most, options.beam_width, options.candidates, GROWTH_SHARE)
     run.refine_all(dict.fromkeys(run.counts, ()))
 
 
 def kl_greedy(search: Session) -> None:
-    """The strategy. Raises UserError if no K was asked for."""
+    """The strategy."""
     run = Growth(search, GREEDY)
     run.grow(run.most, 1, search.space.num_layers, 1.0)
 
 
 def greedy_swap(search: Session) -> None:
-    """The strategy. Raises UserError if no K was asked for."""
+    """The strategy."""
     run = Growth(search, GREEDY_SWAP)
     run.grow(run.most, 1, search.space.num_layers, GROWTH_SHARE)
     # Its own earlier trials are no starts: a search that goes on takes the same way again.
@@ -103,7 +103,7 @@ def greedy_swap(search: Session) -> None:
 
 
 def kl_remove(search: Session) -> None:
-    """The strategy. Raises UserError if neither K nor limits were given."""
+    """The strategy."""
     run, full = FullSets(search, REMOVAL), frozenset(search.space.may_be_full)
     least = min(search.options.full_attention, default=0)
     run.evaluate([full])
@@ -117,7 +117,7 @@ def kl_remove(search: Session) -> None:
 
 
 def one_swap(search: Session) -> None:
-    """The strategy. Raises UserError if neither K nor limits were given."""
+    """The strategy."""
     run = FullSets(search, ONE_SWAP)
     costs = search.objective.importance(search.faster, by_score=True)
     gains = [costs.get((layer, name), 0.0) for layer, name in enumerate(search.base)]
@@ -129,4 +129,5 @@ def one_swap(search: Session) -> None:
 for _name, _strategy in (
     (BEAM, beam), (GREEDY, kl_greedy), (GREEDY_SWAP, greedy_swap), (REMOVAL, kl_remove), (ONE_SWAP, one_swap)
 ):  # fmt: skip
+    _strategy.needs_count = True  # type: ignore[attr-defined]
     STRATEGIES.register(_name, _strategy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from nasbench.core.errors import UserError
 from nasbench.search.session import BATCH, Session
 from nasbench.search.surrogate import Surrogate
 
@@ -12,7 +11,7 @@ Layers = frozenset[int]
 
 
 class FullSets:
-    """Sets of full layers, with the base elsewhere. Raises UserError for a search without a K and without limits.
+    """Sets of full layers, with the base elsewhere, for a search with a K or with limits.
 
     Attributes:
         scores: of every set that this strategy has seen.
@@ -20,11 +19,6 @@ class FullSets:
     """
 
     def __init__(self, search: Session, strategy: str) -> None:
-        if not search.options.full_attention and not search.options.limits:
-            raise UserError(
-                f"{strategy} needs the number of full-attention layers, --full-attention K[,K...], or limits, "
-                "as --max cache=64MiB"
-            )
         self.search, self.strategy = search, strategy
         self.scores: dict[Layers, float] = {}
         self.surrogate = Surrogate(search.layer_importance)

@@ -256,7 +256,10 @@ class Costs:
             if limit.workload is not None:
                 check_context(self.shape, limit.workload.context + limit.workload.answer)
                 for name in space.names:
-                    self.value(limit.metric, limit.workload, space.homogeneous(name))
+                    at, placement = limit.workload, space.homogeneous(name)
+                    if not at.batch and not self.fitting(at, placement):
+                        at = replace(at, batch=1)
+                    self.value(limit.metric, at, placement)
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,8 @@ class Session:
 
 
 Strategy = Callable[[Session], None]
-"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try."""
+"""Proposes placements to `search.evaluate` until its budget is spent or it has nothing left to try. One that cannot
+choose K itself has the attribute `needs_count`."""
 
 STRATEGIES: Registry[Strategy] = Registry("search strategy", group="nasbench.strategies")
 
@@ -322,6 +323,11 @@ def run_search(search: Session, strategy: str) -> list[Comparison]:
         UserError: unknown strategy, or options that the space or the strategy does not take.
     """
     propose = STRATEGIES[strategy]
+    if getattr(propose, "needs_count", False) and not search.options.full_attention and not search.options.limits:
+        raise UserError(
+            f"{strategy} needs the number of full-attention layers, --full-attention K[,K...], or limits, "
+            "as --max cache=64MiB"
+        )
     nearest = [check_limits(search, count) for count in search.options.full_attention or (None,)]
     with locked(search.folder / "baselines"):  # workers that start at once measure them once
         baselines(search)

@@ -52,6 +52,7 @@ def test_beam_then_optuna(prepared, capsys):
     data = json.loads(captured.out)
     assert captured.out.count("\n") == 1
     assert [pair["k"] for pair in data["comparisons"]] == [1, 2]
+    assert "layer evaluations instead of" in data["notes"][0]
     assert all(pair["searched"]["kl"] <= pair["uniform"]["kl"] for pair in data["comparisons"])
     assert data["target"] == {"device": "test-device", "context": 128, "batch": 2, "dtype": "bf16"}
     front = read_front(run.front)
@@ -92,6 +93,15 @@ def test_limits_make_k_an_outcome(prepared, capsys):
     assert "within the limits: " in capsys.readouterr().out
     assert search(prepared, "--max", "loss=0.001", "--evaluations", "4") == 0
     assert "no placement that was tried keeps to all limits" in capsys.readouterr().out
+
+
+def test_a_worker_leaves_its_trials_to_the_search_that_shares_its_storage(prepared, tmp_path):
+    shared = ["-k", "1,2", "--evaluations", "6", "--storage", f"sqlite:///{tmp_path}/studies.db"]
+    assert search(prepared, "--worker", *shared) == 0
+    tried = [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"]
+    assert len(tried) >= 6
+    assert search(prepared, "--strategy", "optuna", *shared) == 0
+    assert [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"] == tried
 
 
 def test_another_objective(prepared, capsys):
@@ -139,6 +149,7 @@ def test_stale_rows_are_named(prepared, capsys, monkeypatch):
         (["--max", "tpot_ms=0.01"], "tpot_ms=0.01@test-device,128,2 binds"),
         (["--max", "cache=8MiB@1k"], "context 1024 is not of tiny"),
         (["--max", "ttft_ms=3"], "no prefill rows"),
+        (["--min", "decode_tok_s=3@64,max"], "the memory of test-device is not known"),
         (["--min", "j_per_token=1@guess"], "no energy is in the profile rows of guess"),
     ],
 )

@@ -17,7 +17,9 @@ from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import TEACHER, UNIFORM, add_trials, read_trials
 from nasbench.spaces.space import Space, count_full
 
-EVERY = [name for name in STRATEGIES if name != "optuna-gp" or find_spec("scipy")]
+EVERY = [name for name in STRATEGIES if name != "optuna-gp"]
+NO_SCIPY = pytest.mark.skipif(not find_spec("scipy"), reason="scipy is not installed")
+SLOW = pytest.param("optuna-gp", marks=[pytest.mark.slow, NO_SCIPY])
 
 
 def enumerate_best(run, count):
@@ -26,7 +28,7 @@ def enumerate_best(run, count):
     return min(run.objective.loss(run.with_full(full)) for full in itertools.combinations(layers, count))
 
 
-@pytest.mark.parametrize("strategy", EVERY)
+@pytest.mark.parametrize("strategy", [*EVERY, SLOW])
 def test_every_strategy_meets_the_contract(tmp_path, strategy):
     """Legal placements of the wanted K, within the budget, baselines included, and a second run asks nothing new."""
     run = search(tmp_path, full_attention=(2, 4), evaluations=30)
