@@ -239,14 +239,14 @@ def _print_plan(todo: SweepPlan, as_json: bool) -> None:
     points = [str(point) for point in todo.points]
     if as_json:
         plan = {"device": todo.machine.info.slug, "path": str(todo.path), "skipped": todo.skipped}
-        print_json({**plan, "points": points, "seconds": round(todo.seconds, 1)})
+        print_json({**plan, "points": points, "seconds": round(todo.seconds, 1), "limit": todo.limit_s})
         return
     for point in points:
         print(point)
     ceilings = " and 4 ceilings" if todo.ceilings else ""
-    print(
-        f"{len(points)} rows{ceilings} into {todo.path}, about {todo.seconds:.0f} s; {todo.skipped} are there already"
-    )
+    limit = f" of which the limit leaves {todo.limit_s:.0f}" if todo.limit_s and todo.seconds > todo.limit_s else ""
+    seconds = f"about {todo.seconds:.0f} s{limit}"
+    print(f"{len(points)} rows{ceilings} into {todo.path}, {seconds}; {todo.skipped} are there already")
 
 
 def _run(todo: SweepPlan) -> SweepResult:

@@ -28,6 +28,7 @@ from nasbench.report.facts import collect
 from nasbench.report.figures import drawings, shown_points, thinned
 from nasbench.report.front_tables import number, target_table
 from nasbench.report.html import Page, strip
+from nasbench.report.speeds import layer_curves, profile_rows
 from nasbench.report.svg import Rendered, rendered
 from nasbench.report.targets import TOLERANCE, recommended, target_words
 from nasbench.report.verdict import verdicts
@@ -194,6 +195,18 @@ def test_a_crowd_of_dots_is_thinned():
     assert 1000 < len(shown) < 15_000
     assert np.isclose(shown.min(axis=0), dots.min(axis=0)).all()
     assert len(thinned(dots[:100])) == 100
+
+
+def test_a_kind_that_is_profiled_at_one_context_is_drawn_at_all(tmp_path):
+    run, db = make_run(tmp_path, extras=False)
+    facts = collect(run, db)
+    curves, target = facts.curves, facts.targets[0].target
+    rows = profile_rows(target, facts.shape, db)
+    sparse = [row for row in rows if row.block != "J" or row.context == min(curves["context"])]
+    found = layer_curves(["A", "J"], sparse, facts.shape, target)
+    for name in ("A", "J"):
+        assert set(found[found["name"] == name]["context"]) == set(curves[curves["name"] == "A"]["context"])
+    assert found[found["name"] == "J"]["us"].nunique() == 1
 
 
 def test_stale_rows_are_counted(tmp_path, monkeypatch):
