@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +18,7 @@ from nasbench.checkpoints.families.family import read_heads
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader, read_header, read_tensor
 from nasbench.core.errors import UserError
-from nasbench.core.files import locked, machine_errors, write_json
+from nasbench.core.files import atomic_path, locked, write_json
 from nasbench.core.sizes import cache_dir
 from nasbench.model.shapes import ModelSpec
 
@@ -56,17 +54,10 @@ def convert(path: Path, sha256: str | None = None) -> Path:
     )
     if folder.is_dir():
         return folder
-    with locked(folder), machine_errors(f"writing {folder}"):
-        if folder.is_dir():
-            return folder
-        for left in folder.parent.glob(f".{folder.name}.*.tmp"):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        try:
-            _write_folder(header, temporary)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with locked(folder):
+        if not folder.is_dir():
+            with atomic_path(folder, folder=True) as temporary:
+                _write_folder(header, temporary)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.resolve import classify, model_folder
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import MachineError, UserError, unknown
-from nasbench.core.files import machine_errors, read_json, write_json
+from nasbench.core.files import atomic_path, read_json, write_json
 from nasbench.export.card import Card, card_of, write_card
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
@@ -105,24 +104,17 @@ def write_model(
         for theirs, value in family.split(name, tensor.detach(), spec, placement)
     }
     tensors = family.pack(tensors, spec, placement)
-    with machine_errors(f"writing {out}"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            _save(tensors, temporary / "model.safetensors")
-            loaded.tokenizer.save(temporary / "tokenizer.json")
-            write_json(temporary / "tokenizer_config.json", _tokenizer_config(loaded.tokenizer, source))
-            write_json(temporary / "generation_config.json", _of_source(source, "generation_config.json") | ends)
-            write_json(temporary / "nasbench.json", about)
-            write_json(temporary / "config.json", config)
-            if card is not None:
-                write_card(card, config, temporary / "README.md")
-            for path in sorted(source.glob("LICENSE*") if source else ()):
-                shutil.copyfile(path, temporary / path.name)
-            temporary.chmod(0o755)
-            temporary.replace(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_path(out, folder=True) as temporary:
+        _save(tensors, temporary / "model.safetensors")
+        loaded.tokenizer.save(temporary / "tokenizer.json")
+        write_json(temporary / "tokenizer_config.json", _tokenizer_config(loaded.tokenizer, source))
+        write_json(temporary / "generation_config.json", _of_source(source, "generation_config.json") | ends)
+        write_json(temporary / "nasbench.json", about)
+        write_json(temporary / "config.json", config)
+        if card is not None:
+            write_card(card, config, temporary / "README.md")
+        for path in sorted(source.glob("LICENSE*") if source else ()):
+            shutil.copyfile(path, temporary / path.name)
     return out
 
 
