@@ -80,7 +80,7 @@ def start(folder, storage, count, budget=BUDGET):
     return found
 
 
-def until(true, workers, seconds=90):
+def until(true, workers, seconds=200):
     ends = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < ends
@@ -103,7 +103,7 @@ def test_four_workers_of_which_two_are_killed(tmp_path, request, kind):
         worker.kill()
         worker.wait()
     at_kill = {line.split("\t")[0] for line in evaluated(tmp_path)}
-    codes = [worker.wait(90) for worker in workers[2:]]
+    codes = [worker.wait(200) for worker in workers[2:]]
     assert codes == [0, 0], (tmp_path / "log.txt").read_text()
     # What was being evaluated when its worker died may run once more: its score was not kept.
     counts = Counter(line.split("\t")[0] for line in evaluated(tmp_path))
