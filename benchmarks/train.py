@@ -1,6 +1,6 @@
 """Training speed on this device: tokens/s of alignment and of supernet steps, teacher included, and where time goes.
 
-    python benchmarks/train.py [--model default] [--names W256,J] [--align 64k,128k] [--supernet 32k] [--recompute]
+    python benchmarks/train.py [--model default] [--blocks W256,J] [--align 64k,128k] [--supernet 32k] [--recompute]
     torchrun --nproc-per-node 2 benchmarks/train.py --model qwen2.5-1.5b [--shard]
 
 A figure covers whole steps on random tokens, from the copy to the device to AdamW. Model FLOP/s counts the mathematics:
@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.common import parser_of, run, write_json
 from nasbench.checkpoints.load import LoadedModel, load_model, random_decoder
 from nasbench.checkpoints.resolve import classify, resolve_shape
-from nasbench.cli.common import torch_device, torch_dtype
-from nasbench.cli.distill_command import parse_names
+from nasbench.cli.common import parse_kinds, torch_device, torch_dtype
 from nasbench.core.sizes import format_size, parse_size
 from nasbench.data.packing import Corpus
 from nasbench.model.shapes import ModelSpec
@@ -161,7 +160,7 @@ def work_of_process(options: argparse.Namespace, workers: DistContext, device: s
     """The same measurements in every process; the first one prints them."""
     dtype, cuda = torch_dtype(options.dtype), device.startswith("cuda")
     shape, sequence = resolve_shape(options.model), parse_size(options.sequence)
-    names = parse_names(options.names, shape)
+    names = parse_kinds(options.blocks, shape)
     rate = measure_ceilings(device, free_bytes(device), dtype).matmul_tflop_s
     title = torch.cuda.get_device_name() if cuda else "CPU"
 
@@ -222,7 +221,7 @@ def table(found: dict[str, Any], variant: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--model", default="default")
-    parser.add_argument("--names", default="W256,J", help="mixers that are trained beside full attention")
+    parser.add_argument("--blocks", default="W256,J", help="mixers that are trained beside full attention")
     parser.add_argument("--sequence", default="2k")
     parser.add_argument("--align", default="64k,128k", help="tokens of an alignment step, several with commas; 0: none")
     parser.add_argument("--supernet", default="32k", help="tokens of a supernet step; 0: none")

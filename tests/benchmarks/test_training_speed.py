@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "train.py"
 def test_speeds_of_both_stages_are_told(tiny_model, tmp_path):
     out = tmp_path / "train.json"
     command = [
-        *(sys.executable, SCRIPT, "--model", tiny_model, "--names", "W8,J", "--sequence", "32", "--align", "128"),
+        *(sys.executable, SCRIPT, "--model", tiny_model, "--blocks", "W8,J", "--sequence", "32", "--align", "128"),
         *("--supernet", "64,128", "--steps", "2", "--device", "cpu", "--dtype", "fp32", "--out", out, "--documents"),
     ]
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=True).stdout
@@ -40,7 +40,7 @@ def test_processes_of_torchrun_share_a_step(tiny_model, tmp_path):
     out = tmp_path / "train.json"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT),
-        *("--model", tiny_model, "--names", "W8,J", "--sequence", "32", "--align", "128", "--supernet", "128"),
+        *("--model", tiny_model, "--blocks", "W8,J", "--sequence", "32", "--align", "128", "--supernet", "128"),
         *("--steps", "1", "--device", "cpu", "--dtype", "fp32", "--out", out, "--shard"),
     ]
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, check=True).stdout

@@ -42,7 +42,7 @@ class DangerousConfig(MixerSpec):
         return 1
 
     def flops(self, tokens, context):
-        return tokens
+        return tokens * context  # a kind that does the same at every context is measured at one
 
     @classmethod
     def block_class(cls):

@@ -89,7 +89,19 @@ def test_endings():
 def start_profile(db: Path, *more: str) -> subprocess.Popen:
     """The command itself, in a session of its own, so that signals reach what a terminal's would."""
     command = "-m nasbench profile --model smollm2-135m --blocks W --contexts 64,128 --batches 1 --modes decode"
-    arguments = [sys.executable, *command.split(), "--device", "cpu", "--budget", "0.1", "--db", str(db), *more]
+    arguments = [
+        sys.executable,
+        *command.split(),
+        "--dtype",
+        "fp32",
+        "--device",
+        "cpu",
+        "--budget",
+        "0.1",
+        "--db",
+        str(db),
+        *more,
+    ]
     # Two processes of as many threads as cores each would wait for one another most of the time.
     environment = {**os.environ, "PYTHONPATH": str(Path(store.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -160,7 +172,7 @@ def test_a_stopped_sweep_keeps_its_rows_leaves_nobody_behind_and_goes_on(tmp_pat
     assert process.returncode == 0
     assert f'"skipped": {len(kept) - 4}' in out
     whole = read_db(path)
-    assert len(whole) == 4 + 4 + 2
+    assert len(whole) == 4 + 4 + 2 * 2  # ceilings, shared blocks, A and W at two contexts
     assert set(kept) - set(whole) <= {row for row in kept if row.block == "ceiling"}
 
 
@@ -172,7 +184,7 @@ def test_two_sweeps_at_once_lose_nothing(tmp_path):
     (path,) = tmp_path.glob("*.csv")
     rows = read_db(path)
     for dtype in ("fp32", "bf16"):
-        assert len([row for row in rows if row.dtype == dtype and row.block != "ceiling"]) == 6
+        assert len([row for row in rows if row.dtype == dtype and row.block != "ceiling"]) == 8
     assert {row.status for row in rows} == {"ok"}
 
 
