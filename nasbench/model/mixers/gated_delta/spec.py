@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -73,9 +74,9 @@ class LinearSpec(MixerSpec):
         return 2 * self.keys + self.values
 
     @property
+    @abstractmethod
     def gate_parameters(self) -> int:
         """Parameters of decay, write gate and output gate."""
-        raise NotImplementedError
 
     @property
     def state_size(self) -> int:
