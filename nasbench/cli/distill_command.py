@@ -46,8 +46,9 @@ def command(
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
 
     Options that are not given are the run's own, in a new run the defaults (--model default --blocks "W J"). Asked for
-    more tokens or seconds, a finished run goes on. Seconds become tokens by a few timed steps. Under torchrun, every
-    process takes its rows of each batch. --dry-run times a few steps and says tokens, memory and time.
+    more tokens or seconds, a finished run goes on; for fewer tokens, a stopped one ends earlier. Seconds become tokens
+    by a few timed steps. Under torchrun, every process takes its rows of each batch. --dry-run times a few steps and
+    says tokens, memory and time.
     """
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.core.files import sole_writer

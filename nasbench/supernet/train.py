@@ -43,7 +43,6 @@ STAGES = ("align", "supernet")
 SOLVE_BATCH_TOKENS = ByDevice(cpu=2048, cuda=32768)
 """Tokens of one forward while output projections are solved; without gradients more fit at once."""
 _FREE_TO_CHANGE = ("log_every", "checkpoint_every_s", "recompute", "graphs", "shard", "tensorboard")
-_FREE_TO_GROW = ("align_tokens", "supernet_tokens")
 _OFFSETS = {"ridge": 0, "refit": 1, "align": 2, "supernet": 3}
 """Added to the seed, so that stages see the text in different orders."""
 
@@ -167,24 +166,35 @@ class Distiller:
         return tokens // (self.step_rows(stage) * self.corpus.sequence)
 
     def resume_point(self, saved: checkpoint.Checkpoint) -> tuple[str, int]:
-        """Takes the saved run's cycles, adds those that are asked for beyond them, and returns stage and step to go on
-        with. Raises UserError when the run was begun with other settings."""
+        """Takes the saved run's cycles, adds those that are asked for beyond them, ends an unfinished one earlier where
+        less is asked for, and returns stage and step to go on with. Raises UserError when the run was begun with other
+        settings, or has trained more than what is asked for."""
         old, new = saved.state.get("settings", {}), self.state["settings"]
+        stage, start = str(saved.state["stage"]), int(saved.state["step"])
+        order = (*STAGES, "done")
+        # Steps that a stage has taken: None of a finished one, which cannot end earlier.
+        taken = {name: None if order.index(name) < order.index(stage) else start * (name == stage) for name in STAGES}
+
+        def free(key: str) -> bool:
+            name = key.removesuffix("_tokens")
+            if name not in STAGES or old.get(key, 0) < new[key]:
+                return name in STAGES
+            done = taken[name]
+            return done is not None and self.steps(name, new[key]) > done
+
         changed = [
-            f"{key} {old.get(key)!r} (asked: {new[key]!r})"
-            for key in new
-            if old.get(key) != new[key] and not (key in _FREE_TO_GROW and old.get(key, 0) < new[key])
+            f"{key} {old.get(key)!r} (asked: {new[key]!r})" for key in new if old.get(key) != new[key] and not free(key)
         ]
         if changed:
             raise UserError(
                 f"{self.run.path} was distilled with another {', '.join(changed)}: "
                 "ask for the same, for more tokens, or choose another folder"
             )
-        stage, start = str(saved.state["stage"]), int(saved.state["step"])
         known = saved.state.get("cycles") or {name: [old[f"{name}_tokens"]] for name in STAGES}
         grown = []
         for name in STAGES:
-            ends, asked = [end for end in known[name] if end], new[f"{name}_tokens"]
+            asked = new[f"{name}_tokens"]
+            ends = [min(end, asked) for end in known[name] if end]
             if self.steps(name, asked) > self.steps(name, ends[-1] if ends else 0):
                 grown.append(name)
                 ends.append(asked)

@@ -78,6 +78,20 @@ def test_it_does_not_matter_when_more_was_asked_for_or_where_it_stopped(make_run
     assert losses(stopped) == losses(whole)
 
 
+def test_a_stopped_stage_may_end_earlier_but_not_before_what_it_has_trained(make_run):
+    run = make_run()
+    interrupted(run, CONFIG, "supernet", 2)
+    before = losses(run)
+    with pytest.raises(UserError, match=r"supernet_tokens 512 \(asked: 256\)"):
+        distill(run, CONFIG.updated({"supernet_tokens": 256}), dtype=torch.float32)
+    seen = []
+    shorter = CONFIG.updated({"supernet_tokens": 384})
+    distill(run, shorter, dtype=torch.float32, progress=lambda *row: seen.append(row))
+    assert seen == [("supernet", 384, 384)]
+    assert losses(run)[: len(before)] == before
+    assert checkpoint.latest(run.supernet).state["cycles"] == {"align": [512], "supernet": [384]}
+
+
 def test_more_alignment_is_followed_by_the_whole_supernet_stage(make_run):
     run = make_run()
     distill(run, CONFIG, dtype=torch.float32)
