@@ -83,6 +83,11 @@ class GraphedLayerCalls(LayerCalls):
             # Moves projections into one matrix each, which later passes without gradients then leave where it is.
             for module, given in zip(modules, arguments, strict=True):
                 module(*given)
+        # The captures have a stream of their own, so gradients always arrive from another one: autograd waits for it,
+        # and warns, which says nothing to a user.
+        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if quiet is not None:
+            quiet(False)
         calls = torch.cuda.make_graphed_callables(modules, tuple(arguments), allow_unused_input=True)
         self.calls = dict(zip(wanted, cast("tuple[Callable[..., Tensor], ...]", calls), strict=True))
 
