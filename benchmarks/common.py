@@ -27,7 +27,7 @@ BEYOND_CACHE = 200e6
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write every result as JSON")
+    parser.add_argument("--out", type=Path, help="write every result to a file")
     return parser
 
 
