@@ -190,7 +190,7 @@ def _whole_models(
         )  # fmt: skip
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
-        asked |= {"prompt_tokens": 2 * PROMPT_TOKENS.of(info.kind), "largest": max(profiled, default=1)}
+        asked |= {"prompt_tokens": PROMPT_TOKENS.of(info.kind), "largest": max(profiled, default=1)}
         points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
         known = read_calibration(path)
         measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, _time_left(todo, end, 1.0))
@@ -208,14 +208,20 @@ def _time_left(todo: SweepPlan, end: float | None, share: float) -> Callable[[Wh
     if end is None or not todo.path.exists():
         return lambda point: True
     costs = load_cost_model(todo.machine.info.slug, todo.bench.shape, dtype_name(todo.bench.dtype), todo.path)
-    stop = time.monotonic() + share * (end - time.monotonic())
+    began = time.monotonic()
+    stop = began + share * (end - began)
+    runs: list[float] = []
 
     def allows(point: WholePoint) -> bool:
         try:
-            tok_s = compare_point(costs, point, 1.0, extrapolate=True).predicted_tok_s
+            seconds = WHOLE_RUNS * point.tokens / compare_point(costs, point, 1.0, extrapolate=True).predicted_tok_s
         except UserError:  # of a kind without rows
-            return time.monotonic() < stop
-        return time.monotonic() + WHOLE_RUNS * point.tokens / tok_s < stop
+            seconds = 0.0
+        # What stands around the runs, decoders, caches and graphs, takes what it took so far.
+        around = max(0.0, time.monotonic() - began - sum(runs)) / max(1, len(runs))
+        fits = time.monotonic() + around + seconds < stop
+        runs.extend([seconds] * fits)
+        return fits
 
     return allows
 
