@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+
 import torch
 
 from nasbench.checkpoints.load import random_decoder
