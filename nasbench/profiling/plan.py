@@ -153,10 +153,8 @@ def plan(
     first: list[Point] = []
     for block in shared_blocks(shape):
         if "decode" in modes or block == "head":  # prefill ends with one head
-            # Norms and the embedding take microseconds.
-            first += [
-                Point(block, "decode", batch) for batch in (few if block in ("embedding", "norm") else everywhere)
-            ]
+            shared = few if block in ("embedding", "norm") else everywhere  # those two take microseconds
+            first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
             sizes = sorted({size for _, size in chunks})
             first += [Point(block, "prefill", batch, chunk=size) for size in sizes for batch in prefill_batches(size)]
