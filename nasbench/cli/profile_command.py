@@ -167,7 +167,7 @@ def _whole_models(
     from nasbench.cost import load_cost_model
     from nasbench.cost.calibration import calibration_path, read_calibration
     from nasbench.cost.end_to_end import PROMPT_TOKENS, EndToEnd, calibration_points, measure_missing
-    from nasbench.cost.holdout import evaluate, holdout_path, holdout_points
+    from nasbench.cost.holdout import evaluate, holdout_path, holdout_points, with_between
     from nasbench.model import MIXERS
     from nasbench.store import read_db, select
 
@@ -186,13 +186,14 @@ def _whole_models(
                 whole, [point for point in points if point.mode == mode], path, log, chunk,
                 allows=_time_left(todo, end, share),
             )
-            for mode, share in (("prefill", 0.3), ("decode", 0.6 if holdout else 1.0))
+            for mode, share in (("prefill", 0.4), ("decode", 0.6 if holdout else 1.0))
             if mode in modes
         )  # fmt: skip
     if holdout:
         asked = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype.itemsize}
-        asked |= {"prompt_tokens": PROMPT_TOKENS.of(info.kind), "largest": max(profiled, default=1)}
-        points = [point for mode in modes for point in holdout_points(shape, names, mode, contexts, holdout, **asked)]
+        asked |= {"prompt_tokens": PROMPT_TOKENS.of(info.kind) // 2, "largest": max(profiled, default=1)}
+        places = with_between(contexts)
+        points = [point for mode in modes for point in holdout_points(shape, names, mode, places, holdout, **asked)]
         known = read_calibration(path)
         measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, _time_left(todo, end, 1.0))
         costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)

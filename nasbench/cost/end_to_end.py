@@ -19,7 +19,7 @@ from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, NasbenchError
 from nasbench.core.provenance import provenance
 from nasbench.cost.calibration import CalibrationRow, add_calibration, read_calibration
-from nasbench.cost.holdout import WholePoint
+from nasbench.cost.holdout import WholePoint, holdout_points, with_between
 from nasbench.devices import DeviceInfo, detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import ModelSpec
@@ -32,8 +32,8 @@ from nasbench.spaces.placement import Placement, format_placement
 
 PROMPT_TOKENS = ByDevice(cpu=2048, cuda=65536)
 """Tokens of all prompts of a calibration point together: half a second on a large GPU, seconds on a CPU."""
-STEPS = (4, 32, 192)
-"""Sequences of the steps between the least and the most."""
+RANDOM = ByDevice(cpu=3, cuda=10)
+"""Random placements that calibrate, in each mode."""
 MOST_SEQUENCES = ByDevice(cpu=4, cuda=1 << 20)
 """Most sequences of a step that calibrates."""
 
@@ -147,8 +147,9 @@ def calibration_points(
     asked: int = 1,
 ) -> list[WholePoint]:
     """The whole prompts and steps that calibrate: all kinds by turns, and every kind alone, at the least and the most
-    context and batch that fit, and batches in between. Few, and none that a search would choose: those are for the
-    holdout. Prompts come first, short ones before long ones; any beginning of the list covers all kinds.
+    context and batch that fit; then random placements as the holdout has them, so that what the fit leaves of them is
+    what it leaves of others. None is one that a search would choose. Prompts come first; any beginning of the prompts
+    and of the steps covers all kinds.
 
     Args:
         profiled: batches of the profile's decode rows. A step beyond them calibrates nothing; () for no bound.
@@ -156,22 +157,28 @@ def calibration_points(
     """
     names = list(dict.fromkeys(names))
     most, tokens = MOST_SEQUENCES.of(info.kind), PROMPT_TOKENS.of(info.kind)
+    low, high = (min(profiled), max(profiled)) if profiled else (1, most)
     first, last = contexts[0], contexts[-1]
     placements = [(tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0])]
     placements += [((name,) * shape.num_layers, name) for name in names]
-    sizes = [(min(first, tokens), 1), (min(first, tokens), max(1, tokens // first)), (min(last, tokens), 1)]
-    points = [WholePoint("prefill", placement, *size) for size in sizes for placement, _ in placements]
-    steps: list[tuple[int, WholePoint]] = []
+    found: list[tuple[int, WholePoint]] = []  # the lowest numbers first
     for placement, widest in placements:
+        short, long = min(first, tokens), min(last, tokens)
+        for rank, context, batch in ((0, short, 1), (1, short, max(1, tokens // first)), (3, long, 1)):
+            found.append((rank, WholePoint("prefill", placement, context, batch)))
         for context in dict.fromkeys((first, last)):
             if context != first and same_work(shape.mixer(widest), first, last):
                 continue
             fits = largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes)
             largest = min(max(most, asked), fits)
             # A few sequences: what lies between the kernels shows where they are short.
-            wanted = [1, largest, *((min(asked, fits),) if asked > 1 else ()), *STEPS]
-            low, high = (min(profiled), max(profiled)) if profiled else (1, largest)
-            batches = dict.fromkeys(max(low, min(high, batch)) for batch in wanted if batch <= largest)
-            ranked = enumerate(list(batches)[: None if context == first else 2])
-            steps += [(rank, WholePoint("decode", placement, context, batch)) for rank, batch in ranked]
-    return list(dict.fromkeys([*points, *(point for _, point in sorted(steps, key=lambda step: step[0]))]))
+            steps = [(4, 1), (5, largest), (6, min(asked, fits)), (8, min(4, largest) if context == first else 1)]
+            for rank, size in steps:
+                found.append((rank, WholePoint("decode", placement, context, max(low, min(high, size)))))
+    places, count = with_between(contexts), 1 + RANDOM.of(info.kind)
+    bounds = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype_bytes, "largest": min(most, high)}
+    for rank, mode in ((2, "prefill"), (7, "decode")):
+        drawn = holdout_points(shape, names, mode, places, count, prompt_tokens=tokens // 2, seed=1, **bounds)
+        # The first one is the published placement.
+        found += [(rank, point) for point in drawn[1:] if mode == "prefill" or point.batch >= low]
+    return list(dict.fromkeys(point for _, point in sorted(found, key=lambda pair: pair[0])))
