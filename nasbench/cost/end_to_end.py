@@ -10,7 +10,6 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,19 +19,21 @@ from nasbench.core.dtypes import dtype_name
 from nasbench.core.errors import MachineError, NasbenchError
 from nasbench.core.provenance import provenance
 from nasbench.cost.calibration import CalibrationRow, add_calibration, read_calibration
-from nasbench.cost.holdout import WholePoint
+from nasbench.cost.holdout import WholePoint, holdout_points, with_between
 from nasbench.devices import DeviceInfo, detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import ModelSpec
-from nasbench.profiling.plan import largest_batch
-from nasbench.runtime.memory import free_bytes
-from nasbench.runtime.roofline import Ceilings, measure_ceilings
-from nasbench.runtime.throughput import measure, prefill_seconds
+from nasbench.profiling.plan import largest_batch, same_work
+from nasbench.runtime.memory import largest_batch as sequences_now
+from nasbench.runtime.memory import ran_out
+from nasbench.runtime.throughput import prefill_seconds, timed_decode
 from nasbench.runtime.timing import summarise
 from nasbench.spaces.placement import Placement, format_placement
 
 PROMPT_TOKENS = ByDevice(cpu=2048, cuda=65536)
-"""Tokens of all prompts of a calibration point together: seconds of work on a large GPU, or on a CPU."""
+"""Tokens of all prompts of a calibration point together: half a second on a large GPU, seconds on a CPU."""
+RANDOM = ByDevice(cpu=3, cuda=10)
+"""Random placements that calibrate, in each mode."""
 MOST_SEQUENCES = ByDevice(cpu=4, cuda=1 << 20)
 """Most sequences of a step that calibrates."""
 
@@ -57,50 +58,29 @@ class Decoders:
 
 
 class EndToEnd:
-    """Measures placements of a model on a device.
-
-    Raises MachineError where one does not fit in memory.
-    """
+    """Measures placements of a model on a device. Raises MachineError, or torch's own error, for want of memory."""
 
     def __init__(self, shape: ModelSpec, device: str, dtype: torch.dtype) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.decoders = Decoders(shape, device, dtype)
-        self._ceilings: Ceilings | None = None
 
     def measure(self, point: WholePoint, seconds: float | None = None, chunk: int | None = None) -> CalibrationRow:
         """One decode step, or the reading of all prompts.
 
         Args:
-            seconds: for the repeats; None for 0.5 of a step, 3 of a prompt.
+            seconds: for the repeats; None for 0.3 of a step, 1 of a prompt.
             chunk: tokens of a prompt at a time; None for the device's.
         """
+        decoder = self._decoder(point.placement)
+        about = self.shape, point.placement, point.context, self.dtype.itemsize, self.device
+        if point.batch > sequences_now(*about, loaded=True):
+            raise MachineError(f"{point.batch} sequences of {point.context} tokens do not fit in the free memory")
         if point.mode == "decode":
-            return self._step(point, seconds or 0.5)
-        return self._prompt(point, seconds or 3.0, chunk or PREFILL_CHUNK.of(self.device))
-
-    def _step(self, point: WholePoint, seconds: float) -> CalibrationRow:
-        decoder = self._decoder(point.placement)
-        self._ceilings = self._ceilings or measure_ceilings(self.device, free_bytes(self.device), self.dtype)
-        found = measure(
-            self.shape, point.placement, context=point.context, batch=point.batch, decoder=decoder,
-            prefill_context=None, seconds=seconds, ceilings=self._ceilings,
-        )  # fmt: skip
-        times = {"time_ms": found.step_ms, "p20_ms": found.step_p20_ms, "p80_ms": found.step_p80_ms}
-        return self._row(point, 0, found.repeats, times)
-
-    @torch.inference_mode()
-    def _prompt(self, point: WholePoint, seconds: float, chunk: int) -> CalibrationRow:
-        decoder = self._decoder(point.placement)
-        try:
+            return self._row(point, 0, timed_decode(decoder, point.context, point.batch, seconds or 0.3)[1])
+        chunk = chunk or PREFILL_CHUNK.of(self.device)
+        with torch.inference_mode():
             cache = decoder.new_cache(point.batch, point.context)
-            samples = prefill_seconds(decoder, cache, point.context, chunk, seconds)
-        except torch.OutOfMemoryError:
-            raise MachineError(
-                f"{point.batch} prompts of {point.context} tokens do not fit in the memory of {self.device}"
-            ) from None
-        timing = summarise([sample * 1e3 for sample in samples])
-        times = {"time_ms": timing.p50_us, "p20_ms": timing.p20_us, "p80_ms": timing.p80_us}
-        return self._row(point, chunk, len(samples), times)
+            return self._row(point, chunk, prefill_seconds(decoder, cache, point.context, chunk, seconds or 1.0))
 
     def _decoder(self, placement: Placement) -> Decoder:
         decoder = self.decoders.of(placement)
@@ -109,12 +89,12 @@ class EndToEnd:
             torch.cuda.empty_cache()
         return decoder
 
-    def _row(self, point: WholePoint, chunk: int, repeats: int, times: dict[str, Any]) -> CalibrationRow:
-        info = detect(self.device)
+    def _row(self, point: WholePoint, chunk: int, seconds: list[float]) -> CalibrationRow:
+        info, timing = detect(self.device), summarise([each * 1e3 for each in seconds])
         return CalibrationRow(
             device=info.slug, model=self.shape.name, dtype=dtype_name(self.dtype), mode=point.mode,
             placement=format_placement(point.placement), context=point.context, batch=point.batch, chunk=chunk,
-            repeats=repeats, **times,
+            time_ms=timing.p50_us, p20_ms=timing.p20_us, p80_ms=timing.p80_us, repeats=timing.repeats,
             **provenance(info.slug, info.driver).cells("torch", "driver", "project", "measured_utc"),
         )  # fmt: skip
 
@@ -148,7 +128,9 @@ def measure_missing(
         try:
             add_calibration(path, [whole.measure(point, chunk=chunk)])
             done += 1
-        except (NasbenchError, torch.OutOfMemoryError) as error:
+        except (NasbenchError, RuntimeError) as error:
+            if not isinstance(error, NasbenchError) and not ran_out(error):
+                raise
             log(f"left out: {error}")
     if left:
         log(f"left out for lack of time: {left} whole steps or prompts")
@@ -164,9 +146,10 @@ def calibration_points(
     profiled: Collection[int] = (),
     asked: int = 1,
 ) -> list[WholePoint]:
-    """The whole prompts and steps that calibrate: every kind alone, and all by turns, at the least and the most context
-    and batch that fit. Few, and none that a search would choose: those are for the holdout. Prompts come first, short
-    ones before long ones: steps leave a profiler behind that slows launches down.
+    """The whole prompts and steps that calibrate: all kinds by turns, and every kind alone, at the least and the most
+    context and batch that fit; then random placements as the holdout has them, so that what the fit leaves of them is
+    what it leaves of others. None is one that a search would choose. Prompts come first; any beginning of the prompts
+    and of the steps covers all kinds.
 
     Args:
         profiled: batches of the profile's decode rows. A step beyond them calibrates nothing; () for no bound.
@@ -174,19 +157,28 @@ def calibration_points(
     """
     names = list(dict.fromkeys(names))
     most, tokens = MOST_SEQUENCES.of(info.kind), PROMPT_TOKENS.of(info.kind)
+    low, high = (min(profiled), max(profiled)) if profiled else (1, most)
     first, last = contexts[0], contexts[-1]
-    placements = [((name,) * shape.num_layers, name) for name in names]
-    placements.append((tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0]))
-    sizes = [(min(first, tokens), 1), (min(first, tokens), max(1, tokens // first)), (min(last, tokens), 1)]
-    points = [WholePoint("prefill", placement, *size) for size in sizes for placement, _ in placements]
+    placements = [(tuple(names[i % len(names)] for i in range(shape.num_layers)), names[0])]
+    placements += [((name,) * shape.num_layers, name) for name in names]
+    found: list[tuple[int, WholePoint]] = []  # the lowest numbers first
     for placement, widest in placements:
+        short, long = min(first, tokens), min(last, tokens)
+        for rank, context, batch in ((0, short, 1), (1, short, max(1, tokens // first)), (3, long, 1)):
+            found.append((rank, WholePoint("prefill", placement, context, batch)))
         for context in dict.fromkeys((first, last)):
+            if context != first and same_work(shape.mixer(widest), first, last):
+                continue
             fits = largest_batch(shape, (widest,), context, info.memory_bytes, dtype_bytes)
             largest = min(max(most, asked), fits)
             # A few sequences: what lies between the kernels shows where they are short.
-            few = (1, min(4, largest)) if context == first else ()
-            wanted = (*few, min(asked, fits), largest) if asked > 1 else (*few, largest)
-            low, high = (min(profiled), max(profiled)) if profiled else (1, largest)
-            batches = dict.fromkeys(max(low, min(high, batch)) for batch in wanted)
-            points += [WholePoint("decode", placement, context, batch) for batch in batches if batch <= largest]
-    return list(dict.fromkeys(points))
+            steps = [(4, 1), (5, largest), (6, min(asked, fits)), (8, min(4, largest) if context == first else 1)]
+            for rank, size in steps:
+                found.append((rank, WholePoint("decode", placement, context, max(low, min(high, size)))))
+    places, count = with_between(contexts), 1 + RANDOM.of(info.kind)
+    bounds = {"memory_bytes": info.memory_bytes, "dtype_bytes": dtype_bytes, "largest": min(most, high)}
+    for rank, mode in ((2, "prefill"), (7, "decode")):
+        drawn = holdout_points(shape, names, mode, places, count, prompt_tokens=tokens // 2, seed=1, **bounds)
+        # The first one is the published placement.
+        found += [(rank, point) for point in drawn[1:] if mode == "prefill" or point.batch >= low]
+    return list(dict.fromkeys(point for _, point in sorted(found, key=lambda pair: pair[0])))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -221,7 +221,7 @@ def holdout_points(
     full = _largest_cache(shape, names)
     found: list[WholePoint] = []
     for i, placement in enumerate(_placements(shape, names, count, generator)):
-        context = contexts[(3 * i + i // len(contexts)) % len(contexts)]
+        context = contexts[(3 * i + i // len(contexts) + 2 * seed) % len(contexts)]
         fits = sequences_that_fit(shape, placement, context, dtype_bytes, MEMORY * memory_bytes)
         most = max(1, min(fits, largest))
         if mode == "prefill":
@@ -231,9 +231,16 @@ def holdout_points(
             # Now and then as many short prompts as the largest profiled batch.
             most = min(most, max(1, (1 if i % 8 else 2) * prompt_tokens // context))
         sizes = sorted({size for size in BATCHES if size < most} | {most})
-        share = (i * 0.618) % 1 if i % 4 else 1.0
+        # The largest and one sequence by turns, and what lies between.
+        share = (i * 0.618 + 0.31 * seed) % 1 if i % 4 else float(i % 8 == 0)
         found.append(WholePoint(mode, placement, context, sizes[min(len(sizes) - 1, int(share * len(sizes)))]))
     return list(dict.fromkeys(found))
+
+
+def with_between(contexts: Sequence[int]) -> list[int]:
+    """Contexts and their geometric means: what lies between the profiled ones is interpolated, and tested too."""
+    means = [round((low * high) ** 0.5 / 64) * 64 for low, high in pairwise(sorted(contexts))]
+    return sorted({*contexts, *filter(None, means)})
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:

@@ -16,10 +16,13 @@ from nasbench.store import is_shared, shared_blocks
 MODES = ("decode", "prefill")
 WORDS = ("auto", "max")
 """What may stand for a batch beside numbers: the largest that fits, or powers of two up to it."""
-PREFILL_BATCHES = (1, 2, 4, 8, 64)
-"""With `auto`: from 8 on a chunk of every kind fills a GPU, the last is what many short prompts come to."""
-LONG, LONG_BATCH = 32768, 8
-"""Beyond the first, a context, prefill is measured at batches up to the second: more would take seconds a row."""
+PREFILL_BATCHES = (1, 2, 8, 64)
+"""With `auto`: from 8 on a chunk of every kind fills a GPU, the last is what many short prompts come to ..."""
+LATER, LONG = 8, 2
+"""... and the most at chunks with tokens before them, and beyond LONG_CONTEXT: more would take seconds a row."""
+LONG_CONTEXT = 32768
+FIRST_STEP = 32
+"""Skinny products run in tiles of 2^n sequences: from here on the next one beyond a power of two is measured too."""
 LARGEST_BATCH = 1024
 """`max` stops here: the largest batch of arXiv 2508.15884."""
 FULL_MEMORY = 1.0
@@ -131,7 +134,9 @@ def plan(
     def batches_at(name: str, context: int) -> list[int]:
         largest = batch_limit(shape, name, names, context, memory_bytes, dtype_bytes)
         sizes = {largest if batch == "max" else int(batch) for batch in batches if batch != "auto"}
-        return sorted(sizes | (_powers(largest) if "auto" in batches else set()))
+        # What differs between contexts is the reading of keys, in proportion to the batch.
+        auto = _powers(largest) if context == min(contexts) else _few_powers(largest)
+        return sorted(sizes | (auto if "auto" in batches else set()))
 
     everywhere = sorted({batch for name in names for context in contexts for batch in batches_at(name, context)})
     chunk = min(chunk, shape.max_context)
@@ -140,15 +145,15 @@ def plan(
 
     def prefill_batches(end: int) -> list[int]:
         # Without `auto` the smallest alone: larger ones only fill the device that a long chunk fills already.
-        most = everywhere[-1] if end <= LONG else LONG_BATCH
+        most = everywhere[-1] if end <= chunk else LATER if end <= LONG_CONTEXT else LONG
         largest = min(most, largest_batch(shape, names, end, memory_bytes, dtype_bytes))
         return [size for size in PREFILL_BATCHES if size <= largest] if "auto" in batches else everywhere[:1]
 
-    # Matrix products change their pace at every power of two, and these rows are few.
-    shared = sorted({*everywhere, *(_powers(everywhere[-1]) if "auto" in batches else ())})
+    few = sorted(_few_powers(everywhere[-1])) if "auto" in batches else everywhere
     first: list[Point] = []
     for block in shared_blocks(shape):
         if "decode" in modes or block == "head":  # prefill ends with one head
+            shared = few if block in ("embedding", "norm") else everywhere  # those two take microseconds
             first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
             sizes = sorted({size for _, size in chunks})
@@ -187,5 +192,11 @@ def _corners_first(points: Sequence[Point]) -> list[Point]:
 
 
 def _powers(largest: int) -> set[int]:
-    """1, 2, 4, ..., and `largest` itself."""
-    return {largest, *(1 << power for power in range(largest.bit_length()))}
+    """1, 2, 4, ..., from FIRST_STEP on their successors, and `largest` itself."""
+    powers = [1 << power for power in range(largest.bit_length())]
+    return {largest, *powers, *(power + 1 for power in powers if FIRST_STEP <= power < largest)}
+
+
+def _few_powers(largest: int) -> set[int]:
+    """1, and every other power of two from 2 on: one sequence has kernels of its own."""
+    return {1, largest, *(1 << power for power in range(1, largest.bit_length(), 2))}

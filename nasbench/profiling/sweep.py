@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -197,6 +198,8 @@ class InProcess:
     def __init__(self, machine: Machine, bench: Bench) -> None:
         self.machine = machine
         self.bench = bench
+        gc.collect()
+        gc.freeze()  # every collection before a row would go through what is loaded by now
 
     def ceilings(self) -> list[Row]:
         return measure_ceilings(self.machine, self.bench.dtype)

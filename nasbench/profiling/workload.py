@@ -46,10 +46,10 @@ COLD = 8
 a part of them, and A at batch 4 and 2k came out a fifth too fast."""
 EVICTED_BYTES = 16 << 20
 """What passes through the caches between two small blocks: about the weights of a layer."""
-MOST_PREFILL = 4
+MOST_PREFILL = 2
 """Instances of a prefill workload, whose time is arithmetic, not the fetching of weights ..."""
 LONG_PREFILL = 16384
-"""... and half of them where its chunks have as many tokens together: they take tens of milliseconds each."""
+"""... and half of them where its chunks have as many tokens together: they evict themselves."""
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def _decode(
     while True:
         try:
             log(f"decode: {batch} sequences of {context} tokens")
-            return _timed_decode(decoder, context, batch, seconds)
+            return timed_decode(decoder, context, batch, seconds, count=True)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not ran_out(error):
                 raise
@@ -229,9 +229,11 @@ def _decode(
 
 
 @torch.inference_mode()
-def _timed_decode(
-    decoder: Decoder, context: int, batch: int, seconds: float
+def timed_decode(
+    decoder: Decoder, context: int, batch: int, seconds: float, count: bool = False
 ) -> tuple[DecoderCache, list[float], int | None]:
+    """(cache, seconds of each repeat, with `count` the kernels of a step) of steps whose last key is the `context`th.
+    Raises what torch raises when the memory is not enough."""
     device = decoder.device
     cache = decoder.new_cache(batch, context)
     cache.fill_random(context - 1, torch.Generator(device).manual_seed(0))
@@ -247,7 +249,7 @@ def _timed_decode(
         tokens.copy_(fused.most_likely(logits))
 
     step()
-    launches = _count_kernels(step, device)
+    launches = _count_kernels(step, device) if count else None
     work = capture(step).replay if device.type == "cuda" else step
     clock = stopwatch(device)
     warm_s = min(clock(work) for _ in range(2))

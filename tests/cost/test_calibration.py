@@ -222,7 +222,7 @@ def test_steps_that_calibrate_are_within_the_profiled_batches():
     free = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2)
     assert {1, 4} < {point.batch for point in free if point.mode == "decode"}
     bound = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2, {8, 64})
-    assert {point.batch for point in bound if point.mode == "decode"} == {8, 64}
+    batches = {point.batch for point in bound if point.mode == "decode"}
+    assert (min(batches), max(batches)) == (8, 64)
     one = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2, {64})
     assert {point.batch for point in one if point.mode == "decode"} == {64}
-    assert len([point for point in one if point.mode == "decode"]) == 3

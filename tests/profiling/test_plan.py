@@ -103,13 +103,18 @@ def test_auto_batches_are_powers_of_two_up_to_the_largest():
     for context in contexts:
         largest = batch_limit(shape, "A", "AWJG", context, memory, 2)
         batches = {p.batch for p in found if (p.block, p.mode, p.context) == ("A", "decode", context)}
-        assert {1, 2, 4, 8, 16, 32, 64, largest} <= batches
+        # Beyond the first context what differs is the reading of keys, in proportion to the batch.
+        assert {1, 2, 8, 32, largest} <= batches
+        assert {4, 16, 33, 64, 65} <= batches or context != 4096
         assert max(batches) == largest
-    norms = {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")}
-    assert {1 << power for power in range(11)} <= norms
+    powers = {1 << power for power in range(11)}
+    assert {p.batch for p in found if (p.block, p.mode) == ("J", "decode")} >= powers | {129}
+    products = {p.batch for p in found if (p.block, p.mode) == ("mlp", "decode")}
+    assert {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")} == {1, 2, 8, 32, 128, 512, 1024}
+    assert products >= powers | {33, 65, 129, 257, 513}
     prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("A", "prefill")}
-    assert prefill >= {(2048, 64), (4096, 2), (262144, 8)}
-    assert (262144, 64) not in prefill
+    assert prefill >= {(2048, 64), (4096, 2), (4096, 8), (262144, 2)}
+    assert not prefill & {(4096, 64), (262144, 8)}
 
 
 def test_short_prompts_have_chunks_of_their_own_and_the_dearest_rows_come_last():
