@@ -49,7 +49,7 @@ class GatedLinearAttention(LinearMixer):
         return q, k, v
 
     def decay_input(self, parts: dict[str, Tensor]) -> Tensor:
-        return self.gk_proj.wide(parts["decay middle"])
+        return self.gk_proj.widened(parts["decay middle"])
 
     def fast_chunks(self, row: Tensor) -> Recurrence | None:
         return fla_chunks("gla", "chunk_gla", row)

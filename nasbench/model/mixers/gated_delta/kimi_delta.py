@@ -33,10 +33,10 @@ class KimiDelta(ShortConvolved):
         }  # fmt: skip
 
     def decay_input(self, parts: dict[str, Tensor]) -> Tensor:
-        return self.f_proj.wide(parts["decay middle"])
+        return self.f_proj.widened(parts["decay middle"])
 
     def output_gate(self, parts: dict[str, Tensor]) -> Tensor:
-        return self.g_proj.wide(parts["gate middle"])
+        return self.g_proj.widened(parts["gate middle"])
 
     def fast_chunks(self, row: Tensor) -> Recurrence | None:
         return fla_chunks("kda", "chunk_kda", row) if self.key_dim <= WIDEST_KEY else None

@@ -78,6 +78,10 @@ class LowRank(nn.Sequential):
     def wide(self) -> nn.Linear:
         return self.get_submodule("1")  # type: ignore[return-value]
 
+    def widened(self, middle: Tensor) -> Tensor:
+        """The second product; rows of a decode step, [B, M], by the fastest kernel."""
+        return (fused.linear if middle.dim() == 2 else F.linear)(middle, self.wide.weight, self.wide.bias)
+
 
 class LinearMixer(Block):
     """Linear attention whose state is one matrix per head. Subclasses name their projections of the layer's input and
@@ -141,7 +145,7 @@ class LinearMixer(Block):
 
     @cached_property
     def packed(self) -> PackedProjections:  # type: ignore[override]
-        return PackedProjections(tuple(self.inputs.values()))
+        return PackedProjections(tuple(self.inputs.values()), padded=True)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
