@@ -1,8 +1,8 @@
 """One decode step of RWKV7's time mixing, but for the products of receptance, key and value and the output's.
 
-down   the three low-rank projections' first half, with token shift before and tanh or sigmoid after
+down   the three low-rank projections' first half, with token shift before, in parts of the input's channels
 mix    token shift of the inputs of other products; the last input moves on
-up     the second half
+up     the parts' sum, tanh or sigmoid, and the second half
 step   removal, decay, write, read, output norm, bonus and gate: the state is read and written once, in place
 """
 
@@ -49,10 +49,11 @@ def token_mix_kernel(
 @triton.jit
 def rwkv7_down_kernel(
     x, previous, mix, weight, out, batch,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    SHARE: tl.constexpr = (SIZE + PARTS * BLOCK_K - 1) // (PARTS * BLOCK_K) * BLOCK_K
     wait(PDL)
     begin = tl.program_id(0) * BLOCK_R
     which = (begin >= FIRST).to(tl.int32) + (begin >= SECOND).to(tl.int32)
@@ -61,8 +62,9 @@ def rwkv7_down_kernel(
     in_rows = rows < batch
     kind = x.dtype.element_ty
     total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
-    for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
-        lanes = start + tl.arange(0, BLOCK_K)
+    part = tl.program_id(2)
+    for start in tl.range(0, SHARE, BLOCK_K, num_stages=STAGES):
+        lanes = part * SHARE + start + tl.arange(0, BLOCK_K)
         inside = lanes < SIZE
         both = in_rows[:, None] & inside[None, :]
         at = rows[:, None] * SIZE + lanes[None, :]
@@ -72,17 +74,13 @@ def rwkv7_down_kernel(
         mixed = (own + (before - own) * share[None, :]).to(kind)
         weights = tl.load(weight + ranks[None, :] * SIZE + lanes[:, None], mask=inside[:, None], other=0.0)
         total = tl.dot(mixed, weights, total, input_precision=PRECISION)
-    # tanh and sigmoid by one exponential.
-    scale = tl.where(which == 0, 2.0, 1.0)
-    opened = _sigmoid(total * scale) * scale - (scale - 1.0)
-    result = tl.where(which == 1, total, opened)
-    tl.store(out + rows[:, None] * RANKS + ranks[None, :], result.to(kind), mask=in_rows[:, None])
+    tl.store(out + (part * batch + rows[:, None]) * RANKS + ranks[None, :], total, mask=in_rows[:, None])
 
 
 @triton.jit
 def rwkv7_up_kernel(
     low, w2, a2, g2, w0, a0, out, batch,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr,
+    SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -101,15 +99,23 @@ def rwkv7_up_kernel(
     shift = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
     shift = tl.where(which == 2, 0.0, shift)  # the gate has none
     wait(PDL)
+    kind = out.dtype.element_ty
+    scale = tl.where(which == 0, 2.0, 1.0)
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32) + shift[None, :]
     for start in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
         ranks = start + tl.arange(0, BLOCK_R)
-        given = tl.load(low + rows[:, None] * RANKS + ranks[None, :], mask=in_rows[:, None], other=0.0)
+        inner = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
+        for part in tl.static_range(PARTS):
+            begun = low + (part * batch + rows[:, None]) * RANKS + ranks[None, :]
+            inner += tl.load(begun, mask=in_rows[:, None], other=0.0)
+        # tanh and sigmoid by one exponential.
+        opened = _sigmoid(inner * scale) * scale - (scale - 1.0)
+        given = tl.where(which == 1, inner, opened).to(kind)
         at = lanes[None, :] * (end - begin) + (ranks - begin)[:, None]
         weights = tl.load(weight + at, mask=inside[None, :], other=0.0)
         total = tl.dot(given, weights, total, input_precision=PRECISION)
     at = (which * batch + rows[:, None]).to(tl.int64) * SIZE + lanes[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_rows[:, None] & inside[None, :])
+    tl.store(out + at, total.to(kind), mask=in_rows[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -187,16 +193,17 @@ def low_ranks(
     """
     (batch, size), inner = x.shape, ups[0].shape[0]
     first, second = ups[0].shape[1], ups[0].shape[1] + ups[1].shape[1]
-    low = torch.empty(batch, len(down), device=x.device, dtype=x.dtype)
+    parts = 8 if batch <= 64 else 4  # few ranks make few tiles
+    low = torch.empty(parts, batch, len(down), device=x.device, dtype=torch.float32)
     out = torch.empty(3, batch, inner, device=x.device, dtype=x.dtype)
     block_b = 32 if batch > 16 else 16
     exact = x.dtype == torch.float32
     sizes = {
-        "FIRST": first, "SECOND": second, "RANKS": len(down), "BLOCK_B": block_b, "BLOCK_R": BLOCK_R,
+        "FIRST": first, "SECOND": second, "RANKS": len(down), "PARTS": parts, "BLOCK_B": block_b, "BLOCK_R": BLOCK_R,
         "PRECISION": "ieee" if exact else "tf32", **pdl_launch(x.device),
     }  # fmt: skip
     rows = triton.cdiv(batch, block_b)
-    rwkv7_down_kernel[(len(down) // BLOCK_R, rows)](
+    rwkv7_down_kernel[(len(down) // BLOCK_R, rows, parts)](
         x, previous, mix, down, low, batch, SIZE=size, BLOCK_K=64 if exact else 128, STAGES=3, num_warps=4, **sizes
     )
     rwkv7_up_kernel[(3 * triton.cdiv(inner, 64), rows)](
