@@ -49,7 +49,12 @@ class GatedLinearAttention(LinearMixer):
         return q, k, v
 
     def decay_input(self, parts: dict[str, Tensor]) -> Tensor:
-        return self.gk_proj.widened(parts["decay middle"])
+        return self.gk_proj.wide(parts["decay middle"])
+
+    def decode_gates(
+        self, parts: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        return parts["decay middle"], None, (self.gk_proj.wide.weight, self.gk_proj.wide.bias)
 
     def fast_chunks(self, row: Tensor) -> Recurrence | None:
         return fla_chunks("gla", "chunk_gla", row)

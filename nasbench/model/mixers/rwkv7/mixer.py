@@ -72,8 +72,7 @@ class RWKV7(Block):
         self.r_k = nn.Parameter(torch.zeros(inner))
         self.norm = nn.GroupNorm(spec.num_heads, inner, eps=NORM_EPS * spec.head_dim)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
-        self.packed = PackedProjections((self.r_proj, self.k_proj, self.v_proj))
-        self.packed_ranks = PackedProjections((self.w1, self.a1, self.g1))
+        self.packed = PackedProjections((self.r_proj, self.k_proj, self.v_proj, self.w1, self.a1, self.g1))
         half_lives = spread_half_lives(spec.num_heads).clamp(min=SHORTEST_HALF_LIFE)
         with torch.no_grad():
             logits = torch.logit(math.log(2) / half_lives / STRONGEST_DECAY)
@@ -144,8 +143,7 @@ class RWKV7(Block):
         last = row.new_zeros(len(row), row.shape[2]) if cache is None else cache.conv_state[PREVIOUS]
         mixed = token_mixes(row, last, self.mix)
         last.copy_(row[:, -1])
-        self.packed_ranks.unpacked = self.packed.unpacked
-        weight = self.packed.weight_and_bias()[0].unflatten(0, (W, -1))
+        weight = self.packed.weight_and_bias()[0][: W * self.spec.inner].unflatten(0, (W, -1))
         products = torch.bmm(mixed[:W].flatten(1, 2), weight.mT).unflatten(1, row.shape[:2])
         r, k, v = (self.heads(product) for product in products)
         raw_decay, raw_rate = self.w2(self.w1(mixed[W]).tanh()), self.a2(self.a1(mixed[A]))
@@ -158,17 +156,16 @@ class RWKV7(Block):
 
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         """Normalised input [B, 1, C] -> [B, D]."""
+        from nasbench_kernels.linear.grouped import grouped_gemm
         from nasbench_kernels.rwkv7.decode import low_ranks, rwkv7_fused_step, token_mix
 
         assert cache is not None
-        x, before = row[:, 0], cache.conv_state[PREVIOUS]
-        self.packed_ranks.unpacked = self.packed.unpacked
-        down, weight = self.packed_ranks.weight_and_bias()[0], self.packed.weight_and_bias()[0]
+        mixed = token_mix(row[:, 0], cache.conv_state[PREVIOUS], self.mix, len(self.mix))
+        projected = grouped_gemm(mixed[0], mixed.stride(0), self.packed.weight_and_bias()[0], tuple(self.packed.sizes))
         ups = self.w2.weight, self.a2.weight, self.g2.weight
-        raw = low_ranks(x, before, self.mix[W:], down, ups, (self.w2.bias, self.a2.bias))
-        rkv = torch.bmm(token_mix(x, before, self.mix, W), weight.unflatten(0, (W, -1)).mT)
+        raw = low_ranks(projected[:, W * self.spec.inner :], ups, (self.w2.bias, self.a2.bias))
         return rwkv7_fused_step(
-            rkv, raw, cache.state["state"], self.k_k, self.k_a, self.r_k, (self.norm.weight, self.norm.bias),
+            projected, raw, cache.state["state"], self.k_k, self.k_a, self.r_k, (self.norm.weight, self.norm.bias),
             strongest=STRONGEST_DECAY, eps=self.norm.eps,
         )  # fmt: skip
 
