@@ -61,12 +61,12 @@ def _move_on(inputs, past, channel, inside, SIZE: tl.constexpr, TAPS: tl.constex
 
 @triton.jit
 def _widened(at, middle, bias, lanes, inside, RANK: tl.constexpr):
-    """A narrow product's weights [lanes, RANK] and biases, for `middle` [RANK]."""
-    ranks = tl.arange(0, RANK)
-    weights = tl.load(at + lanes[:, None] * RANK + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-    x = tl.sum(weights * tl.load(middle + ranks).to(tl.float32)[None, :], 1)
-    # Rounded as the plain product is.
-    return (x + tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)).to(middle.dtype.element_ty)
+    """A product of a narrow row, `middle` [RANK], for some of its outputs, rounded as the plain one is."""
+    x = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    for rank in tl.static_range(RANK):
+        weight = tl.load(at + lanes * RANK + rank, mask=inside, other=0.0).to(tl.float32)
+        x += weight * tl.load(middle + rank).to(tl.float32)
+    return x.to(middle.dtype.element_ty)
 
 
 @triton.jit
@@ -78,9 +78,9 @@ def _decay(x, shift, rate, sign):
 
 @triton.jit
 def recurrent_step_kernel(
-    row, decay_rows, decay_weight, decay_bias, gate_rows, conv_weight, conv_state, state, a_log, dt_bias,
-    norm_weight, cos, sin, scratch, counters, out, row_stride, decay_stride, gate_stride, table_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at,
-    scale, sign,
+    row, decay_rows, decay_weight, decay_bias, gate_rows, conv_weight, conv_state, state, a_log, dt_bias, norm_weight,
+    cos, sin, scratch, counters, out, row_stride, decay_stride, gate_stride, table_stride, q_at, k_at, v_at, gate_at,
+    decay_at, beta_at, scale, sign,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, L2_EPS_: tl.constexpr,
@@ -395,7 +395,8 @@ def recurrent_step(
     static = conv_weight is not None and conv_weight.dim() == 2
     if static and launch.parts > 1:
         # Parts share queries and keys: one of them would move the inputs on before another has read them.
-        assert conv_weight is not None and conv_state is not None
+        assert conv_weight is not None
+        assert conv_state is not None
         conv_step(row, conv_weight, conv_state)
         conv_weight, conv_state, static = None, None, False
     stages = launch.stages_for(state.element_size(), key_dim, shared_memory)

@@ -102,8 +102,8 @@ def grouped_gemm(
     grouped_gemm_kernel[(len(tiles), triton.cdiv(batch, block_m))](
         x, weight, weight if bias is None else bias, out, tiles, batch, rows, x.stride(0), group_stride,
         0 if bias is None else rows - len(bias), COLUMNS=columns, BLOCK_N=block_n, BLOCK_M=block_m, BLOCK_K=block_k,
-        STAGES=stages, PREFETCH=min(2 if block_k > line else 4, stages), LINE=line, ALIGNED=all(size % 16 == 0 for size in sizes),
-        BIAS=bias is not None, PRECISION="ieee" if exact else "tf32", num_warps=8 if block_m * block_n >= 1 << 13 else 4,
-        **pdl_launch(x.device),
+        STAGES=stages, PREFETCH=min(2 if block_k > line else 4, stages), LINE=line,
+        ALIGNED=all(size % 16 == 0 for size in sizes), BIAS=bias is not None, PRECISION="ieee" if exact else "tf32",
+        num_warps=8 if block_m * block_n >= 1 << 13 else 4, **pdl_launch(x.device),
     )  # fmt: skip
     return out

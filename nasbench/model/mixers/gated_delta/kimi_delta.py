@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from nasbench.model import fused
 from nasbench.model.mixers.gated_delta.gated_delta_net import ShortConvolved
 from nasbench.model.mixers.gated_delta.mixer import LEARNT_DECAYS, WIDEST_KEY, LowRank, Recurrence
 from nasbench.model.mixers.gated_delta.optional import fla_chunks

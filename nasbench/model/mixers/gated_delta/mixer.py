@@ -237,8 +237,8 @@ class LinearMixer(Block):
         return self._with(self.fast_chunks(row) or chunked_gated_delta, row, meta, cache)
 
     def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """What the decode kernel convolves with, and the conv state: the values' dynamic taps [B, H * V, W], or the taps
-        [2 H * K + H * V, W] of a static convolution of q, k and v."""
+        """What the decode kernel convolves with, and the conv state: the values' dynamic taps [B, H * V, W], or the
+        taps [2 H * K + H * V, W] of a static convolution of q, k and v."""
         return None, None
 
     def decode_gates(
