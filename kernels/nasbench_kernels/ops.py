@@ -9,6 +9,7 @@ from nasbench_kernels.gated_delta.inputs import recurrence_inputs, training_inpu
 from nasbench_kernels.gated_delta.prefill import triton_gated_delta
 from nasbench_kernels.linear.gemm import gemm, gemm_and_silu, swiglu_gemm
 from nasbench_kernels.linear.gemv import gemv
+from nasbench_kernels.linear.grouped import grouped_gemm
 from nasbench_kernels.linear.launch import prefer_skinny_gemm, skinny_gemm_supported
 from nasbench_kernels.loss.divergence import divergence_rows
 from nasbench_kernels.norm.decode import add_norm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ALIGNED = 8
+ALIGNED = 16
 """Outputs of a product come in multiples of it: rows of other lengths are slow to write and to read."""
 
 
@@ -25,13 +25,14 @@ class PackedProjections:
 
     Attributes:
         sizes: outputs of each projection.
+        padded: zeros follow in rows of inference, up to a multiple of ALIGNED.
         unpacked: the parameters must stay where they are, as FSDP2's do.
     """
 
     unpacked = False
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.linears = tuple(linears)
+    def __init__(self, linears: Sequence[nn.Linear], padded: bool = False) -> None:
+        self.linears, self.padded = tuple(linears), padded
         self.sizes = [linear.out_features for linear in self.linears]
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -86,20 +87,20 @@ class PackedProjections:
         weights, biases = self._parameters()
         if self.unpacked:
             return torch.cat(weights), torch.cat(biases) if biases else None
-        self.weight = packed_parameters(self.weight, weights)
+        self.weight = packed_parameters(self.weight, weights, -sum(self.sizes) % ALIGNED if self.padded else 0)
         self.bias = packed_parameters(self.bias, biases) if biases else None
         return self.weight, self.bias
 
 
-def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
+def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor], further: int = 0) -> Tensor:
     """Parameters side by side along their first dimension: `known` if every one still is a view of its part, else they
-    are packed anew."""
+    are packed anew. `further` rows of zeros stand behind them."""
     if known is None or known.dtype != parameters[0].dtype:
-        return _pack(parameters)
+        return _pack(parameters, further)
     pointer = known.data_ptr()
     for parameter in parameters:
         if parameter.data_ptr() != pointer:
-            return _pack(parameters)
+            return _pack(parameters, further)
         pointer += parameter.nbytes
     return known
 
@@ -107,10 +108,11 @@ def packed_parameters(known: Tensor | None, parameters: Sequence[Tensor]) -> Ten
 # Never in inference mode: parameters must not become inference tensors, which could not be trained again.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pack(parameters: Sequence[Tensor]) -> Tensor:
+def _pack(parameters: Sequence[Tensor], further: int) -> Tensor:
     """Concatenates parameters along the first dimension and makes each a view of its part."""
-    packed = torch.cat([parameter.detach() for parameter in parameters])
-    for parameter, part in zip(parameters, packed.split([p.shape[0] for p in parameters]), strict=True):
+    like, sizes = parameters[0], [parameter.shape[0] for parameter in parameters]
+    packed = torch.cat([*(parameter.detach() for parameter in parameters), like.new_zeros(further, *like.shape[1:])])
+    for parameter, part in zip(parameters, packed[: sum(sizes)].split(sizes), strict=True):
         parameter.data = part
     if packed.is_cuda:
         # Once: kernels of a decode step ask for weights before the launches ahead of them are done.

@@ -33,6 +33,7 @@ from nasbench_kernels.mamba2.decode import fused_mamba2_step
 from nasbench_kernels.mamba2.prefill import triton_mamba2
 from nasbench_kernels.mla import decode as mla
 from nasbench_kernels.rwkv7 import decode as rwkv7
+from nasbench_kernels.rwkv7 import prefill as prompts
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -90,9 +91,13 @@ def other_recurrences(batch: int, heads: int, dim: int) -> None:
     step = partial(ops.recurrent_step, row, RowLayout(0, size, 2 * size, 3 * size, 0, 4 * size), state, fp32(heads))
     once = fp32(heads), nothing(dim), ops.StepWorkspace()
     each = fp32(size), nothing(dim), ops.StepWorkspace()
-    step(*once, form=ops.StepForm(sign=0.0, gate=""))
-    step(*each, form=ops.StepForm(gate="sigmoid"), decay=channels, gate=channels)
-    step(*each, form=ops.StepForm(False, False, -1.0), decay=channels)
+    convolution = nothing(3 * size, 4), nothing(batch, 3, 3 * size)
+    step(*once, *convolution)
+    step(*once, *convolution, form=ops.StepForm(sign=0.0, gate=""))
+    wide = ops.grouped_gemm(row[:, :dim], dim, nothing(2 * size, dim), (size, size), nothing(size))
+    step(*each, *convolution, form=ops.StepForm(gate="sigmoid"), decay=wide[:, :size], gate=channels)
+    narrow = nothing(size, 16), nothing(size)
+    step(*each, form=ops.StepForm(False, False, -1.0), decay=nothing(batch, 16), decay_product=narrow)
     step(*once, form=ops.StepForm(False, False, 0.0), tables=(fp32(batch, dim), fp32(batch, dim)))
 
 
@@ -207,11 +212,21 @@ def mamba2_prompt(heads: int, dim: int, size: int, dtype: torch.dtype, train: bo
 
 def rwkv7_step(batch: int, hidden: int, heads: int, dim: int, ranks: tuple[int, int, int], state: torch.dtype) -> None:
     x, inner = nothing(batch, hidden), heads * dim
-    rwkv7.token_mix(x, x, nothing(6, hidden), 3)
+    mixed = rwkv7.token_mix(x, x, nothing(6, hidden), 6)
+    sizes = (inner, inner, inner, *ranks)
+    projected = ops.grouped_gemm(mixed[0], mixed.stride(0), nothing(sum(sizes), hidden), sizes)
     ups = tuple(nothing(inner, rank) for rank in ranks)
-    raw = rwkv7.low_ranks(x, x, nothing(3, hidden), nothing(sum(ranks), hidden), ups, (nothing(inner), nothing(inner)))
+    raw = rwkv7.low_ranks(projected[:, 3 * inner :], ups, (nothing(inner), nothing(inner)))
     weights, kept = [nothing(inner) for _ in range(5)], nothing(batch, heads, dim, dim, dtype=state)
-    rwkv7.rwkv7_fused_step(raw, raw, kept, *weights[:3], (weights[3], weights[4]), strongest=0.6, eps=1e-3)
+    rwkv7.rwkv7_fused_step(projected, raw, kept, *weights[:3], (weights[3], weights[4]), strongest=0.6, eps=1e-3)
+
+
+def rwkv7_prompt(heads: int, dim: int) -> None:
+    x = nothing(2, 2048, heads, dim)
+    row, weight = x.flatten(2), nothing(heads * dim)
+    prompts.token_mixes(row, row[:, 0], nothing(6, heads * dim))
+    prompts.recurrence_inputs(x, row, row, weight, weight, 0.6)
+    prompts.gated_output(x, x, x, x, row, weight, (weight, weight), 1e-3)
 
 
 def latent_step(batch: int, heads: int, slots: int, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -229,6 +244,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent attention smollm2": lambda: latent_step(8, 9, 8192, (192, 32, 64), BF16),
     "rwkv7 step 1.5B": lambda: rwkv7_step(256, 2048, 32, 64, (96, 96, 256), FP32),
     "rwkv7 step 1.5B, bf16 state, batch 1": lambda: rwkv7_step(1, 2048, 32, 64, (96, 96, 256), BF16),
+    "rwkv7 prompt 1.5B": lambda: rwkv7_prompt(32, 64),
     "mamba2 step 2.7B": lambda: mamba2_step(64, 80, 64, 128, FP32),
     "mamba2 step 2.7B, bf16 state, batch 1": lambda: mamba2_step(1, 80, 64, 128, BF16),
     "mamba2 step 2.7B, one head a program": lambda: mamba2_step(64, 80, 64, 128, FP32, Mamba2Launch(64)),

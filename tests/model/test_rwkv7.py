@@ -38,6 +38,24 @@ def test_steps_by_kernels_equal_the_plain_ones(name, batch):
         assert relative_rmse(caches[1].tensors[key], tensor) < bound, key
 
 
+@pytest.mark.parametrize("name", ["R", "R@8x6"])
+@torch.no_grad()
+def test_prompts_by_kernels_equal_the_plain_ones(name):
+    pytest.importorskip("triton")
+    mixer = build(name)
+    for parameter in (mixer.mix, mixer.k_a, mixer.r_k):
+        parameter.uniform_()
+    x = inputs(mixer.spec, 2, 21)
+    assert relative_rmse(mixer.prefill_core(x, chunk(0, 21)), mixer.core(x, chunk(0, 21))) < CACHE_FP32
+    caches = [new_cache(mixer, 2, 21) for _ in range(2)]
+    for begin, end in ((0, 3), (3, 4), (4, 21)):
+        part, meta = x[:, begin:end], chunk(begin, end - begin)
+        expected = mixer.core(part, meta, caches[0])
+        assert relative_rmse(mixer.prefill_core(part, meta, caches[1]), expected) < CACHE_FP32
+    for key, tensor in caches[0].tensors.items():
+        assert relative_rmse(caches[1].tensors[key], tensor) < CACHE_FP32, key
+
+
 @torch.no_grad()
 def test_packed_documents_do_not_meet():
     mixer = build("R")

@@ -20,6 +20,7 @@ from torch import Tensor
 from nasbench_kernels.common.launch import launch_for, sm_limits
 from nasbench_kernels.common.pdl import pdl_launch, wait
 from nasbench_kernels.common.tile import silu
+from nasbench_kernels.conv.decode import conv_step
 from nasbench_kernels.gated_delta.naive import L2_EPS, RowLayout
 from nasbench_kernels.norm.naive import NORM_EPS
 
@@ -36,6 +37,39 @@ def _vector(at, lanes, inside, cos, sin, KEY: tl.constexpr, ROTARY: tl.constexpr
 
 
 @triton.jit
+def _held(weight, past, channel, inside, SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Taps and earlier inputs of the static convolution of some channels, [taps, channels]."""
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    taps = tl.load(weight + channel[None, :] * TAPS + tap, mask=inside[None, :] & (tap < TAPS), other=0.0)
+    seen = inside[None, :] & (tap < TAPS - 1)
+    return taps, tl.load(past + tap * SIZE + channel[None, :], mask=seen, other=0.0)
+
+
+@triton.jit
+def _convolved(x, taps, earlier, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """(the window's inputs, SiLU of the convolution)."""
+    inputs = tl.where(tl.arange(0, BLOCK_T)[:, None] == TAPS - 1, x[None, :], earlier.to(tl.float32))
+    return inputs, silu(tl.sum(inputs * taps.to(tl.float32), 0))
+
+
+@triton.jit
+def _move_on(inputs, past, channel, inside, SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
+    tap = tl.arange(0, BLOCK_T)[:, None]
+    at = past + (tap - 1) * SIZE + channel[None, :]
+    tl.store(at, inputs.to(past.dtype.element_ty), mask=inside[None, :] & (tap > 0) & (tap < TAPS))
+
+
+@triton.jit
+def _widened(at, middle, bias, lanes, inside, RANK: tl.constexpr):
+    """A product of a narrow row, `middle` [RANK], for some of its outputs, rounded as the plain one is."""
+    x = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
+    for rank in tl.static_range(RANK):
+        weight = tl.load(at + lanes * RANK + rank, mask=inside, other=0.0).to(tl.float32)
+        x += weight * tl.load(middle + rank).to(tl.float32)
+    return x.to(middle.dtype.element_ty)
+
+
+@triton.jit
 def _decay(x, shift, rate, sign):
     step = sign * x.to(tl.float32) + shift
     softplus = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
@@ -44,14 +78,14 @@ def _decay(x, shift, rate, sign):
 
 @triton.jit
 def recurrent_step_kernel(
-    row, decay_rows, gate_rows, conv_weight, conv_state, state, a_log, dt_bias, norm_weight, cos, sin, scratch,
-    counters, out, row_stride, decay_stride, gate_stride, table_stride, q_at, k_at, v_at, gate_at, decay_at, beta_at,
-    scale, sign,
+    row, decay_rows, decay_weight, decay_bias, gate_rows, conv_weight, conv_state, state, a_log, dt_bias, norm_weight,
+    cos, sin, scratch, counters, out, row_stride, decay_stride, gate_stride, table_stride, q_at, k_at, v_at, gate_at,
+    decay_at, beta_at, scale, sign,
     HEADS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_V: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_ALL: tl.constexpr, STAGES: tl.constexpr, DYNAMIC: tl.constexpr, L2_EPS_: tl.constexpr,
     NORM_EPS_: tl.constexpr, CHANNELS: tl.constexpr, DELTA: tl.constexpr, UNIT: tl.constexpr, ROTARY: tl.constexpr,
-    GATE: tl.constexpr, PDL: tl.constexpr,
+    GATE: tl.constexpr, STATIC: tl.constexpr, RANK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     part = program % PARTS
@@ -85,6 +119,20 @@ def recurrent_step_kernel(
             own_state + second[:, None] * VALUE + tile_at[None, :], mask=in_second[:, None] & in_tile[None, :],
             other=0.0,
         )  # fmt: skip
+    BLOCK_P: tl.constexpr = BLOCK_V * TILES
+    mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
+    in_mine = mine < VALUE
+    channel = head * VALUE + mine
+    if STATIC:
+        # As the state: nothing just ahead writes the last inputs.
+        SIZE: tl.constexpr = HEADS * (2 * KEY + VALUE)
+        window = conv_state + sequence * (TAPS - 1) * SIZE
+        own = head * KEY
+        taps_qa, past_qa = _held(conv_weight, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
+        taps_qb, past_qb = _held(conv_weight, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
+        taps_ka, past_ka = _held(conv_weight, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
+        taps_kb, past_kb = _held(conv_weight, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
+        taps_v, past_v = _held(conv_weight, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
     wait(PDL)
     # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
@@ -96,16 +144,16 @@ def recurrent_step_kernel(
     q_b = _vector(from_q, second, in_second, cos, sin, KEY, ROTARY)
     k_b = _vector(from_k, second, in_second, cos, sin, KEY, ROTARY)
     from_decay = decay_rows + sequence * decay_stride + decay_at
-    if CHANNELS:
+    if RANK > 0:
+        own_weight = decay_weight + head * KEY * RANK
+        step_a = _widened(own_weight, from_decay, decay_bias + head * KEY, first, in_first, RANK)
+        step_b = _widened(own_weight, from_decay, decay_bias + head * KEY, second, in_second, RANK)
+    elif CHANNELS:
         step_a = tl.load(from_decay + head * KEY + first, mask=in_first, other=0.0)
         step_b = tl.load(from_decay + head * KEY + second, mask=in_second, other=0.0)
     else:
         step = tl.load(from_decay + head)
     beta_logit = tl.load(base + beta_at + head).to(tl.float32)
-    BLOCK_P: tl.constexpr = BLOCK_V * TILES
-    mine = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    in_mine = mine < VALUE
-    channel = head * VALUE + mine
     v = tl.load(base + v_at + channel, mask=in_mine, other=0.0).to(tl.float32)
 
     # Values of this part, after the convolution, into the scratch buffer.
@@ -127,6 +175,19 @@ def recurrent_step_kernel(
         # Several threads may hold one element: all must have read before any writes.
         tl.debug_barrier()
         tl.store(past - width, inputs.to(conv_state.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS))
+    if STATIC:
+        inputs_qa, q_a = _convolved(q_a, taps_qa, past_qa, TAPS, BLOCK_T)
+        inputs_qb, q_b = _convolved(q_b, taps_qb, past_qb, TAPS, BLOCK_T)
+        inputs_ka, k_a = _convolved(k_a, taps_ka, past_ka, TAPS, BLOCK_T)
+        inputs_kb, k_b = _convolved(k_b, taps_kb, past_kb, TAPS, BLOCK_T)
+        inputs_v, v = _convolved(v, taps_v, past_v, TAPS, BLOCK_T)
+        # As above.
+        tl.debug_barrier()
+        _move_on(inputs_qa, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
+        _move_on(inputs_qb, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
+        _move_on(inputs_ka, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
+        _move_on(inputs_kb, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
+        _move_on(inputs_v, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
     tl.store(outputs + mine, v, mask=in_mine)
 
     if UNIT:
@@ -298,7 +359,8 @@ def recurrent_step(
     row: Tensor, layout: RowLayout, state: Tensor, a_log: Tensor, dt_bias: Tensor, norm_weight: Tensor,
     workspace: StepWorkspace, conv_weight: Tensor | None = None, conv_state: Tensor | None = None, *,
     form: StepForm = GATED_DELTA, decay: Tensor | None = None, gate: Tensor | None = None,
-    tables: tuple[Tensor, Tensor] | None = None, launch: StepLaunch | None = None,
+    tables: tuple[Tensor, Tensor] | None = None, decay_product: tuple[Tensor, Tensor] | None = None,
+    launch: StepLaunch | None = None,
 ) -> Tensor:  # fmt: skip
     """A whole step of a recurrence of `naive_gated_delta` between the input and the output projection.
 
@@ -311,8 +373,10 @@ def recurrent_step(
         a_log, dt_bias: [H] fp32; dt_bias [H * K] where every key channel has a decay.
         norm_weight: [V].
         conv_weight: JetBlock's taps per token [B, H * V, W], with conv_state [B, W-1, H * V], shifted in place; then q,
-            k and v pass SiLU here. None: row holds q, k and v after convolution and SiLU.
+            k and v pass SiLU here. Or the taps [C, W] of a static convolution of the rows' first C = 2 H K + H V
+            columns, with conv_state [B, W-1, C]; SiLU follows. None: no convolution, no SiLU.
         decay: [B, H * K], what decays per channel are made of; None: per head, in the rows.
+        decay_product: weight [H * K, R], R a power of two, and bias [H * K]: then decay is [B, R], their input.
         gate: [B, H * V], the output gate before its activation; None: in the rows.
         tables: cosines and sines [B, K] fp32 that rotate queries and keys.
         launch: default: the tuner's or `step_launch`'s.
@@ -328,15 +392,23 @@ def recurrent_step(
     )  # fmt: skip
     if launch.block_v * launch.tiles * launch.parts < value_dim:
         raise ValueError(f"{launch} leaves some of {value_dim} value channels out")
+    static = conv_weight is not None and conv_weight.dim() == 2
+    if static and launch.parts > 1:
+        # Parts share queries and keys: one of them would move the inputs on before another has read them.
+        assert conv_weight is not None
+        assert conv_state is not None
+        conv_step(row, conv_weight, conv_state)
+        conv_weight, conv_state, static = None, None, False
     stages = launch.stages_for(state.element_size(), key_dim, shared_memory)
     block_a, block_b = key_blocks(key_dim)
     scratch, counters = workspace.of(batch * heads, value_dim, row.device)
     out = torch.empty(batch, heads * value_dim, device=row.device, dtype=row.dtype)
     taps = conv_weight.shape[-1] if conv_weight is not None else 2
     decay_rows, gate_rows = row if decay is None else decay, row if gate is None else gate
+    decay_weight, decay_bias = (row, row) if decay_product is None else decay_product
     cos, sin = (a_log, a_log) if tables is None else tables
     recurrent_step_kernel[(batch * heads * launch.parts,)](
-        row, decay_rows, gate_rows, row if conv_weight is None else conv_weight,
+        row, decay_rows, decay_weight, decay_bias, gate_rows, row if conv_weight is None else conv_weight,
         row if conv_state is None else conv_state, state, a_log, dt_bias, norm_weight, cos, sin, scratch, counters, out,
         row.stride(0), decay_rows.stride(0), gate_rows.stride(0), 0 if tables is None else cos.stride(0),
         layout.q, layout.k, layout.v, layout.gate if gate is None else 0, layout.decay if decay is None else 0,
@@ -344,8 +416,8 @@ def recurrent_step(
         HEADS=heads, KEY=key_dim, VALUE=value_dim, TAPS=taps,
         BLOCK_T=triton.next_power_of_2(taps), BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_V=launch.block_v,
         TILES=launch.tiles, PARTS=launch.parts, BLOCK_ALL=triton.next_power_of_2(value_dim), STAGES=stages,
-        DYNAMIC=conv_weight is not None, L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, CHANNELS=decay is not None,
-        DELTA=form.delta, UNIT=form.unit, ROTARY=tables is not None, GATE=form.gate, num_warps=launch.warps,
-        **pdl_launch(row.device),
+        DYNAMIC=conv_weight is not None and not static, L2_EPS_=L2_EPS, NORM_EPS_=NORM_EPS, CHANNELS=decay is not None,
+        DELTA=form.delta, UNIT=form.unit, ROTARY=tables is not None, GATE=form.gate, STATIC=static,
+        RANK=0 if decay_product is None else decay_weight.shape[1], num_warps=launch.warps, **pdl_launch(row.device),
     )  # fmt: skip
     return out

@@ -140,23 +140,25 @@ def latent_write(
     return q_rope
 
 
-def num_splits(programs: int, max_seqlen: int, multiprocessors: int, block_n: int) -> int:
-    """Parts of the context: the fewest that fill the multiprocessors, one program on each, in whole rounds; every part
-    writes as many numbers as a whole head has. None is shorter than four blocks."""
+def num_splits(programs: int, max_seqlen: int, places: int, block_n: int) -> int:
+    """Parts of the context: the fewest that fill the places of the card in whole rounds; every part writes as many
+    numbers as a whole head has. None is shorter than four blocks."""
     longest = max(1, min(MOST_SPLITS, max_seqlen // (4 * block_n)))
     for splits in range(1, longest):
-        rounds = programs * splits / multiprocessors
-        if rounds >= 0.9 * -(-programs * splits // multiprocessors):
+        rounds = programs * splits / places
+        if rounds >= 0.9 * -(-programs * splits // places):
             return splits
     return longest
 
 
 def latent_launch(width: int, element_size: int, shared_memory: int) -> tuple[int, int]:
-    """(tokens of a tile, pipeline stages) of tiles that are `width` numbers wide."""
-    for block_n, stages in ((64, 3), (64, 2), (32, 3), (32, 2)):
-        if stages * block_n * width * element_size <= shared_memory - (8 << 10):
+    """(tokens of a tile, pipeline stages) for tiles `width` numbers wide, such that two programs of 4 warps share a
+    multiprocessor. Share of a plain read on one H200 of 132 multiprocessors, tiles of 64 tokens, with 8 and 4 warps:
+    0.74 and 0.61 by 128 programs, 0.84 and 0.98 by 256; tiles of 32 with 4 warps: 0.97 by 256."""
+    for block_n, stages in ((32, 3), (32, 2), (16, 3)):
+        if 2 * ((block_n * (stages - 1) + BLOCK_H) * width * element_size + (2 << 10)) <= shared_memory:
             return block_n, stages
-    return 16, 1
+    return 16, 2
 
 
 def latent_attention(
@@ -173,9 +175,7 @@ def latent_attention(
     multiprocessors, shared = sm_limits(q.device)
     block_n, stages = latent_launch(block_l + block_r, latents.element_size(), shared)
     programs = batch * triton.cdiv(heads, BLOCK_H)
-    splits = num_splits(programs, min(max_seqlen, slots), multiprocessors, block_n)
-    # Share of a plain read on one H200 of 132 multiprocessors, with 8 and 4 warps: 0.74 and 0.61 by 128 programs, 0.84
-    # and 0.98 by 256.
+    splits = num_splits(programs, min(max_seqlen, slots), 2 * multiprocessors, block_n)
     out = torch.empty_like(q)
     parts = weights = q
     if splits > 1:
@@ -185,10 +185,10 @@ def latent_attention(
         q, q_rope, latents, positions, out, parts, weights, batch, latents.stride(0), slots, scale * LOG2E,
         HEADS=heads, LATENT=latent, ROPE=rope, BLOCK_H=BLOCK_H, BLOCK_L=block_l, BLOCK_R=block_r, BLOCK_N=block_n,
         SPLITS=splits, PRECISION="ieee" if latents.dtype == torch.float32 else "tf32",
-        num_warps=8 if programs * splits <= multiprocessors else 4, num_stages=stages, **pdl_launch(q.device),
+        num_warps=4, num_stages=stages, **pdl_launch(q.device),
     )  # fmt: skip
     if splits > 1:
-        block = min(block_l, 64)
+        block = min(block_l, max(32, 4096 // triton.next_power_of_2(splits)))
         reduce_kernel[(heads * batch, triton.cdiv(latent, block))](
             parts, weights, out, DIM=latent, BLOCK_D=block, SPLITS=splits, BLOCK_S=triton.next_power_of_2(splits),
             num_warps=4, **pdl_launch(q.device),

@@ -1,8 +1,8 @@
-"""One decode step of RWKV7's time mixing, but for the products of receptance, key and value and the output's.
+"""One decode step of RWKV7's time mixing, but for the products of the layer's input and the output's.
 
-down   the three low-rank projections' first half, with token shift before and tanh or sigmoid after
-mix    token shift of the inputs of other products; the last input moves on
-up     the second half
+mix    token shift of the six inputs; the last input moves on
+(products of the six inputs, `grouped_gemm`)
+up     tanh or sigmoid of the low-rank projections' first half, and the second half
 step   removal, decay, write, read, output norm, bonus and gate: the state is read and written once, in place
 """
 
@@ -47,41 +47,8 @@ def token_mix_kernel(
 
 
 @triton.jit
-def rwkv7_down_kernel(
-    x, previous, mix, weight, out, batch,
-    SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    wait(PDL)
-    begin = tl.program_id(0) * BLOCK_R
-    which = (begin >= FIRST).to(tl.int32) + (begin >= SECOND).to(tl.int32)
-    rows = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
-    ranks = begin + tl.arange(0, BLOCK_R)
-    in_rows = rows < batch
-    kind = x.dtype.element_ty
-    total = tl.zeros((BLOCK_B, BLOCK_R), tl.float32)
-    for start in tl.range(0, SIZE, BLOCK_K, num_stages=STAGES):
-        lanes = start + tl.arange(0, BLOCK_K)
-        inside = lanes < SIZE
-        both = in_rows[:, None] & inside[None, :]
-        at = rows[:, None] * SIZE + lanes[None, :]
-        share = tl.load(mix + which * SIZE + lanes, mask=inside, other=0.0).to(tl.float32)
-        own = tl.load(x + at, mask=both, other=0.0).to(tl.float32)
-        before = tl.load(previous + at, mask=both, other=0.0).to(tl.float32)
-        mixed = (own + (before - own) * share[None, :]).to(kind)
-        weights = tl.load(weight + ranks[None, :] * SIZE + lanes[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(mixed, weights, total, input_precision=PRECISION)
-    # tanh and sigmoid by one exponential.
-    scale = tl.where(which == 0, 2.0, 1.0)
-    opened = _sigmoid(total * scale) * scale - (scale - 1.0)
-    result = tl.where(which == 1, total, opened)
-    tl.store(out + rows[:, None] * RANKS + ranks[None, :], result.to(kind), mask=in_rows[:, None])
-
-
-@triton.jit
 def rwkv7_up_kernel(
-    low, w2, a2, g2, w0, a0, out, batch,
+    low, w2, a2, g2, w0, a0, out, batch, low_stride,
     SIZE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, RANKS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -101,20 +68,26 @@ def rwkv7_up_kernel(
     shift = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
     shift = tl.where(which == 2, 0.0, shift)  # the gate has none
     wait(PDL)
+    kind = out.dtype.element_ty
+    scale = tl.where(which == 0, 2.0, 1.0)
     total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32) + shift[None, :]
     for start in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
         ranks = start + tl.arange(0, BLOCK_R)
-        given = tl.load(low + rows[:, None] * RANKS + ranks[None, :], mask=in_rows[:, None], other=0.0)
+        at = rows[:, None].to(tl.int64) * low_stride + ranks[None, :]
+        inner = tl.load(low + at, mask=in_rows[:, None], other=0.0).to(tl.float32)
+        # tanh and sigmoid by one exponential.
+        opened = _sigmoid(inner * scale) * scale - (scale - 1.0)
+        given = tl.where(which == 1, inner, opened).to(kind)
         at = lanes[None, :] * (end - begin) + (ranks - begin)[:, None]
         weights = tl.load(weight + at, mask=inside[None, :], other=0.0)
         total = tl.dot(given, weights, total, input_precision=PRECISION)
     at = (which * batch + rows[:, None]).to(tl.int64) * SIZE + lanes[None, :]
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_rows[:, None] & inside[None, :])
+    tl.store(out + at, total.to(kind), mask=in_rows[:, None] & inside[None, :])
 
 
 @triton.jit
 def rwkv7_step_kernel(
-    rkv, raw, state, k_k, k_a, r_k, norm_weight, norm_bias, out, stride,
+    rkv, raw, state, k_k, k_a, r_k, norm_weight, norm_bias, out, row_stride, raw_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
     STRONGEST: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -137,12 +110,13 @@ def rwkv7_step_kernel(
             old = held.to(tl.float32)
         else:
             old = tl.load(memory + head * DIM * DIM, mask=both, other=0.0).to(tl.float32)
-        r = tl.load(rkv + at, mask=inside, other=0.0).to(tl.float32)
-        k = tl.load(rkv + stride + at, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(rkv + 2 * stride + at, mask=inside, other=0.0).to(tl.float32)
+        projected = rkv + sequence * row_stride + channel
+        r = tl.load(projected, mask=inside, other=0.0).to(tl.float32)
+        k = tl.load(projected + INNER, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(projected + 2 * INNER, mask=inside, other=0.0).to(tl.float32)
         decay = tl.exp(-STRONGEST * _sigmoid(tl.load(raw + at, mask=inside, other=0.0).to(tl.float32)))
-        rate = _sigmoid(tl.load(raw + stride + at, mask=inside, other=0.0).to(tl.float32))
-        gate = tl.load(raw + 2 * stride + at, mask=inside, other=0.0).to(tl.float32)
+        rate = _sigmoid(tl.load(raw + raw_stride + at, mask=inside, other=0.0).to(tl.float32))
+        gate = tl.load(raw + 2 * raw_stride + at, mask=inside, other=0.0).to(tl.float32)
         removal = k * tl.load(k_k + channel, mask=inside, other=0.0).to(tl.float32)
         removal /= tl.maximum(tl.sqrt(tl.sum(removal * removal)), 1e-12)
         k *= 1.0 + (rate - 1.0) * tl.load(k_a + channel, mask=inside, other=0.0).to(tl.float32)
@@ -170,38 +144,25 @@ def token_mix(x: Tensor, previous: Tensor, mix: Tensor, count: int) -> Tensor:
     return out
 
 
-def low_ranks(
-    x: Tensor, previous: Tensor, mix: Tensor, down: Tensor, ups: tuple[Tensor, Tensor, Tensor],
-    biases: tuple[Tensor, Tensor],
-) -> Tensor:  # fmt: skip
+def low_ranks(low: Tensor, ups: tuple[Tensor, Tensor, Tensor], biases: tuple[Tensor, Tensor]) -> Tensor:
     """w0 + tanh(x^w W1) W2, a0 + x^a A1 A2 and sigmoid(x^g G1) G2 of one token.
 
     Args:
-        x, previous: [B, C], contiguous.
-        mix: [3, C], of w, a and g.
-        down: W1, A1 and G1 side by side, [R, C]; each rank is a multiple of BLOCK_R.
+        low: x^w W1, x^a A1 and x^g G1 side by side, [B, R]; each rank is a multiple of BLOCK_R.
         ups: W2, A2 and G2, [D, rank].
 
     Returns:
-        [3, B, D] in x's dtype.
+        [3, B, D] in low's dtype.
     """
-    (batch, size), inner = x.shape, ups[0].shape[0]
-    first, second = ups[0].shape[1], ups[0].shape[1] + ups[1].shape[1]
-    low = torch.empty(batch, len(down), device=x.device, dtype=x.dtype)
-    out = torch.empty(3, batch, inner, device=x.device, dtype=x.dtype)
+    (batch, ranks), inner = low.shape, ups[0].shape[0]
+    first = ups[0].shape[1]
+    out = torch.empty(3, batch, inner, device=low.device, dtype=low.dtype)
     block_b = 32 if batch > 16 else 16
-    exact = x.dtype == torch.float32
-    sizes = {
-        "FIRST": first, "SECOND": second, "RANKS": len(down), "BLOCK_B": block_b, "BLOCK_R": BLOCK_R,
-        "PRECISION": "ieee" if exact else "tf32", **pdl_launch(x.device),
-    }  # fmt: skip
-    rows = triton.cdiv(batch, block_b)
-    rwkv7_down_kernel[(len(down) // BLOCK_R, rows)](
-        x, previous, mix, down, low, batch, SIZE=size, BLOCK_K=64 if exact else 128, STAGES=3, num_warps=4, **sizes
-    )
-    rwkv7_up_kernel[(3 * triton.cdiv(inner, 64), rows)](
-        low, *ups, *biases, out, batch, SIZE=inner, BLOCK_D=64, STAGES=3, num_warps=4, **sizes
-    )
+    rwkv7_up_kernel[(3 * triton.cdiv(inner, 64), triton.cdiv(batch, block_b))](
+        low, *ups, *biases, out, batch, low.stride(0), SIZE=inner, FIRST=first, SECOND=first + ups[1].shape[1],
+        RANKS=ranks, BLOCK_B=block_b, BLOCK_R=BLOCK_R, BLOCK_D=64, STAGES=3,
+        PRECISION="ieee" if low.dtype == torch.float32 else "tf32", num_warps=4, **pdl_launch(low.device),
+    )  # fmt: skip
     return out
 
 
@@ -222,7 +183,7 @@ def rwkv7_fused_step(
     """The recurrence of one token and what stands around it.
 
     Args:
-        rkv: receptance, key and value, [3, B, D] with D = H P.
+        rkv: rows that begin with receptance, key and value, [B, >= 3 D] with D = H P.
         raw: of decay and rate before their sigmoid, and the gate, [3, B, D].
         state: [B, H, P, P] fp32 or bf16, written in place. Not by the launch just before this one.
         norm: weight and bias [D] of the norm of every head, whose eps is `eps`.
@@ -239,7 +200,7 @@ def rwkv7_fused_step(
         launch = StepLaunch(4, 1, 3) if many else StepLaunch()
     out = torch.empty(batch, heads * dim, device=rkv.device, dtype=rkv.dtype)
     rwkv7_step_kernel[(batch * heads // launch.tiles,)](
-        rkv, raw, state, k_k, k_a, r_k, *norm, out, rkv.stride(0),
+        rkv, raw, state, k_k, k_a, r_k, *norm, out, rkv.stride(0), raw.stride(0),
         HEADS=heads, DIM=dim, BLOCK=triton.next_power_of_2(dim), TILES=launch.tiles, STAGES=launch.stages,
         STRONGEST=strongest, EPS=eps, num_warps=launch.warps, **pdl_launch(rkv.device),
     )  # fmt: skip

@@ -51,6 +51,11 @@ class GatedLinearAttention(LinearMixer):
     def decay_input(self, parts: dict[str, Tensor]) -> Tensor:
         return self.gk_proj.wide(parts["decay middle"])
 
+    def decode_gates(
+        self, parts: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        return parts["decay middle"], None, (self.gk_proj.wide.weight, self.gk_proj.wide.bias)
+
     def fast_chunks(self, row: Tensor) -> Recurrence | None:
         return fla_chunks("gla", "chunk_gla", row)
 

@@ -141,7 +141,7 @@ class LinearMixer(Block):
 
     @cached_property
     def packed(self) -> PackedProjections:  # type: ignore[override]
-        return PackedProjections(tuple(self.inputs.values()))
+        return PackedProjections(tuple(self.inputs.values()), padded=True)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -237,9 +237,16 @@ class LinearMixer(Block):
         return self._with(self.fast_chunks(row) or chunked_gated_delta, row, meta, cache)
 
     def decode_convolve(self, row: Tensor, past: Tensor, active: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Prepares a decode step: either convolves q, k and v in the rows [B, P] in place and returns (None, None), or
-        returns the dynamic convolution weights [B, H * V, W] and the values' conv state for the kernel to do it."""
+        """What the decode kernel convolves with, and the conv state: the values' dynamic taps [B, H * V, W], or the
+        taps [2 H * K + H * V, W] of a static convolution of q, k and v."""
         return None, None
+
+    def decode_gates(
+        self, parts: dict[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """What decays per channel are made of, [B, H * K], and the output gate, [B, H * V], where the rows have them
+        not; and weight and bias of a narrow product that makes the former inside the kernel."""
+        return None, None, None
 
     def tables(self, meta: StepMeta) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines that rotate queries and keys."""
@@ -249,12 +256,12 @@ class LinearMixer(Block):
         assert cache is not None
         ops, parts, layout = fused.ops(), self.parts(row), self.row_layout
         convolution = self.decode_convolve(row, cache.conv_state["inputs"], active) if cache.conv_state else ()
+        decay, gate, product = self.decode_gates(parts)
         return ops.recurrent_step(
             row, layout, cache.state["state"], self.A_log, self.dt_bias, self.o_norm.weight,
             fused.workspace(row.device), *convolution,
             form=ops.StepForm(self.unit, "beta" in parts, self.decay_sign, self.gate),
-            decay=None if "decay" in parts else self.decay_input(parts),
-            gate=None if "gate" in parts else self.output_gate(parts), tables=self.tables(meta),
+            decay=decay, gate=gate, tables=self.tables(meta), decay_product=product,
         )  # fmt: skip
 
     def calibration(self, constant: Tensor) -> dict[str, Tensor]:

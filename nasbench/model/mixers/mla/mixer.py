@@ -132,7 +132,9 @@ class LatentAttention(Block):
         mixed = latent_attention(
             torch.bmm(q, up_key), q_rope, latents, meta.positions, meta.max_seqlen, spec.query**-0.5
         )
-        return torch.bmm(mixed, up_value.mT).transpose(0, 1).flatten(1)
+        out = row.new_empty(len(row), heads, spec.value)
+        torch.bmm(mixed, up_value.mT, out=out.transpose(0, 1))
+        return out.flatten(1)
 
     def calibration(self, constant: Tensor) -> dict[str, Tensor]:
         """The last latent becomes a large constant: then the latents' norm is nearly one factor for all tokens, which

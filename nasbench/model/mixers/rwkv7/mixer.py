@@ -72,8 +72,7 @@ class RWKV7(Block):
         self.r_k = nn.Parameter(torch.zeros(inner))
         self.norm = nn.GroupNorm(spec.num_heads, inner, eps=NORM_EPS * spec.head_dim)
         self.o_proj = nn.Linear(inner, hidden, bias=False)
-        self.packed = PackedProjections((self.r_proj, self.k_proj, self.v_proj))
-        self.packed_ranks = PackedProjections((self.w1, self.a1, self.g1))
+        self.packed = PackedProjections((self.r_proj, self.k_proj, self.v_proj, self.w1, self.a1, self.g1))
         half_lives = spread_half_lives(spec.num_heads).clamp(min=SHORTEST_HALF_LIFE)
         with torch.no_grad():
             logits = torch.logit(math.log(2) / half_lives / STRONGEST_DECAY)
@@ -129,31 +128,44 @@ class RWKV7(Block):
             assert state is not None
             y = rwkv7_step(r[:, 0], decay[:, 0], k[:, 0], v[:, 0], a[:, 0], b[:, 0], state)[:, None]
             return self.gated(y, r, k, v, gate)
-        if row.is_cuda and row.element_size() == 2 and meta.documents is None and _has_fla():
-            y, new_state = _fla(r, decay, k, v, a, b, state)
-        else:
-            first = None if meta.documents is None else meta.documents.first
-            y, new_state = chunked_rwkv7(r, decay, k, v, a, b, state, first)
-        if state is not None:
-            state.copy_(new_state)
-        return self.gated(y, r, k, v, gate)
+        return self.gated(_recurrence(r, decay, k, v, a, b, state, meta), r, k, v, gate)
 
     def train_core(self, row: Tensor, meta: SequenceMeta) -> Tensor:
         return self.core(row, meta)
 
+    def prefill_core(self, row: Tensor, meta: SequenceMeta, cache: BlockCache | None = None) -> Tensor:
+        """As `core`, with one launch for what stands between products."""
+        if meta.documents is not None:
+            return self.core(row, meta, cache)
+        from nasbench_kernels.rwkv7.prefill import gated_output, recurrence_inputs, token_mixes
+
+        row = row.contiguous()
+        last = row.new_zeros(len(row), row.shape[2]) if cache is None else cache.conv_state[PREVIOUS]
+        mixed = token_mixes(row, last, self.mix)
+        last.copy_(row[:, -1])
+        weight = self.packed.weight_and_bias()[0][: W * self.spec.inner].unflatten(0, (W, -1))
+        products = torch.bmm(mixed[:W].flatten(1, 2), weight.mT).unflatten(1, row.shape[:2])
+        r, k, v = (self.heads(product) for product in products)
+        raw_decay, raw_rate = self.w2(self.w1(mixed[W]).tanh()), self.a2(self.a1(mixed[A]))
+        gate = self.g2(self.g1(mixed[G]).sigmoid())
+        del mixed
+        decay, k, a, b = recurrence_inputs(k, raw_decay, raw_rate, self.k_k, self.k_a, STRONGEST_DECAY)
+        y = _recurrence(r, decay, k, v, a, b, cache.state["state"] if cache else None, meta)
+        norm = self.norm.weight, self.norm.bias
+        return gated_output(y.contiguous(), r, k, v, gate, self.r_k, norm, self.norm.eps)
+
     def decode_core(self, row: Tensor, meta: StepMeta, cache: BlockCache | None, active: Tensor | None) -> Tensor:
         """Normalised input [B, 1, C] -> [B, D]."""
+        from nasbench_kernels.linear.grouped import grouped_gemm
         from nasbench_kernels.rwkv7.decode import low_ranks, rwkv7_fused_step, token_mix
 
         assert cache is not None
-        x, before = row[:, 0], cache.conv_state[PREVIOUS]
-        self.packed_ranks.unpacked = self.packed.unpacked
-        down, weight = self.packed_ranks.weight_and_bias()[0], self.packed.weight_and_bias()[0]
+        mixed = token_mix(row[:, 0], cache.conv_state[PREVIOUS], self.mix, len(self.mix))
+        projected = grouped_gemm(mixed[0], mixed.stride(0), self.packed.weight_and_bias()[0], tuple(self.packed.sizes))
         ups = self.w2.weight, self.a2.weight, self.g2.weight
-        raw = low_ranks(x, before, self.mix[W:], down, ups, (self.w2.bias, self.a2.bias))
-        rkv = torch.bmm(token_mix(x, before, self.mix, W), weight.unflatten(0, (W, -1)).mT)
+        raw = low_ranks(projected[:, W * self.spec.inner :], ups, (self.w2.bias, self.a2.bias))
         return rwkv7_fused_step(
-            rkv, raw, cache.state["state"], self.k_k, self.k_a, self.r_k, (self.norm.weight, self.norm.bias),
+            projected, raw, cache.state["state"], self.k_k, self.k_a, self.r_k, (self.norm.weight, self.norm.bias),
             strongest=STRONGEST_DECAY, eps=self.norm.eps,
         )  # fmt: skip
 
@@ -172,12 +184,22 @@ class RWKV7(Block):
         return mixer
 
 
-def _fla(
-    r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`chunked_rwkv7` by flash-linear-attention's kernels, differentiable, in half precision."""
-    from fla.ops.rwkv7 import chunk_rwkv7
+def _recurrence(
+    r: Tensor, decay: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, meta: Meta
+) -> Tensor:
+    """`chunked_rwkv7` of a sequence, by flash-linear-attention's kernels in half precision, differentiable; the state
+    moves on in place."""
+    if r.is_cuda and r.element_size() == 2 and meta.documents is None and _has_fla():
+        from fla.ops.rwkv7 import chunk_rwkv7
 
-    state = None if state is None else state.float()
-    a, b = a.to(v.dtype), b.to(v.dtype)
-    return chunk_rwkv7(r, decay, k, v, a, b, initial_state=state, output_final_state=True, safe_gate=True)
+        # Without the bound on the decay, it takes chunks of 16 tokens.
+        y, new_state = chunk_rwkv7(
+            r, decay, k, v, a.to(v.dtype), b.to(v.dtype), initial_state=None if state is None else state.float(),
+            output_final_state=True, safe_gate=True, lower_bound=-STRONGEST_DECAY, chunk_size=64,
+        )  # fmt: skip
+    else:
+        first = None if meta.documents is None else meta.documents.first
+        y, new_state = chunked_rwkv7(r, decay, k, v, a, b, state, first)
+    if state is not None:
+        state.copy_(new_state)
+    return y
