@@ -90,9 +90,8 @@ def command(
     work = _Work(shape, model, space, full_attention, read, out, where, dtype, train or [], limit, seed)
     if train:
         parse(work.training(names))
-    if dry_run:
-        table = work.table(names)
-    else:
+    table = work.table(names)
+    if not dry_run:
         out.mkdir(parents=True, exist_ok=True)
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             names = work.choose(names, trials) if grid and trials else work.measure(names)

@@ -86,7 +86,7 @@ def spreads(table: pandas.DataFrame) -> list[str]:
             told.append(f"{column}: {_spread(table[column]):.1%} from the least to the most{theirs}.")
     for column in (SPEED, *PAPER[2:], LOSS, "kl"):
         known = table.dropna(subset=[column]) if column in table else table[:0]
-        if len(known) > 2:
+        if len(known) > 3:
             pair = (known[name].to_numpy(float) for name in (PARAMETERS, column))
             tau, low, high = kendall(*pair, numpy.zeros(len(known)))
             told.append(f"Kendall's tau of parameters and {column}: {tau:.2f} ({low:.2f} to {high:.2f}).")

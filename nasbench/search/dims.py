@@ -113,8 +113,10 @@ def name_of(spec: MixerSpec) -> str:
 
 def placement_of(shape: ModelSpec, name: str, full_attention: int) -> Placement:
     """The model's own placement with this block for all of its kind; where there are none, the block in every layer but
-    `full_attention` evenly spread ones."""
-    if (found := with_kind(shape.placement, name)) != shape.placement or name in found:
+    `full_attention` evenly spread ones. Raises UserError where these are all."""
+    if name in (found := with_kind(shape.placement, name)):
         return found
     space = Space.around(shape.placement, (name,))
-    return space.with_full_attention(space.homogeneous(name), space.evenly(full_attention))
+    if (found := space.with_full_attention(space.homogeneous(name), space.evenly(full_attention))) == shape.placement:
+        raise UserError(f"{full_attention} layers of full attention leave none for {name}: choose fewer")
+    return found
