@@ -191,7 +191,7 @@ class _Work:
                 return None
             known[:] = dict.fromkeys([*known, name])
             self.train(known)
-            row = self.table(known).set_index("kind").loc[name]
+            row = self.table(known).set_index("kind").loc[name].to_dict()
             return float(row[LOSS] if self.extra else -row[PARAMETERS]), float(row[SPEED])
 
         goal, journal = LOSS if self.extra else PARAMETERS, self.out / "optuna.journal"

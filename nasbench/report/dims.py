@@ -87,8 +87,8 @@ def spreads(table: pandas.DataFrame) -> list[str]:
     for column in (SPEED, *PAPER[2:], LOSS, "kl"):
         known = table.dropna(subset=[column]) if column in table else table[:0]
         if len(known) > 3:
-            pair = (known[name].to_numpy(float) for name in (PARAMETERS, column))
-            tau, low, high = kendall(*pair, numpy.zeros(len(known)))
+            size, score = (known[name].to_numpy(float) for name in (PARAMETERS, column))
+            tau, low, high = kendall(size, score, numpy.zeros(len(known)))
             told.append(f"Kendall's tau of parameters and {column}: {tau:.2f} ({low:.2f} to {high:.2f}).")
     return told
 

@@ -91,7 +91,9 @@ class DimSpace:
         study.sampler = optuna.samplers.TPESampler(seed=seed + len(study.trials))
         choices = {"heads": self.heads, "key_dim": self.key_dims, "conv_size": self.conv_sizes}
         choices |= {"value_dim": self.value_dims} if self.value_dims else {}
-        legal = {name: optuna.distributions.CategoricalDistribution(values) for name, values in choices.items()}
+        legal: dict[str, optuna.distributions.BaseDistribution] = {
+            name: optuna.distributions.CategoricalDistribution(values) for name, values in choices.items()
+        }
         seen: dict[str | None, Sequence[float] | None] = {None: None}
         seen |= {self.at(**trial.params): trial.values for trial in study.trials if trial.values}
         idle = 0

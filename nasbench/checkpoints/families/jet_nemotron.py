@@ -9,6 +9,7 @@ from nasbench.checkpoints.families.family import Family
 from nasbench.checkpoints.families.qwen import zero_biases
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
+from nasbench.model.mixers.gated_delta.spec import CONV_SIZES
 from nasbench.model.shapes import ModelSpec
 from nasbench.model.spec import Dims
 from nasbench.spaces.placement import Placement, format_placement
@@ -100,7 +101,7 @@ def _jet_args(jet: Fields) -> str:
     key_dim = jet.integer("head_dim", most=1 << 16)
     value_dim = int(key_dim * jet.number("expand_v", 2.0))
     heads = jet.integer("num_heads", most=1 << 16)
-    conv_size = jet.integer("conv_size", _CONV_SIZE, most=1 << 16)
+    conv_size = jet.integer("conv_size", _CONV_SIZE, least=CONV_SIZES[0], most=CONV_SIZES[-1])
     jet.finish(("mode", "dconv_implementation"))
     return _args(Dims(heads, key_dim, value_dim, conv_size))
 
