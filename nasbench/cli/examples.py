@@ -22,6 +22,8 @@ EXAMPLES = (
     "nasbench distill --out runs/mine --model ./SmolLM2-360M --blocks 'W256 J' --data ./text",
     "nasbench distill --out runs/mine --supernet-tokens 1M --dry-run",
     "nasbench select-block --blocks J,G,M,H64 --data ./text --tasks retrieval@512:100",
+    "nasbench search-dims --blocks J --model ./SmolLM2-360M --context 8k --batch 16 -- --data ./text --tokens 1M",
+    "nasbench search-dims --blocks table2 --model jet-nemotron-2b --context 64k --batch 128",
     "nasbench search runs/mine --strategy beam -k 2,4,8 --context 8k --batch 4",
     "nasbench eval runs/mine --placement '2W 2A 4W' --tasks loss,kl,retrieval@512",
     "nasbench finalize runs/mine -k 4 --tokens 1M",

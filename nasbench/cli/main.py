@@ -35,6 +35,7 @@ COMMANDS = (
     "corpus",
     "distill",
     "select_block",
+    "search_dims",
     "search",
     "eval",
     "finalize",

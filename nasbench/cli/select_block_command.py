@@ -36,6 +36,7 @@ def command(
     test_tokens: Annotated[str, typer.Option(help="Held-out tokens; default: all.")] = "",
     context: Annotated[str, typer.Option(help="Context of the speeds and the cache.")] = "4k",
     batch: Annotated[int, typer.Option(help="Sequences that decode at once.")] = 1,
+    speeds: Annotated[bool, typer.Option(help="Profile the kinds; without, the table has no speeds.")] = True,
     row_seconds: Annotated[float, typer.Option(help="Seconds of timing for a profile row; 0: by the device.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     device: Device = "auto",
@@ -68,13 +69,13 @@ def command(
     if not all(shape.mixer(kind).block_class().supports_packed_documents for kind in kinds):
         # Alike for all: where one kind cannot keep documents apart, none does.
         shared += ["--set", "documents=false"]
-    steps = [
-        Step("profile: decode steps and prompts of every kind", (
+    steps: list[Step] = []
+    if speeds:
+        steps.append(Step("profile: decode steps and prompts of every kind", (
             "profile", "--model", model, "--blocks", " ".join(["A", *kinds]), "--contexts", context,
             "--batches", str(batch), "--budget", str(row_seconds), "--db", str(out / "profiles"),
             *(["--in-process"] if where == "cpu" else []), *on,
-        )),
-    ]  # fmt: skip
+        )))  # fmt: skip
     for kind in kinds:
         space = Space.around(shape.placement, (kind,))
         placement = space.with_full_attention(space.homogeneous(kind), space.evenly(full_attention))

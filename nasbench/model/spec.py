@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 from nasbench.core.errors import UserError
 from nasbench.core.registry import Registry
@@ -139,6 +139,15 @@ class BlockSpec(ABC):
         return self.block_class()(self)
 
 
+class Dims(NamedTuple):
+    """Dimensions of a recurrent state, and the tokens that its short convolutions see: what PostNAS stage 4 chooses."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    conv_size: int
+
+
 @dataclass(frozen=True)
 class MixerSpec(BlockSpec):
     """A token mixer: what stands in the place of a layer's attention."""
@@ -154,6 +163,15 @@ class MixerSpec(BlockSpec):
     def rotary(self) -> Rotary:
         """The rotary embedding that a layer of this kind looks up, if any: a decoder makes its tables beforehand."""
         return self.shape.rotary
+
+    @property
+    def dims(self) -> Dims | None:
+        """What `resized` takes; None for a kind that has no such dimensions."""
+        return None
+
+    def resized(self, dims: Dims) -> Self:
+        """The kind with other dimensions, where it has some. Raises UserError for those that it cannot have."""
+        raise NotImplementedError
 
     @property
     def exact_until(self) -> float:

@@ -9,6 +9,7 @@ import pandas
 
 from nasbench.core.files import atomic_path, write_text
 from nasbench.cost.files import load_cost_model
+from nasbench.cost.model import CostModel
 from nasbench.evaluation.scores import ScoreStore
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from nasbench.model.shapes import ModelSpec
 
 SPEED, LOSS = "decode tokens/s", "loss"
-FILES = ("blocks.csv", "blocks.md", "blocks.png")
 
 
 def placements_of(run: Run, full_attention: int) -> tuple[Placement, Placement]:
@@ -37,9 +37,9 @@ def block_table(
     Args:
         runs: each of one kind beside full attention, finalised at the evenly spread placement.
         context, batch: of the speeds and the cache; prompts are read one by one.
-        device: its profile rows give the speeds; without them these cells are empty.
+        device: its profile rows in `db` give the speeds; without them these cells are empty.
     """
-    costs = load_cost_model(device, shape, dtype, db)
+    costs = load_cost_model(device, shape, dtype, db) if db.exists() else CostModel((), shape, dtype, device=device)
     rows: list[dict[str, Any]] = []
     for run in runs:
         store, (whole, placement) = ScoreStore(run.scores), placements_of(run, full_attention)
@@ -92,27 +92,41 @@ def _training(run: Run) -> dict[str, Any]:
     return {"training tokens/s": float(aligned.iloc[-1])} if len(aligned) else {}
 
 
-def write_block_table(table: pandas.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Writes the table as CSV and Markdown, and loss against decode speed as PNG. Returns the files."""
+def write_block_table(
+    table: pandas.DataFrame,
+    folder: Path,
+    title: str,
+    stem: str = "blocks",
+    axes: tuple[str, str] = (f"{SPEED}, predicted", "held-out loss, nats a token (95 % interval)"),
+    y: str = LOSS,
+    notes: str = "",
+) -> list[Path]:
+    """Writes the table as CSV and Markdown, and `y` against decode speed as PNG. Returns the files.
+
+    Args:
+        axes: what the plot calls speed and `y`.
+        notes: under the table.
+    """
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in FILES]
+    paths = [folder / f"{stem}.{suffix}" for suffix in ("csv", "md", "png")]
     write_text(paths[0], table.to_csv(index=False, float_format="%.6g"))
     columns, rows = markdown_cells(table)
     lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    write_text(paths[1], f"# {title}\n\n" + "\n".join(lines) + "\n")
+    write_text(paths[1], f"# {title}\n\n" + "\n".join(lines) + "\n" + notes)
     x = SPEED if SPEED in table else "cache MiB"
-    shown = table.dropna(subset=[column for column in (x, LOSS) if column in table])
-    if LOSS not in table or shown.empty:
+    shown = table.dropna(subset=[column for column in (x, y) if column in table])
+    if y not in table or shown.empty:
         return paths[:2]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     plot = figure.subplots()
-    plot.errorbar(shown[x], shown[LOSS], yerr=1.96 * shown[f"{LOSS} ±"], fmt="o", capsize=3, color="#0072b2")
+    error = 1.96 * shown[f"{y} ±"] if f"{y} ±" in shown else None
+    plot.errorbar(shown[x], shown[y], yerr=error, fmt="o", capsize=3, color="#0072b2")
     for _, row in shown.iterrows():
-        plot.annotate(row["kind"], (row[x], row[LOSS]), textcoords="offset points", xytext=(7, 5))
-    plot.set_xlabel(f"{x}, predicted" if x == SPEED else x)
-    plot.set_ylabel("held-out loss, nats a token (95 % interval)")
+        plot.annotate(row["kind"], (row[x], row[y]), textcoords="offset points", xytext=(7, 5))
+    plot.set_xlabel(axes[0] if x == SPEED else x)
+    plot.set_ylabel(axes[1])
     plot.set_title(title, fontsize=10)
     with atomic_path(paths[2]) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

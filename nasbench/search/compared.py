@@ -15,6 +15,7 @@ from nasbench.search.trials import DRAWN, FILLERS, TEACHER, UNIFORM, Trial, best
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.spaces.space import count_full, is_full
 from nasbench.supernet import checkpoint
+from nasbench.supernet.finalize import final_folder
 
 BEST, FINAL, SUPERNET = "best", "final", "supernet"
 
@@ -172,7 +173,7 @@ def _finalised(run: Run, rows: Sequence[Compared], version: str) -> list[Compare
         if not isinstance(data, dict) or data.get("supernet") != version:
             continue
         placement = parse_placement(str(data["placement"]))
-        variant = path.parent.name.partition("@")[2]
+        variant = path.parent.name.removeprefix(final_folder(run, placement).name).removeprefix("@")
         same = [row.method for row in rows if row.placement == placement and row.fill == BEST]
         weights = f"{FINAL}:{variant}" if variant else FINAL
         found.append(Compared(count_full(placement), same[-1] if same else FINAL, placement, weights=weights))

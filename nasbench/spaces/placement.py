@@ -73,3 +73,8 @@ def split_name(name: str) -> tuple[str, str]:
 def is_of(name: str, letters: Collection[str]) -> bool:
     """Whether a layer name is of one of the kinds with these letters."""
     return name[0] in letters
+
+
+def with_kind(placement: Placement, name: str) -> Placement:
+    """The placement with this name for every layer of its kind."""
+    return tuple(name if is_of(own, name[0]) else own for own in placement)

@@ -81,6 +81,17 @@ def test_published_jet_nemotron_config():
     assert again.mixer("W").args == "1152"
 
 
+def test_the_convolution_of_a_jet_folder():
+    shape = MODELS["jet-nemotron-2b"]
+    config, _ = write_config(shape, shape.parse("28J@12x96x256x32x2"), "jet-nemotron")
+    assert read_spec(config, "jet", "x").mixer("J").args == "12x96x256x32x2"
+    with pytest.raises(UserError, match="no place for J@12x96x256x16"):
+        write_config(shape, shape.parse("28J@12x96x256x16"), "jet-nemotron")
+    config["efficient_attention_config"]["jet"]["conv_size"] = 1
+    with pytest.raises(UserError, match="conv_size"):
+        read_spec(config, "jet", "x")
+
+
 def test_jet_format_refuses_what_it_has_no_place_for():
     shape = MODELS["smollm2-135m"]
     with pytest.raises(UserError, match="no layer kind G"):

@@ -16,8 +16,8 @@ SHAPES = {
     "one-kv": LayerShape(40, 4, 1, 16, 64, qkv_bias=True, qk_norm=True, rope_scaling=("llama3", 8.0, 1.0, 4.0, 32.0)),
 }
 FURTHER_NAMES = (
-    "W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "K@2x4x24", "L@3x16x4", "T@2x6x10", "M@4x12x20", "R@3x12",
-    "C@10x6x8x12",
+    "W1", "W4", "W7", "W64", "G@3x16x4", "J@2x4x24", "J@2x4x24x32x3", "K@2x4x24", "L@3x16x4", "T@2x6x10", "M@4x12x20",
+    "R@3x12", "C@10x6x8x12",
 )  # fmt: skip
 """Beside every registered kind with its default arguments."""
 

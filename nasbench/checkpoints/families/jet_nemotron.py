@@ -9,14 +9,17 @@ from nasbench.checkpoints.families.family import Family
 from nasbench.checkpoints.families.qwen import zero_biases
 from nasbench.checkpoints.fields import Fields
 from nasbench.core.errors import UserError, unknown
+from nasbench.model.mixers.gated_delta.spec import CONV_SIZES
 from nasbench.model.shapes import ModelSpec
+from nasbench.model.spec import Dims
 from nasbench.spaces.placement import Placement, format_placement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _KINDS = {"attn": "A", "swa": "W", "jet": "J"}
-_FIXED = {"conv_size": 4, "dconv_generator_reduction": 8}
+_FIXED = {"dconv_generator_reduction": 8}
+_CONV_SIZE = 4
 _PUBLISHED = {
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
@@ -73,7 +76,9 @@ class JetNemotron(Family):
             if mixer.kind == "W":
                 efficient["swa"] = {"window_size": int(mixer.args)}
             if mixer.kind == "J":
-                efficient["jet"] = _jet_config(*(int(size) for size in mixer.args.split("x")))
+                if (dims := mixer.dims) is None or mixer.args != mixer.parse(mixer.shape, _args(dims)).args:
+                    raise self.no_place(spec, f"{letter}@{mixer.args}")
+                efficient["jet"] = _jet_config(dims)
         return super().own_config(spec, placement) | {
             "layer_types": [_LETTERS[mixer.kind] for mixer in mixers],
             "efficient_attention_config": efficient,
@@ -96,11 +101,19 @@ def _jet_args(jet: Fields) -> str:
     key_dim = jet.integer("head_dim", most=1 << 16)
     value_dim = int(key_dim * jet.number("expand_v", 2.0))
     heads = jet.integer("num_heads", most=1 << 16)
+    conv_size = jet.integer("conv_size", _CONV_SIZE, least=CONV_SIZES[0], most=CONV_SIZES[-1])
     jet.finish(("mode", "dconv_implementation"))
-    return f"{heads}x{key_dim}x{value_dim}"
+    return _args(Dims(heads, key_dim, value_dim, conv_size))
 
 
-def _jet_config(heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
+def _args(dims: Dims) -> str:
+    """Of an fp32 state: the format does not say how a state is kept."""
+    heads, key_dim, value_dim, conv_size = dims
+    return f"{heads}x{key_dim}x{value_dim}" + (f"x32x{conv_size}" if conv_size != _CONV_SIZE else "")
+
+
+def _jet_config(dims: Dims) -> dict[str, Any]:
+    heads, key_dim, value_dim, conv_size = dims
     expand_v = value_dim / key_dim
     # A reader takes int(head_dim * expand_v): nudge a quotient that would round down to one less.
     while int(key_dim * expand_v) < value_dim:
@@ -110,6 +123,7 @@ def _jet_config(heads: int, key_dim: int, value_dim: int) -> dict[str, Any]:
         "num_heads": heads,
         "head_dim": key_dim,
         "expand_v": expand_v,
+        "conv_size": conv_size,
         **_FIXED,
         "dconv_implementation": "triton",
         "norm_eps": "1e-5",

@@ -9,7 +9,8 @@
 | L GLA, gated linear attention | arXiv 2312.06635 |
 | T RetNet | arXiv 2307.08621 |
 
-`mixer.py` has the equations.
+`mixer.py` has the equations. Arguments are `heads x key_dim x value_dim`, then the state's bits where they are not 32,
+then the convolution's tokens where they are not 4: `12x96x256`, `12x96x256x16`, `12x96x256x32x2`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import STATE_BITS, LayerShape, MixerSpec, check_state_bits, parse_ints
+from nasbench.model.spec import STATE_BITS, Dims, LayerShape, MixerSpec, check_state_bits, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
 
 LOW_RANK = 16
 """Middle channels of GLA's decay."""
+CONV_SIZES = range(2, 9)
+"""Tokens that a short convolution may see: fewer are none, more need a wider kernel."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,28 @@ class LinearSpec(MixerSpec):
     @classmethod
     def parse(cls, shape: LayerShape, args: str) -> Self:
         args = args or f"{shape.num_heads}x{shape.head_dim}x{shape.head_dim}"
-        names = ("heads", "key_dim", "value_dim", "state bits")
-        heads, key_dim, value_dim, *bits = parse_ints(cls.kind, args, names if args.count("x") > 2 else names[:3])
-        return cls(shape, heads, key_dim, value_dim, cls.conv_size, check_state_bits(cls.kind, args, *bits))
+        names = ("heads", "key_dim", "value_dim", "state bits", "convolution")
+        sizes = parse_ints(cls.kind, args, names[: max(3, args.count("x") + 1)])
+        heads, key_dim, value_dim, bits, conv = sizes + (STATE_BITS[0], cls.conv_size)[len(sizes) - 3 :]
+        made = cls(shape, heads, key_dim, value_dim, conv, check_state_bits(cls.kind, args, bits))
+        if conv != cls.conv_size and not (made.conv_channels and conv in CONV_SIZES):
+            sees = f"sees {CONV_SIZES[0]} to {CONV_SIZES[-1]} tokens" if made.conv_channels else "does not exist"
+            raise UserError(f"bad arguments {args!r} of layer kind {cls.kind}: its convolution {sees}")
+        return made
 
     @property
     def args(self) -> str:
-        bits = "" if self.state_bits == STATE_BITS[0] else f"x{self.state_bits}"
-        return f"{self.num_heads}x{self.key_dim}x{self.value_dim}{bits}"
+        conv = "" if self.conv_size == type(self).conv_size else f"x{self.conv_size}"
+        bits = f"x{self.state_bits}" if conv or self.state_bits != STATE_BITS[0] else ""
+        return f"{self.num_heads}x{self.key_dim}x{self.value_dim}{bits}{conv}"
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(self.num_heads, self.key_dim, self.value_dim, self.conv_size)
+
+    def resized(self, dims: Dims) -> Self:
+        heads, key_dim, value_dim, conv = dims
+        return self.parse(self.shape, f"{heads}x{key_dim}x{value_dim}x{self.state_bits}x{conv}")
 
     @property
     def keys(self) -> int:

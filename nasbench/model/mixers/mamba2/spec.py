@@ -5,11 +5,11 @@ B and C are shared by the heads of a group, as keys and queries of linear attent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.core.errors import UserError
-from nasbench.model.spec import STATE_BITS, LayerShape, MixerSpec, check_state_bits, parse_ints
+from nasbench.model.spec import STATE_BITS, Dims, LayerShape, MixerSpec, check_state_bits, parse_ints
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
@@ -54,6 +54,19 @@ class Mamba2Spec(MixerSpec):
         if self.groups > 1:
             return f"{sizes}x{self.groups}x{self.state_bits}"
         return sizes if self.state_bits == STATE_BITS[0] else f"{sizes}x{self.state_bits}"
+
+    @property
+    def dims(self) -> Dims:
+        """B and C are keys and queries, x the values."""
+        return Dims(self.num_heads, self.state_size, self.head_dim, self.conv_size)
+
+    def resized(self, dims: Dims) -> Self:
+        """A group for each head stays one."""
+        if dims.conv_size != self.conv_size:
+            raise UserError(f"the convolution of layer kind {self.kind} sees {self.conv_size} tokens, no other number")
+        groups = dims.heads if self.groups == self.num_heads else self.groups
+        made = replace(self, num_heads=dims.heads, head_dim=dims.value_dim, state_size=dims.key_dim, groups=groups)
+        return self.parse(self.shape, made.args)
 
     @property
     def inner(self) -> int:

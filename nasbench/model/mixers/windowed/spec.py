@@ -8,12 +8,12 @@ Hymba (arXiv 2411.13676) pairs attention and state-space heads so, LoLCATs (arXi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from nasbench.model.mixers.gated_delta.spec import JetBlockSpec
 from nasbench.model.mixers.sliding_window.spec import SlidingWindowSpec
-from nasbench.model.spec import LayerShape, MixerSpec
+from nasbench.model.spec import Dims, LayerShape, MixerSpec
 
 if TYPE_CHECKING:
     from nasbench.model.block import Block
@@ -41,6 +41,14 @@ class WindowedJetBlockSpec(MixerSpec):
     @property
     def args(self) -> str:
         return f"{self.near.args}x{self.far.args}"
+
+    @property
+    def dims(self) -> Dims:
+        return self.far.dims
+
+    def resized(self, dims: Dims) -> Self:
+        """The window stays."""
+        return replace(self, far=self.far.resized(dims))
 
     def parameters(self) -> int:
         return self.near.parameters() + self.far.parameters()
