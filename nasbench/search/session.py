@@ -99,6 +99,7 @@ class Session:
     options: Options
     progress: Progress = lambda what, done, total: None
     visited: dict[str, set[Placement]] = field(default_factory=dict)
+    charged: dict[str, int] = field(default_factory=dict)
     known: dict[Placement, Measured] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What a strategy says of its answer."""
@@ -208,7 +209,12 @@ class Session:
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
-        return self.options.evaluations - len(self.visited.get(strategy, ()))
+        spent = len(self.visited.get(strategy, ())) + self.charged.get(strategy, 0)
+        return self.options.evaluations - spent
+
+    def charge(self, strategy: str, evaluations: int) -> None:
+        """Takes from the budget what a strategy's own work costs, in evaluations that take as long."""
+        self.charged[strategy] = self.charged.get(strategy, 0) + evaluations
 
     def evaluate(
         self, placements: Iterable[Placement], strategy: str, free: bool = False, stepping: bool = False
@@ -228,7 +234,7 @@ class Session:
             if not (free or stepping or self.keeps(placement)):
                 continue
             if placement not in visited:
-                if not free and len(visited) >= self.options.evaluations:
+                if not free and self.remaining(strategy) < 1:
                     continue
                 visited.add(placement)
             allowed.append(placement)
