@@ -148,8 +148,8 @@ class Arena:
 
     def __init__(self, opened: Run, options: argparse.Namespace, scratch: Path) -> None:
         self.run, self.options, self.scratch = opened, options, scratch
-        shape, self.db = resolve_shape(opened.spec.model), run_db(opened, options.db)
-        self.target, self.cost = find_target(opened, shape, self.db, options)
+        shape = resolve_shape(opened.spec.model)
+        self.db, self.target, self.cost = find_target(opened, shape, options)
         kind = torch_dtype(run_dtype(opened.path, options.eval_dtype, options.device))
         self.supernet = Supernet.load(opened, dtype=kind, device=options.device)
         self.corpus = scoring_corpus(opened, shape, self.supernet.tokenizer)
@@ -248,27 +248,27 @@ class Arena:
         )
 
 
-def find_target(
-    opened: Run, shape: ModelSpec, db: Path | None, options: argparse.Namespace
-) -> tuple[Target, CostModel]:
-    """The target of the run's last search, or the largest profiled one at which all kinds are measured."""
-    first = run_target(
-        opened, shape, db, options.device, options.profile, options.context, options.batch, options.dtype
-    )
-    cost = load_cost_model(first.device, shape, first.dtype, db)
-    rows = find_profiles(first.device, db)
-    points = {(r.context, r.batch) for r in rows if r.mode == "decode" and 0 < r.context <= shape.max_context}
-    targets = [first, *(replace(first, context=c, batch=b) for c, b in sorted(points, reverse=True))]
-    reason: UserError | None = None
-    for target in targets:
+def find_target(opened: Run, shape: ModelSpec, options: argparse.Namespace) -> tuple[Path | None, Target, CostModel]:
+    """The target of the run's last search, or the largest profiled one at which all kinds are measured: in the
+    databases asked for, the run's own, or those of the package."""
+    asked = (options.device, options.profile, options.context, options.batch, options.dtype)
+    reasons: list[UserError] = []
+    for place in (options.db,) if options.db else (run_db(opened, None), opened.path / "profiles", None):
         try:
-            for name in opened.spec.space.names:
-                cost.decode(opened.spec.space.homogeneous(name), target.context, target.batch)
-            return target, cost
+            first = run_target(opened, shape, place, *asked)
+            cost, rows = load_cost_model(first.device, shape, first.dtype, place), find_profiles(first.device, place)
         except UserError as error:
-            reason = reason or error
-    assert reason is not None
-    raise reason
+            reasons.append(error)
+            continue
+        points = {(r.context, r.batch) for r in rows if r.mode == "decode" and 0 < r.context <= shape.max_context}
+        for target in (first, *(replace(first, context=c, batch=b) for c, b in sorted(points, reverse=True))):
+            try:
+                for name in opened.spec.space.names:
+                    cost.decode(opened.spec.space.homogeneous(name), target.context, target.batch)
+                return place, target, cost
+            except UserError as error:
+                reasons.append(error)
+    raise reasons[0]
 
 
 def summarise(arena: Arena, every: Sequence[Ran]) -> list[Summary]:
