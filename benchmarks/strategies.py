@@ -10,6 +10,8 @@ are the layers' importance and the baselines. Points are chosen on the search sp
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import shutil
 import statistics
 import sys
@@ -25,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from benchmarks.common import parser_of, run
+from benchmarks.strategies_page import Best, Summary, draw, tables
 from nasbench.checkpoints.resolve import resolve_shape
 from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import UserError
 from nasbench.core.provenance import provenance
 from nasbench.core.sizes import format_size, parse_size
-from nasbench.core.tables import read_table, write_table
+from nasbench.core.tables import write_table
 from nasbench.cost import CostModel, find_profiles, load_cost_model
 from nasbench.devices import detect
 from nasbench.evaluation.evaluator import Evaluator, scoring_corpus
@@ -53,58 +56,10 @@ LAST = ("optuna-gp",)
 """Strategies that may take the whole time."""
 EVALUATIONS, SECONDS = "evaluations", "seconds"
 DRAWS = 500
+SHARE, FEWEST = 0.4, 24
+"""Part of the time for equal evaluations of one seed, and the fewest of each strategy where that is too little."""
 MOST_MORE = 4
 """Times the evaluations that equal seconds may give."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """One strategy over its seeds: a row of summary.csv.
-
-    Attributes:
-        equal: what all strategies had the same of: evaluations or seconds.
-        evaluations, seconds, tokens: means; seconds of scores and of the strategy itself, tokens that were scored.
-        hypervolume: of KL against decode tokens/s on the test split, as a share of the box between the model itself and
-            the best placement without full attention; 95 % interval over the rows of text, then the seeds' range.
-        above_even: the hypervolume minus that of the evenly spread placements, with the interval of the difference.
-        note: what went wrong.
-    """
-
-    equal: str
-    strategy: str
-    seeds: int
-    evaluations: float
-    seconds: float
-    tokens: float
-    hypervolume: float
-    low: float
-    high: float
-    least_seed: float
-    most_seed: float
-    above_even: float
-    above_low: float
-    above_high: float
-    note: str
-    device: str
-    torch: str
-    driver: str
-    project: str
-    measured_utc: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Best:
-    """The best placement of K full-attention layers that one search found: a row of scores.csv. KL in nats a token."""
-
-    equal: str
-    strategy: str
-    seed: int
-    k: int
-    placement: str
-    kl_search: float
-    kl_test: float
-    kl_test_stderr: float
-    decode_tok_s: float
 
 
 class TimeUp(Exception):
@@ -148,6 +103,7 @@ class Arena:
 
     def __init__(self, opened: Run, options: argparse.Namespace, scratch: Path) -> None:
         self.run, self.options, self.scratch = opened, options, scratch
+        self.ends = self.stops = time.monotonic() + options.limit
         shape = resolve_shape(opened.spec.model)
         self.db, self.target, self.cost = find_target(opened, shape, options)
         kind = torch_dtype(run_dtype(opened.path, options.eval_dtype, options.device))
@@ -155,15 +111,21 @@ class Arena:
         self.corpus = scoring_corpus(opened, shape, self.supernet.tokenizer)
         self.memo: dict[object, Any] = {}
         self.ledgers: dict[tuple[str, int], dict[Placement, float]] = {}
-        self.ends = self.stops = time.monotonic() + options.limit
         self.counts = tuple(int(k) for k in options.full_attention.split(","))
         self.judge = self.evaluator(scratch / "common")
         common = self.session(scratch / "common", {}, 0, 1)
         baselines(common)
-        common.layer_importance  # noqa: B018
+        start = [0.0] * len(common.layer_importance)
+        with contextlib.suppress(Exception):  # compiles the kernels of a way back; what fails is told of the strategy
+            common.objective.gates(common.base, start, self.counts, 1, 0)
+        logging.getLogger("nasbench").setLevel(logging.ERROR)  # every search would say the same of its text
         self.common, self.base, self.full = dict(common.objective.ledger), common.base, common.space.original
         rows = self._rows(self.full)
         self._drawn = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
+        info = detect(options.device)
+        found = provenance(info.slug, info.driver)
+        self.versions = found.cells("device", "torch", "driver", "project", "measured_utc")
+        self.seconds = statistics.median(self.common.values())
         self.tokens = self.corpus.held_out("search", self.judge.tokens["search"]).tokens.numel()
 
     def evaluator(self, folder: Path) -> Evaluator:
@@ -273,8 +235,6 @@ def find_target(opened: Run, shape: ModelSpec, options: argparse.Namespace) -> t
 
 def summarise(arena: Arena, every: Sequence[Ran]) -> list[Summary]:
     """One row for each strategy and each of the two ways to be fair."""
-    info = detect(arena.options.device)
-    versions = provenance(info.slug, info.driver).cells("device", "torch", "driver", "project", "measured_utc")
     found = []
     for equal, strategy in dict.fromkeys((ran.equal, ran.strategy) for ran in every):
         mine = [ran for ran in every if (ran.equal, ran.strategy) == (equal, strategy)]
@@ -291,52 +251,10 @@ def summarise(arena: Arena, every: Sequence[Ran]) -> list[Summary]:
                 seconds=statistics.mean(ran.seconds for ran in mine), tokens=used * arena.tokens,
                 hypervolume=mean[0], low=low, high=high, least_seed=volumes[:, 0].min(),
                 most_seed=volumes[:, 0].max(), above_even=above[0], above_low=above_low, above_high=above_high,
-                note="; ".join(dict.fromkeys(ran.note for ran in mine if ran.note)), **versions,
+                note="; ".join(dict.fromkeys(ran.note for ran in mine if ran.note)), **arena.versions,
             )
         )  # fmt: skip
     return sorted(found, key=lambda row: (row.equal, -np.nan_to_num(row.hypervolume), row.strategy))
-
-
-def tables(summaries: Sequence[Summary], scores: Sequence[Best]) -> list[str]:
-    """Lines of Markdown."""
-    counts = sorted({row.k for row in scores})
-    lines = []
-    for equal in dict.fromkeys(row.equal for row in summaries):
-        head = ["strategy", "seeds", "evaluations", "seconds", "tokens", "hypervolume (95 % interval)", "seeds' range"]
-        head += ["above evenly spread (95 % interval)", *(f"KL, K {k}" for k in counts), "note"]
-        lines += ["", f"## At equal {equal}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        for row in (row for row in summaries if row.equal == equal):
-            mine = [best for best in scores if (best.equal, best.strategy) == (equal, row.strategy)]
-            kls = {k: [best.kl_test for best in mine if best.k == k] for k in counts}
-            cells = [
-                row.strategy, str(row.seeds), f"{row.evaluations:.0f}", f"{row.seconds:.2f}", f"{row.tokens:,.0f}",
-                f"{row.hypervolume:.4f} ({row.low:.4f} to {row.high:.4f})",
-                f"{row.least_seed:.4f} to {row.most_seed:.4f}",
-                f"{row.above_even:+.4f} ({row.above_low:+.4f} to {row.above_high:+.4f})",
-                *(f"{statistics.mean(kl):.4f}" if kl else "" for kl in kls.values()), row.note,
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def draw(folder: Path) -> None:
-    """The page's tables anew and the figure, from the CSV files of a folder."""
-    from matplotlib.figure import Figure
-
-    summaries, scores = read_table(folder / "summary.csv", Summary), read_table(folder / "scores.csv", Best)
-    page = folder / "README.md"
-    head = page.read_text(encoding="utf-8").partition("\n## ")[0].rstrip()
-    page.write_text("\n".join([head, *tables(summaries, scores)]) + "\n", encoding="utf-8")
-    ways = list(dict.fromkeys(row.equal for row in summaries))
-    figure = Figure(figsize=(4.5 * len(ways), 4.0), layout="constrained")
-    for axes, equal in zip(np.ravel(figure.subplots(1, len(ways), sharex=True)), ways, strict=True):
-        rows = [row for row in reversed(summaries) if row.equal == equal and row.hypervolume > 0]
-        middle = [row.hypervolume for row in rows]
-        errors = [[row.hypervolume - row.low for row in rows], [row.high - row.hypervolume for row in rows]]
-        axes.errorbar(middle, [row.strategy for row in rows], xerr=errors, fmt="o", color="#0072b2", capsize=2)
-        axes.set(title=f"equal {equal}", xlabel="hypervolume, share of the box")
-        axes.grid(axis="x", color="#e2e5ea")
-    figure.savefig(folder / "hypervolume.png", dpi=160)
 
 
 def introduction(arena: Arena) -> str:
@@ -371,6 +289,12 @@ def compare(arena: Arena, out: Path) -> list[Ran]:
     options = arena.options
     names = options.strategies.split(",") if options.strategies else list(STRATEGIES)
     names.sort(key=lambda name: (name in LAST, name != UNIFORM))
+    # Equal evaluations and equal seconds take the same time, and seeds take more.
+    room = int(SHARE * (arena.ends - time.monotonic()) / (arena.seconds * len(names)))
+    if room < options.evaluations:
+        options.evaluations = max(FEWEST, room)
+        print(f"{options.evaluations} evaluations each: one takes {arena.seconds:.3f} s", flush=True)
+    (out / "README.md").write_text(introduction(arena), encoding="utf-8")
     every: list[Ran] = []
     equal_s = 0.0
     for seed in range(options.seeds):
@@ -417,9 +341,7 @@ def work(options: argparse.Namespace) -> int:
         arena = Arena(Run.open(options.run), options, Path(scratch))
         print(f"{arena.target}; supernet {arena.supernet.version}; {arena.tokens} tokens a score", flush=True)
         every = compare(arena, options.out)
-        lines = tables(summarise(arena, every), [best for ran in every for best in ran.best])
-        (options.out / "README.md").write_text("\n".join([introduction(arena), *lines]) + "\n", encoding="utf-8")
-        print("\n".join(lines), flush=True)
+        print("\n".join(tables(summarise(arena, every), [best for ran in every for best in ran.best])), flush=True)
     try:
         draw(options.out)
     except ImportError as error:
@@ -436,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--full-attention", default="2,4,8")
     parser.add_argument("--evaluations", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3, help="of the strategies that draw anything")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds for all searches")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--cap", type=float, default=60.0, help="seconds for one search")
     parser.add_argument("--search-tokens", default="8k")
     parser.add_argument("--test-tokens", default="32k")

@@ -1,9 +1,9 @@
 """Learned gates: how much full attention each layer of a supernet gets, learnt with all weights frozen.
 
-After FlashMorph (arXiv 2606.30562), which learns gates to select layers; what follows is our own form. A layer with gate
-g gives g * attention + (1 - g) * replacement. The gates of all layers sum to K at all times: a common shift of their
-logits sees to that, so that only the KL from the teacher is minimised. The wanted K come one after another, the largest
-first, and the gates grow harder during each.
+After FlashMorph (arXiv 2606.30562), which learns gates to select layers; the form is our own. A layer with gate g gives
+g * attention + (1 - g) * replacement. The gates of all layers always sum to K: a common shift of their logits sees to
+that, so that only the KL from the teacher is minimised. The wanted K come one after another, the largest first, and the
+gates grow harder during each.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ STEP = 6
 def gates(search: Session) -> None:
     """The strategy."""
     run, options, free = FullSets(search, NAME), search.options, search.space.may_be_full
-    counts = options.full_attention or (run.most,)
+    counts = options.full_attention or [k for k in (search.most >> power for power in range(8)) if k]
     steps = int(SHARE * search.remaining(NAME)) // STEP
     search.charge(NAME, STEP * steps)
     # The layers' order by what each costs alone, evenly between 1 and -1.
