@@ -113,13 +113,13 @@ class Arena:
         self.ledgers: dict[tuple[str, int], dict[Placement, float]] = {}
         self.counts = tuple(int(k) for k in options.full_attention.split(","))
         self.judge = self.evaluator(scratch / "common")
-        common = self.session(scratch / "common", {}, 0, 1)
+        common, world = self.session(scratch / "common", {}, 0, 1)
         baselines(common)
         start = [0.0] * len(common.layer_importance)
         with contextlib.suppress(Exception):  # compiles the kernels of a way back; what fails is told of the strategy
-            common.objective.gates(common.base, start, self.counts, 1, 0)
+            world.gates(common.base, start, self.counts, 1, 0)
         logging.getLogger("nasbench").setLevel(logging.ERROR)  # every search would say the same of its text
-        self.common, self.base, self.full = dict(common.objective.ledger), common.base, common.space.original
+        self.common, self.base, self.full = dict(world.ledger), common.base, common.space.original
         rows = self._rows(self.full)
         self._drawn = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
         info = detect(options.device)
@@ -135,12 +135,14 @@ class Arena:
             test_tokens=parse_size(options.test_tokens), memo=self.memo,
         )  # fmt: skip
 
-    def session(self, folder: Path, ledger: dict[Placement, float], seed: int, evaluations: int) -> Session:
+    def session(
+        self, folder: Path, ledger: dict[Placement, float], seed: int, evaluations: int
+    ) -> tuple[Session, Timed]:
         costs = Costs(self.cost.shape, self.cost, self.db)
         world = Timed(self.target, self.evaluator(folder), model_speed(self.cost, self.target), "kl", costs=costs)
         world.ledger = ledger
         chosen = Options(full_attention=self.counts, evaluations=evaluations, seed=seed)
-        return Session(folder, world, chosen, self._look_at_the_clock)
+        return Session(folder, world, chosen, self._look_at_the_clock), world
 
     def _look_at_the_clock(self, what: str, done: int, total: int) -> None:
         if time.monotonic() > self.stops:
@@ -152,7 +154,7 @@ class Arena:
         before = self.scratch / f"{EVALUATIONS}-{strategy}-{seed}"
         shutil.copytree((before if before.is_dir() else self.scratch / "common") / "scores", folder / "scores")
         ledger = self.ledgers.setdefault((strategy, seed), dict(self.common))
-        session = self.session(folder, ledger, seed, evaluations)
+        session, world = self.session(folder, ledger, seed, evaluations)
         began, note = time.perf_counter(), ""
         self.stops = min(self.ends, time.monotonic() + self.options.cap)
         try:
@@ -161,7 +163,7 @@ class Arena:
             note = f"stopped after {time.perf_counter() - began:.0f} s"
         except Exception as error:  # a strategy that fails leaves the others their turn
             note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-        own_s = time.perf_counter() - began - session.objective.measuring_s
+        own_s = time.perf_counter() - began - world.measuring_s
         asked = [p for p in session.visited.get(strategy, ()) if p in session.known]
         scores = {p: session.known[p].score for p in asked}
         charged = session.charged.get(strategy, 0)
