@@ -118,7 +118,6 @@ class Arena:
         start = [0.0] * len(common.layer_importance)
         with contextlib.suppress(Exception):  # compiles the kernels of a way back; what fails is told of the strategy
             world.gates(common.base, start, self.counts, 1, 0)
-        logging.getLogger("nasbench").setLevel(logging.ERROR)  # every search would say the same of its text
         self.common, self.base, self.full = dict(world.ledger), common.base, common.space.original
         rows = self._rows(self.full)
         self._drawn = np.random.default_rng(0).multinomial(len(rows), np.full(len(rows), 1 / len(rows)), DRAWS)
@@ -342,7 +341,12 @@ def work(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arena = Arena(Run.open(options.run), options, Path(scratch))
         print(f"{arena.target}; supernet {arena.supernet.version}; {arena.tokens} tokens a score", flush=True)
-        every = compare(arena, options.out)
+        log = logging.getLogger("nasbench")
+        log.addFilter(hushed := lambda record: record.levelno > logging.WARNING)  # all would say the same of the text
+        try:
+            every = compare(arena, options.out)
+        finally:
+            log.removeFilter(hushed)
         print("\n".join(tables(summarise(arena, every), [best for ran in every for best in ran.best])), flush=True)
     try:
         draw(options.out)
