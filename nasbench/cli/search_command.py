@@ -53,7 +53,7 @@ def command(
         int | None, typer.Option(help="Placements that the strategy may look at; default: 120, or what --seconds hold.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="About the time that the strategy takes.")] = 0.0,
-    random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 0,
+    random: Annotated[int, typer.Option(help="Random placements of every K to compare with.")] = 1,
     beam_width: Annotated[int, typer.Option(help="Sets of layers that the beam keeps.")] = 4,
     candidates: Annotated[int, typer.Option(help="Layers that the beam tries to add to each.")] = 8,
     storage: Annotated[

@@ -71,20 +71,20 @@ class Growth(FullSets):
 def beam(search: Session) -> None:
     """The strategy."""
     run, options = Growth(search, BEAM), search.options
-    run.grow(run.most, options.beam_width, options.candidates, GROWTH_SHARE)
+    run.grow(search.most, options.beam_width, options.candidates, GROWTH_SHARE)
     run.refine_all(dict.fromkeys(run.counts, ()))
 
 
 def kl_greedy(search: Session) -> None:
     """The strategy."""
     run = Growth(search, GREEDY)
-    run.grow(run.most, 1, search.space.num_layers, 1.0)
+    run.grow(search.most, 1, search.space.num_layers, 1.0)
 
 
 def greedy_swap(search: Session) -> None:
     """The strategy."""
     run = Growth(search, GREEDY_SWAP)
-    run.grow(run.most, 1, search.space.num_layers, GROWTH_SHARE)
+    run.grow(search.most, 1, search.space.num_layers, GROWTH_SHARE)
     # Its own earlier trials are no starts: a search that goes on takes the same way again.
     earlier = [
         trial
@@ -122,7 +122,7 @@ def one_swap(search: Session) -> None:
     costs = search.objective.importance(search.faster, by_score=True)
     gains = [costs.get((layer, name), 0.0) for layer, name in enumerate(search.base)]
     order = sorted(search.space.may_be_full, key=lambda layer: (-gains[layer], layer))
-    for count in search.options.full_attention or range(run.most, -1, -1):
+    for count in search.options.full_attention or range(search.most, -1, -1):
         run.evaluate([frozenset(order[:count])])
 
 

@@ -29,15 +29,6 @@ class FullSets:
         wanted = self.search.options.full_attention
         return wanted or tuple(len(best) for best in self.best(self.scores)[:1])
 
-    @property
-    def most(self) -> int:
-        """The largest wanted K; where limits decide, the largest that keeps to those on costs."""
-        search, space = self.search, self.search.space
-        if search.options.full_attention:
-            return max(search.options.full_attention)
-        counts = range(len(space.may_be_full), 0, -1)
-        return next((k for k in counts if search.keeps(search.with_full(space.evenly(k)))), 0)
-
     def evaluate(self, sets: Iterable[Layers]) -> None:
         """Evaluates sets of full layers as far as the budget goes: those within the limits, or all as steps on the way
         where none is."""

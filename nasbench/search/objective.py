@@ -246,6 +246,17 @@ class RunObjective:
         keys = [(row.layer, row.name) for row in rows]
         return self._singles(keys, lambda found: [one.score for one in self.measure(found)])[1]
 
+    def gates(
+        self, base: Placement, start: Sequence[float], counts: Sequence[int], steps: int, seed: int
+    ) -> dict[int, list[float]]:
+        """How much full attention every layer gets beside its replacement in `base`, for each K, as learnt by KL on
+        training text: see nasbench.evaluation.gates."""
+        from nasbench.evaluation.gates import learn_gates, supernet_loss
+
+        self._progress("gates", 0, steps)
+        loss, device = supernet_loss(self._evaluator, base, seed), self._evaluator.supernet.teacher.device
+        return learn_gates(loss, start, self.space.may_be_full, counts, steps, device)
+
     def task_changes(self, limit: Limit, names: Sequence[str]) -> tuple[float, dict[tuple[int, str], float]]:
         """(a task's value for the model, how it changes with each (layer, name) alone)."""
         keys = [(i, name) for i, own in enumerate(self.space.choices) for name in own[1:] if name in names]

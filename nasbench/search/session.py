@@ -49,7 +49,7 @@ class Options:
         evaluations: placements that one strategy may look at; those in the memory count, so that a search that was
             stopped and started again is the search that was not stopped.
         seconds: time for the strategy, from which `evaluations` follow; 0 to take these as they are.
-        random: random placements of every wanted K among the baselines.
+        random: random placements of every K among the baselines.
         beam_width, candidates: of the beam: sets of layers kept a level, layers tried for each.
         replacement: the name in every layer without full attention; "" for each layer's best of those that are faster
             than full attention on the target, or of all where there are limits.
@@ -61,7 +61,7 @@ class Options:
     full_attention: tuple[int, ...] = ()
     evaluations: int = USUAL
     seconds: float = 0.0
-    random: int = 0
+    random: int = 1
     beam_width: int = 4
     candidates: int = 8
     replacement: str = ""
@@ -99,6 +99,7 @@ class Session:
     options: Options
     progress: Progress = lambda what, done, total: None
     visited: dict[str, set[Placement]] = field(default_factory=dict)
+    charged: dict[str, int] = field(default_factory=dict)
     known: dict[Placement, Measured] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     """What a strategy says of its answer."""
@@ -170,12 +171,24 @@ class Session:
         """What full attention in a layer saves, measured alone."""
         return tuple(self.importance.get((layer, name), 0.0) for layer, name in enumerate(self.base))
 
+    @property
+    def fills(self) -> list[Placement]:
+        """What baselines have where they have no full attention: the base, where a K or limits ask for the layers'
+        importance, and every replacement alone."""
+        asked = self.options.full_attention or self.options.limits
+        return list(dict.fromkeys([*([self.base] if asked else []), *self.homogeneous]))
+
+    @cached_property
+    def most(self) -> int:
+        """The largest wanted K; where limits decide, the largest that keeps to those on costs if spread evenly."""
+        counts = range(len(self.space.may_be_full), 0, -1)
+        evenly = (k for k in counts if self.keeps(self.with_full(self.space.evenly(k))))
+        return max(self.options.full_attention) if self.options.full_attention else next(evenly, 0)
+
     def evenly_spread(self, count: int) -> list[Placement]:
-        """Evenly spread placements of K full layers: with the base elsewhere, and with every replacement alone."""
+        """Evenly spread placements of K full layers, with every fill."""
         even = self.space.evenly(count)
-        return list(
-            dict.fromkeys(self.space.with_full_attention(fill, even) for fill in (self.base, *self.homogeneous))
-        )
+        return list(dict.fromkeys(self.space.with_full_attention(fill, even) for fill in self.fills))
 
     @cached_property
     def cost_limits(self) -> list[Limit]:
@@ -208,7 +221,12 @@ class Session:
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
-        return self.options.evaluations - len(self.visited.get(strategy, ()))
+        spent = len(self.visited.get(strategy, ())) + self.charged.get(strategy, 0)
+        return self.options.evaluations - spent
+
+    def charge(self, strategy: str, evaluations: int) -> None:
+        """Takes from the budget what a strategy's own work costs, in evaluations that take as long."""
+        self.charged[strategy] = self.charged.get(strategy, 0) + evaluations
 
     def evaluate(
         self, placements: Iterable[Placement], strategy: str, free: bool = False, stepping: bool = False
@@ -228,7 +246,7 @@ class Session:
             if not (free or stepping or self.keeps(placement)):
                 continue
             if placement not in visited:
-                if not free and len(visited) >= self.options.evaluations:
+                if not free and self.remaining(strategy) < 1:
                     continue
                 visited.add(placement)
             allowed.append(placement)
@@ -293,17 +311,17 @@ class Comparison:
 
 
 def baselines(search: Session) -> None:
-    """The teacher, the base where limits decide on K, and the evenly spread and random placements of every wanted K:
-    trials of every search, at no charge."""
-    space, options = search.space, search.options
+    """Trials of every search, at no charge: the model itself, one replacement in all layers, and evenly spread and
+    random placements of every wanted K; without one, of the largest within the limits, or of a quarter of the layers.
+    """
+    space, options, free = search.space, search.options, search.space.may_be_full
     search.evaluate([space.original], TEACHER, free=True)
-    if options.limits:
-        search.evaluate([search.base], FILLERS, free=True)
-    for count in options.full_attention:
+    search.evaluate(search.fills, FILLERS, free=True)
+    for count in options.full_attention or ((search.most if options.limits else len(free) // 4),):
         search.evaluate(search.evenly_spread(count), UNIFORM, free=True)
-        for number in range(options.random if 0 < count < len(space.may_be_full) else 0):
-            drawn = random.Random(f"{options.seed}/{number}/{count}").sample(space.may_be_full, count)
-            search.evaluate([search.with_full(drawn)], f"{DRAWN}{number}", free=True)
+        for number in range(options.random if 0 < count < len(free) else 0):
+            drawn = frozenset(random.Random(f"{options.seed}/{number}/{count}").sample(free, count))
+            search.evaluate([space.with_full_attention(search.fills[0], drawn)], f"{DRAWN}{number}", free=True)
 
 
 def affordable(search: Session) -> int:

@@ -1,6 +1,6 @@
 """Importing this module registers the built-in strategies. Third parties use the entry point `nasbench.strategies`."""
 
-from nasbench.search import beam, exact, optuna_study, sampling
+from nasbench.search import beam, exact, gates, optuna_study, sampling
 from nasbench.search.session import STRATEGIES
 
-__all__ = ["STRATEGIES", "beam", "exact", "optuna_study", "sampling"]
+__all__ = ["STRATEGIES", "beam", "exact", "gates", "optuna_study", "sampling"]

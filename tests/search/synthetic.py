@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import torch
 
+from nasbench.evaluation.gates import learn_gates
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.search.limits import Costs, Limit, Workload
 from nasbench.search.objective import Measured, Speed
@@ -103,6 +105,17 @@ class SyntheticObjective:
 
     def task_changes(self, limit: Limit, names: Sequence[str]) -> tuple[float, dict[tuple[int, str], float]]:
         return self.kl(self.space.original), dict(self.importance(names))
+
+    def gates(self, base, start, counts, steps, seed):
+        """Learnt on the loss, linear between the placements' corners."""
+        costs = torch.tensor([self.cost.get(key, 0.0) for key in enumerate(base)], dtype=torch.float32)
+        pairs = torch.tensor(self.pair[:-1], dtype=torch.float32)
+
+        def loss(gates, step):
+            left = (1 - gates) * (costs > 0)
+            return (left * costs).sum() + (pairs * left[:-1] * left[1:]).sum()
+
+        return learn_gates(loss, start, self.space.may_be_full, counts, steps)
 
     def importance(self, names: Sequence[str], by_score: bool = False) -> Mapping[tuple[int, str], float]:
         original = self.space.original
