@@ -69,8 +69,8 @@ _BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, toke
 
 @cache
 def kernels_version() -> str:
-    """Eight digits that differ between kernels of different code; comments, docstrings, the naive forms and the tuner
-    do not count. "" without the package."""
+    """Eight digits that differ between kernels of different code; comments, docstrings, white space, the naive forms and
+    the tuner do not count. "" without the package."""
     spec, digest = find_spec("nasbench_kernels"), hashlib.sha256()
     folders = spec.submodule_search_locations if spec else None
     for path in sorted(path for folder in folders or () for path in Path(folder).rglob("*.py")):
@@ -80,7 +80,8 @@ def kernels_version() -> str:
             begins = True
             for token in tokenize.tokenize(file.readline):
                 if token.type not in _BLANK and not (begins and token.type == tokenize.STRING):
-                    digest.update(token.string.encode() + b" ")
+                    # Without white space: Python 3.12 reads an f-string as several tokens, 3.11 as one.
+                    digest.update("".join(token.string.split()).encode())
                 begins = token.type in _BLANK
     return digest.hexdigest()[:8] if folders else ""
 
