@@ -22,58 +22,8 @@ from nasbench_kernels.common.pdl import pdl_launch, wait
 from nasbench_kernels.common.tile import silu
 from nasbench_kernels.conv.decode import conv_step
 from nasbench_kernels.gated_delta.naive import L2_EPS, RowLayout
+from nasbench_kernels.gated_delta.step_parts import convolved, decay_of, held, move_on, vector, widened
 from nasbench_kernels.norm.naive import NORM_EPS
-
-
-@triton.jit
-def _vector(at, lanes, inside, cos, sin, KEY: tl.constexpr, ROTARY: tl.constexpr):
-    """Lanes of a head's query or key, fp32, rotated by the tables of its position."""
-    x = tl.load(at + lanes, mask=inside, other=0.0).to(tl.float32)
-    if ROTARY:
-        other = tl.load(at + (lanes + KEY // 2) % KEY, mask=inside, other=0.0).to(tl.float32)
-        other = tl.where(lanes < KEY // 2, -other, other)
-        x = x * tl.load(cos + lanes, mask=inside, other=0.0) + other * tl.load(sin + lanes, mask=inside, other=0.0)
-    return x
-
-
-@triton.jit
-def _held(weight, past, channel, inside, SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Taps and earlier inputs of the static convolution of some channels, [taps, channels]."""
-    tap = tl.arange(0, BLOCK_T)[:, None]
-    taps = tl.load(weight + channel[None, :] * TAPS + tap, mask=inside[None, :] & (tap < TAPS), other=0.0)
-    seen = inside[None, :] & (tap < TAPS - 1)
-    return taps, tl.load(past + tap * SIZE + channel[None, :], mask=seen, other=0.0)
-
-
-@triton.jit
-def _convolved(x, taps, earlier, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """(the window's inputs, SiLU of the convolution)."""
-    inputs = tl.where(tl.arange(0, BLOCK_T)[:, None] == TAPS - 1, x[None, :], earlier.to(tl.float32))
-    return inputs, silu(tl.sum(inputs * taps.to(tl.float32), 0))
-
-
-@triton.jit
-def _move_on(inputs, past, channel, inside, SIZE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr):
-    tap = tl.arange(0, BLOCK_T)[:, None]
-    at = past + (tap - 1) * SIZE + channel[None, :]
-    tl.store(at, inputs.to(past.dtype.element_ty), mask=inside[None, :] & (tap > 0) & (tap < TAPS))
-
-
-@triton.jit
-def _widened(at, middle, bias, lanes, inside, RANK: tl.constexpr):
-    """A product of a narrow row, `middle` [RANK], for some of its outputs, rounded as the plain one is."""
-    x = tl.load(bias + lanes, mask=inside, other=0.0).to(tl.float32)
-    for rank in tl.static_range(RANK):
-        weight = tl.load(at + lanes * RANK + rank, mask=inside, other=0.0).to(tl.float32)
-        x += weight * tl.load(middle + rank).to(tl.float32)
-    return x.to(middle.dtype.element_ty)
-
-
-@triton.jit
-def _decay(x, shift, rate, sign):
-    step = sign * x.to(tl.float32) + shift
-    softplus = tl.where(step > 20.0, step, tl.log(1.0 + tl.exp(tl.minimum(step, 20.0))))
-    return tl.exp(-tl.exp(rate) * softplus)
 
 
 @triton.jit
@@ -128,26 +78,26 @@ def recurrent_step_kernel(
         SIZE: tl.constexpr = HEADS * (2 * KEY + VALUE)
         window = conv_state + sequence * (TAPS - 1) * SIZE
         own = head * KEY
-        taps_qa, past_qa = _held(conv_weight, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
-        taps_qb, past_qb = _held(conv_weight, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
-        taps_ka, past_ka = _held(conv_weight, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
-        taps_kb, past_kb = _held(conv_weight, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
-        taps_v, past_v = _held(conv_weight, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
+        taps_qa, past_qa = held(conv_weight, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
+        taps_qb, past_qb = held(conv_weight, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
+        taps_ka, past_ka = held(conv_weight, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
+        taps_kb, past_kb = held(conv_weight, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
+        taps_v, past_v = held(conv_weight, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
     wait(PDL)
     # Everything else that is read before the state, asked for at once.
     from_q = base + q_at + head * KEY
     from_k = base + k_at + head * KEY
     cos += sequence * table_stride
     sin += sequence * table_stride
-    q_a = _vector(from_q, first, in_first, cos, sin, KEY, ROTARY)
-    k_a = _vector(from_k, first, in_first, cos, sin, KEY, ROTARY)
-    q_b = _vector(from_q, second, in_second, cos, sin, KEY, ROTARY)
-    k_b = _vector(from_k, second, in_second, cos, sin, KEY, ROTARY)
+    q_a = vector(from_q, first, in_first, cos, sin, KEY, ROTARY)
+    k_a = vector(from_k, first, in_first, cos, sin, KEY, ROTARY)
+    q_b = vector(from_q, second, in_second, cos, sin, KEY, ROTARY)
+    k_b = vector(from_k, second, in_second, cos, sin, KEY, ROTARY)
     from_decay = decay_rows + sequence * decay_stride + decay_at
     if RANK > 0:
         own_weight = decay_weight + head * KEY * RANK
-        step_a = _widened(own_weight, from_decay, decay_bias + head * KEY, first, in_first, RANK)
-        step_b = _widened(own_weight, from_decay, decay_bias + head * KEY, second, in_second, RANK)
+        step_a = widened(own_weight, from_decay, decay_bias + head * KEY, first, in_first, RANK)
+        step_b = widened(own_weight, from_decay, decay_bias + head * KEY, second, in_second, RANK)
     elif CHANNELS:
         step_a = tl.load(from_decay + head * KEY + first, mask=in_first, other=0.0)
         step_b = tl.load(from_decay + head * KEY + second, mask=in_second, other=0.0)
@@ -176,18 +126,18 @@ def recurrent_step_kernel(
         tl.debug_barrier()
         tl.store(past - width, inputs.to(conv_state.dtype.element_ty), mask=in_mine[None, :] & (tap > 0) & (tap < TAPS))
     if STATIC:
-        inputs_qa, q_a = _convolved(q_a, taps_qa, past_qa, TAPS, BLOCK_T)
-        inputs_qb, q_b = _convolved(q_b, taps_qb, past_qb, TAPS, BLOCK_T)
-        inputs_ka, k_a = _convolved(k_a, taps_ka, past_ka, TAPS, BLOCK_T)
-        inputs_kb, k_b = _convolved(k_b, taps_kb, past_kb, TAPS, BLOCK_T)
-        inputs_v, v = _convolved(v, taps_v, past_v, TAPS, BLOCK_T)
+        inputs_qa, q_a = convolved(q_a, taps_qa, past_qa, TAPS, BLOCK_T)
+        inputs_qb, q_b = convolved(q_b, taps_qb, past_qb, TAPS, BLOCK_T)
+        inputs_ka, k_a = convolved(k_a, taps_ka, past_ka, TAPS, BLOCK_T)
+        inputs_kb, k_b = convolved(k_b, taps_kb, past_kb, TAPS, BLOCK_T)
+        inputs_v, v = convolved(v, taps_v, past_v, TAPS, BLOCK_T)
         # As above.
         tl.debug_barrier()
-        _move_on(inputs_qa, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
-        _move_on(inputs_qb, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
-        _move_on(inputs_ka, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
-        _move_on(inputs_kb, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
-        _move_on(inputs_v, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
+        move_on(inputs_qa, window, own + first, in_first, SIZE, TAPS, BLOCK_T)
+        move_on(inputs_qb, window, own + second, in_second, SIZE, TAPS, BLOCK_T)
+        move_on(inputs_ka, window, HEADS * KEY + own + first, in_first, SIZE, TAPS, BLOCK_T)
+        move_on(inputs_kb, window, HEADS * KEY + own + second, in_second, SIZE, TAPS, BLOCK_T)
+        move_on(inputs_v, window, 2 * HEADS * KEY + channel, in_mine, SIZE, TAPS, BLOCK_T)
     tl.store(outputs + mine, v, mask=in_mine)
 
     if UNIT:
@@ -201,10 +151,10 @@ def recurrent_step_kernel(
     q_b *= q_factor
     q_k = tl.sum(q_a * k_a) + tl.sum(q_b * k_b)
     if CHANNELS:
-        decay_a = _decay(step_a, shift_a, rate, sign)
-        decay_b = _decay(step_b, shift_b, rate, sign)
+        decay_a = decay_of(step_a, shift_a, rate, sign)
+        decay_b = decay_of(step_b, shift_b, rate, sign)
     else:
-        decay = _decay(step, shift, rate, sign)
+        decay = decay_of(step, shift, rate, sign)
     beta = 1.0 / (1.0 + tl.exp(-beta_logit))
     every = tl.arange(0, BLOCK_ALL)
     in_head = every < VALUE
