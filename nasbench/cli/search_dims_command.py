@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nasbench.cli.common import AsJson, Device, DryRun, Dtype, Model
-from nasbench.core.errors import UserError
+from nasbench.core.errors import MachineError, UserError
 from nasbench.core.sizes import format_size, parse_size, parse_sizes
 
 if TYPE_CHECKING:
@@ -163,13 +163,14 @@ class _Work:
 
     def kept(self, names: Sequence[str]) -> list[str]:
         """Those that are measured, where latency stays within the tolerance of the reference's."""
-        table = self.table(names).set_index("kind")
-        if "step ms" not in table:
-            return []
-        step = table["step ms"].dropna()
-        if self.space.same == "latency":
-            step = step[(step / step[self.reference] - 1).abs() <= self.space.tolerance]
-        return list(step.index)
+        rows = self.table(names).to_dict("records")
+        step = {row["kind"]: row["step ms"] for row in rows if row.get("step ms", 0) > 0}
+        own = step.get(self.reference)
+        if not step or (own is None and self.space.same == "latency"):
+            raise MachineError(f"no step of {self.reference} or another block was measured: too large, or no time left")
+        if own and self.space.same == "latency":
+            return [name for name, ms in step.items() if abs(ms / own - 1) <= self.space.tolerance]
+        return list(step)
 
     def measure(self, names: Sequence[str]) -> list[str]:
         """Speeds of all, then scores of those that keep to the constraint, which it returns."""

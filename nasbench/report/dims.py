@@ -12,6 +12,7 @@ import pandas
 from nasbench.cost.calibration import CalibrationRow
 from nasbench.evaluation.ranks import kendall
 from nasbench.report.blocks import LOSS, SPEED
+from nasbench.runtime.roofline import decode_bytes
 from nasbench.search.dims import placement_of
 from nasbench.spaces.placement import format_placement
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from nasbench.model.shapes import ModelSpec
 
 DIMS = ("heads", "key dim", "value dim", "convolution")
-PARAMETERS, PROMPT = "parameters (M)", "prompt tokens/s"
+PARAMETERS, LEAST, PROMPT = "parameters (M)", "least GB a step", "prompt tokens/s"
 PAPER = ("paper: parameters (M)", "paper: tokens/s", "paper: retrieval (%)", "paper: maths (%)")
 TABLE_2 = {
     "J@4x256x288": (1620, 2969, 67.6, 31.3),
@@ -57,12 +58,13 @@ def dims_table(
     for name in names:
         spec, placement = shape.mixer(name), placement_of(shape, name, full_attention)
         assert spec.dims is not None
-        row = {
+        row: dict[str, Any] = {
             "kind": name,
             **dict(zip(DIMS, spec.dims, strict=True)),
             PARAMETERS: shape.parameters(placement) / 1e6,
             "cache MiB": round(shape.cache_bytes(placement, 1, context, dtype_bytes) / 2**20, 2),
         }
+        row[LEAST] = decode_bytes(shape, placement, batch, context, dtype_bytes) / 1e9
         text = format_placement(placement)
         if step := took.get(("decode", text)):
             row |= {"step ms": round(step.time_ms, 4), SPEED: round(batch / step.time_ms * 1e3, 1)}
@@ -80,7 +82,7 @@ def dims_table(
 def spreads(table: pandas.DataFrame) -> list[str]:
     """Sentences: how far apart the dimensions lie, and what goes with their parameters."""
     told = []
-    for column, paper in ((SPEED, PAPER[1]), (PROMPT, ""), (PARAMETERS, PAPER[0])):
+    for column, paper in ((SPEED, PAPER[1]), (PROMPT, ""), (LEAST, ""), (PARAMETERS, PAPER[0])):
         if column in table and table[column].notna().sum() > 1:
             theirs = f" (the paper's: {_spread(table[paper]):.1%})" if paper in table else ""
             told.append(f"{column}: {_spread(table[column]):.1%} from the least to the most{theirs}.")

@@ -96,6 +96,11 @@ def test_optuna_chooses_some_and_goes_on(tiny_model, tmp_path, capsys):
         kinds = json.loads(capsys.readouterr().out)["kinds"]
         assert len(kinds) in (trials, trials + 1)
         assert all(row["decode tokens/s"] > 0 for row in kinds)
+    assert main.run(words(tiny_model, out, "--json", prompt=0, same="latency", tolerance=0.4)) == 0
+    reference, *others = json.loads(capsys.readouterr().out)["kinds"]
+    assert reference["kind"] == "J@4x8x8"
+    assert all(abs(row["step ms"] / reference["step ms"] - 1) <= 0.4 for row in others)
+    assert main.run(words(tiny_model, tmp_path / "late", limit=1e-9)) == 1
 
 
 def test_a_dry_run_lists_and_wrong_words_are_named(tiny_model, tmp_path, capsys):
