@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,7 @@ def search_run(
             list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
         )
     front = front_rows(every, world.reference, lambda layers: held_out_scores(evaluator, layers))
+    front = [replace(row, **search.kept(row.layers)) for row in front]
     write_front(run.front, target, front)
     within = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
     kept = [Kept(str(limit), value) for limit, value in search.values(best.layers)] if best else []

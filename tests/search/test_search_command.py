@@ -7,7 +7,9 @@ import torch
 from made_up_rows import profile_rows
 from supernet_tiny import LAYERS, SHAPE, save_supernet, save_tiny
 
+from nasbench.api import recommend
 from nasbench.checkpoints.load import load_model
+from nasbench.report.facts import collect
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front, read_trials
 from nasbench.store import Database, Row
@@ -88,6 +90,17 @@ def test_limits_make_k_an_outcome(prepared, capsys):
         assert [row["limit"].split("=")[0] for row in data["limits"]] == ["--max cache", "--min decode_tok_s"]
         assert data["limits"][0]["value"] <= 40 * 1024
         assert {row["k"] for row in data["front"]} <= set(range(4))
+        told = [row for row in read_trials(prepared[0].trials) if row.strategy == strategy and row.limits]
+        assert told
+        assert all("--max loss=99 --min decode_tok_s=100@guess,64,1" in row.limits for row in told)
+    fronted = {row.placement: row.excess for row in read_front(prepared[0].front) if row.device == "test-device"}
+    assert next(t.excess for t in read_trials(prepared[0].trials) if t.placement == "4A") > 0  # its cache is too large
+    verdict = recommend(prepared[0].path, db=prepared[1])
+    assert fronted[verdict.point.row.placement] == 0
+    assert "It keeps to --max cache=0.0390625MiB@test-device,256,1 --max loss=99 --min" in verdict.sentences[1]
+    commands = collect(prepared[0], prepared[1]).commands
+    (ours,) = (line for line in commands if "--strategy exact" in line and "--min" in line)
+    assert "--full-attention" not in ours
     fast = ["--objective", "decode_tok_s@guess,256,4", "--max", "loss=99", "--strategy", "kl-greedy"]
     assert search(prepared, *fast, "--max", "cache=40k@256,1") == 0
     assert "within the limits: " in capsys.readouterr().out
