@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
@@ -18,6 +20,7 @@ from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
 from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, read_trials, write_front
 from nasbench.search.trust import Trust, trust
+from nasbench.search.validation import ValidationRow
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
 
@@ -37,6 +40,7 @@ class Outcome:
         limits: what the best one costs where there are limits.
         notes: what the strategy says of its answer.
         trust: how sure the comparisons and the order are.
+        measured: finalists, measured end to end.
     """
 
     target: Target
@@ -46,6 +50,15 @@ class Outcome:
     limits: list[Kept]
     notes: list[str]
     trust: Trust
+    measured: list[ValidationRow] = field(default_factory=list)
+
+    def finalists(self, most: int) -> list[Placement]:
+        """The best placement, the best of every K, and the front thinned evenly, at most so many."""
+        best = [self.best] if self.best else []
+        searched = [pair.searched for pair in sorted(self.comparisons, key=lambda pair: pair.searched.score)]
+        places = np.linspace(0, len(self.front) - 1, most).round().astype(int) if self.front else []
+        spread = [self.front[place] for place in places]
+        return list(dict.fromkeys(trial.layers for trial in (*best, *searched, *spread)))[:most]
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from supernet_tiny import LAYERS, SHAPE, save_supernet, save_tiny
 
 from nasbench.api import recommend
 from nasbench.checkpoints.load import load_model
+from nasbench.devices import detect
 from nasbench.report.facts import collect
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front, read_trials
+from nasbench.search.validation import read_validation, validate
 from nasbench.store import Database, Row
 from nasbench.supernet.supernet import Supernet
 
@@ -117,13 +119,31 @@ def test_a_worker_leaves_its_trials_to_the_search_that_shares_its_storage(prepar
     assert [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"] == tried
 
 
+def test_finalists_are_measured_beside_what_was_predicted(prepared, capsys, monkeypatch):
+    here = detect("cpu").slug
+    Database(prepared[1] / f"{here}.csv").merge(profile_rows(device=here))
+    monkeypatch.setitem(validate.__kwdefaults__, "seconds", 0.05)
+    shared = ["-k", "1,2", "--evaluations", "8", "--measure-finalists"]
+    assert search(prepared, *shared, "2") == 2
+    assert f"--measure-finalists measures on {here}: search for it, not for test-device" in capsys.readouterr().err
+    assert search(prepared, *shared, "2", "--json", profile=here) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = read_validation(prepared[0].validation)
+    assert [row["placement"] for row in data["measured"]] == [row.placement for row in rows]
+    assert data["best"]["placement"] in {row.placement for row in rows}
+    assert len(rows) == 2
+    assert all(row.error == pytest.approx(row.predicted_tok_s / row.measured_tok_s - 1) for row in rows)
+    assert search(prepared, *shared, "2", profile=here) == 0
+    assert "Predicted against measured" in capsys.readouterr().out
+
+
 def test_another_objective(prepared, capsys):
     text = "kl+0.5*retrieval-kl@96:3"
     assert search(prepared, "--strategy", "greedy-swap", "-k", "1,2", "--evaluations", "8", "--objective", text) == 0
     out = capsys.readouterr().out
     assert f"Score of {text}, searched against" in out
-    rows = read_front(prepared[0].front)
-    assert {row.objective for row in rows if row.device == "test-device"} == {text}
+    rows = [row for row in read_front(prepared[0].front) if row.device == "test-device"]
+    assert {row.objective for row in rows} == {text}
     assert rows[0].score == pytest.approx(0, abs=1e-5)
 
 
