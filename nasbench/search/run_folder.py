@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 from nasbench.cost import CostModel, stale_warning
@@ -56,8 +54,8 @@ class Outcome:
         """The best placement, the best of every K, and the front thinned evenly, at most so many."""
         best = [self.best] if self.best else []
         searched = [pair.searched for pair in sorted(self.comparisons, key=lambda pair: pair.searched.score)]
-        places = np.linspace(0, len(self.front) - 1, most).round().astype(int) if self.front else []
-        spread = [self.front[place] for place in places]
+        last, steps = len(self.front) - 1, max(1, most - 1)
+        spread = [self.front[i * last // steps] for i in range(most) if self.front]
         return list(dict.fromkeys(trial.layers for trial in (*best, *searched, *spread)))[:most]
 
 
