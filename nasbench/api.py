@@ -161,6 +161,7 @@ def search(
     eval_dtype: str = "",
     search_tokens: Size = "2k",
     test_tokens: Size = "4k",
+    measure_finalists: int = 0,
     device: str = "cpu",
     db: Folder | None = None,
     progress: Progress = lambda what, done, total: None,
@@ -175,6 +176,8 @@ def search(
             first one this device at the largest context and batch that were profiled.
         eval_dtype: fp32 or bf16, in which the supernet is scored on the torch device `device`; "" as it was trained.
         search_tokens, test_tokens: held-out tokens that score, and others for what was found (0: none).
+        measure_finalists: how many of the best placements are measured end to end, beside what was predicted
+            (validation.csv).
         options: fields of nasbench.search.session.Options: full_attention=(4, 8), evaluations=120, seed=0, ...
 
     Returns:
@@ -186,6 +189,7 @@ def search(
     from nasbench.core.dtypes import torch_dtype
     from nasbench.core.files import sole_writer
     from nasbench.cost import check_context, load_cost_model
+    from nasbench.devices import detect
     from nasbench.runs import Run
     from nasbench.search.limits import METRICS, parse_limit
     from nasbench.search.objective import parse_goal, parse_objective
@@ -215,16 +219,26 @@ def search(
     limits = [parse_limit(text, True, target, place) for text in most]
     limits += [parse_limit(text, False, target, place) for text in least]
     kind = torch_dtype(run_dtype(opened.path, eval_dtype, device))
+    if measure_finalists < 0:
+        raise UserError(f"bad --measure-finalists {measure_finalists}: choose 0 or more")
+    if measure_finalists and target.device != (here := detect(device).slug):
+        raise UserError(f"--measure-finalists measures on {here}: search for it, not for {target.device}")
 
     from nasbench.evaluation.evaluator import Evaluator
+    from nasbench.search.validation import validate
 
     with contextlib.nullcontext() if chosen.worker else sole_writer(opened.path / "search", "searches"):
         evaluator = Evaluator.open(opened, device=device, dtype=kind, search_tokens=scored, test_tokens=held_out)
         remember_target(opened, target, place)
-        return search_run(
+        outcome = search_run(
             opened, evaluator, costs, target, strategy, replace(chosen, limits=tuple(limits)),
             objective=objective, test=held_out is not None, db=place, progress=progress,
         )  # fmt: skip
+        del evaluator  # its memory is for the models that are measured
+        chosen_few = outcome.finalists(measure_finalists)
+        bar = lambda done, total: progress("finalists", done, total)  # noqa: E731
+        rows = validate(opened, chosen_few, target, costs, shape, device, progress=bar) if chosen_few else []
+        return replace(outcome, measured=rows)
 
 
 def trials(run: Folder) -> pd.DataFrame:

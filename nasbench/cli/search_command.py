@@ -68,6 +68,9 @@ def command(
     ] = False,
     search_tokens: Annotated[str, typer.Option(help="Held-out tokens that score a placement.")] = "2k",
     test_tokens: Annotated[str, typer.Option(help="Other held-out tokens for what was found; 0: none.")] = "4k",
+    measure_finalists: Annotated[
+        int, typer.Option(help="Measure so many of the best placements end to end, beside the predicted tokens/s.")
+    ] = 0,
     device: Annotated[
         str, typer.Option("--device", "--on", help="Where scores are measured: auto, cpu or cuda.")
     ] = "auto",
@@ -92,7 +95,7 @@ def command(
             batch=batch, dtype=dtype, eval_dtype=eval_dtype, search_tokens=search_tokens, test_tokens=test_tokens,
             device=torch_device(device), db=db, progress=progress, full_attention=parse_counts(full_attention),
             evaluations=asked, seconds=seconds, random=random, beam_width=beam_width, candidates=candidates,
-            replacement=replacement, seed=seed, storage=storage, worker=worker,
+            replacement=replacement, seed=seed, storage=storage, worker=worker, measure_finalists=measure_finalists,
         )  # fmt: skip
     target = outcome.target
     if json:
@@ -112,6 +115,7 @@ def parse_counts(text: str) -> tuple[int, ...]:
 def print_outcome(outcome: Outcome, target: Target) -> None:
     """Searched against evenly spread for every K, then the front."""
     from nasbench.cli.common import print_table
+    from nasbench.cli.validate_command import print_measured
 
     for note in outcome.notes:
         print(note)
@@ -137,6 +141,8 @@ def print_outcome(outcome: Outcome, target: Target) -> None:
     bounds = f"(reference: {what.lower().partition(' ')[0]} {first.reference_loss:.2f}, 0 tokens/s)"
     unit = "nats" if what == "Loss" else "score"
     print(f"\nhypervolume {first.hypervolume:.4g} {unit} x tokens/s {bounds}")
+    if outcome.measured:
+        print_measured(outcome.measured, target)
     if any(row.source == "estimated" for row in outcome.front):
         print("speeds marked ~ rest on estimated, not on measured rows")
 

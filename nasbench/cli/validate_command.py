@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nasbench.search.trials import Target
+    from nasbench.search.validation import ValidationRow
 
 
 def command(
@@ -31,7 +37,7 @@ def command(
     may be beyond the model's own: speeds are then measured with a longer cache, and not predicted.
     """
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, print_json, print_table, progress_bar, torch_device
+    from nasbench.cli.common import log, print_json, progress_bar, torch_device
     from nasbench.core.errors import UserError
     from nasbench.cost import load_cost_model
     from nasbench.devices import detect
@@ -60,6 +66,15 @@ def command(
     if as_json:
         print_json({"mean_error": mean_error(found), "rows": [vars(row) for row in found]})
         return
+    print_measured(found, target)
+
+
+def print_measured(found: Sequence[ValidationRow], target: Target) -> None:
+    """Predicted against measured tokens/s; a context beyond the model's has no predictions."""
+    from nasbench.cli.common import print_table
+    from nasbench.search.validation import mean_error
+
+    beyond = math.isnan(mean_error(found))
     table = [
         (
             row.placement,

@@ -83,7 +83,8 @@ def sources(run: Run, trials: Sequence[Trial], rows: Sequence[Row], validated: S
         versions = f"supernet {_distinct(trials, 'supernet')}"
         files = ("trials.csv", "front.csv", "scores/samples.jsonl")
         dates = span([trial.created_utc for trial in trials])
-        note, hashes = f"{len(trials):,} trials", _hashes(run, *files)
+        limits = dict.fromkeys(trial.limits for trial in trials if trial.limits)
+        note, hashes = "; within ".join([f"{len(trials):,} trials", *limits]), _hashes(run, *files)
         found.append(Source("losses, KL, searched placements", ", ".join(files), "", dates, versions, note, hashes))
     measured = [row for row in rows if row.source == "measured"]
     for kind, own in (("measured", measured), ("estimated", [row for row in rows if row.source != "measured"])):
@@ -122,11 +123,12 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
         mine = [trial for trial in trials if trial.target == target]
         counts = ",".join(str(k) for k in sorted({trial.k for trial in mine if trial.strategy == UNIFORM}))
         goal = ["--profile", target.device, "--context", format_size(target.context), "--batch", str(target.batch)]
-        for strategy, objective in dict.fromkeys((trial.strategy, trial.objective) for trial in mine):
+        for strategy, objective, limits in dict.fromkeys((t.strategy, t.objective, t.limits) for t in mine):
             if strategy in STRATEGIES and strategy != UNIFORM:
-                tried = [trial for trial in mine if (trial.strategy, trial.objective) == (strategy, objective)]
+                tried = [t for t in mine if (t.strategy, t.objective, t.limits) == (strategy, objective, limits)]
                 words = ["search", folder, "--strategy", strategy, "--objective", objective]
-                words += ["--full-attention", counts, *goal, "--dtype", target.dtype, "--evaluations", str(len(tried))]
+                words += limits.split() if limits else ["--full-attention", counts]
+                words += [*goal, "--dtype", target.dtype, "--evaluations", str(len(tried))]
                 lines.append(_command([*words, *_scoring(tried[-1])]))
     return [*lines, _command(["validate", folder]), _command(["report", folder])]
 

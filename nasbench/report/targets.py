@@ -149,10 +149,11 @@ def _test_gap(gap: Gap, row: FrontRow, base: FrontRow | None) -> Gap:
 
 
 def choices(target: TargetFacts) -> list[Point]:
-    """The hybrids of the front from the most accurate to the fastest: what a budget of accuracy chooses among."""
-    return sorted(
-        (point for point in target.points if point.hybrid), key=lambda point: (point.price, -point.row.decode_tok_s)
-    )
+    """The hybrids of the front from the most accurate to the fastest: what a budget of accuracy chooses among. Those
+    that keep to the search's limits, where there are any."""
+    hybrids = [point for point in target.points if point.hybrid]
+    within = [point for point in hybrids if point.row.excess == 0]
+    return sorted(within or hybrids, key=lambda point: (point.price, -point.row.decode_tok_s))
 
 
 def recommended(target: TargetFacts, budget: float | None = None) -> Point | None:

@@ -56,6 +56,8 @@ def _verdict(facts: Facts, point: Point) -> Verdict:
     folder, final = str(facts.run.path), _finalised(facts, point)
     placed = f"--placement {shlex.quote(row.placement)}"
     name = shlex.quote(folder)
+    if row.limits and row.excess == 0:
+        because += f" It keeps to {row.limits}."
     commands = [] if final else [f"nasbench finalize {name} {placed} --tokens 1M"]
     commands.append(f"nasbench export {name} {placed} --out {shlex.quote(f'{folder}-k{row.k}')}")
     return Verdict(point, _budget(facts, point), (take, because, _price(facts, point, final)), tuple(commands),
@@ -131,6 +133,9 @@ def _cautions(facts: Facts, point: Point) -> list[str]:
             "The search minimised a mix of tasks, and the budget is in its units. The default is "
             f"{SHARE * 100:.0f} % of what the fastest placement costs."
         )
+    if row.limits and row.excess != 0:
+        how = "whether it does is not known" if math.isnan(row.excess) else f"it is {row.excess:.1%} beyond them"
+        found.append(f"No hybrid of the front is known to keep to {row.limits}: {how}.")
     if facts.cost and facts.cost.cache(row.layers, row.context, row.batch).fits is False:
         found.append(f"It does not fit in the memory of {row.device} at this context and batch.")
     if point.basis != "measured":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from nasbench.search.objective import RunObjective, model_speed
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
 from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, read_trials, write_front
 from nasbench.search.trust import Trust, trust
+from nasbench.search.validation import ValidationRow
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.store import Row
 
@@ -37,6 +38,7 @@ class Outcome:
         limits: what the best one costs where there are limits.
         notes: what the strategy says of its answer.
         trust: how sure the comparisons and the order are.
+        measured: finalists, measured end to end.
     """
 
     target: Target
@@ -46,6 +48,15 @@ class Outcome:
     limits: list[Kept]
     notes: list[str]
     trust: Trust
+    measured: list[ValidationRow] = field(default_factory=list)
+
+    def finalists(self, most: int) -> list[Placement]:
+        """The best placement, the best of every K, and the front thinned evenly, at most so many."""
+        best = [self.best] if self.best else []
+        searched = [pair.searched for pair in sorted(self.comparisons, key=lambda pair: pair.searched.score)]
+        last, steps = len(self.front) - 1, max(1, most - 1)
+        spread = [self.front[i * last // steps] for i in range(most) if self.front]
+        return list(dict.fromkeys(trial.layers for trial in (*best, *searched, *spread)))[:most]
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,7 @@ def search_run(
             list(dict.fromkeys([*fast, *pairs])), "test", lambda done, total: progress("test split", done, total)
         )
     front = front_rows(every, world.reference, lambda layers: held_out_scores(evaluator, layers))
+    front = [replace(row, **search.kept(row.layers)) for row in front]
     write_front(run.front, target, front)
     within = front_rows(trials, world.reference, lambda layers: held_out_scores(evaluator, layers))
     kept = [Kept(str(limit), value) for limit, value in search.values(best.layers)] if best else []

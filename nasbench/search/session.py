@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import locked
@@ -210,14 +211,21 @@ class Session:
         measured = self.known[placement].excess if placement in self.known else 0.0
         return measured + sum(limit.excess(value) for limit, value in self.values(placement))
 
+    def kept(self, placement: Placement) -> dict[str, Any]:
+        """The limits and what a placement misses, as a trial has them."""
+        tasks = len(self.cost_limits) < len(self.options.limits)
+        excess = self.excess(placement) if placement in self.known or not tasks else math.nan
+        return {
+            "limits": " ".join(map(str, self.options.limits)), "excess": excess if math.isfinite(excess) else math.nan
+        }  # fmt: skip
+
     def keeps(self, placement: Placement) -> bool:
         """Whether a placement keeps to all limits, as far as is known."""
         return self.excess(placement) == 0
 
     def feasible(self) -> list[Trial]:
         """The trials of this target that keep to all limits."""
-        tasks = len(self.cost_limits) < len(self.options.limits)
-        return [t for t in self.trials() if self.keeps(t.layers) and (t.layers in self.known or not tasks)]
+        return [trial for trial in self.trials() if self.kept(trial.layers)["excess"] == 0]
 
     def remaining(self, strategy: str) -> int:
         """Placements that the strategy may still look at."""
@@ -286,6 +294,7 @@ class Session:
             supernet=objective.version,
             settings=objective.settings,
             eval_dtype=objective.dtype,
+            **self.kept(placement),
         )
 
     def trials(self) -> list[Trial]:

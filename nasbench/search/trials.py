@@ -60,6 +60,8 @@ class TrialRow:
         trial: running number in the file.
         seconds: that the scores took; 0 where they were known.
         objective, score: what the search minimised, and its value.
+        limits, excess: what the last search that tried it was limited by, as typed, and by how much of their bounds it
+            misses those limits: 0 where it keeps to them, NaN where that is not known.
         settings, eval_dtype: the text that loss and KL were measured on, and in which dtype: with `supernet` and
             `placement` their keys in the score store.
     """
@@ -84,6 +86,8 @@ class TrialRow:
     score: float = math.nan
     settings: str = OLD_SETTINGS
     eval_dtype: str = ""
+    limits: str = ""
+    excess: float = 0.0
 
     @property
     def target(self) -> Target:
@@ -189,8 +193,8 @@ def read_trials(path: Path, store: ScoreStore | None = None) -> list[Trial]:
 
 
 def add_trials(path: Path, fresh: Iterable[TrialRow]) -> None:
-    """Adds trials, numbered; one that the file holds with another score takes its place. Writers in other processes
-    wait."""
+    """Adds trials, numbered; one that the file holds with another score or other limits takes its place. Writers in
+    other processes wait."""
     with locked(path):
         rows: list[TrialRow] = list(_read_rows(path))
         old = [row for row in rows if isinstance(row, Trial) and math.isfinite(row.loss)]
@@ -199,7 +203,7 @@ def add_trials(path: Path, fresh: Iterable[TrialRow]) -> None:
         changed = bool(old)
         for row in fresh:
             place = places.setdefault(row.key, len(rows))
-            if place == len(rows) or rows[place].score != row.score:
+            if place == len(rows) or (rows[place].score, rows[place].limits) != (row.score, row.limits):
                 rows[place : place + 1] = [replace(row, trial=place + 1)]
                 changed = True
         if changed:

@@ -7,9 +7,13 @@ import torch
 from made_up_rows import profile_rows
 from supernet_tiny import LAYERS, SHAPE, save_supernet, save_tiny
 
+from nasbench.api import recommend
 from nasbench.checkpoints.load import load_model
+from nasbench.devices import detect
+from nasbench.report.facts import collect
 from nasbench.runs import Run, RunSpec
 from nasbench.search.trials import read_front, read_trials
+from nasbench.search.validation import read_validation, validate
 from nasbench.store import Database, Row
 from nasbench.supernet.supernet import Supernet
 
@@ -88,6 +92,17 @@ def test_limits_make_k_an_outcome(prepared, capsys):
         assert [row["limit"].split("=")[0] for row in data["limits"]] == ["--max cache", "--min decode_tok_s"]
         assert data["limits"][0]["value"] <= 40 * 1024
         assert {row["k"] for row in data["front"]} <= set(range(4))
+        told = [row for row in read_trials(prepared[0].trials) if row.strategy == strategy and row.limits]
+        assert told
+        assert all("--max loss=99 --min decode_tok_s=100@guess,64,1" in row.limits for row in told)
+    fronted = {row.placement: row.excess for row in read_front(prepared[0].front) if row.device == "test-device"}
+    assert next(t.excess for t in read_trials(prepared[0].trials) if t.placement == "4A") > 0  # its cache is too large
+    verdict = recommend(prepared[0].path, db=prepared[1])
+    assert fronted[verdict.point.row.placement] == 0
+    assert "It keeps to --max cache=0.0390625MiB@test-device,256,1 --max loss=99 --min" in verdict.sentences[1]
+    commands = collect(prepared[0], prepared[1]).commands
+    (ours,) = (line for line in commands if "--strategy exact" in line and "--min" in line)
+    assert "--full-attention" not in ours
     fast = ["--objective", "decode_tok_s@guess,256,4", "--max", "loss=99", "--strategy", "kl-greedy"]
     assert search(prepared, *fast, "--max", "cache=40k@256,1") == 0
     assert "within the limits: " in capsys.readouterr().out
@@ -104,13 +119,31 @@ def test_a_worker_leaves_its_trials_to_the_search_that_shares_its_storage(prepar
     assert [t.placement for t in read_trials(prepared[0].trials) if t.strategy == "optuna"] == tried
 
 
+def test_finalists_are_measured_beside_what_was_predicted(prepared, capsys, monkeypatch):
+    here = detect("cpu").slug
+    Database(prepared[1] / f"{here}.csv").merge(profile_rows(device=here))
+    monkeypatch.setitem(validate.__kwdefaults__, "seconds", 0.05)
+    shared = ["-k", "1,2", "--evaluations", "8", "--measure-finalists"]
+    assert search(prepared, *shared, "2") == 2
+    assert f"--measure-finalists measures on {here}: search for it, not for test-device" in capsys.readouterr().err
+    assert search(prepared, *shared, "2", "--json", profile=here) == 0
+    data = json.loads(capsys.readouterr().out)
+    rows = read_validation(prepared[0].validation)
+    assert [row["placement"] for row in data["measured"]] == [row.placement for row in rows]
+    assert data["best"]["placement"] in {row.placement for row in rows}
+    assert len(rows) == 2
+    assert all(row.error == pytest.approx(row.predicted_tok_s / row.measured_tok_s - 1) for row in rows)
+    assert search(prepared, *shared, "2", profile=here) == 0
+    assert "Predicted against measured" in capsys.readouterr().out
+
+
 def test_another_objective(prepared, capsys):
     text = "kl+0.5*retrieval-kl@96:3"
     assert search(prepared, "--strategy", "greedy-swap", "-k", "1,2", "--evaluations", "8", "--objective", text) == 0
     out = capsys.readouterr().out
     assert f"Score of {text}, searched against" in out
-    rows = read_front(prepared[0].front)
-    assert {row.objective for row in rows if row.device == "test-device"} == {text}
+    rows = [row for row in read_front(prepared[0].front) if row.device == "test-device"]
+    assert {row.objective for row in rows} == {text}
     assert rows[0].score == pytest.approx(0, abs=1e-5)
 
 
