@@ -86,7 +86,7 @@ def command(
 
 def _print_speed(cost: Cost) -> None:
     from nasbench.cli.common import mark_source
-    from nasbench.cost.model import INTERVAL_SD
+    from nasbench.cost.calibration import LEVEL_SD
 
     if cost.decode_tok_s is not None:
         low, high = cost.step_interval_ms or (cost.step_ms, cost.step_ms)
@@ -95,7 +95,7 @@ def _print_speed(cost: Cost) -> None:
             f"{high:.3f}), {mark_source(cost.source)}, {_calibrated(cost.calibration_rows)}"
         )
     if cost.prefill_tok_s is not None:
-        half = INTERVAL_SD * (cost.prefill_stderr_tok_s or 0.0)
+        half = LEVEL_SD * (cost.prefill_stderr_tok_s or 0.0)
         print(f"prefill  {cost.prefill_tok_s:.1f} tokens/s (90 % within {half:.1f} of it), {mark_source(cost.source)}")
     if cost.j_per_token is not None:
         print(f"energy   {cost.j_per_token * 1e3:.3f} mJ a token")

@@ -174,6 +174,7 @@ def _whole_models(
     shape, info, dtype = todo.bench.shape, todo.machine.info, todo.bench.dtype
     whole = EndToEnd(shape, todo.bench.device, dtype)
     whole.decoders.of(tuple(names[i % len(names)] for i in range(shape.num_layers)))  # what takes long, at once
+    clock = _Clock(todo, end)
     path = calibration_path(todo.path)
     told: dict[str, Any] = {}
     mine = {"hidden_size": shape.hidden_size, "dtype": dtype_name(dtype), "mode": "decode"}
@@ -184,7 +185,7 @@ def _whole_models(
         told["calibration"] = sum(
             measure_missing(
                 whole, [point for point in points if point.mode == mode], path, log, chunk,
-                allows=_time_left(todo, end, share),
+                allows=clock.share(share),
             )
             for mode, share in (("prefill", 0.4), ("decode", 0.6 if holdout else 1.0))
             if mode in modes
@@ -195,37 +196,45 @@ def _whole_models(
         places = with_between(contexts)
         points = [point for mode in modes for point in holdout_points(shape, names, mode, places, holdout, **asked)]
         known = read_calibration(path)
-        measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, _time_left(todo, end, 1.0))
+        measure_missing(whole, points, holdout_path(todo.path), log, chunk, known, clock.share(1.0))
         costs = load_cost_model(info.slug, shape, dtype_name(dtype), todo.path)
         found, uncovered = evaluate(costs, read_calibration(holdout_path(todo.path)))
         told["holdout"] = {mode: errors.cells() for mode, errors in found.items()} | {"not_covered": uncovered}
     return told
 
 
-def _time_left(todo: SweepPlan, end: float | None, share: float) -> Callable[[WholePoint], bool]:
-    """Says whether a whole step or prompt, repeated a few times, ends within this share of the time that is left."""
-    from nasbench.cost import load_cost_model
-    from nasbench.cost.holdout import compare_point
+class _Clock:
+    """Says whether a whole step or prompt, repeated a few times, ends within a share of the time that is left."""
 
-    if end is None or not todo.path.exists():
-        return lambda point: True
-    costs = load_cost_model(todo.machine.info.slug, todo.bench.shape, dtype_name(todo.bench.dtype), todo.path)
-    began = time.monotonic()
-    stop = began + share * (end - began)
-    runs: list[float] = []
+    def __init__(self, todo: SweepPlan, end: float | None) -> None:
+        self.todo, self.end = todo, end
+        self.runs_s: list[float] = []
+        self.began = time.monotonic()
 
-    def allows(point: WholePoint) -> bool:
-        try:
-            seconds = WHOLE_RUNS * point.tokens / compare_point(costs, point, 1.0, extrapolate=True).predicted_tok_s
-        except UserError:  # of a kind without rows
-            seconds = 0.0
-        # What stands around the runs, decoders, caches and graphs, takes what it took so far.
-        around = max(0.0, time.monotonic() - began - sum(runs)) / max(1, len(runs))
-        fits = time.monotonic() + around + seconds < stop
-        runs.extend([seconds] * fits)
-        return fits
+    def share(self, share: float) -> Callable[[WholePoint], bool]:
+        """The question, for points that may take this share of the rest, with the cost model of the rows so far."""
+        from nasbench.cost import load_cost_model
+        from nasbench.cost.holdout import compare_point
 
-    return allows
+        todo, end = self.todo, self.end
+        if end is None or not todo.path.exists():
+            return lambda point: True
+        costs = load_cost_model(todo.machine.info.slug, todo.bench.shape, dtype_name(todo.bench.dtype), todo.path)
+        stop = time.monotonic() + share * (end - time.monotonic())
+
+        def allows(point: WholePoint) -> bool:
+            try:
+                tok_s = compare_point(costs, point, 1.0, extrapolate=True).predicted_tok_s
+            except UserError:  # of a kind without rows
+                tok_s = float("inf")
+            runs_s = WHOLE_RUNS * point.tokens / tok_s
+            # What stands around the runs, decoders, caches and graphs, takes what it took so far.
+            around_s = max(0.0, time.monotonic() - self.began - sum(self.runs_s)) / max(1, len(self.runs_s))
+            fits = time.monotonic() + around_s + runs_s < stop
+            self.runs_s += [runs_s] * fits
+            return fits
+
+        return allows
 
 
 def _named(points: Sequence[Point]) -> str:

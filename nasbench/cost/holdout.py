@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from nasbench.core.errors import UserError
-from nasbench.cost.calibration import CalibrationRow
+from nasbench.cost.calibration import LEVEL_SD, CalibrationRow
 from nasbench.cost.files import load_cost_model
-from nasbench.cost.model import INTERVAL_SD, CostModel
+from nasbench.cost.model import CostModel
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.runtime.memory import sequences_that_fit
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
@@ -110,7 +110,7 @@ def compare_point(
     assert predicted is not None
     error = predicted / measured_tok_s - 1
     about = (costs.device, costs.shape.name, point.mode, format_placement(point.placement), point.context, point.batch)
-    return Comparison(*about, predicted, measured_tok_s, error, abs(error) <= INTERVAL_SD * relative, cost.source)
+    return Comparison(*about, predicted, measured_tok_s, error, abs(error) <= LEVEL_SD * relative, cost.source)
 
 
 def summarise(mode: str, rows: Sequence[Comparison]) -> Holdout:

@@ -19,7 +19,16 @@ from math import ceil
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
 from nasbench.cost.blocks import Blocks
-from nasbench.cost.calibration import BS1_OVERHEAD, LAUNCH, OVERHEAD, SHARED, CalibrationRow, Features, calibrate
+from nasbench.cost.calibration import (
+    BS1_OVERHEAD,
+    LAUNCH,
+    LEVEL_SD,
+    OVERHEAD,
+    SHARED,
+    CalibrationRow,
+    Features,
+    calibrate,
+)
 from nasbench.cost.table import NOTHING, Time, total
 from nasbench.devices import DEVICES, memory_bytes_of
 from nasbench.model.shapes import MODELS, ModelSpec
@@ -28,9 +37,6 @@ from nasbench.profiling.plan import check_context
 from nasbench.runtime.memory import USABLE, activation_bytes, sequences_that_fit
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 from nasbench.store import Row, ffn_names, is_shared
-
-INTERVAL_SD = 1.645
-"""Half a 90 % interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Cost:
         """90 % interval of the step."""
         if self.step_ms is None or self.step_stderr_ms is None:
             return None
-        half = INTERVAL_SD * self.step_stderr_ms
+        half = LEVEL_SD * self.step_stderr_ms
         return max(0.0, self.step_ms - half), self.step_ms + half
 
 

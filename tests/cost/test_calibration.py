@@ -13,10 +13,13 @@ from nasbench.core.tables import read_table
 from nasbench.cost import CalibrationRow, CostModel, add_calibration, load_cost_model
 from nasbench.cost.calibration import (
     FOREIGN,
+    LEVEL_SD,
     PRIOR_SCALE_SD,
     PRIOR_SD,
     RESIDUAL,
     Calibration,
+    Measured,
+    _drawn,
     calibration_path,
     fit,
     read_calibration,
@@ -79,10 +82,11 @@ def test_without_measurements_the_model_is_the_sum_of_its_rows(plain):
 
 
 def test_one_measurement_moves_little_and_leaves_other_kinds_alone():
-    one = fit([({"shared": 100.0, "A": 100.0, "overhead": 30.0}, 300.0, 1.0)])
+    features = {"shared": 100.0, "A": 100.0, "overhead": 30.0}
+    one = fit([Measured(features, 300.0)])
     assert 1.0 < one.coefficient("A") < 1.5
     assert one.coefficient("J") == 1.0
-    foreign = fit([({"shared": 100.0, "A": 100.0, "overhead": 30.0}, 300.0, FOREIGN)])
+    foreign = fit([Measured(features, 300.0, weight=FOREIGN)])
     assert 1.0 < foreign.coefficient("A") < one.coefficient("A")
 
 
@@ -226,3 +230,39 @@ def test_steps_that_calibrate_are_within_the_profiled_batches():
     assert (min(batches), max(batches)) == (8, 64)
     one = calibration_points(SHAPE, ("A", "J"), (2048,), info, 2, {64})
     assert {point.batch for point in one if point.mode == "decode"} == {64}
+
+
+def test_an_interval_covers_nine_of_ten_placements_like_those_that_calibrated():
+    generator = np.random.default_rng(0)
+
+    def measured(count: int, sd: float, drawn: bool = True) -> list[Measured]:
+        found = []
+        for share in generator.random(count):
+            features = {"shared": 500.0, "A": 500.0 * share, "J": 500.0 * (1 - share), "overhead": 30.0}
+            us = 1.1 * features["A"] + 0.95 * features["J"] + 500.0 + 60.0
+            found.append(Measured(features, us * (1 + sd * generator.standard_normal()), drawn=drawn))
+        return found
+
+    for sd in (0.005, 0.04):
+        inside = []
+        for _ in range(10):
+            calibration = fit(measured(20, sd))
+            for row in measured(20, sd):
+                us, stderr_us = calibration.apply(row.features)
+                inside.append(abs(us - row.us) <= LEVEL_SD * stderr_us)
+        assert 0.85 <= np.mean(inside) <= 0.96
+    assert fit(measured(20, 0.005, drawn=False)).width == 1.25
+
+
+def test_one_delayed_measurement_bends_little():
+    features = [{"shared": 100.0, "A": 10.0 * share, "overhead": 1.0} for share in range(1, 11)]
+    rows = [Measured(each, 100.0 + each["A"]) for each in features]
+    delayed = replace(rows[4], us=1.4 * rows[4].us)
+    assert fit([*rows, delayed]).apply(features[4])[0] == pytest.approx(rows[4].us, rel=0.01)
+
+
+def test_which_placements_are_random(plain):
+    rows = [end_to_end(text, 2048, 1, 20.0) for text in ("30A", " ".join(["A J G"] * 10), "29J A")]
+    found = CostModel(rows_of(), SHAPE, "fp32", rows)._calibrations["decode"]
+    assert found.rows == 3
+    assert [_drawn(row.placement) for row in rows] == [False, False, True]
