@@ -189,7 +189,7 @@ def judge(
     out: Annotated[Path | None, typer.Option(help="Write every comparison into this CSV file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate the cost model on whole steps and prompts that did not calibrate it. `nasbench profile --holdout N`
+    """Evaluate the cost model on whole steps and prompts that it was not fitted to. `nasbench profile --holdout N`
     measures some."""
     from nasbench.cli.common import print_json, print_table
     from nasbench.core.tables import write_table
@@ -213,9 +213,12 @@ def judge(
         mode = line["mode"] + (" ESTIMATED" if line.get("source") == "estimated" else "")
         cells.append([line["device"], line["model"], mode, line["points"], *percent])
     print_table(columns, cells)
-    left = sum(line["not_covered"] for line in lines)
-    if left:
-        print(f"{left} measurements are outside of the profiled points")
+    for what, said in (
+        ("not_covered", "measurements are outside of the profiled points"),
+        ("calibrating", "measurements calibrate: each was judged by a fit without it"),
+    ):
+        if count := sum(line[what] for line in lines):
+            print(f"{count} {said}")
 
 
 @command.command("compare")

@@ -4,7 +4,8 @@ measurements of the device calibrate it.
     time = overhead * layers + shared * (embedding, norms, FFNs, head) + sum over kinds of scale[kind] * (its mixers)
 
 A decode step of one sequence has an overhead of its own, `bs1_overhead`: a GPU runs other kernels there, about half as
-many. `launch` scales the chunks of a prompt that the host takes longer to launch than the device to run.
+many. What the host takes to launch the chunks of a prompt, where that is longer than the device takes, no measurement
+scales: it differs by a third between one minute and the next.
 
 The fit is a linear regression on relative errors. Its prior, overhead 0 and every scale 1, lets few measurements move
 little: a kind that no measurement contains keeps its scale. Errors are of Student's t distribution: a measurement that
@@ -29,13 +30,15 @@ from nasbench.core.tables import columns, read_table, write_table
 from nasbench.spaces.placement import parse_placement
 
 SCHEMA = 1
-PRIOR_SD = {"overhead": 5.0, "bs1_overhead": 5.0, "launch": 0.3}
-"""Standard deviations of the prior: microseconds a layer for overheads, a share for the launch scale, which depends on
-what else the host does ..."""
+PRIOR_SD = {"overhead": 2.0, "bs1_overhead": 2.0}
+"""Standard deviations of the prior: microseconds a layer for overheads ..."""
 PRIOR_SCALE_SD = 0.1
-"""... and of every other scale around 1."""
-RESIDUAL = 0.015
+"""... and of every scale around 1."""
+RESIDUAL = 0.02
 """Relative error that the fit expects of a measurement."""
+LAUNCH_SD = 0.35
+"""Relative error of the host's launches. Whole prompts took 0.6 to 1.25 of what the launches of their blocks sum to, on
+two cards and in four sessions."""
 FREEDOM, ROUNDS = 4.0, 6
 """Degrees of freedom of the t distribution of the errors, and how often the weights that follow from it are made."""
 LEVEL, LEVEL_SD = 0.9, 1.645
@@ -107,9 +110,9 @@ class Calibration:
 
     def apply(self, features: Features) -> tuple[float, float]:
         """(microseconds, their standard error: LEVEL_SD of them are half an interval)."""
-        names = sorted(features)
+        names = sorted(set(features) - {LAUNCH})
         x = np.array([features[name] for name in names])
-        mean = float(sum(self.coefficient(name) * features[name] for name in names))
+        mean = float(sum(self.coefficient(name) * features[name] for name in features))
         covariance = np.diag([_prior_sd(name) ** 2 for name in names])
         known = [i for i, name in enumerate(names) if name in self.names]
         places = [self.names.index(names[i]) for i in known]
@@ -147,17 +150,18 @@ def fit(measured: Sequence[Measured]) -> Calibration:
     """Fits a calibration to measurements."""
     if not measured:
         return Calibration()
-    names = sorted({name for row in measured for name in row.features})
+    names = sorted({name for row in measured for name in row.features} - {LAUNCH})
+    launch = np.array([row.features.get(LAUNCH, 0.0) / row.us for row in measured])
     x = np.array([[row.features.get(name, 0.0) / row.us for name in names] for row in measured])
-    error = np.array([(row.weight * RESIDUAL) ** 2 for row in measured])
+    error = np.array([(row.weight * RESIDUAL) ** 2 for row in measured]) + (LAUNCH_SD * launch) ** 2
     prior = np.array([_prior_mean(name) for name in names])
     precision = np.diag([_prior_sd(name) ** -2 for name in names])
     share = np.ones(len(measured))
     for _ in range(ROUNDS):
         scaled = x * np.sqrt(share / error)[:, None]
         covariance = np.linalg.inv(precision + scaled.T @ scaled)
-        mean = prior + covariance @ (x.T @ ((1.0 - x @ prior) * share / error))
-        errors = x @ mean - 1.0
+        mean = prior + covariance @ (x.T @ ((1.0 - launch - x @ prior) * share / error))
+        errors = x @ mean + launch - 1.0
         share, used = (FREEDOM + 1.0) / (FREEDOM + np.maximum(errors**2 / error, 1.0)), share
     # Each measurement against a fit without it: by the leverage, without fitting anew.
     leverage = np.einsum("ij,jk,ik->i", scaled, covariance, scaled)

@@ -143,7 +143,8 @@ def judge(measured: Iterable[CalibrationRow], db: Path | None = None) -> tuple[l
     """Evaluates the cost model on measured steps and prompts of any devices and built-in models.
 
     Args:
-        db: of the profiles, as nasbench.cost.load_cost_model takes it. Measurements that calibrate them do not count.
+        db: of the profiles, as nasbench.cost.load_cost_model takes it. Of measurements that calibrate them, each is
+            judged by a fit without it.
 
     Returns:
         (one line of `Holdout.cells` for each device, model, dtype and mode, every comparison)
@@ -158,14 +159,16 @@ def judge(measured: Iterable[CalibrationRow], db: Path | None = None) -> tuple[l
     points: list[Comparison] = []
     for (device, model, dtype, mode), rows in sorted(groups.items()):
         costs = load_cost_model(device, MODELS[model], dtype, db)
-        fresh = [row for row in rows if row.key not in costs.calibrated_by]
-        found, uncovered = evaluate(costs, fresh)
-        line = {"device": device, "model": model, "dtype": dtype, "mode": mode, "not_covered": uncovered}
-        line |= {"calibrating": len(rows) - len(fresh), "points": 0}
-        if mode in found:
-            sources = {row.source for row in found[mode].rows}
-            line |= {"source": "estimated" if "estimated" in sources else "measured", **found[mode].cells()}
-            points += found[mode].rows
+        found: list[Comparison] = []
+        for row in rows:
+            for holdout in evaluate(costs.without(row.key), [row])[0].values():
+                found += holdout.rows
+        line = {"device": device, "model": model, "dtype": dtype, "mode": mode, "not_covered": len(rows) - len(found)}
+        line |= {"calibrating": sum(row.key in costs.calibrated_by for row in rows), "points": 0}
+        if found:
+            sources = {row.source for row in found}
+            line |= {"source": "estimated" if "estimated" in sources else "measured", **summarise(mode, found).cells()}
+            points += found
         lines.append(line)
     if not lines:
         raise UserError("nothing to judge the cost model with: the files have no measurements")

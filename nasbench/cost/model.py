@@ -13,8 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Any
 
 from nasbench.core.dtypes import dtype_bytes
 from nasbench.core.errors import UserError
@@ -22,6 +24,7 @@ from nasbench.cost.blocks import Blocks
 from nasbench.cost.calibration import (
     BS1_OVERHEAD,
     LAUNCH,
+    LAUNCH_SD,
     LEVEL_SD,
     OVERHEAD,
     SHARED,
@@ -98,12 +101,14 @@ class Parts:
         layers: layers times chunks, what the calibration's constant counts.
         constant: which of its constants.
         stale: blocks with rows of other kernels than the installed ones.
+        host_sd_us: what the launches of a prompt may take beyond the time of its chunks.
     """
 
     times: tuple[tuple[str, Time], ...]
     layers: int
     constant: str = OVERHEAD
     stale: tuple[str, ...] = ()
+    host_sd_us: float = 0.0
 
     @property
     def features(self) -> Features:
@@ -160,14 +165,26 @@ class CostModel:
         self._blocks = Blocks(rows, shape, dtype, self.device)
         self.chunks = self._blocks.chunks
         self._others = {shape.name: self}
-        self._calibrations = {}
         usable = [row for row in calibration if row.device == self.device and row.dtype == dtype]
-        self.calibrated_by = {row.key for row in usable}
+        self.calibrated_by = {row.key: row for row in usable}
         for name in {row.model for row in usable} - {shape.name}:
             if name in MODELS:
                 self._others[name] = CostModel(rows, MODELS[name], dtype)
-        for mode in ("decode", "prefill"):
-            self._calibrations[mode] = calibrate(usable, mode, shape.name, self._features_of)
+        self._calibrate()
+
+    def _calibrate(self) -> None:
+        rows = self.calibrated_by.values()
+        modes = ("decode", "prefill")
+        self._calibrations = {mode: calibrate(rows, mode, self.shape.name, self._features_of) for mode in modes}
+
+    def without(self, key: tuple[Any, ...]) -> CostModel:
+        """The model if this measurement had not calibrated it; itself where it has not."""
+        if key not in self.calibrated_by:
+            return self
+        other = copy(self)
+        other.calibrated_by = {known: row for known, row in self.calibrated_by.items() if known != key}
+        other._calibrate()
+        return other
 
     def decode(self, placement: Placement, context: int, batch: int, extrapolate: bool = False) -> Cost:
         """One decode step of `batch` sequences at `context` tokens.
@@ -282,7 +299,7 @@ class CostModel:
     def _prefill_parts(self, placement: Placement, context: int, batch: int, chunk: int, extrapolate: bool) -> Parts:
         chunks, counts = ceil(context / chunk), self._shared_counts() + Counter(placement)
         sums = dict.fromkeys(counts, NOTHING)
-        host = NOTHING
+        host, host_sd_us = NOTHING, 0.0
         for begin in range(0, context, chunk):
             tokens = min(chunk, context - begin)
             times = {
@@ -290,6 +307,7 @@ class CostModel:
                 for name in sums
             }
             every = total(times.values())
+            host_sd_us += max(0.0, (1 + LAUNCH_SD) * every.host_us - max(every.us, every.host_us))
             if every.host_us > every.us:
                 host += replace(every, us=every.host_us, sd_us=0.0)
             else:
@@ -297,7 +315,8 @@ class CostModel:
         found = [(self._feature(name), time) for name, time in sums.items() if time.us]
         found += [(LAUNCH, host)] if host.us else []
         head = self._blocks.head(batch, extrapolate)
-        return Parts((*found, (SHARED, head)), len(placement) * chunks, stale=_stale(sums | {"head": head}))
+        stale = _stale(sums | {"head": head})
+        return Parts((*found, (SHARED, head)), len(placement) * chunks, stale=stale, host_sd_us=host_sd_us)
 
     def _predict(self, parts: Parts, mode: str) -> tuple[float, float]:
         """(microseconds, their standard error)."""
@@ -308,7 +327,7 @@ class CostModel:
             # Estimates err together: what one device has more of than another, all of its blocks have.
             sd_us = fit.coefficient(feature) * time.sd_us
             scatter[time.estimated] += sd_us if time.estimated else sd_us**2
-        return us, (stderr_us**2 + scatter[True] ** 2 + scatter[False]) ** 0.5
+        return us, (stderr_us**2 + scatter[True] ** 2 + scatter[False] + parts.host_sd_us**2) ** 0.5
 
     def _features_of(self, row: CalibrationRow) -> Features | None:
         """The features of an end-to-end measurement; None where the rows do not cover it."""

@@ -115,7 +115,7 @@ def stopwatch(device: torch.device) -> Callable[[Call], float]:
 QUICK_US = 5000.0
 """Work that takes less is timed behind a run of itself: the host launches it while the device is busy, as it does in a
 loop of decode steps, and the launch is not counted. Longer work hides it by itself."""
-HOST_RUNS, HOST_S = 5, 0.2
+HOST_RUNS, HOST_S = 10, 0.2
 """Times that the launches of a call are timed, unless the calls have taken so many seconds."""
 SLOW_S = 0.2
 """Work that takes longer is warm after fewer runs."""
@@ -184,13 +184,14 @@ def _bursts(launch: Call, runs: int) -> Call:
 
 
 def launch_us(call: Call) -> float:
-    """Microseconds that the host needs to launch the kernels of a call, which runs on an idle GPU. Where the call waits
-    for its results, that is part of them."""
-    samples: list[float] = []
-    start = time.perf_counter()
-    while len(samples) < HOST_RUNS and (not samples or time.perf_counter() - start < HOST_S):
-        began = time.perf_counter_ns()
+    """Microseconds that the host needs to launch the kernels of a call, call behind call as in a prompt: after a wait
+    it is slower. Where the call waits for its results, that is part of them."""
+    call()
+    torch.cuda.synchronize()
+    runs, began = 0, time.perf_counter()
+    while runs < HOST_RUNS and time.perf_counter() - began < HOST_S:
         call()
-        samples.append((time.perf_counter_ns() - began) / 1e3)
-        torch.cuda.synchronize()
-    return float(np.median(samples))
+        runs += 1
+    taken_us = (time.perf_counter() - began) / runs * 1e6
+    torch.cuda.synchronize()
+    return taken_us

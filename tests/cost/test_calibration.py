@@ -188,14 +188,18 @@ def test_files_of_measurements_judge_the_cost_model(plain, tmp_path, capsys):
     seen = [end_to_end("30A", 2048, 2, step_ms * 1.2), end_to_end("30A", 2048, 9, step_ms)]
     measured, points = tmp_path / "elsewhere" / "measured.csv", tmp_path / "points.csv"
     add_calibration(measured, [own, *seen])
-    (line,), (comparison,) = judge([own, *seen], tmp_path)
-    assert (line["points"], line["not_covered"], line["calibrating"]) == (1, 1, 1)
-    assert line["mean_error"] == line["worst_error"] == pytest.approx(abs(comparison.error), abs=1e-4)
+    (line,), comparisons = judge([own, *seen], tmp_path)
+    assert (line["points"], line["not_covered"], line["calibrating"]) == (2, 1, 1)
+    # What calibrates is judged by a fit without it.
+    assert comparisons[0].error == pytest.approx(0.0)
+    assert line["worst_error"] == pytest.approx(abs(comparisons[1].error), abs=1e-4)
     assert run(["db", "judge", str(measured), "--db", str(tmp_path), "--out", str(points), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"judged": [line]}
-    assert read_table(points, Comparison)[0].placement == comparison.placement
+    assert read_table(points, Comparison)[0].placement == comparisons[0].placement
     assert run(["db", "judge", str(measured), "--db", str(tmp_path)]) == 0
-    assert "1 measurements are outside of the profiled points" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "1 measurements are outside of the profiled points" in told
+    assert "1 measurements calibrate: each was judged by a fit without it" in told
     for bad, said in ((tmp_path / "absent.csv", "no such file"), (measured, "no such profile folder")):
         assert run(["db", "judge", str(bad), "--db", str(tmp_path / "nowhere")]) == 2
         assert said in capsys.readouterr().err
@@ -259,6 +263,20 @@ def test_one_delayed_measurement_bends_little():
     rows = [Measured(each, 100.0 + each["A"]) for each in features]
     delayed = replace(rows[4], us=1.4 * rows[4].us)
     assert fit([*rows, delayed]).apply(features[4])[0] == pytest.approx(rows[4].us, rel=0.01)
+
+
+def test_prompts_that_the_host_launches_are_uncertain_whatever_calibrates():
+    slow = [replace(row, host_us=row.p50_us and 4 * row.p50_us) if row.mode == "prefill" else row for row in rows_of()]
+    plain = CostModel(slow, SHAPE, "fp32")
+    placement = SHAPE.parse("15A 15J")
+    bound = plain.prefill(placement, 2048, 1)
+    rows = []
+    for text in ("30A", "30J", "A 29J", "20A 10J", "10A 20J", "2J 28A", "A J 28A"):
+        seconds = 2048 / plain.prefill(SHAPE.parse(text), 2048, 1).prefill_tok_s
+        rows.append(end_to_end(text, 2048, 1, 600 * seconds, mode="prefill", chunk=CHUNK))
+    after = CostModel(slow, SHAPE, "fp32", rows).prefill(placement, 2048, 1)
+    assert after.prefill_tok_s == pytest.approx(bound.prefill_tok_s, rel=0.1)
+    assert after.prefill_stderr_tok_s > 0.3 * after.prefill_tok_s
 
 
 def test_which_placements_are_random(plain):
