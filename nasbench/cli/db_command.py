@@ -118,7 +118,7 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Estimate the rows of a GPU from those of another one, by data sheet. They are marked estimated everywhere."""
-    from nasbench.cli.common import print_json
+    from nasbench.cli.common import log, print_json
     from nasbench.cost import find_profiles, profiled_devices
     from nasbench.devices import DEVICES
     from nasbench.profiling.estimate import estimate as estimate_rows
@@ -134,9 +134,15 @@ def estimate(
                 return measured
         return []
 
-    found = estimate_rows(rows_of(source), *specs)
+    known = rows_of(source)
+    found = estimate_rows(known, *specs)
+    if any(row.stale for row in known):
+        log(f"the rows of {source} are of other kernels than the installed ones, and so are estimates from them")
     if check:
-        _print_check(check, source, target, found, rows_of(target), as_json)
+        measured = rows_of(target)
+        if {row.kernels for row in known} != {row.kernels for row in measured}:
+            log(f"the rows of {source} and {target} are of different kernels: the errors hold that difference too")
+        _print_check(check, source, target, found, measured, as_json)
         return
     path = db_path(target, db)
     measured_keys = {row.key for row in Database(path).read() if row.source == "measured"}
