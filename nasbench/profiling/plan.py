@@ -96,9 +96,13 @@ def batch_limit(
     shape: ModelSpec, name: str, names: Sequence[str], context: int, memory_bytes: int, dtype_bytes: int
 ) -> int:
     """The largest batch up to 1024 of a model with a layer of this kind, all others being of the kind of `names` with
-    the smallest cache. At least 1."""
+    the smallest cache, if that layer alone can be measured. At least 1."""
     hybrid = lean_hybrid(shape, name, (name, *names), context, dtype_bytes)
     fits = sequences_that_fit(shape, hybrid, context, dtype_bytes, FULL_MEMORY * memory_bytes)
+    layer = shape.mixer(name)
+    each = layer.cache_bytes(1, context, dtype_bytes) + layer.conv_state_bytes(1, dtype_bytes)
+    room = USABLE_MEMORY * memory_bytes - layer.parameters() * dtype_bytes
+    fits = min(fits, int(room // each)) if each else fits
     # Rounded down: what a larger model's last sequence costs is not known to the byte.
     return max(1, min(LARGEST_BATCH, fits - fits % 8 if fits > 64 else fits))
 
