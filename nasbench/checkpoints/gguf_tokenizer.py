@@ -73,6 +73,8 @@ _PRE_TOKENIZERS = {
     "smollm": _Rules(digits=True),
     "gpt-2": _Rules(),
     "llama-bpe": _Rules(_PATTERN.format("{1,3}"), whole_words=True, add_bos=True),
+    "smaug-bpe": _Rules(_PATTERN.format("{1,3}")),  # SmolLM3
+    "dbrx": _Rules(_PATTERN.format("{1,3}")),  # OLMo 2, Phi-4
     "qwen2": _Rules(_PATTERN.format("")),
 }
 

@@ -95,7 +95,7 @@ def test_the_convolution_of_a_jet_folder():
 
 @pytest.mark.parametrize("sizes", [(3, 12, 32), (9, 6, 52), (9, 3, 13), (12, 96, 256), (16, 128, 256)])
 def test_a_quotient_of_head_sizes_does_not_round_down(sizes):
-    """Published code takes int(head_dim * expand_v) and int(num_heads * head_dim * expand_v), and checks the quotient."""
+    """Published code takes int(head_dim * expand_v), and int(num_heads * head_dim * expand_v), and compares the two."""
     heads, key_dim, value_dim = sizes
     shape = replace(SMALL_JET, defaults=(("W", "5"), ("J", "x".join(map(str, sizes)))))
     jet = write_config(shape, shape.placement, "jet-nemotron")[0]["efficient_attention_config"]["jet"]
