@@ -102,7 +102,9 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
     """(family, config.json, all keys that describe no more than the file, of which the first two read theirs)."""
     where = str(header.path)
     families = {cls.gguf: cls for cls in (FAMILIES[name] for name in FAMILIES) if cls.gguf}
-    architecture = Fields(header.keys, where).text("general.architecture", choices=families)
+    general = Fields(header.keys, where, "general.")
+    architecture = general.text("architecture", choices=families)
+    general.neutral("type", "model")
     family = families[architecture]()
     descriptive = ("general.", "split.", "quantize.", "imatrix.")
     fields = Fields({key: value for key, value in header.keys.items() if not key.startswith(descriptive)}, where)

@@ -51,7 +51,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of everything that decides which ids a text has, and whether they are legal."""
-        about = f"{self.backend.to_str()} {self.eos_ids} {self.embedding_rows}"
+        # The library does not write down whether special tokens in a text are recognised.
+        about = f"{self.backend.to_str()} {self.backend.encode_special_tokens} {self.eos_ids} {self.embedding_rows}"
         return hashlib.sha256(about.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -150,7 +151,11 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
     with library_errors(f"{file} does not fit {path.name}"), _quiet():
         named = _add_special_tokens(backend, fields)
         bos_id = _begin(backend, eos_ids)
-    return Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)
+    found = Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)
+    found._known([] if bos_id is None else [bos_id])
+    if embedding_rows is not None and max(eos_ids, default=0) >= embedding_rows:
+        raise UserError(f"{path.parent}: eos_token_id {max(eos_ids)} is beyond the model's {embedding_rows} embeddings")
+    return found
 
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -47,7 +47,8 @@ class Gemma3(Family):
         fields.neutral("hidden_act", "gelu_pytorch_tanh")
         queries = (sizes["head_dim"] / fields.number("query_pre_attn_scalar", 256)) ** 0.5
         layers, window = sizes["num_layers"], fields.integer("sliding_window", 4096)
-        every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+        fields.raw("_sliding_window_pattern")  # written beside layer_types, never read by transformers
+        every = fields.integer("sliding_window_pattern", 6)
         kinds = fields.items("layer_types", str, layers) or [
             "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
         ]
