@@ -120,8 +120,9 @@ class HarnessTask(Task):
                 for task in tasks:
                     task.set_fewshot_seed(SEED)
                     task.build_all_requests(limit=self.limit or None)
+                settings = [task.get_config("generation_kwargs") or {} for task in tasks]
+                new = max(int(own.get("max_gen_toks", 0)) for own in settings)
             texts = ["".join(text for text in i.args if isinstance(text, str)) for t in tasks for i in t.instances]
-            new = max(int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)) for task in tasks)
             return new + max(map(len, encode_prompts(context.tokenizer, sorted(texts, key=len)[-20:])))
 
         return context.once((self, "longest"), longest)

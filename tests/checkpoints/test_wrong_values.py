@@ -157,13 +157,12 @@ def test_a_token_beyond_the_embedding_is_named(folder):
             encode("a [PAD]")
 
 
-def test_ids_that_begin_and_end_a_text_have_an_embedding(folder):
+def test_a_text_begins_and_ends_with_ids_that_have_an_embedding(folder):
     from tokenizers.processors import TemplateProcessing
 
-    edit(folder / "generation_config.json", eos_token_id=[2, 500])
-    with pytest.raises(UserError, match="eos_token_id 500 is beyond the model's 211 embeddings"):
-        load_model(str(folder))
-    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=500)
+    edit(folder / "generation_config.json", eos_token_id=[211, 2, 210])
+    assert load_model(str(folder)).tokenizer.eos_ids == (2, 210)
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens([f"[{number}]" for number in range(60)])
     begin = backend.token_to_id("[59]")
