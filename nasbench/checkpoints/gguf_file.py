@@ -102,14 +102,16 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
     """(family, config.json, all keys that describe no more than the file, of which the first two read theirs)."""
     where = str(header.path)
     families = {cls.gguf: cls for cls in (FAMILIES[name] for name in FAMILIES) if cls.gguf}
-    architecture = Fields(header.keys, where).text("general.architecture", choices=families)
+    general = Fields(header.keys, where, "general.")
+    architecture = general.text("architecture", choices=families)
+    general.neutral("type", "model")
     family = families[architecture]()
     descriptive = ("general.", "split.", "quantize.", "imatrix.")
     fields = Fields({key: value for key, value in header.keys.items() if not key.startswith(descriptive)}, where)
     keys = fields.under(f"{architecture}.")
     names = ("attention.head_count", "embedding_length", "attention.key_length")
     heads, hidden, head_dim = read_heads(keys, *names, None)
-    for key in ("rope.dimension_count", "attention.value_length"):
+    for key in ("attention.value_length", *(() if family.partial_rotation else ("rope.dimension_count",))):
         keys.neutral(key, head_dim)
     keys.neutral("attention.causal", True)
     for key in ("rope.scaling.finetuned", "rope.scaling.original_context_length"):
@@ -119,6 +121,7 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
         raise keys.wrong("attention.scale", f"1 / sqrt({head_dim}), the only one supported")
     tokens = fields.items("tokenizer.ggml.tokens", str) or []
     keys.neutral("vocab_size", len(tokens))
+    own = family.gguf_config(keys, header)
     config = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
@@ -131,12 +134,12 @@ def _config(header: GgufHeader) -> tuple[Family, dict[str, Any], Fields]:
         "vocab_size": len(tokens),
         "max_position_embeddings": keys.integer("context_length"),
         "rope_theta": keys.number("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(keys),
+        "rope_scaling": None if "rope_scaling" in own else _rope_scaling(keys),
         # Stored as fp32: 9.99999974e-06 is the 1e-5 of the original configuration.
         "rms_norm_eps": float(f"{keys.number('attention.layer_norm_rms_epsilon'):.6g}"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
+        **own,
     }
-    config |= family.gguf_config(keys, header)
     fields.finish(key for key in fields.data if key.startswith("tokenizer."))
     return family, config, fields
 

@@ -65,6 +65,8 @@ def read_header(path: Path) -> GgufHeader:
         others, more_tensors = _read_part(part)
         if (others.get("split.count"), others.get("split.no")) != (count, number):
             raise UserError(f"{part} is not part {number + 1} of {count} of {path.name}")
+        if twice := tensors.keys() & more_tensors.keys():
+            raise UserError(f"{part}: the tensor {min(twice)} stands in an earlier part, too")
         tensors |= more_tensors
     if keys.get("split.tensors.count", len(tensors)) != len(tensors):
         raise UserError(f"{path} and its parts hold {len(tensors)} tensors, not {keys['split.tensors.count']}")

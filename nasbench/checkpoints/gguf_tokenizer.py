@@ -21,7 +21,8 @@ def gguf_tokenizer(fields: Fields) -> Tokenizer:
     merges, scores = keys.items("merges", str) or [], keys.items("scores", float) or [0.0] * len(tokens)
     different = len(set(tokens))
     if different != len(tokens) or {len(kinds), len(scores)} != {len(tokens)}:
-        raise UserError(f"{fields.where}: {different} different tokens of {len(tokens)}, with {len(kinds)} types")
+        numbers = f"{different} different tokens of {len(tokens)}, with {len(kinds)} types and {len(scores)} scores"
+        raise UserError(f"{fields.where}: {numbers}")
     ids = {name: keys.integer(f"{name}_token_id", None, least=0) for name in ("bos", *_ENDS, *_OTHER)}
     beyond = [name for name, number in ids.items() if number is not None and number >= len(tokens)]
     if beyond:
@@ -73,6 +74,8 @@ _PRE_TOKENIZERS = {
     "smollm": _Rules(digits=True),
     "gpt-2": _Rules(),
     "llama-bpe": _Rules(_PATTERN.format("{1,3}"), whole_words=True, add_bos=True),
+    "smaug-bpe": _Rules(_PATTERN.format("{1,3}")),  # SmolLM3
+    "dbrx": _Rules(_PATTERN.format("{1,3}")),  # OLMo 2, Phi-4
     "qwen2": _Rules(_PATTERN.format("")),
 }
 

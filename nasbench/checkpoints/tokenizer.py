@@ -51,7 +51,8 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of everything that decides which ids a text has, and whether they are legal."""
-        about = f"{self.backend.to_str()} {self.eos_ids} {self.embedding_rows}"
+        # The library does not write down whether special tokens in a text are recognised.
+        about = f"{self.backend.to_str()} {self.backend.encode_special_tokens} {self.eos_ids} {self.embedding_rows}"
         return hashlib.sha256(about.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -147,10 +148,14 @@ def tokenizer_from_json(path: Path, eos_ids: tuple[int, ...], embedding_rows: in
         backend.encode("a\u0001é日🙂")
     file = path.with_name("tokenizer_config.json")
     fields = Fields(read_object(file) if file.is_file() else {}, str(file))
+    if embedding_rows is not None:  # a model never writes a token beyond its embedding, and must not be given one
+        eos_ids = tuple(index for index in eos_ids if index < embedding_rows)
     with library_errors(f"{file} does not fit {path.name}"), _quiet():
         named = _add_special_tokens(backend, fields)
         bos_id = _begin(backend, eos_ids)
-    return Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)
+    found = Tokenizer(backend, bos_id, eos_ids, embedding_rows, _chat_template(path.parent, fields), named)
+    found._known([] if bos_id is None else [bos_id])
+    return found
 
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

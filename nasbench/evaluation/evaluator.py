@@ -221,7 +221,8 @@ def score_checkpoint(
     if kinds_without_varlen(decoder.mixers):
         context = replace(context, corpus=context.corpus.without_documents())
     store = ScoreStore(folder) if folder else None
-    dtype, weights = str(decoder.dtype).removeprefix("torch."), weights_digest(decoder) if folder else ""
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    weights = model_digest(decoder, context.tokenizer) if folder else ""
     found = {}
     for task in tasks:
         task.check(context)
@@ -239,10 +240,14 @@ def score_checkpoint(
     return found
 
 
-def weights_digest(decoder: Decoder) -> str:
-    """Tells weights apart on any device: their bits, summed name by name."""
-    digest = hashlib.sha256()
+def model_digest(decoder: Decoder, tokenizer: Tokenizer) -> str:
+    """Tells models apart on any device: all that a configuration says, the tokenizer, and the bits of the weights,
+    summed along rows and along columns so that their order counts."""
+    digest = hashlib.sha256(f"{replace(decoder.shape, name='', source='')} {tokenizer.fingerprint}".encode())
     for name, tensor in decoder.state_dict().items():
         bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
-        digest.update(f"{name} {tuple(tensor.shape)} {int(bits.sum(dtype=torch.int64))}".encode())
+        bits = bits.reshape(len(tensor) if tensor.dim() else 1, -1)
+        sums = [bits.sum(axis, dtype=torch.int64) for axis in (0, 1)]
+        told = [int((one * torch.arange(1, len(one) + 1, device=one.device)).sum()) for one in sums]
+        digest.update(f"{name} {tuple(tensor.shape)} {told}".encode())
     return digest.hexdigest()[:16]

@@ -15,12 +15,12 @@ import contextlib
 import difflib
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -88,14 +88,14 @@ class HarnessTask(Task):
         error = unknown("task", name, TASKS)
         if not name or difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.75):
             raise error
-        if folder and not Path(folder).is_dir():
+        if folder and not os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
             raise UserError(f"task {name}: no such folder of task files: {folder}")
         try:
-            known = manager(folder).task_index
+            known = list(map(str, manager(folder).task_index))  # a file may name its task 5
         except ImportError:
             raise UserError(f"{error}; {INSTALL}") from None
         if name not in known:
-            near = ", ".join(difflib.get_close_matches(name, list(known), n=3)) or "no near name"
+            near = ", ".join(difflib.get_close_matches(name, known, n=3)) or "no near name"
             raise UserError(f"{error}; or a task of lm-evaluation-harness {folder and f'in {folder} '}({near})")
         return cls(name, parse_length(name, length, 0), int(shots) if shots else None, folder)
 
@@ -120,8 +120,9 @@ class HarnessTask(Task):
                 for task in tasks:
                     task.set_fewshot_seed(SEED)
                     task.build_all_requests(limit=self.limit or None)
+                settings = [task.get_config("generation_kwargs") or {} for task in tasks]
+                new = max(int(own.get("max_gen_toks", 0)) for own in settings)
             texts = ["".join(text for text in i.args if isinstance(text, str)) for t in tasks for i in t.instances]
-            new = max(int((task.get_config("generation_kwargs") or {}).get("max_gen_toks", 0)) for task in tasks)
             return new + max(map(len, encode_prompts(context.tokenizer, sorted(texts, key=len)[-20:])))
 
         return context.once((self, "longest"), longest)

@@ -125,6 +125,8 @@ def test_absent_fields_mean_what_transformers_takes_them_for(tiny):
         config = json.loads((tiny(name)[0] / "config.json").read_text())
         for field in absent:
             del config[field]
+        if name == "gemma3":
+            config["_sliding_window_pattern"] = 3  # of no effect
         theirs = transformers.AutoConfig.for_model(**config)
         spec = read_spec(config, "x", "c.json")
         assert spec.mixer("W").args == str(theirs.sliding_window)
@@ -138,6 +140,11 @@ GGUF = {
     "qwen3-tied": ("qwen3", gguf.MODEL_ARCH.QWEN3),
     "qwen3-moe": ("qwen3moe", gguf.MODEL_ARCH.QWEN3MOE),
     "gemma3": ("gemma3", gguf.MODEL_ARCH.GEMMA3),
+    "smollm3": ("smollm3", gguf.MODEL_ARCH.SMOLLM3),
+    "phi3-windows": ("phi3", gguf.MODEL_ARCH.PHI3),
+    "phi3-partial": ("phi3", gguf.MODEL_ARCH.PHI3),
+    "phi3-longrope": ("phi3", gguf.MODEL_ARCH.PHI3),
+    "olmo2": ("olmo2", gguf.MODEL_ARCH.OLMO2),
 }
 
 
@@ -159,7 +166,7 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(name, tiny, tmp_path, monkey
             continue
         if architecture == "gemma3" and module.endswith("norm"):
             values = values + 1
-        if architecture == "llama" and module.endswith(("q_proj", "k_proj")):
+        if architecture in ("llama", "smollm3") and module.endswith(("q_proj", "k_proj")):
             heads = spec.num_heads if module.endswith("q_proj") else spec.num_kv_heads
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         tensors[f"{table.get_name(module)}.{leaf}"] = values.numpy()
@@ -174,6 +181,14 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(name, tiny, tmp_path, monkey
     }  # fmt: skip
     if architecture == "gemma3":
         sizes["attention.sliding_window"] = 9
+    if architecture == "phi3":
+        sizes |= {"rope.dimension_count": spec.rotary_dim or 16, "rope.scaling.original_context_length": 64}
+        sizes["attention.sliding_window"] = 17 if name == "phi3-windows" else 0
+    if name == "phi3-longrope":
+        _, attention, _, *factors = spec.rope_scaling
+        sizes["rope.scaling.attn_factor"] = attention
+        for kind, half in (("short", factors[:6]), ("long", factors[6:])):
+            tensors[f"rope_factors_{kind}.weight"] = np.array(half, np.float32)
     if architecture == "qwen3moe":
         sizes |= {"expert_count": 6, "expert_used_count": 2, "expert_feed_forward_length": 24}
     keys = {f"{architecture}.{key}": value for key, value in sizes.items()} | {
@@ -184,7 +199,10 @@ def test_a_gguf_file_is_the_folder_it_was_made_from(name, tiny, tmp_path, monkey
     path = tmp_path / "x.gguf"
     absent = {key: None for key in KEYS if key.startswith("llama.") and key not in keys}
     write_gguf(path, architecture, tensors, **{key.replace(".", "__"): value for key, value in (absent | keys).items()})
-    assert resolve_shape(str(path)) == replace(spec, name="x")
+    found = resolve_shape(str(path))
+    assert found.rope_scaling[:1] == spec.rope_scaling[:1]
+    assert found.rope_scaling[1:] == pytest.approx(spec.rope_scaling[1:])
+    assert replace(found, rope_scaling=()) == replace(spec, name="x", rope_scaling=())
     with torch.inference_mode():
         assert relative_rmse(load_model(str(path)).decoder(IDS), reference(IDS).logits) <= LOGITS_FP32
 

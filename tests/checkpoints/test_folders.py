@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_the_convolution_of_a_jet_folder():
     config["efficient_attention_config"]["jet"]["conv_size"] = 1
     with pytest.raises(UserError, match="conv_size"):
         read_spec(config, "jet", "x")
+
+
+@pytest.mark.parametrize("sizes", [(3, 12, 32), (9, 6, 52), (9, 3, 13), (12, 96, 256), (16, 128, 256)])
+def test_a_quotient_of_head_sizes_does_not_round_down(sizes):
+    """Published code takes int(head_dim * expand_v), and int(num_heads * head_dim * expand_v), and compares the two."""
+    heads, key_dim, value_dim = sizes
+    shape = replace(SMALL_JET, defaults=(("W", "5"), ("J", "x".join(map(str, sizes)))))
+    jet = write_config(shape, shape.placement, "jet-nemotron")[0]["efficient_attention_config"]["jet"]
+    found = [int(key_dim * jet["expand_v"]), int(heads * key_dim * jet["expand_v"])]
+    assert found == [value_dim, heads * value_dim]
+    assert jet["expand_v"] == pytest.approx(value_dim / key_dim, rel=1e-6)
 
 
 def test_jet_format_refuses_what_it_has_no_place_for():

@@ -42,6 +42,7 @@ def test_a_small_file_loads(tmp_path):
         ("llama.attention.head_count", "2"),
         ("llama.attention.head_count_kv", [1, 2]),
         ("llama.attention.causal", False),
+        ("general.type", "adapter"),
         ("llama.logit_scale", 2.0),
         ("llama.embedding_scale", 2.0),
         ("llama.expert_count", 4),
@@ -161,15 +162,15 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         resolve_shape(str(tmp_path / "x.gguf"))
 
 
-def split(tmp_path, second=True):
-    """The two parts of a model."""
+def split(tmp_path, second=True, again=()):
+    """The two parts of a model; the second holds some tensors of the first again."""
     tensors = random_tensors()
     names = list(tensors)
     first = tmp_path / "x-00001-of-00002.gguf"
     both = {"split__count": 2, "split__tensors__count": len(names)}
     write_gguf(first, tensors={name: tensors[name] for name in names[:6]}, split__no=0, **both)
     if second:
-        rest = {name: tensors[name] for name in names[6:]}
+        rest = {name: tensors[name] for name in (*names[6:], *again)}
         write_gguf(tmp_path / "x-00002-of-00002.gguf", tensors=rest, split__no=1, **both)
     return first
 
@@ -182,6 +183,13 @@ def test_parts_are_read_as_one(tmp_path):
         assert torch.equal(load_model(str(first)).decoder(ids), whole)
     with pytest.raises(UserError, match=r"one of 2 parts .*: give the first one, .*-00001-of-00002\.gguf"):
         resolve_shape(str(tmp_path / "x-00002-of-00002.gguf"))
+
+
+def test_a_tensor_of_two_parts_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"x-00002-of-00002\.gguf: the tensor token_embd\.weight stands in an earlier part"
+    ):
+        resolve_shape(str(split(tmp_path, again=["token_embd.weight"])))
 
 
 def test_an_absent_part_is_named(tmp_path):

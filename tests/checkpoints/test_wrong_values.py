@@ -63,6 +63,8 @@ def test_tokenizers_that_differ_anywhere_share_no_cached_tokens(folder, tmp_path
     vocabulary["z"], vocabulary["b"] = vocabulary["b"], vocabulary["z"]
     path.write_text(json.dumps(content))
     second = load_model(str(folder)).tokenizer
+    edit(folder / "tokenizer_config.json", split_special_tokens=True)
+    assert len({tokenizer.fingerprint for tokenizer in (first, second, load_model(str(folder)).tokenizer)}) == 3
     one, two = Corpus.load(str(text), first, 16), Corpus.load(str(text), second, 16)
     ids = set(first.encode("zb"))
     assert not torch.equal(one.test, two.test)
@@ -153,6 +155,21 @@ def test_a_token_beyond_the_embedding_is_named(folder):
     for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_batch(["a", text])):
         with pytest.raises(UserError, match=r"token '\[PAD\]' has id 211, beyond the model's 211 embeddings"):
             encode("a [PAD]")
+
+
+def test_a_text_begins_and_ends_with_ids_that_have_an_embedding(folder):
+    from tokenizers.processors import TemplateProcessing
+
+    edit(folder / "config.json", eos_token_id=500)
+    edit(folder / "generation_config.json", eos_token_id=[211, 2, 210])
+    assert load_model(str(folder)).tokenizer.eos_ids == (2, 210)
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens([f"[{number}]" for number in range(60)])
+    begin = backend.token_to_id("[59]")
+    backend.post_processor = TemplateProcessing(single="[59] $A", special_tokens=[("[59]", begin)])
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=rf"token '\[59\]' has id {begin}, beyond the model's 211 embeddings"):
+        load_model(str(folder))
 
 
 def test_heads_that_do_not_divide_the_hidden_size_are_refused():

@@ -1,8 +1,10 @@
 """The evaluator: shared prefixes give the same numbers, and nothing is measured twice."""
 
+import copy
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -177,7 +179,14 @@ def test_scores_of_a_checkpoint_are_kept_where_asked(tiny_model, text_file, tmp_
     assert {key.task for key in ScoreStore(tmp_path / "scores").find()} == {"loss", "retrieval@96:3"}
     monkeypatch.setattr(HeldOutLoss, "measures", lambda *_: pytest.fail("measured again"))
     assert score_checkpoint(loaded.decoder, tasks, context, tmp_path / "scores") == first
+    other = copy.deepcopy(loaded.decoder)
     with torch.no_grad():
-        loaded.decoder.layers[0].self_attn.q_proj.weight[0, 0] += 1
-    with pytest.raises(pytest.fail.Exception):
-        score_checkpoint(loaded.decoder, tasks, context, tmp_path / "scores")
+        other.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    moved = copy.deepcopy(loaded.decoder)
+    moved.model.embed_tokens.weight.data = moved.model.embed_tokens.weight.flip(0)
+    scaled = copy.deepcopy(loaded.decoder)
+    scaled.shape = replace(scaled.shape, rope_scaling=("linear", 2.0))
+    words = replace(context, tokenizer=replace(context.tokenizer, eos_ids=(7,)), memo={})
+    for decoder, settings in ((other, context), (moved, context), (scaled, context), (loaded.decoder, words)):
+        with pytest.raises(pytest.fail.Exception):
+            score_checkpoint(decoder, tasks, settings, tmp_path / "scores")

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -205,6 +206,43 @@ def test_a_task_of_a_folder_is_scored_and_kept_with_its_settings(folder, make_ru
     assert evaluator.scores(placement, [text])[text] == found
     assert [task.label for _, task in parse_objective(f"kl+0.5*{text}")] == ["kl", text]
     assert parse_task(f"tiny_choice@2:0:{folder}").label == f"tiny_choice@2:0:{folder}"
+
+
+ODD = (
+    "null", "[]", "{}", "5", "-1", "1e400", "'x'", "[[", "!function utils.f", "&a *a", "{a: b", "---", "'{{'", "true",
+    "include: no.yaml", "'{{ 1/0 }}'", "'{{ question.x.y }}'", "\x00", "!!python/object/apply:os.system ['true']",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [30, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_damaged_task_files_end_in_one_line(folder, count, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from nasbench.core.errors import NasbenchError
+    from nasbench.evaluation import harness
+    from nasbench.evaluation.tasks import Context, parse_task
+
+    context = Context(
+        SimpleNamespace(bos_id=None, encode_batch=lambda texts: [[1] * len(t) for t in texts]), None, None
+    )
+    whole, draw, fine = (folder / "choice.yaml").read_text(), random.Random(0), 0
+    told = []
+    for case in range(count):
+        lines = (whole + "num_fewshot: 0\ngeneration_kwargs: {until: [a], max_gen_toks: 4}\n").splitlines()
+        for _ in range(draw.choice([1, 1, 2, 3])):
+            place, odd = draw.randrange(len(lines)), draw.choice(ODD)
+            key, cut = lines[place].partition(":")[0], draw.randrange(len(lines[place]) + 1)
+            lines[place] = draw.choice(["", f"{key}: {odd}", odd, lines[place][:cut] + odd + lines[place][cut + 1 :]])
+        (folder / "choice.yaml").write_text("\n".join(lines) if case else whole)
+        harness.manager.cache_clear()
+        try:
+            parse_task(f"tiny_choice:{folder}").scored_tokens(replace(context, memo={}))
+            fine += 1
+        except NasbenchError as error:
+            told.append(str(error))
+    assert fine
+    assert told
+    assert not any("\n" in message or len(message) > 1500 for message in told)
 
 
 def test_written_and_rolling_tasks(folder, tiny_model, text_file, tmp_path, monkeypatch):

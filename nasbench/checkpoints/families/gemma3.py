@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, Place, placed, write_windows
+from nasbench.checkpoints.families.family import Family, Place, placed, read_heads, write_windows
 from nasbench.checkpoints.families.rope import read_rope, write_scaling
 from nasbench.checkpoints.fields import Fields
 from nasbench.checkpoints.gguf_header import GgufHeader
@@ -47,7 +47,8 @@ class Gemma3(Family):
         fields.neutral("hidden_act", "gelu_pytorch_tanh")
         queries = (sizes["head_dim"] / fields.number("query_pre_attn_scalar", 256)) ** 0.5
         layers, window = sizes["num_layers"], fields.integer("sliding_window", 4096)
-        every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+        fields.raw("_sliding_window_pattern")  # written beside layer_types, never read by transformers
+        every = fields.integer("sliding_window_pattern", 6)
         kinds = fields.items("layer_types", str, layers) or [
             "sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)
         ]
@@ -96,8 +97,8 @@ class Gemma3(Family):
         }
 
     def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
-        heads, hidden = keys.integer("attention.head_count"), keys.integer("embedding_length")
-        head_dim = keys.integer("attention.key_length", 256)
+        names = ("attention.head_count", "embedding_length", "attention.key_length")
+        heads, hidden, head_dim = read_heads(keys, *names, None)
         return {
             "sliding_window": keys.integer("attention.sliding_window"),
             # llama.cpp knows the 27B by its 62 layers.

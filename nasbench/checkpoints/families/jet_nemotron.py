@@ -115,8 +115,8 @@ def _args(dims: Dims) -> str:
 def _jet_config(dims: Dims) -> dict[str, Any]:
     heads, key_dim, value_dim, conv_size = dims
     expand_v = value_dim / key_dim
-    # A reader takes int(head_dim * expand_v): nudge a quotient that would round down to one less.
-    while int(key_dim * expand_v) < value_dim:
+    # Readers take int(head_dim * expand_v) of a head and of all: nudge a quotient that would round down to one less.
+    while int(key_dim * expand_v) < value_dim or int(heads * key_dim * expand_v) < heads * value_dim:
         expand_v += 1e-10
     return {
         "mode": "chunk",

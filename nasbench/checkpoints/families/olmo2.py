@@ -15,6 +15,11 @@ class Olmo2(Family):
         "mixer_post_norm": "post_attention_layernorm",
         "ffn_post_norm": "post_feedforward_layernorm",
     }
+    gguf: ClassVar[str] = "olmo2"
+    gguf_modules: ClassVar[dict[str, str]] = {
+        "post_attention_norm": "post_attention_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+    }
     rms_eps: ClassVar[float] = 1e-5
     qk_norm: ClassVar[bool] = True
 

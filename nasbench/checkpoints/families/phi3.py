@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nasbench.checkpoints.families.family import Family, layer_kinds, placed, write_windows
+from nasbench.checkpoints.families.family import Family, layer_kinds, placed, read_heads, write_windows
 from nasbench.checkpoints.fields import Fields
+from nasbench.checkpoints.gguf_header import GgufHeader, read_tensor
+from nasbench.core.errors import UserError
 from nasbench.model.shapes import ModelSpec
 from nasbench.spaces.placement import Placement
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+_FACTORS = ("short", "long")
 _PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 _PACKED = re.compile(r"(model\.layers\.\d+\.(?:self_attn|mlp))\.(qkv|gate_up)_proj\.weight")
 
@@ -24,6 +27,9 @@ class Phi3(Family):
 
     model_type: ClassVar[str] = "phi3"
     architecture: ClassVar[str] = "Phi3ForCausalLM"
+    gguf: ClassVar[str] = "phi3"
+    gguf_modules: ClassVar[dict[str, str]] = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+    gguf_unused: ClassVar[tuple[str, ...]] = tuple(f"rope_factors_{name}.weight" for name in _FACTORS)
     rms_eps: ClassVar[float] = 1e-5
     partial_rotation: ClassVar[bool] = True
 
@@ -48,6 +54,26 @@ class Phi3(Family):
         found = super().rope(read, sizes)
         for name in ("original_max_position_embeddings", "rope_theta", "partial_rotary_factor", "rope_interleaved"):
             fields.raw(name)
+        return found
+
+    def gguf_config(self, keys: Fields, header: GgufHeader) -> dict[str, Any]:
+        """GGUF files hold longrope as two tensors of factors and what cosine and sine are multiplied by."""
+        head_dim = read_heads(keys, "attention.head_count", "embedding_length", "attention.key_length", None)[2]
+        found: dict[str, Any] = {
+            "sliding_window": keys.integer("attention.sliding_window", 0, least=0) or None,
+            "partial_rotary_factor": keys.integer("rope.dimension_count", head_dim) / head_dim,
+        }
+        tensors = [header.tensors[name] for name in self.gguf_unused if name in header.tensors]
+        if tensors:
+            keys.neutral("rope.scaling.type", "longrope")
+            if len(tensors) < len(_FACTORS):
+                raise UserError(f"{header.path} has {tensors[0].name} alone of the two factors of longrope")
+            lists = {
+                f"{name}_factor": read_tensor(tensor).tolist() for name, tensor in zip(_FACTORS, tensors, strict=True)
+            }
+            attention = keys.number("rope.scaling.attn_factor", 1.0)
+            found["rope_scaling"] = {"rope_type": "longrope", "attention_factor": attention, **lists}
+            found["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
         return found
 
     def own_config(self, spec: ModelSpec, placement: Placement) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class SmolLM3(Family):
 
     model_type: ClassVar[str] = "smollm3"
     architecture: ClassVar[str] = "SmolLM3ForCausalLM"
+    gguf: ClassVar[str] = "smollm3"  # llama.cpp, too, leaves every fourth layer without positions
+    gguf_interleaved: ClassVar[bool] = True
     tied: ClassVar[bool] = True
     kv_heads: ClassVar[int | None] = 4
     rope_theta: ClassVar[float] = 2_000_000.0
