@@ -98,8 +98,15 @@ def sweep(folder: Path, name: str = "", *, deep: bool = False) -> None:
                 os.close(handle)
 
 
+def usual_mode(path: Path) -> None:
+    """Gives a file or folder the rights that a new one has: temporary ones are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
-def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, folder: bool = False, scratch: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside `path`; renames it over `path` when the block ends well, removes it when not.
 
     The file and the rename are flushed to the disk, so that a crash leaves the old file or the new one, whole. What a
@@ -107,6 +114,7 @@ def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     Args:
         folder: a folder with everything in it; an old one is replaced.
+        scratch: the file is in a folder of its own meanwhile, for a library that makes others beside it.
 
     Raises MachineError when the folder around it cannot be made or written.
     """
@@ -114,20 +122,20 @@ def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
     with machine_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        temporary, handle = _temporary(path, folder)
+        made, handle = _temporary(path, folder or scratch)
         try:
+            temporary = made / path.name if scratch else made
             yield temporary
             for written in temporary.rglob("*") if folder else [temporary]:
                 flush(written)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod((0o777 if folder else 0o666) & ~umask)
+            usual_mode(temporary)
             if folder:
                 shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
+            _remove(made)
             flush(path.parent)
         finally:
-            _remove(temporary)
+            _remove(made)
             os.close(handle)
 
 

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from nasbench.checkpoints.tensors import save_tensors
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import atomic_path, machine_errors, plain_name, read_json, write_json
 from nasbench.parallel.context import SINGLE, DistContext
@@ -137,10 +138,7 @@ def _write(
     with atomic_path(target, folder=True) as temporary:
         digests = {}
         for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            try:
-                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / file)
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+            save_tensors(temporary / file, tensors)
             digests[file] = digest(temporary / file)
         if moments is not None:
             moments.replace(temporary / MOMENTS)
