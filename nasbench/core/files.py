@@ -159,30 +159,41 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def sole(lock: Path, told: str) -> Iterator[None]:
+    """One process at a time has this lock file; the system frees the lock of a process that dies.
+
+    Raises UserError with `told` at once where another process has it, MachineError where it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    with machine_errors(f"writing {lock.parent}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise UserError(told) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
 def sole_writer(folder: Path, doing: str) -> Iterator[None]:
     """Lets one process at a time write into a folder, and removes what killed ones left there.
 
     Args:
         doing: for the message, as "distils".
 
-    Raises UserError at once where another process has the folder, MachineError where it cannot be made or written.
+    Raises as `sole`.
     """
-    from filelock import FileLock, Timeout
-
-    with machine_errors(f"writing {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            reason = f"another process {doing} in {folder}: wait for its end, or choose another folder"
-            raise UserError(reason) from None
     try:
-        sweep(folder, deep=True)
-        yield
+        with sole(folder / LOCK, f"another process {doing} in {folder}: wait for its end, or choose another folder"):
+            sweep(folder, deep=True)
+            yield
     finally:
-        lock.release()
-        if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
             shutil.rmtree(folder, ignore_errors=True)
 
 
