@@ -236,6 +236,25 @@ def read_toml(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object, {} where there is no file. Raises UserError naming the file when it is something else."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: remove it")
+    return found
+
+
+@contextmanager
+def damaged(path: Path, advice: str = "remove it") -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file that nasbench wrote into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}): {advice}") from None
+
+
 def _parsed(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     try:
         with machine_errors(f"reading {path}"):

@@ -142,11 +142,12 @@ def _read_partial(path: Path, writing: Writing) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     if not rows or rows[0] != asdict(writing):
         return []
     documents = rows[1:]
-    if not all(isinstance(row, dict) and {"batch", "tokens", "text", "source"} <= row.keys() for row in documents):
+    kinds = {"batch": int, "tokens": int, "text": str, "source": str}
+    if not all(isinstance(row, dict) and all(isinstance(row.get(n), k) for n, k in kinds.items()) for row in documents):
         return []
     return [row for row in documents if row["batch"] < documents[-1]["batch"]]

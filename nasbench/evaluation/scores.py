@@ -191,7 +191,7 @@ class ScoreStore:
         for line in whole.splitlines():
             try:
                 key, scores = _parse(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
                 log.warning("%s: left out a line that is no score (%s): %.80r", self.file, error, line)
                 continue
             # The newest of a key counts, also in the order of `find`.

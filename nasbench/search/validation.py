@@ -24,6 +24,8 @@ MOST = 12
 """Placements that are measured if not told otherwise."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
+START_S = 3.0
+"""About what a placement takes besides: weights, caches, the measured context. For --dry-run."""
 ROUNDS = ByDevice(cpu=3, cuda=1)
 """Rounds over all placements, the fastest time of each being kept: the speed of a shared CPU drifts, as it does under
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
@@ -129,11 +131,7 @@ def validate(
     dtype = torch_dtype(target.dtype)
     rounds = ROUNDS.of(torch_device)
     path = run.validation
-    known = {row.placement for row in read_validation(path) if row.target == target}
-    left = [placement for placement in placements if format_placement(placement) not in known]
-    if cost is not None:
-        for placement in left:  # a point that the profile does not cover is told before work begins
-            cost.decode(placement, target.context, target.batch)
+    left = missing(run, placements, target, cost)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     shape = replace(shape, max_context=max(shape.max_context, target.context))
@@ -176,6 +174,16 @@ def validate(
         progress(done, total)
     names = {format_placement(placement) for placement in placements}
     return [row for row in read_validation(path) if row.target == target and row.placement in names]
+
+
+def missing(run: Run, placements: Sequence[Placement], target: Target, cost: CostModel | None) -> list[Placement]:
+    """The placements that validation.csv does not hold yet. Raises UserError where the profile does not cover one."""
+    known = {row.placement for row in read_validation(run.validation) if row.target == target}
+    left = [placement for placement in placements if format_placement(placement) not in known]
+    if cost is not None:
+        for placement in left:
+            cost.decode(placement, target.context, target.batch)
+    return left
 
 
 def read_validation(path: Path) -> list[ValidationRow]:
