@@ -145,10 +145,14 @@ def _earlier(folder: Path, state: dict[str, Any], tokens: int) -> tuple[checkpoi
     training or had more than `tokens`."""
 
     def fits(known: Any) -> bool:
-        same = isinstance(known, dict) and all(known.get(key) == value for key, value in state.items())
-        cycles = known.get("cycles") if same else None
-        whole = isinstance(cycles, list) and bool(cycles) and all(isinstance(end, int) for end in cycles)
-        return whole and cycles[-1] <= tokens
+        if not isinstance(known, dict) or any(known.get(key) != value for key, value in state.items()):
+            return False
+        cycles = known.get("cycles")
+        return (
+            isinstance(cycles, list)
+            and all(isinstance(end, int) for end in cycles)
+            and max(cycles, default=tokens + 1) <= tokens
+        )
 
     saved = checkpoint.latest(folder / TRAINING)
     data: Any = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None

@@ -278,7 +278,7 @@ def check(name, folder, cases):
 @pytest.mark.parametrize("name", READERS)
 def test_every_text_is_read_or_refused(name, tmp_path):
     # An unknown task is looked up among lm-evaluation-harness's, which takes a fifth of a second.
-    check(name, tmp_path, 20 if name == "tasks" else 100)
+    check(name, tmp_path, 15 if name in ("tasks", "objective", "limit") else 100)
 
 
 @pytest.mark.slow
