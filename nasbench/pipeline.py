@@ -153,7 +153,7 @@ def plan(recipe: Recipe, values: dict[str, Any]) -> list[Step]:
     for stage in recipe.stages:
         try:
             steps += _steps(stage, values)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"recipe {recipe.name}, stage {stage['title'][:60]!r}: {error}") from None
     return steps
 

@@ -36,6 +36,7 @@ def command(
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json, print_plan, print_table, progress_bar, torch_device
     from nasbench.core.errors import UserError
+    from nasbench.core.files import sole
     from nasbench.cost import load_cost_model
     from nasbench.devices import detect
     from nasbench.runs import Run
@@ -62,7 +63,8 @@ def command(
         texts = list(map(format_placement, chosen))
         print_plan({"run": str(run), "target": str(target), "placements": texts, **todo}, as_json)
         return
-    with progress_bar("validate: measures the memory") as bar:
+    alone = sole(opened.path / ".validate.lock", f"another process measures placements of {run}: wait for its end")
+    with alone, progress_bar("validate: measures the memory") as bar:
         found = validate(
             opened, chosen, target, costs, shape, where,
             limit_s=seconds or math.inf, progress=lambda done, total: bar("end to end", done, total), log=log,

@@ -15,12 +15,12 @@ import contextlib
 import difflib
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -88,7 +88,7 @@ class HarnessTask(Task):
         error = unknown("task", name, TASKS)
         if not name or difflib.get_close_matches(name, list(TASKS), n=1, cutoff=0.75):
             raise error
-        if folder and not Path(folder).is_dir():
+        if folder and not os.path.isdir(folder):
             raise UserError(f"task {name}: no such folder of task files: {folder}")
         try:
             known = manager(folder).task_index

@@ -67,7 +67,7 @@ def _items(path: Path) -> Iterator[tuple[float, ScoreKey, Scores]]:
             scores = Scores.of(row["values"], "nats" if lower else "accuracy", not lower, about)
             if not math.isfinite(scores.value):
                 raise ValueError(f"{measure} is {scores.value}")
-            key = ScoreKey(row["version"], row["placement"], measure, ITEMS, "")
+            key = ScoreKey(str(row["version"]), str(row["placement"]), measure, ITEMS, "")
             yield float(row.get("time", 0.0)), key, scores
         except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s:%d: left out: %s", path, number, error)

@@ -11,6 +11,7 @@ from pathlib import Path
 from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import MachineError, UserError
+from nasbench.core.files import locked, sweep
 from nasbench.core.tables import read_table, write_table
 from nasbench.cost import CostModel
 from nasbench.cost.holdout import WholePoint, compare_point
@@ -128,6 +129,7 @@ def validate(
     from nasbench.runtime.roofline import measure_ceilings
     from nasbench.runtime.throughput import measure
 
+    sweep(run.path)
     dtype = torch_dtype(target.dtype)
     rounds = ROUNDS.of(torch_device)
     path = run.validation
@@ -192,8 +194,9 @@ def read_validation(path: Path) -> list[ValidationRow]:
 
 
 def _add(path: Path, row: ValidationRow) -> None:
-    others = [old for old in read_validation(path) if (old.placement, old.target) != (row.placement, row.target)]
-    write_table(path, [*others, row])
+    with locked(path):
+        others = [old for old in read_validation(path) if (old.placement, old.target) != (row.placement, row.target)]
+        write_table(path, [*others, row])
 
 
 def mean_error(rows: Sequence[ValidationRow]) -> float:

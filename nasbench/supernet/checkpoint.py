@@ -142,7 +142,8 @@ def _write(
             digests[file] = digest(temporary / file)
         if moments is not None:
             moments.replace(temporary / MOMENTS)
-        full = {**state, "digests": digests}
+        sizes = {file: (temporary / file).stat().st_size for file in digests}
+        full = {**state, "digests": digests, "sizes": sizes}
         write_json(temporary / STATE, full)
     write_json(folder / LATEST, {"checkpoint": name})
     _remove_folders(folder, target)
@@ -213,8 +214,12 @@ def latest(folder: Path) -> Checkpoint | None:
             raise TypeError("bad digest")
         for name in state.get("moments", {}):
             plain_name("file of moments", name)
+        sizes = {target / plain_name("file", name): size for name, size in state.get("sizes", {}).items()}
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_advice(folder)}") from None
+    for path, size in sizes.items():  # a digest takes a read of all, which not every command makes
+        if (found := path.stat().st_size if path.is_file() else 0) != size:
+            raise UserError(f"{path} is corrupt ({found} bytes instead of {size}): {_advice(folder)}")
     return Checkpoint(target, state)
 
 

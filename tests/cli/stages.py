@@ -141,11 +141,12 @@ def losses(path):
 
 
 def scores(run):
-    """The newest score of every key, but times and versions."""
+    """The newest score of every key on test texts, but times and versions."""
     lines = [json.loads(line) for line in (run / "scores" / "samples.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("about")
-    return {tuple(line.get(n) for n in ("weights", "placement", "task", "settings", "dtype")): line for line in lines}
+    names = ("weights", "placement", "task", "settings", "dtype")
+    return {tuple(line[name] for name in names): line for line in lines if "test" in line["settings"]}
 
 
 def trials(path):
@@ -187,7 +188,7 @@ STAGES = {
     "optuna": Stage(
         lambda run, given: ["search", run, "--strategy", "optuna", "--device", "cpu", *SEARCH],
         # A killed trial is asked again, and what is drawn after it differs.
-        lambda run: [len(trials(run / "trials.csv")), len(set(trials(run / "trials.csv")))],
+        lambda run: sum('"strategy": "optuna"' in row for row in trials(run / "trials.csv")) >= 12,
     ),
     "validate": Stage(
         lambda run, given: ["validate", run, "--placements", "3", "--device", "cpu"],

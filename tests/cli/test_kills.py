@@ -17,6 +17,8 @@ from supernet_tiny import one_thread, text_file, tiny_model
 __all__ = ["given", "one_thread", "run", "server", "text_file", "tiny_model", "whole"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+RECORDS = ("losses.csv", "progress.csv")
+"""Logs of a training that is over: nothing makes them again. A recipe's stages, too, are not begun again."""
 KILLS = int(os.environ.get("KILLS", "6"))
 stages = pytest.mark.parametrize("stage", STAGES)
 
@@ -76,14 +78,14 @@ def test_a_folder_that_nobody_may_write_is_told_in_one_line(stage, given, whole,
     words, result = STAGES[stage].words(run, given), STAGES[stage].result
     before, after, _ = whole(stage)
     restore(run, before)
-    folders = [run, *(path for path in run.rglob("*") if path.is_dir())]
-    for folder in folders:
-        folder.chmod(0o555)
+    modes = {path: path.stat().st_mode for path in (run, *run.rglob("*"))}
+    for path, mode in modes.items():
+        path.chmod(mode & 0o555)
     try:
         end = server(words, powerless=True)
     finally:
-        for folder in folders:
-            folder.chmod(0o755)
+        for path, mode in modes.items():
+            path.chmod(mode)
     assert end.refused, end.said
     assert "ermission denied" in end.errors[0]
     assert names(run) == names(before)
@@ -96,6 +98,8 @@ def test_a_truncated_file_is_made_again_or_named(stage, given, whole, run, serve
     before, after, _ = whole(stage)
     draw, wrong = random.Random(stage), []
     for name, size in written(before, after).items():
+        if name.endswith(RECORDS) or (stage == "recipe" and name.count("/") > 1):
+            continue
         restore(run, after)
         os.truncate(run / name, at := draw.randrange(size) if size else 0)
         end = server(words)
