@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nasbench.core.errors import UserError, unknown
+from nasbench.core.errors import UserError
 from nasbench.core.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -185,59 +185,45 @@ def search(
 
     Raises UserError before anything is loaded for unknown strategies, objectives, options and points without rows.
     """
-    from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.core.dtypes import torch_dtype
     from nasbench.core.files import sole_writer
-    from nasbench.cost import check_context, load_cost_model
     from nasbench.devices import detect
-    from nasbench.runs import Run
-    from nasbench.search.limits import METRICS, parse_limit
-    from nasbench.search.objective import parse_goal, parse_objective
+    from nasbench.search.inputs import SearchInputs
     from nasbench.search.run_folder import search_run
-    from nasbench.search.run_target import remember_target, run_db, run_target
-    from nasbench.search.session import Options
-    from nasbench.search.strategies import STRATEGIES
+    from nasbench.search.run_target import remember_target
     from nasbench.supernet.trained import run_dtype
 
-    opened = Run.open(Path(run))
-    if options.get("worker"):
-        strategy, test_tokens = "optuna", 0
-    STRATEGIES[strategy]  # Unknown names are told before anything is loaded.
-    if objective.partition("@")[0] not in METRICS:
-        parse_objective(objective)
-    for name in options:
-        if name not in (known := [each.name for each in fields(Options)]):
-            raise unknown("search option", name, known)
-    chosen = Options(**options)
-    chosen.check(opened.spec.space)
-    scored, held_out = _size(search_tokens), None if test_tokens in (0, "0") else _size(test_tokens)
-    shape, place = resolve_shape(opened.spec.model), run_db(opened, _db(db))
-    target = run_target(opened, shape, place, device, profile, str(context), str(batch), dtype)
-    check_context(shape, target.context)
-    costs = load_cost_model(target.device, shape, target.dtype, place)
-    parse_goal(objective, target, place)
-    limits = [parse_limit(text, True, target, place) for text in most]
-    limits += [parse_limit(text, False, target, place) for text in least]
+    asked = SearchInputs.of(
+        Path(run), strategy, objective=objective, most=most, least=least, profile=profile, context=str(context),
+        batch=str(batch), dtype=dtype, search_tokens=str(search_tokens), test_tokens=str(test_tokens), device=device,
+        db=_db(db), **options,
+    )  # fmt: skip
+    opened, chosen = asked.run, asked.options
     kind = torch_dtype(run_dtype(opened.path, eval_dtype, device))
     if measure_finalists < 0:
         raise UserError(f"bad --measure-finalists {measure_finalists}: choose 0 or more")
-    if measure_finalists and target.device != (here := detect(device).slug):
-        raise UserError(f"--measure-finalists measures on {here}: search for it, not for {target.device}")
+    if measure_finalists and asked.target.device != (here := detect(device).slug):
+        raise UserError(f"--measure-finalists measures on {here}: search for it, not for {asked.target.device}")
 
     from nasbench.evaluation.evaluator import Evaluator
     from nasbench.search.validation import validate
 
     with contextlib.nullcontext() if chosen.worker else sole_writer(opened.path / "search", "searches"):
-        evaluator = Evaluator.open(opened, device=device, dtype=kind, search_tokens=scored, test_tokens=held_out)
-        remember_target(opened, target, place)
+        evaluator = Evaluator.open(
+            opened, device=device, dtype=kind, search_tokens=asked.search_tokens, test_tokens=asked.test_tokens
+        )
+        remember_target(opened, asked.target, asked.db)
         outcome = search_run(
-            opened, evaluator, costs, target, strategy, replace(chosen, limits=tuple(limits)),
-            objective=objective, test=held_out is not None, db=place, progress=progress,
+            opened, evaluator, asked.costs, asked.target, asked.strategy, chosen, objective=objective,
+            test=asked.test_tokens is not None, db=asked.db, progress=progress,
         )  # fmt: skip
         del evaluator  # its memory is for the models that are measured
         chosen_few = outcome.finalists(measure_finalists)
         bar = lambda done, total: progress("finalists", done, total)  # noqa: E731
-        rows = validate(opened, chosen_few, target, costs, shape, device, progress=bar) if chosen_few else []
+        if not chosen_few:
+            return outcome
+        shape = asked.costs.shape
+        rows = validate(opened, chosen_few, asked.target, asked.costs, shape, device, progress=bar)
         return replace(outcome, measured=rows)
 
 

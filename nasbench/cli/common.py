@@ -53,6 +53,17 @@ def print_json(data: Any) -> None:
     sys.stdout.write(strict_json(data) + "\n")
 
 
+def print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """What --dry-run prints: a line for each entry, or one JSON object. None is what nobody knows before."""
+    if as_json:
+        print_json(plan)
+        return
+    for name, value in plan.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else value
+        text = f"{value:.0f}" if name == "seconds" and value is not None else text
+        print(f"{name.replace('_', ' ')}: {'not known' if value is None else text or 'none'}")
+
+
 def mark_source(source: str) -> str:
     """How tables show the source of a number: nobody overlooks an estimate."""
     return "ESTIMATED" if source == "estimated" else source

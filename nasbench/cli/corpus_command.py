@@ -38,7 +38,7 @@ def generate(
 
     from nasbench.checkpoints.load import load_model
     from nasbench.cli.common import choose_dtype, log, print_json, progress_bar, torch_device, torch_dtype
-    from nasbench.data.self_corpus import BATCH, Writing, write_corpus
+    from nasbench.data.self_corpus import BATCH, Writing, write_corpus, writing_alone
 
     if temperature <= 0:
         raise UserError(f"bad temperature {temperature}: above 0, or every document of a beginning would be the same")
@@ -49,7 +49,7 @@ def generate(
     if out.suffix != ".jsonl":
         raise UserError(f"bad name {out}: a corpus is a .jsonl")
     kind, began = torch_dtype(choose_dtype(dtype, where)), time.perf_counter()
-    with progress_bar("corpus: reads the model") as progress:
+    with writing_alone(out), progress_bar("corpus: reads the model") as progress:
         loaded = load_model(model, dtype=kind, device=where)
         written = write_corpus(loaded, writing, budget, out, progress)
     seconds = time.perf_counter() - began

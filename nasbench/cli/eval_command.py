@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nasbench.cli.common import Device
+from nasbench.cli.common import AsJson, Device, DryRun
 from nasbench.core.errors import UserError, unknown
 from nasbench.core.sizes import parse_size
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from nasbench.evaluation.scores import Scores
     from nasbench.evaluation.tasks import Task
+    from nasbench.runs import Run
+    from nasbench.spaces.placement import Placement
 
 
 def command(
@@ -57,16 +59,18 @@ def command(
     dtype: Annotated[
         str, typer.Option(help="fp32, bf16 or fp16; default: as the run was trained, else the faster.")
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Score a placement of a run, or a checkpoint, on tasks. Scores of a run are kept in its folder.
 
     With --placements, many placements are scored, finalised ones with their own weights: first loss and KL of all, then
     the tasks of the searched ones, then those of all others.
     """
-    from nasbench.cli.common import print_json, print_table, run_dtype, torch_device, torch_dtype
+    from nasbench.cli.common import print_json, print_plan, print_table, run_dtype, torch_device, torch_dtype
     from nasbench.evaluation.evaluator import IDENTICAL
     from nasbench.evaluation.tasks import parse_tasks
+    from nasbench.spaces.placement import format_placement
 
     where = torch_device(device)
     dtype = run_dtype(Path(target), dtype, where)
@@ -76,7 +80,7 @@ def command(
         options = ManyOptions(
             placements, tasks, brief_tasks, suite, brief_items, test_tokens, seconds, workers, share, dtype
         )
-        evaluate_many(Path(target), options, where)
+        evaluate_many(Path(target), options, where, dry_run, as_json)
         return
     parsed = parse_tasks(tasks)
     if split not in ("search", "test"):
@@ -85,6 +89,12 @@ def command(
     if is_run and (data or scores):
         option = "data" if data else "scores"
         raise UserError(f"--{option} is the run's own: leave it out, or evaluate a checkpoint")
+    if dry_run:
+        labels = [task.label for task in parsed]
+        own_text = format_placement(_checked(Path(target), placement)[1]) if is_run else _known(target)
+        plan = {"target": target, "placement": own_text, "tasks": labels, "split": split}
+        print_plan({**plan, "dtype": dtype, "seconds": None}, as_json)
+        return
     if is_run:
         scored, found = _score_run(Path(target), placement, parsed, split, where, kind)
     else:
@@ -105,16 +115,34 @@ def command(
 def _score_run(
     path: Path, placement: str | None, tasks: list[Task], split: str, device: str, dtype: torch.dtype
 ) -> tuple[str, dict[str, Scores]]:
-    from nasbench.checkpoints.load import resolve_shape
     from nasbench.evaluation.evaluator import Evaluator
-    from nasbench.runs import Run
     from nasbench.spaces.placement import format_placement
+
+    run, chosen = _checked(path, placement)
+    evaluator = Evaluator.open(run, device=device, dtype=dtype)
+    return format_placement(chosen), evaluator.scores(chosen, tasks, split)
+
+
+def _checked(path: Path, placement: str | None) -> tuple[Run, Placement]:
+    """A run, and the placement of it that was asked for or else its model's own. Raises UserError."""
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.runs import Run
 
     run = Run.open(path)
     shape = resolve_shape(run.spec.model)
-    chosen = run.spec.space.check(shape.parse(placement) if placement else run.spec.space.original)
-    evaluator = Evaluator.open(run, device=device, dtype=dtype)
-    return format_placement(chosen), evaluator.scores(chosen, tasks, split)
+    return run, run.spec.space.check(shape.parse(placement) if placement else run.spec.space.original)
+
+
+def _known(target: str) -> str:
+    """The placement of a checkpoint. Raises UserError where it is none."""
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.core.files import read_json
+    from nasbench.spaces.placement import format_placement
+    from nasbench.supernet.finalize import CONFIG, is_final
+
+    if is_final(Path(target)):
+        return str(read_json(Path(target) / CONFIG).get("placement"))
+    return format_placement(resolve_shape(target).placement)
 
 
 @dataclass(frozen=True)

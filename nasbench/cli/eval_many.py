@@ -32,11 +32,12 @@ class ManyOptions:
         return ("eval", str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in own.items()))
 
 
-def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
+def evaluate_many(path: Path, options: ManyOptions, device: str, dry_run: bool, as_json: bool) -> None:
     """Measures loss and KL of every placement, then the tasks. Raises UserError before any work for wrong options."""
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, progress_bar
+    from nasbench.cli.common import log, print_json, print_plan, progress_bar
     from nasbench.core.dtypes import torch_dtype
+    from nasbench.evaluation.evaluator import TEXT
     from nasbench.parallel.pool import Job, Pool, leave_with_parent
     from nasbench.runs import Run
     from nasbench.search.measuring import Measurer, choose, measure_all, measure_share, queue, share_of
@@ -46,10 +47,16 @@ def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
     rows = choose(run, options.placements, lambda text: run.spec.space.check(shape.parse(text)))
     if not options.seconds >= 0:
         raise UserError(f"bad --seconds {options.seconds}: at least 0; 0 is no limit")
-    tasks, brief = _tasks(run, options, shape.max_context)
+    tasks, brief = _tasks(run, options, shape.max_context, not dry_run)
     number, of = _share(options.share)
     helpers = helper_devices(options.workers, device)
     pairs = queue(rows, tasks, brief)
+    if dry_run:
+        texts = list(dict.fromkeys(row.text for row in rows))
+        every = [*TEXT, *(task.label for task in tasks)]
+        plan = {"run": str(path), "placements": texts, "tasks": every, "briefly": [task.label for task in brief]}
+        print_plan({**plan, "devices": [device, *helpers], "seconds": options.seconds or None}, as_json)
+        return
     ends = time.time() + (options.seconds or float("inf"))
     tokens = parse_size(options.test_tokens) if options.test_tokens else None
     leave_with_parent()
@@ -71,10 +78,14 @@ def evaluate_many(path: Path, options: ManyOptions, device: str) -> None:
         for i in shares
     ]
     with Pool(jobs) as pool, progress_bar() as bar:
-        measure_all(measurer, pairs, pool, shares, of, ends, log, lambda done, total: bar("measure", done, total))
+        whole = measure_all(
+            measurer, pairs, pool, shares, of, ends, log, lambda done, total: bar("measure", done, total)
+        )
+    if as_json:
+        print_json({"run": str(path), "placements": len({(row.text, row.weights) for row in rows}), "done": whole})
 
 
-def _tasks(run: Any, options: ManyOptions, longest: int) -> tuple[list[Any], list[Any]]:
+def _tasks(run: Any, options: ManyOptions, longest: int, note: bool) -> tuple[list[Any], list[Any]]:
     """(all tasks, those that every placement gets first); lengths beyond the model's context are left out."""
     from nasbench.evaluation.tasks import parse_tasks
     from nasbench.search.measuring import suite_tasks
@@ -85,7 +96,7 @@ def _tasks(run: Any, options: ManyOptions, longest: int) -> tuple[list[Any], lis
     )
     if not options.suite:
         return tasks, brief
-    whole, few = suite_tasks(run, Path(options.suite), options.brief_items)
+    whole, few = suite_tasks(run, Path(options.suite), options.brief_items, note)
     return [*tasks, *whole], [*brief, *(few if brief else [])]
 
 

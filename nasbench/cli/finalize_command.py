@@ -139,23 +139,15 @@ def _dry_run(
     run: Run, chosen: Placement, folder: Path, settings: Any, row: int, tokens: int, seconds: float, as_json: bool
 ) -> None:
     """Says what would be trained, and how long it takes at the speed of the supernet's random sub-networks."""
-    import csv
-
-    from nasbench.cli.common import print_json
+    from nasbench.cli.common import print_plan
     from nasbench.spaces.placement import format_placement
-    from nasbench.supernet.loop import PROGRESS
+    from nasbench.supernet.loop import last_speed
 
-    path = run.supernet / PROGRESS
-    rows = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
-    speeds = [float(line["tok_s"]) for line in rows if line["stage"] == "supernet"]
+    speed = last_speed(run.supernet, "supernet")
     step = max(1, settings.supernet_batch_tokens // row) * row
-    took = seconds or (tokens / speeds[-1] if speeds else None)
+    took = seconds or (tokens / speed if speed else None)
     plan = {"placement": format_placement(chosen), "folder": str(folder), "tokens_of_a_step": step, "seconds": took}
-    plan |= {} if seconds else {"tokens": tokens}
-    if as_json:
-        print_json(plan)
-    else:
-        print(", ".join(f"{name} {'not known' if value is None else value}" for name, value in plan.items()))
+    print_plan(plan | ({} if seconds else {"tokens": tokens}), as_json)
 
 
 def _chosen(run: Run, placement: str, count: int | None) -> Placement:

@@ -48,7 +48,7 @@ def run_recipe(
 
     recipe = read_recipe(name)
     out = out or Path("runs") / recipe.name
-    steps, state = prepare(recipe, out, torch_device(device), changes, write=not dry_run)
+    steps, state = prepare(recipe, out, torch_device(device), changes)
     for step in steps:
         parse(list(step.words))
     if dry_run:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.cli.common import AsJson, DryRun
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import is_count
 
@@ -76,7 +77,8 @@ def command(
     ] = "auto",
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
 ) -> None:
     """Rank placements by accuracy (supernet) and tokens/s (profiles); writes trials.csv and front.csv.
 
@@ -84,19 +86,26 @@ def command(
     dtype and databases are by default those of the run's last search, in the first one the largest that were profiled.
     """
     from nasbench import api
-    from nasbench.cli.common import print_json, progress_bar, torch_device
+    from nasbench.cli.common import print_json, print_plan, progress_bar, torch_device
     from nasbench.runs import Run
+    from nasbench.search.inputs import SearchInputs
     from nasbench.search.session import MOST, USUAL
 
-    asked = (MOST if seconds else USUAL) if evaluations is None else evaluations
+    given: dict[str, Any] = {
+        "objective": objective, "most": most or (), "least": least or (), "profile": profile, "context": context,
+        "batch": batch, "dtype": dtype, "search_tokens": search_tokens, "test_tokens": test_tokens,
+        "device": torch_device(device), "db": db, "full_attention": parse_counts(full_attention),
+        "evaluations": (MOST if seconds else USUAL) if evaluations is None else evaluations, "seconds": seconds,
+        "random": random, "beam_width": beam_width, "candidates": candidates, "replacement": replacement,
+        "seed": seed, "storage": storage, "worker": worker,
+    }  # fmt: skip
+    if dry_run:
+        print_plan(SearchInputs.of(run, strategy, **given).plan(), json)
+        return
     with progress_bar("search: reads model and text") as progress:
         outcome = api.search(
-            run, strategy, objective=objective, most=most or (), least=least or (), profile=profile, context=context,
-            batch=batch, dtype=dtype, eval_dtype=eval_dtype, search_tokens=search_tokens, test_tokens=test_tokens,
-            device=torch_device(device), db=db, progress=progress, full_attention=parse_counts(full_attention),
-            evaluations=asked, seconds=seconds, random=random, beam_width=beam_width, candidates=candidates,
-            replacement=replacement, seed=seed, storage=storage, worker=worker, measure_finalists=measure_finalists,
-        )  # fmt: skip
+            run, strategy, eval_dtype=eval_dtype, measure_finalists=measure_finalists, progress=progress, **given
+        )
     target = outcome.target
     if json:
         print_json(as_json(outcome, target, objective, Run.open(run).front))

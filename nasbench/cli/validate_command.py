@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nasbench.cli.common import AsJson, DryRun
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,7 +31,8 @@ def command(
         float, typer.Option(help="Time for all; the same command measures the rest. 0: no limit.")
     ] = 0.0,
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the front and the uniform placements end to end against the cost model's predictions.
 
@@ -37,14 +40,16 @@ def command(
     may be beyond the model's own: speeds are then measured with a longer cache, and not predicted.
     """
     from nasbench.checkpoints.resolve import resolve_shape
-    from nasbench.cli.common import log, print_json, progress_bar, torch_device
+    from nasbench.cli.common import log, print_json, print_plan, progress_bar, torch_device
     from nasbench.core.errors import UserError
+    from nasbench.core.files import sole
     from nasbench.cost import load_cost_model
     from nasbench.devices import detect
     from nasbench.runs import Run
     from nasbench.search.compared import compositions
     from nasbench.search.run_target import run_db, run_target
-    from nasbench.search.validation import choose, mean_error, validate
+    from nasbench.search.validation import SECONDS, START_S, choose, mean_error, missing, validate
+    from nasbench.spaces.placement import format_placement
 
     opened = Run.open(run)
     if placements < 1:
@@ -58,7 +63,14 @@ def command(
     chosen = compositions(opened) if compared else choose(opened, target, placements)
     beyond = target.context > shape.max_context
     costs = None if beyond else load_cost_model(target.device, shape, target.dtype, db)
-    with progress_bar("validate: measures the memory") as bar:
+    if dry_run:
+        left = missing(opened, chosen, target, costs)
+        todo = {"left": len(left), "seconds": seconds or len(left) * (SECONDS + START_S)}
+        texts = list(map(format_placement, chosen))
+        print_plan({"run": str(run), "target": str(target), "placements": texts, **todo}, as_json)
+        return
+    alone = sole(opened.path / ".validate.lock", f"another process measures placements of {run}: wait for its end")
+    with alone, progress_bar("validate: measures the memory") as bar:
         found = validate(
             opened, chosen, target, costs, shape, where,
             limit_s=seconds or math.inf, progress=lambda done, total: bar("end to end", done, total), log=log,

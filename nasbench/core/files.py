@@ -98,8 +98,15 @@ def sweep(folder: Path, name: str = "", *, deep: bool = False) -> None:
                 os.close(handle)
 
 
+def usual_mode(path: Path) -> None:
+    """Gives a file or folder the rights that a new one has: temporary ones are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+
+
 @contextmanager
-def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, folder: bool = False, scratch: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside `path`; renames it over `path` when the block ends well, removes it when not.
 
     The file and the rename are flushed to the disk, so that a crash leaves the old file or the new one, whole. What a
@@ -107,6 +114,7 @@ def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
     Args:
         folder: a folder with everything in it; an old one is replaced.
+        scratch: the file is in a folder of its own meanwhile, for a library that makes others beside it.
 
     Raises MachineError when the folder around it cannot be made or written.
     """
@@ -114,20 +122,20 @@ def atomic_path(path: Path, *, folder: bool = False) -> Iterator[Path]:
     with machine_errors(f"writing {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        temporary, handle = _temporary(path, folder)
+        made, handle = _temporary(path, folder or scratch)
         try:
+            temporary = made / path.name if scratch else made
             yield temporary
             for written in temporary.rglob("*") if folder else [temporary]:
                 flush(written)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod((0o777 if folder else 0o666) & ~umask)
+            usual_mode(temporary)
             if folder:
                 shutil.rmtree(path, ignore_errors=True)
             temporary.replace(path)
+            _remove(made)
             flush(path.parent)
         finally:
-            _remove(temporary)
+            _remove(made)
             os.close(handle)
 
 
@@ -151,30 +159,41 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def sole(lock: Path, told: str) -> Iterator[None]:
+    """One process at a time has this lock file; the system frees the lock of a process that dies.
+
+    Raises UserError with `told` at once where another process has it, MachineError where it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    with machine_errors(f"writing {lock.parent}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise UserError(told) from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
 def sole_writer(folder: Path, doing: str) -> Iterator[None]:
     """Lets one process at a time write into a folder, and removes what killed ones left there.
 
     Args:
         doing: for the message, as "distils".
 
-    Raises UserError at once where another process has the folder, MachineError where it cannot be made or written.
+    Raises as `sole`.
     """
-    from filelock import FileLock, Timeout
-
-    with machine_errors(f"writing {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            reason = f"another process {doing} in {folder}: wait for its end, or choose another folder"
-            raise UserError(reason) from None
     try:
-        sweep(folder, deep=True)
-        yield
+        with sole(folder / LOCK, f"another process {doing} in {folder}: wait for its end, or choose another folder"):
+            sweep(folder, deep=True)
+            yield
     finally:
-        lock.release()
-        if [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -215,6 +234,25 @@ def read_toml(path: Path) -> dict[str, Any]:
     """Reads TOML. Raises UserError naming the file when it is absent or not TOML."""
     found: dict[str, Any] = _parsed(path, tomllib.loads, "TOML")
     return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object, {} where there is no file. Raises UserError naming the file when it is something else."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: remove it")
+    return found
+
+
+@contextmanager
+def damaged(path: Path, advice: str = "remove it") -> Iterator[None]:
+    """Turns what goes wrong with the contents of a file that nasbench wrote into a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {str(error)[:200]}): {advice}") from None
 
 
 def _parsed(path: Path, parse: Callable[[str], Any], kind: str) -> Any:

@@ -69,7 +69,7 @@ _BLANK = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, toke
 
 @cache
 def kernels_version() -> str:
-    """Eight digits that differ between kernels of different code; comments, docstrings, white space, the naive forms and
+    """Eight digits that differ between kernels of different code. Comments, docstrings, white space, naive forms and
     the tuner do not count. "" without the package."""
     spec, digest = find_spec("nasbench_kernels"), hashlib.sha256()
     folders = spec.submodule_search_locations if spec else None

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor
 
+from nasbench.checkpoints.tensors import write_tensors
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.errors import UserError, unknown
-from nasbench.core.files import atomic_path
 from nasbench.core.sizes import cache_dir
 from nasbench.data.text import read_documents
 from nasbench.model.documents import Documents
@@ -104,8 +104,7 @@ def _streams(documents: list[str], tokenizer: Tokenizer, fingerprint: str) -> di
         if all(_starts(name) in known for name in SPLITS):
             return known
     streams = _tokenise(documents, tokenizer)
-    with atomic_path(path) as temporary:
-        save_file(streams, temporary)
+    write_tensors(path, {name: torch.from_numpy(stream) for name, stream in streams.items()})
     return streams
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.tokenizer import Tokenizer
 from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import UserError
-from nasbench.core.files import atomic_path, machine_errors
+from nasbench.core.files import machine_errors, sole, write_text
 from nasbench.runtime.generate import generate
 
 BATCH = ByDevice(cpu=8, cuda=512)
@@ -102,32 +103,34 @@ def write_corpus(
     documents = _read_partial(partial, writing)
     total = sum(document["tokens"] for document in documents)
     number = documents[-1]["batch"] + 1 if documents else 0
-    with machine_errors(f"writing {partial}"):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            _write(file, [asdict(writing), *documents])
-            while total < tokens:
-                new: list[dict[str, Any]] = []
-                for ids in write_batch(loaded, writing, number, firsts):
-                    text = loaded.tokenizer.decode(ids)
-                    if len(ids) >= SHORTEST and text.strip():
-                        new.append({"text": text, "source": source, "tokens": len(ids), "batch": number})
-                if not new and number > len(documents) + 8:
-                    raise UserError(f"{writing.model} writes nothing of {SHORTEST} tokens: choose another model")
-                _write(file, new)
-                documents += new
-                total += sum(document["tokens"] for document in new)
-                number += 1
-                progress("corpus", min(total, tokens), tokens)
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        _write(file, documents)
+    write_text(partial, _lines([asdict(writing), *documents]))
+    with machine_errors(f"writing {partial}"), partial.open("a", encoding="utf-8") as file:
+        while total < tokens:
+            new: list[dict[str, Any]] = []
+            for ids in write_batch(loaded, writing, number, firsts):
+                text = loaded.tokenizer.decode(ids)
+                if len(ids) >= SHORTEST and text.strip():
+                    new.append({"text": text, "source": source, "tokens": len(ids), "batch": number})
+            if not new and number > len(documents) + 8:
+                raise UserError(f"{writing.model} writes nothing of {SHORTEST} tokens: choose another model")
+            file.write(_lines(new))
+            file.flush()
+            documents += new
+            total += sum(document["tokens"] for document in new)
+            number += 1
+            progress("corpus", min(total, tokens), tokens)
+    write_text(path, _lines(documents))
     partial.unlink(missing_ok=True)
     return total
 
 
-def _write(file: IO[str], rows: list[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-    file.flush()
+def writing_alone(path: Path) -> AbstractContextManager[None]:
+    """Lets one process at a time write a corpus. Raises UserError at once where another one does."""
+    return sole(path.with_name(f".{path.name}.lock"), f"another process writes {path}: choose another --out")
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _read_partial(path: Path, writing: Writing) -> list[dict[str, Any]]:
@@ -139,9 +142,12 @@ def _read_partial(path: Path, writing: Writing) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     if not rows or rows[0] != asdict(writing):
         return []
     documents = rows[1:]
+    kinds = {"batch": int, "tokens": int, "text": str, "source": str}
+    if not all(isinstance(row, dict) and all(isinstance(row.get(n), k) for n, k in kinds.items()) for row in documents):
+        return []
     return [row for row in documents if row["batch"] < documents[-1]["batch"]]

@@ -50,7 +50,7 @@ def _evals(path: Path) -> Iterator[tuple[ScoreKey, Scores]]:
             if not math.isfinite(value) or math.isinf(stderr):
                 raise ValueError(f"value {row['value']}, stderr {row['stderr']}")
             yield key, Scores(row["metric"], row["higher_is_better"] == "1", value, stderr, count)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
             log.warning("%s:%d: left out: %s", path, line, error)
 
 
@@ -62,12 +62,12 @@ def _items(path: Path) -> Iterator[tuple[float, ScoreKey, Scores]]:
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
-            measure, about = row["measure"], {"weights": row["weights"]}
+            measure, about = str(row["measure"]), {"weights": row["weights"]}
             lower = measure.partition(".")[0] in LOWER
             scores = Scores.of(row["values"], "nats" if lower else "accuracy", not lower, about)
             if not math.isfinite(scores.value):
                 raise ValueError(f"{measure} is {scores.value}")
-            key = ScoreKey(row["version"], row["placement"], measure, ITEMS, "")
+            key = ScoreKey(str(row["version"]), str(row["placement"]), measure, ITEMS, "")
             yield float(row.get("time", 0.0)), key, scores
-        except (ValueError, KeyError, TypeError) as error:
+        except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s:%d: left out: %s", path, number, error)

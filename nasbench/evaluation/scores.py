@@ -191,7 +191,7 @@ class ScoreStore:
         for line in whole.splitlines():
             try:
                 key, scores = _parse(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
                 log.warning("%s: left out a line that is no score (%s): %.80r", self.file, error, line)
                 continue
             # The newest of a key counts, also in the order of `find`.
@@ -235,7 +235,7 @@ def _short(value: float) -> float | int:
 
 def _parse(row: dict[str, Any]) -> tuple[ScoreKey, Scores]:
     key = ScoreKey(**{name: str(row[name]) for name in ScoreKey.__dataclass_fields__})
-    kind, about = (str(row["metric"]), bool(row["higher_is_better"])), row.get("about", {})
+    kind, about = (str(row["metric"]), bool(row["higher_is_better"])), dict(row.get("about", {}))
     if "samples" in row:
         scores = Scores.of(row["samples"], *kind, about)
     else:

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from nasbench import __version__
 from nasbench.checkpoints.families import FORMATS, write_config
 from nasbench.checkpoints.load import LoadedModel
 from nasbench.checkpoints.resolve import classify, model_folder
+from nasbench.checkpoints.tensors import save_tensors
 from nasbench.checkpoints.tokenizer import Tokenizer
-from nasbench.core.errors import MachineError, UserError, unknown
+from nasbench.core.errors import UserError, unknown
 from nasbench.core.files import atomic_path, read_json, write_json
 from nasbench.export.card import Card, card_of, write_card
 from nasbench.runs import Run
@@ -105,7 +103,7 @@ def write_model(
     }
     tensors = family.pack(tensors, spec, placement)
     with atomic_path(out, folder=True) as temporary:
-        _save(tensors, temporary / "model.safetensors")
+        save_tensors(temporary / "model.safetensors", tensors)
         loaded.tokenizer.save(temporary / "tokenizer.json")
         write_json(temporary / "tokenizer_config.json", _tokenizer_config(loaded.tokenizer, source))
         write_json(temporary / "generation_config.json", _of_source(source, "generation_config.json") | ends)
@@ -123,15 +121,6 @@ def _of_source(source: Path | None, name: str) -> dict[str, Any]:
     path = source / name if source else None
     found = read_json(path) if path is not None and path.is_file() else {}
     return {key: value for key, value in found.items() if key != "auto_map"} if isinstance(found, dict) else {}
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file; its errors, which are no OSErrors, become ours."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        reason = "no space left on the disk" if "os error 28" in str(error) else str(error)
-        raise MachineError(f"writing {path.name}: {reason}") from error
 
 
 def _tokenizer_config(tokenizer: Tokenizer, source: Path | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
 from nasbench.core.dtypes import dtype_name, torch_dtype
+from nasbench.core.files import sweep
 from nasbench.core.noise import SPREAD
 from nasbench.devices import DEVICES, detect
 from nasbench.devices.jetson import Jetson
@@ -260,6 +261,7 @@ def run(todo: SweepPlan, progress: Progress | None = None) -> SweepResult:
 
     Raises MachineError when the database cannot be written.
     """
+    sweep(todo.path.parent)
     machine, bench = todo.machine, todo.bench
     measurer = Worker(machine, bench, todo.timeout_s) if todo.isolate else InProcess(machine, bench)
     try:

@@ -14,7 +14,7 @@ from nasbench.evaluation.scores import ScoreStore
 from nasbench.runs import Run
 from nasbench.spaces.placement import Placement, format_placement
 from nasbench.supernet.finalize import final_folder, final_version, is_final
-from nasbench.supernet.loop import PROGRESS
+from nasbench.supernet.loop import last_speed
 
 if TYPE_CHECKING:
     from nasbench.model.shapes import ModelSpec
@@ -86,10 +86,8 @@ def _scores(store: ScoreStore, placement: Placement, weights: str | None) -> dic
 
 def _training(run: Run) -> dict[str, Any]:
     """Speed of alignment, from the last row of its progress."""
-    path = run.supernet / PROGRESS
-    rows = pandas.read_csv(path) if path.is_file() else pandas.DataFrame(columns=["stage", "tok_s"])
-    aligned = rows[rows["stage"] == "align"]["tok_s"]
-    return {"training tokens/s": float(aligned.iloc[-1])} if len(aligned) else {}
+    speed = last_speed(run.supernet, "align")
+    return {} if speed is None else {"training tokens/s": speed}
 
 
 def write_block_table(

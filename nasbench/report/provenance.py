@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nasbench.checkpoints.resolve import ModelName
-from nasbench.core.files import read_json
+from nasbench.core.files import damaged, read_object
 from nasbench.core.sizes import format_size, is_count, parse_size
 from nasbench.runs import Run
 from nasbench.search.strategies import STRATEGIES
 from nasbench.search.trials import UNIFORM, Trial
 from nasbench.search.validation import ValidationRow
 from nasbench.store import Row
-from nasbench.supernet import checkpoint
 from nasbench.supernet.settings import DistillConfig
+from nasbench.supernet.trained import trained_with
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 """How --dtype writes what torch calls a type."""
@@ -108,7 +108,8 @@ def commands(run: Run, trials: Sequence[Trial]) -> list[str]:
     """The command lines that make such a run again: those of the recipe that made it, or from what the files say."""
     path = run.path / "pipeline.json"
     if path.is_file():
-        return [command for command, stage in read_json(path)["stages"].items() if stage["done"]]
+        with damaged(path):
+            return [command for command, stage in read_object(path)["stages"].items() if stage["done"]]
     spec, folder = run.spec, f"runs/{run.path.resolve().name}"
     lines = []
     for target in dict.fromkeys(trial.target for trial in trials):
@@ -142,8 +143,7 @@ def _scoring(trial: Trial) -> list[str]:
 
 def _settings(run: Run) -> list[str]:
     """`--set` for every setting of the training that is not the default, as the newest checkpoint has them."""
-    saved = checkpoint.latest(run.supernet)
-    known = {} if saved is None else saved.state.get("settings", {})
+    known = trained_with(run.path)
     defaults = asdict(DistillConfig())
     changed = {n: v for n, v in known.items() if n in defaults and v != json.loads(json.dumps(defaults[n]))}
     words = [word for name, value in changed.items() for word in ("--set", f"{name}={json.dumps(value)}")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nasbench.core.errors import UserError
-from nasbench.core.files import read_json
+from nasbench.core.files import damaged, read_object
 from nasbench.core.tables import read_table
 from nasbench.runs import Run
 from nasbench.search.trials import DRAWN, FILLERS, TEACHER, UNIFORM, Trial, best_of, latest, read_trials
@@ -169,10 +169,11 @@ def _finalised(run: Run, rows: Sequence[Compared], version: str) -> list[Compare
     """What was finalised from the present supernet, the plain variant first."""
     found = []
     for path in sorted(run.final.glob("*/final.json")):
-        data = read_json(path)
-        if not isinstance(data, dict) or data.get("supernet") != version:
+        data = read_object(path)
+        if data.get("supernet") != version:
             continue
-        placement = parse_placement(str(data["placement"]))
+        with damaged(path, "finalize again"):
+            placement = parse_placement(str(data["placement"]))
         variant = path.parent.name.removeprefix(final_folder(run, placement).name).removeprefix("@")
         same = [row.method for row in rows if row.placement == placement and row.fill == BEST]
         weights = f"{FINAL}:{variant}" if variant else FINAL

@@ -39,8 +39,8 @@ Pair = tuple[Compared, tuple[Task, ...]]
 Log = Callable[[str], None]
 
 
-def suite_tasks(run: Run, folder: Path, limit: int) -> tuple[list[Task], list[Task]]:
-    """(all items, `limit` items) of every .jsonl file of a folder; notes them in runs/NAME/benchmarks.csv.
+def suite_tasks(run: Run, folder: Path, limit: int, note: bool = True) -> tuple[list[Task], list[Task]]:
+    """(all items, `limit` items) of every .jsonl file of a folder; notes them in runs/NAME/benchmarks.csv, if told to.
 
     Raises UserError for a folder without benchmarks and for a file that is none.
     """
@@ -48,7 +48,8 @@ def suite_tasks(run: Run, folder: Path, limit: int) -> tuple[list[Task], list[Ta
     if not paths:
         raise UserError(f"bad --suite {folder}: choose a folder with .jsonl files of benchmark items")
     rows = [Benchmark(path.stem, len(items), chance(items)) for path in paths for items in [read_items(path)]]
-    write_table(benchmarks_path(run), rows, Benchmark)
+    if note:
+        write_table(benchmarks_path(run), rows, Benchmark)
     return [Suite(path) for path in paths], [Suite(path, limit) for path in paths]
 
 

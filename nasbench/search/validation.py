@@ -11,6 +11,7 @@ from pathlib import Path
 from nasbench.core.by_device import ByDevice
 from nasbench.core.dtypes import torch_dtype
 from nasbench.core.errors import MachineError, UserError
+from nasbench.core.files import locked, sweep
 from nasbench.core.tables import read_table, write_table
 from nasbench.cost import CostModel
 from nasbench.cost.holdout import WholePoint, compare_point
@@ -24,6 +25,8 @@ MOST = 12
 """Placements that are measured if not told otherwise."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
+START_S = 3.0
+"""About what a placement takes besides: weights, caches, the measured context. For --dry-run."""
 ROUNDS = ByDevice(cpu=3, cuda=1)
 """Rounds over all placements, the fastest time of each being kept: the speed of a shared CPU drifts, as it does under
 the profile, which is measured in the same way (nasbench.profiling.sweep)."""
@@ -126,14 +129,11 @@ def validate(
     from nasbench.runtime.roofline import measure_ceilings
     from nasbench.runtime.throughput import measure
 
+    sweep(run.path)
     dtype = torch_dtype(target.dtype)
     rounds = ROUNDS.of(torch_device)
     path = run.validation
-    known = {row.placement for row in read_validation(path) if row.target == target}
-    left = [placement for placement in placements if format_placement(placement) not in known]
-    if cost is not None:
-        for placement in left:  # a point that the profile does not cover is told before work begins
-            cost.decode(placement, target.context, target.batch)
+    left = missing(run, placements, target, cost)
     total, done = len(placements) * rounds, (len(placements) - len(left)) * rounds
     progress(done, total)
     shape = replace(shape, max_context=max(shape.max_context, target.context))
@@ -178,14 +178,25 @@ def validate(
     return [row for row in read_validation(path) if row.target == target and row.placement in names]
 
 
+def missing(run: Run, placements: Sequence[Placement], target: Target, cost: CostModel | None) -> list[Placement]:
+    """The placements that validation.csv does not hold yet. Raises UserError where the profile does not cover one."""
+    known = {row.placement for row in read_validation(run.validation) if row.target == target}
+    left = [placement for placement in placements if format_placement(placement) not in known]
+    if cost is not None:
+        for placement in left:
+            cost.decode(placement, target.context, target.batch)
+    return left
+
+
 def read_validation(path: Path) -> list[ValidationRow]:
     """The rows of a validation.csv, older ones too; none where there is no file."""
     return read_table(path, ValidationRow, exact=False)
 
 
 def _add(path: Path, row: ValidationRow) -> None:
-    others = [old for old in read_validation(path) if (old.placement, old.target) != (row.placement, row.target)]
-    write_table(path, [*others, row])
+    with locked(path):
+        others = [old for old in read_validation(path) if (old.placement, old.target) != (row.placement, row.target)]
+        write_table(path, [*others, row])
 
 
 def mean_error(rows: Sequence[ValidationRow]) -> float:

@@ -20,7 +20,7 @@ import torch
 
 from nasbench.checkpoints.load import LoadedModel
 from nasbench.core.errors import MachineError
-from nasbench.core.files import read_json, write_json
+from nasbench.core.files import damaged, read_object, write_json
 from nasbench.data.packing import Corpus
 from nasbench.parallel.fsdp import is_sharded, local
 from nasbench.runs import Run
@@ -38,6 +38,7 @@ GRAPHS_GAIN = 1.05
 TRUSTED_S = 5.0
 """A finalisation that took less says nothing about the speed of the next."""
 TIMED_STEPS = 3
+_PLAN: dict[str, Callable[[Any], Any]] = {"batch_tokens": int, "tok_s": float, "seconds": float, "tokens": int}
 STATE_BYTES = 16
 """A trained parameter's in fp32: master, gradient and two moments. A sharded one is its own master."""
 
@@ -169,11 +170,13 @@ class Budget:
 
     def stage(self, stage: str, seconds: float) -> dict[str, Any]:
         """The budget of a training stage: step, tokens/s and tokens. Times steps where none were timed before."""
-        plans = read_json(self.path) if self.path.is_file() else {}
+        plans = read_object(self.path)
         known = plans.get(stage) or {**self._largest_step(stage), "seconds": 0.0, "tokens": 0}
-        if seconds > known["seconds"]:
-            steps = max(1, int(seconds * known["tok_s"] / known["batch_tokens"]))
-            known = {**known, "seconds": seconds, "tokens": steps * known["batch_tokens"]}
+        with damaged(self.path):
+            known = {**known, **{name: kind(known[name]) for name, kind in _PLAN.items()}}
+            if seconds > known["seconds"]:
+                steps = max(1, int(seconds * known["tok_s"] / known["batch_tokens"]))
+                known = {**known, "seconds": seconds, "tokens": steps * known["batch_tokens"]}
         write_json(self.path, {**plans, stage: known})
         self.log(
             f"{stage}: {known['tokens']:,} tokens in steps of {known['batch_tokens']:,}, {known['tok_s']:,.0f} tokens/s"
@@ -239,9 +242,13 @@ class FinalBudget:
 
     def __init__(self, folder: Path, version: str, tok_s: float, step: int) -> None:
         self.path, self.step = folder / FILE, step
-        data = read_json(self.path) if self.path.is_file() else {}
+        data = read_object(self.path)
         fresh = {"supernet": version, "spent": 0.0, "tok_s": tok_s, "tokens": {}, "done": 0}
-        self.data: dict[str, Any] = data if data.get("supernet") == version else fresh
+        with damaged(self.path):
+            own = {"spent": float, "tok_s": float, "done": int}
+            tokens = {f"{float(at):g}": int(count) for at, count in data.get("tokens", {}).items()}
+            read = {**data, **{name: kind(data.get(name, fresh[name])) for name, kind in own.items()}, "tokens": tokens}
+        self.data: dict[str, Any] = read if data.get("supernet") == version else fresh
 
     def tokens(self, seconds: float) -> int:
         """Tokens in all that fill so many seconds in all, at least one step more than those of less time."""
@@ -272,8 +279,8 @@ class FinalBudget:
 def final_history(folder: Path) -> dict[str, int]:
     """Version of the weights -> tokens of finalising, of everything that a finalised folder has held."""
     path = folder / HISTORY
-    data = read_json(path) if path.is_file() else {}
-    return {str(version): int(tokens) for version, tokens in data.items()}
+    with damaged(path):
+        return {str(version): int(tokens) for version, tokens in read_object(path).items()}
 
 
 def note_final(folder: Path, tokens: int) -> None:

@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 
+from nasbench.checkpoints.tensors import save_tensors
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import atomic_path, machine_errors, plain_name, read_json, write_json
 from nasbench.parallel.context import SINGLE, DistContext
@@ -137,14 +138,12 @@ def _write(
     with atomic_path(target, folder=True) as temporary:
         digests = {}
         for file, tensors in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            try:
-                save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary / file)
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+            save_tensors(temporary / file, tensors)
             digests[file] = digest(temporary / file)
         if moments is not None:
             moments.replace(temporary / MOMENTS)
-        full = {**state, "digests": digests}
+        sizes = {file: (temporary / file).stat().st_size for file in digests}
+        full = {**state, "digests": digests, "sizes": sizes}
         write_json(temporary / STATE, full)
     write_json(folder / LATEST, {"checkpoint": name})
     _remove_folders(folder, target)
@@ -215,8 +214,12 @@ def latest(folder: Path) -> Checkpoint | None:
             raise TypeError("bad digest")
         for name in state.get("moments", {}):
             plain_name("file of moments", name)
+        sizes = {target / plain_name("file", name): size for name, size in state.get("sizes", {}).items()}
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{folder / LATEST} points at no complete checkpoint ({error}): {_advice(folder)}") from None
+    for path, size in sizes.items():  # a digest takes a read of all, which not every command makes
+        if (found := path.stat().st_size if path.is_file() else 0) != size:
+            raise UserError(f"{path} is corrupt ({found} bytes instead of {size}): {_advice(folder)}")
     return Checkpoint(target, state)
 
 

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nasbench.checkpoints.load import LoadedModel, load_model
+from nasbench.checkpoints.tensors import write_tensors
 from nasbench.core.errors import UserError
-from nasbench.core.files import atomic_path, plain_name, read_json, write_json
+from nasbench.core.files import plain_name, read_json, write_json
 from nasbench.data.packing import Corpus
 from nasbench.parallel import fsdp
 from nasbench.parallel.context import SINGLE, DistContext
@@ -144,8 +145,14 @@ def _earlier(folder: Path, state: dict[str, Any], tokens: int) -> tuple[checkpoi
     training or had more than `tokens`."""
 
     def fits(known: Any) -> bool:
-        same = isinstance(known, dict) and all(known.get(key) == value for key, value in state.items())
-        return same and known["cycles"][-1] <= tokens
+        if not isinstance(known, dict) or any(known.get(key) != value for key, value in state.items()):
+            return False
+        cycles = known.get("cycles")
+        return (
+            isinstance(cycles, list)
+            and all(isinstance(end, int) for end in cycles)
+            and max(cycles, default=tokens + 1) <= tokens
+        )
 
     saved = checkpoint.latest(folder / TRAINING)
     data: Any = read_json(folder / CONFIG) if is_final(folder) and (folder / MIXERS).is_file() else None
@@ -179,8 +186,7 @@ def trained_parts(net: Supernet, placement: Placement) -> dict[str, dict[str, nn
 
 
 def _write(folder: Path, weights: dict[str, Tensor], data: dict[str, Any]) -> None:
-    with atomic_path(folder / MIXERS) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    write_tensors(folder / MIXERS, weights)
     write_json(folder / CONFIG, data)
 
 

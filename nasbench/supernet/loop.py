@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from nasbench.core.errors import MachineError
-from nasbench.core.files import machine_errors, write_text
+from nasbench.core.files import damaged, machine_errors, write_text
 from nasbench.core.sizes import is_count
 from nasbench.supernet import checkpoint, tensorboard
 from nasbench.supernet.optimizer import cosine
@@ -77,6 +77,16 @@ def _cut(path: Path, columns: Sequence[str], ends: Mapping[str, int]) -> None:
                 if whole and int(row[1]) <= ends.get(row[0], 0):
                     rows.append(row)
     write_text(path, "".join(",".join(row) + "\n" for row in rows))
+
+
+def last_speed(folder: Path, stage: str) -> float | None:
+    """Tokens/s of a stage by the newest row of progress.csv, None without one. Raises UserError for a damaged file."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    with damaged(path), path.open(encoding="utf-8", newline="") as file:
+        found = [float(row["tok_s"]) for row in csv.DictReader(file) if row["stage"] == stage]
+    return found[-1] if found else None
 
 
 def _append(path: Path, rows: Iterable[Sequence[object]]) -> None:

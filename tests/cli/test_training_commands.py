@@ -161,7 +161,7 @@ def test_what_finalize_would_do(nas, distill_args, tmp_path):
     told = json.loads(nas(*args, "--json").out)
     assert (told["placement"], told["tokens"], told["tokens_of_a_step"]) == ("2W8 J A", 256, 128)
     assert told["seconds"] > 0
-    assert "placement 2W8 J A" in nas(*args).out
+    assert "placement: 2W8 J A" in nas(*args).out
     assert sorted(run.rglob("*")) == before
 
 

@@ -6,30 +6,66 @@ A hundred cases of each reader here, 2,000 with `-m slow`.
 import json
 import os
 from contextlib import suppress
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_up_rows import profile_rows
 
+from nasbench.cli.common import parse_kinds
+from nasbench.cli.eval_many import _share, helper_devices
+from nasbench.cli.finalize_command import _share_of
 from nasbench.cli.search_command import parse_counts
+from nasbench.cli.training_options import training_settings
 from nasbench.core.errors import MachineError, UserError
 from nasbench.core.files import read_json
 from nasbench.core.sizes import parse_budget, parse_sizes
+from nasbench.data.self_corpus import Writing, _read_partial
 from nasbench.data.text import read_documents
+from nasbench.evaluation.old_scores import read_old_scores
+from nasbench.evaluation.scores import ScoreStore
 from nasbench.evaluation.suite import read_items
 from nasbench.evaluation.tasks import parse_tasks
 from nasbench.model.shapes import MODELS
 from nasbench.pipeline import State, plan, read_recipe
 from nasbench.profiling.plan import parse_batches
+from nasbench.report import facts
 from nasbench.runs import Run
+from nasbench.search.limits import parse_limit
 from nasbench.search.objective import parse_objective
+from nasbench.search.trials import FrontRow, Target, TrialRow, read_front, read_trials
+from nasbench.search.validation import ValidationRow, read_validation
 from nasbench.spaces.placement import format_placement, parse_placement
+from nasbench.store import Database, Row, read_db
 from nasbench.supernet import checkpoint
+from nasbench.supernet.budget import Budget, FinalBudget, final_history
+from nasbench.supernet.loop import last_speed
 from nasbench.supernet.settings import DistillConfig
 
 RUN = json.dumps({"model": "default", "names": ["A", "W256", "J"], "num_layers": 30, "data": "", "sequence": 256})
 OPTIONS = json.dumps({"context": "8k", "batch": "4"})
 LATEST = json.dumps({"checkpoint": "done-00000000"})
+BUDGET = json.dumps({"align": {"batch_tokens": 256, "tok_s": 9.5, "seconds": 3.0, "tokens": 512, "graphs": False}})
+FINAL_BUDGET = json.dumps({"supernet": "v", "spent": 1.5, "tok_s": 9.5, "tokens": {"3": 512}, "done": 512})
+EVALS = (
+    "version,placement,task,detail,dtype,metric,higher_is_better,value,stderr,n\n"
+    "v,2W8 J A,kl,search/8x32,float32,nats,0,0.5,0.01,256\n"
+)
+ITEMS = json.dumps(
+    {"measure": "kl", "weights": "supernet", "values": [0.5, 1.0], "version": "v", "placement": "4A", "time": 1.0}
+)
+SAMPLES = json.dumps(
+    {
+        "weights": "v", "placement": "4A", "task": "kl", "settings": "test/8x32", "dtype": "float32", "metric": "nats",
+        "higher_is_better": False, "samples": [0.5, 0.25], "about": {"utc": "2026-01-01"},
+    }
+)  # fmt: skip
+CORPUS = json.dumps({"text": "some text", "source": "tiny", "tokens": 20, "batch": 3})
+PROGRESS = "stage,step,tokens,seconds,tok_s,lr,skipped\nalign,10,2560,1.5,1706,0.001,0\n"
+LOSSES = "stage,step,tokens,layer,name,loss\nalign,1,32,0,J,0.5\n"
+TARGET = Target("test-device", 256, 1, "bf16")
 STATE = json.dumps({"stage": "done", "step": 0, "digests": {"supernet.safetensors": "ab"}, "moments": {"a": "b"}})
 RECIPE = (
     'title = "x"\n[settings]\nblocks = "W J"\nflags = ["--a"]\ncounts = "1,2"\n[settings.cpu]\nblocks = "J"\n'
@@ -139,7 +175,68 @@ def placement(folder, text):
     MODELS["qwen2.5-1.5b"].parse(text)
 
 
+def distillation(folder, text):
+    write(folder / "supernet" / "budget.json", text)
+    run = SimpleNamespace(supernet=folder / "supernet", spec=SimpleNamespace(sequence=32))
+    budget = Budget(run, DistillConfig(), None, None, "cpu", lambda told: None)
+    budget._largest_step = lambda stage: {"batch_tokens": 256, "tok_s": 1.0}
+    budget.settings({"align": 5.0})
+
+
+def finalisation(folder, text):
+    write(folder / "budget.json", text)
+    FinalBudget(folder, "v", 1.0, 128).tokens(7.0)
+
+
+def corpus(folder, text):
+    write(folder / "partial", json.dumps(asdict(Writing("tiny"))) + "\n" + text)
+    _read_partial(folder / "partial", Writing("tiny"))
+
+
+def limit(folder, text):
+    if not (folder / "db").is_dir():
+        Database(folder / "db" / "test-device.csv").merge(profile_rows())
+    parse_limit(text, True, TARGET, folder / "db")
+
+
+def of_folder(name, read):
+    """A reader that is given the file's folder."""
+    return of_file(name, lambda path: read(path.parent))
+
+
+def table(row):
+    """A table of a dataclass with a row of ones."""
+    columns = list(row.__dataclass_fields__)
+    return damaged(",".join(columns) + "\n" + ",".join("1" for _ in columns) + "\n")
+
+
 READERS = {
+    "budget.json": (distillation, damaged(BUDGET) | swapped(BUDGET)),
+    "final budget.json": (finalisation, damaged(FINAL_BUDGET) | swapped(FINAL_BUDGET)),
+    "history.json": (of_folder("history.json", final_history), damaged('{"v": 512}') | swapped('{"v": 512}')),
+    "evals.csv": (of_folder("evals.csv", read_old_scores), damaged(EVALS)),
+    "items.jsonl": (of_folder("items.jsonl", read_old_scores), damaged(ITEMS) | swapped(ITEMS)),
+    "samples.jsonl": (of_folder("samples.jsonl", lambda path: ScoreStore(path).table()), damaged(SAMPLES + "\n")),
+    "a sample": (
+        of_folder("samples.jsonl", lambda path: ScoreStore(path).table()),
+        swapped(SAMPLES).map("{}\n".format),
+    ),
+    "corpus": (corpus, damaged(CORPUS) | swapped(CORPUS)),
+    "progress.csv": (of_folder("progress.csv", lambda path: last_speed(path, "align")), damaged(PROGRESS)),
+    "losses.csv": (of_file("losses.csv", facts._training), damaged(LOSSES)),
+    "trials.csv": (of_file("trials.csv", read_trials), table(TrialRow)),
+    "front.csv": (of_file("front.csv", read_front), table(FrontRow)),
+    "validation.csv": (of_file("validation.csv", read_validation), table(ValidationRow)),
+    "profile": (of_file("test-device.csv", read_db), table(Row)),
+    "limit": (limit, damaged("cache=64MiB@64k") | damaged("ttft_ms=8@test-device,3k+2,1") | damaged("kl=0.02")),
+    "set": (
+        lambda folder, text: training_settings(folder, "cpu", None, [text], "fp32", {}),
+        damaged("align_tokens = 1024") | damaged('frozen = ["W"]'),
+    ),
+    "kinds": (lambda _, text: parse_kinds(text, MODELS["qwen2.5-1.5b"]), words("0123456789AWJGM@x. ,-")),
+    "share": (lambda _, text: _share(text), words("0123456789/-k ")),
+    "average": (lambda _, text: _share_of(text), words("0123456789.-aunto ")),
+    "workers": (lambda _, text: helper_devices(text, "cpu"), words("cpuda:,0123456789")),
     "run.json": (open_run, damaged(RUN) | swapped(RUN)),
     "options.json": (recall, damaged(OPTIONS) | swapped(OPTIONS)),
     "latest.json": (latest, damaged(LATEST) | swapped(LATEST)),
@@ -181,7 +278,7 @@ def check(name, folder, cases):
 @pytest.mark.parametrize("name", READERS)
 def test_every_text_is_read_or_refused(name, tmp_path):
     # An unknown task is looked up among lm-evaluation-harness's, which takes a fifth of a second.
-    check(name, tmp_path, 20 if name == "tasks" else 100)
+    check(name, tmp_path, 15 if name in ("tasks", "objective", "limit") else 100)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 
 from nasbench.devices import dtype as dtype_module
 from nasbench.devices.dtype import faster_dtype
-from nasbench.pipeline import prepare, read_recipe
+from nasbench.pipeline import prepare, read_recipe, run_steps
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [((2.0, 1.0), "bf16"), ((1.0, 2.0), "fp32")])
@@ -23,4 +23,7 @@ def test_a_second_run_goes_on_with_the_firsts(monkeypatch, tmp_path):
     answers = iter(["fp32", "bf16"])
     monkeypatch.setattr(dtype_module, "faster_dtype", lambda device: next(answers))
     recipe = read_recipe("quickstart")
-    assert [prepare(recipe, tmp_path, "cpu", {})[1].settings["dtype"] for _ in range(2)] == ["fp32", "fp32"]
+    for _ in range(2):
+        _, state = prepare(recipe, tmp_path, "cpu", {})
+        assert state.settings["dtype"] == "fp32"
+        run_steps([], state, list, print)

@@ -231,11 +231,11 @@ def test_nothing_is_overwritten(run, tmp_path):
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
     from nasbench.export import folder as module
 
-    def fail(tensors, path, metadata):
+    def fail(path, tensors):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(module, "save_tensors", fail)
     with pytest.raises(Exception, match="no space left on the disk"):
         export(run, parse_placement("4A"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

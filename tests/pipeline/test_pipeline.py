@@ -124,7 +124,7 @@ def steps_in(folder):
 def test_a_stopped_run_continues_and_finished_stages_are_skipped(recipe, tmp_path):
     out, ran = tmp_path / "out", []
     _, state = prepare(recipe, out, "cpu", {})
-    assert tomllib.loads((out / "training.toml").read_text()) == {"whole": True, "align_batch_tokens": 256}
+    assert not out.exists()
 
     def execute(words, stop=""):
         ran.append(words[0])
@@ -136,6 +136,7 @@ def test_a_stopped_run_continues_and_finished_stages_are_skipped(recipe, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run_steps(steps_in(out), state, lambda words: execute(words, "two"), print)
     assert ran == ["one", "two"]
+    assert tomllib.loads((out / "training.toml").read_text()) == {"whole": True, "align_batch_tokens": 256}
     again = prepare(recipe, out, "cpu", {})[1]
     assert run_steps(steps_in(out), again, execute, print) == 0
     assert ran == ["one", "two", "two", "three"]
@@ -167,9 +168,10 @@ def test_shipped_recipes_type_legal_commands(name, device, tmp_path):
 
     recipe = read_recipe(name)
     changes = {"dtype": "bf16"} | ({"suite": "items", "data": "text.txt"} if name.startswith("smollm2") else {})
-    steps, _ = prepare(recipe, tmp_path / "out", device, changes)
+    steps, state = prepare(recipe, tmp_path / "out", device, changes)
     for step in steps:
         parse(list(step.words))
+    run_steps([], state, run, print)
     DistillConfig.read(tmp_path / "out" / "training.toml")
     assert steps[-1].words[0] == "report"
 

@@ -74,6 +74,29 @@ def test_beam_then_optuna(prepared, capsys):
     assert "hypervolume" in text
 
 
+def test_dry_runs_say_what_would_be_done_and_write_nothing(prepared, capsys):
+    from nasbench.cli.main import run
+
+    folder, db = prepared
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    assert search(prepared, "-k", "1", "--max", "kl=0.5", "--evaluations", "9", "--dry-run", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["full_attention"], told["limits"], told["evaluations"]) == ([1], ["--max kl=0.5"], 9)
+    assert told["target"] == "test-device, context 128, batch 2, bf16"
+    assert search(prepared, "--dry-run") == 0
+    assert "strategy: beam" in capsys.readouterr().out
+    words = ["eval", str(folder.path), "--device", "cpu", "--dry-run", "--json"]
+    assert run([*words, "--tasks", "kl,retrieval@96:4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["placement"], told["tasks"]) == ("4A", ["kl", "retrieval@96:4"])
+    listed = db.parent / "listed.txt"
+    listed.write_text("2W J A\n3J A\n")
+    assert run([*words, "--placements", str(listed), "--tasks", "retrieval@96:4"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["placements"], told["tasks"]) == (["2W8 J A", "3J A"], ["loss", "kl", "retrieval@96:4"])
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
 def test_json_is_all_that_stands_on_standard_output(prepared, capfd):
     """Also of the process's own standard output, where solvers print."""
     for strategy in ("exact", "optuna"):
