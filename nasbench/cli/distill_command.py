@@ -72,7 +72,7 @@ def command(
     spec, kind = _specification(out, model, blocks, data, sequence, seed), torch_dtype(dtype)
     data_files(spec.data)
     with dist_context(chosen) as (workers, own):
-        check(settings.shard, workers)
+        check(settings.shard)
         if dry_run:
             _dry_run(out, spec, settings, own, kind, as_json, workers)
             return
@@ -82,7 +82,7 @@ def command(
             sole_writer(out, "distills") if workers.is_main else nullcontext(),
             progress_bar("distill: reads model and text") as progress,
         ):
-            read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own), kind)
+            read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own, workers), kind)
             run = Run.create(out, spec)
             if any(seconds.values()):
                 given = {"align": align_tokens, "supernet": supernet_tokens}
@@ -136,7 +136,7 @@ def _dry_run(  # type: ignore[no-untyped-def]
     from nasbench.supernet.train import Distiller
 
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
-    loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device))
+    loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device, workers))
     found = estimate(Distiller(run, loaded, settings, threading.Event(), workers=workers))
     if not workers.is_main:
         return

@@ -65,7 +65,8 @@ def training_corpus(
 
 
 class Distiller:
-    """Trains the supernet of a run, from its newest checkpoint on. With `config.shard` the model comes on the CPU.
+    """Trains the supernet of a run, from its newest checkpoint on. With `config.shard` the model comes on the CPU; the
+    first of several processes has it alone, the others have it on the meta device.
 
     Raises UserError when the run was begun with other settings.
     """
@@ -87,9 +88,8 @@ class Distiller:
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
         self.corpus = training_corpus(run, self.net, config, corpus=corpus)
-        fsdp.check(config.shard, workers)
-        if config.shard:
-            fsdp.shard(self.net, workers)
+        fsdp.check(config.shard)
+        fsdp.spread(self.net, config.shard, workers)
         self.device = loaded.decoder.device
         lists = {"frozen": list(config.frozen), "solved": list(config.solved)}
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE} | lists
@@ -231,8 +231,10 @@ class Distiller:
             for i in range(net.space.num_layers)
         ]
         if stage == "ridge":
-            calibrate(net.teacher, mixers, batch(0))
-        solve_output_projections(net.teacher, mixers, map(batch, range(batches)), self.config.ridge, progress)
+            calibrate(net.teacher, mixers, batch(0), self.workers)
+        solve_output_projections(
+            net.teacher, mixers, map(batch, range(batches)), self.config.ridge, progress, self.workers
+        )
 
     def _between(self, stage: str) -> checkpoint.Checkpoint:
         """A checkpoint at the start of a stage: weights alone."""
@@ -301,7 +303,7 @@ def distill(
         MachineError: a loss that is not finite, a disk that refuses.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
     """
-    fsdp.check(config.shard, workers)
-    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=fsdp.place_of(config.shard, device))
+    fsdp.check(config.shard)
+    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=fsdp.place_of(config.shard, device, workers))
     with stop_on_signal() as stop:
         return Distiller(run, loaded, config, stop, progress, notice, workers, corpus).train()
