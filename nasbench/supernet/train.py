@@ -252,12 +252,14 @@ class Distiller:
         return list(dict.fromkeys((smallest, sampled)))
 
     def stage(self, name: str) -> Stage:
-        """A stage of the trained mixers, from the present master weights on."""
+        """A stage of the trained mixers, from the present master weights on. It takes them over: `weights` keeps what
+        it does not train."""
         config, space = self.config, self.net.space
         groups = {group: dict(mixer.named_parameters()) for group, mixer in self.net.trained().items()}
         lr = getattr(config, f"{name}_lr")
         optimizer = MasterAdamW(groups, lr=lr, weight_decay=config.weight_decay, clip=config.clip)
         optimizer.set_masters(self.weights)
+        self.weights = {key: tensor for key, tensor in self.weights.items() if key not in optimizer.masters}
         given = (name, self.net, optimizer, self.corpus, self.step_rows(name), self._seed(name), config, self.workers)
         if name == "align":
             return AlignStage(*given)
@@ -265,7 +267,6 @@ class Distiller:
 
     def _train_stage(self, name: str, start: int, resumed: checkpoint.Checkpoint | None) -> None:
         stage = self.stage(name)
-        masters = stage.optimizer.masters
         loop = Loop(
             self.run.supernet,
             stage,
@@ -275,7 +276,7 @@ class Distiller:
             self.progress,
             self.notice,
             start,
-            kept={key: tensor for key, tensor in self.weights.items() if key not in masters},
+            kept=self.weights,
         )
         loop.run(resumed, earlier=STAGES[: STAGES.index(name)])
         self.weights |= stage.optimizer.weights()
