@@ -40,12 +40,16 @@ with dist_context("cpu") as (workers, device):
 """
 
 
-def start(script, *arguments, size=2):
-    """The processes of a script; HEADER comes before it, the run's folder is its first argument."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def start(script, *arguments, size=2):
+    """The processes of a script; HEADER comes before it, the run's folder is its first argument."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **meeting, "WORLD_SIZE": str(size)}
     command = [sys.executable, "-c", HEADER + script, *map(str, arguments)]
     return [
         subprocess.Popen(

@@ -13,6 +13,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ class _Watch(threading.Thread):
         super().__init__(daemon=True)
         self.store = store.clone()  # with a connection of its own
         self.where = f"process {rank} of {size} on {socket.gethostname()}"
-        self.end = threading.Event()
+        self.end, self.told = threading.Event(), False
         self.start()
 
     def run(self) -> None:
@@ -151,6 +152,8 @@ class _Watch(threading.Thread):
             except RuntimeError:
                 failed = True  # the process that keeps the store is gone
             if failed:
+                self.told = True
+                time.sleep(3 * WATCH_S)  # after the one that failed, which torchrun then names
                 os._exit(1)
 
     def fail(self, error: Exception) -> NoReturn:
@@ -158,10 +161,11 @@ class _Watch(threading.Thread):
         would wait for the others."""
         self.end.set()
         try:
-            first = self.store.compare_set(FAILED, "", self.where).decode() == self.where
+            first = not self.told and self.store.compare_set(FAILED, "", self.where).decode() == self.where
         except RuntimeError:
             first = True
         if first:
             cause = str(error) if isinstance(error, NasbenchError) else f"{type(error).__name__}: {error}"
             print(f"nasbench: {self.where}: {' '.join(cause.split())}", file=sys.stderr, flush=True)
+            time.sleep(2 * WATCH_S)  # this process may keep the store
         os._exit(error.exit_code if isinstance(error, NasbenchError) else 1)
