@@ -223,7 +223,7 @@ def test_two_devices_share_a_sweep(tmp_path, monkeypatch):
     parts = todo.parts()
     assert sorted((point for part in parts for point in part.points), key=repr) == sorted(alone.points, key=repr)
     seconds = [sum(map(part.group_seconds, part.groups)) for part in parts]
-    assert max(seconds) < 1.3 * min(seconds)
+    assert max(seconds) < 1.6 * min(seconds)
     assert [part.ceilings for part in parts] == [True, False]
     counts, threads = [], set()
 
