@@ -74,17 +74,17 @@ def receive(modules: Iterable[nn.Module], device: torch.device, workers: DistCon
     """Moves what is not sharded of modules to this process's device, with the first process's values."""
     tensors = []
     for owner in dict.fromkeys(part for module in modules for part in module.modules()):
-        for kind in (owner._parameters, owner._buffers):
-            for name, tensor in kind.items():
-                if tensor is None or is_sharded(tensor):
-                    continue
-                if tensor.is_meta:
-                    empty = torch.empty_like(tensor, device=device, requires_grad=False)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    kind[name] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-                else:
-                    tensor.data = tensor.data.to(device)
-                tensors.append(kind[name].detach())
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            if is_sharded(tensor):
+                continue
+            if tensor.is_meta:
+                empty = torch.empty_like(tensor, device=device, requires_grad=False)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensor = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                setattr(owner, name, tensor)
+            else:
+                tensor.data = tensor.data.to(device)
+            tensors.append(tensor.detach())
     workers.broadcast(tensors)
 
 

@@ -82,13 +82,13 @@ def time_calls(
     seconds = time.perf_counter() - began
     timing = together.scaled(1 / len(calls))
     load = loads[0] if loads else Load(machine.telemetry.read())
-    cells = _telemetry_cells(machine, before, load, seconds, timing)
+    cells = _telemetry_cells(before, load, seconds, timing) | {"numa_node": machine.telemetry.numa_node}
     # Other programs lengthen all runs alike: the percentiles alone do not show it.
     cells["noisy"] = is_noisy(timing.p20_us, timing.p50_us, timing.p80_us) or SHARED_REASON in cells["throttle_reasons"]
     return timing, asdict(timing) | cells
 
 
-def _telemetry_cells(machine: Machine, before: Reading, load: Load, seconds: float, timing: Timing) -> dict[str, Any]:
+def _telemetry_cells(before: Reading, load: Load, seconds: float, timing: Timing) -> dict[str, Any]:
     after = load.reading
     reasons = load.reasons
     if shared(before, after, seconds):
@@ -102,7 +102,6 @@ def _telemetry_cells(machine: Machine, before: Reading, load: Load, seconds: flo
         "energy_j": energy_j,
         "sm_clock_mhz": after.sm_clock_mhz,
         "mem_clock_mhz": after.mem_clock_mhz,
-        "numa_node": machine.telemetry.numa_node,
         "temperature_c": after.temperature_c,
         "throttled": None if reasons is None else bool(reasons),
         "throttle_reasons": "+".join(reasons or ()),

@@ -107,9 +107,9 @@ def solve_output_projections(
             if number == workers.rank:
                 weight += _change(*parts, ridge)
             solved.append((out.weight, weight))
-        for number, (projection, weight) in enumerate(solved):
+        for number, (parameter, weight) in enumerate(solved):
             workers.broadcast([weight], number)
-            assign(projection, weight)
+            assign(parameter, weight)
 
 
 def _change(gram: Tensor, cross: Tensor, energies: Tensor, ridge: float) -> Tensor | float:

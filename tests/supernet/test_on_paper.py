@@ -92,7 +92,7 @@ def test_what_cannot_be_put_on_paper_is_one_line(tmp_path, capsys):
 def test_a_recipe_is_put_on_paper(capsys):
     words = ["run", "smollm2-135m", "--set", "model=qwen2.5-1.5b", "--dry-run", "--cards", "1,8"]
     assert run([*words, "--card", "nvidia-rtx-4090", "--json"]) == 0
-    out, notes = capsys.readouterr()
+    out, _ = capsys.readouterr()
     told = json.loads(out)
     assert told["model"] == "qwen2.5-1.5b"
     assert len(told["stages"]) == 4
