@@ -40,7 +40,8 @@ from nasbench.runs import Run, RunSpec
 from nasbench.runtime.memory import free_bytes
 from nasbench.runtime.roofline import measure_ceilings
 from nasbench.runtime.timing import synchronise
-from nasbench.spaces.placement import Placement, is_of
+from nasbench.spaces.placement import is_of
+from nasbench.supernet.on_paper import step_flops
 from nasbench.supernet.settings import DistillConfig
 from nasbench.supernet.train import Distiller
 
@@ -72,31 +73,6 @@ def model_of(name: str, dtype: torch.dtype, device: str, shard: bool = False) ->
         decoder.to("cpu")
     # The steps read random tokens, and no text.
     return LoadedModel(decoder, None, shape, "random weights")  # type: ignore[arg-type]
-
-
-def step_flops(
-    shape: ModelSpec, rows: int, sequence: int, trained: Sequence[str], placements: Sequence[Placement] | None = None
-) -> float:
-    """FLOPs of a supernet step of these placements; without placements, of an alignment step: of each trained mixer
-    the forward pass, the gradients of its weights, and those between its projections. Its input needs none."""
-
-    def mixer(name: str) -> tuple[float, float]:
-        """(forward FLOPs of a layer's mixer, of its projections alone)."""
-        spec = shape.mixer(name)
-        return rows * spec.flops(sequence, 0), 2.0 * rows * sequence * spec.parameters()
-
-    ffns = [rows * spec.flops(sequence, 0) for spec in shape.ffns()]
-    head = 2.0 * rows * sequence * shape.hidden_size * shape.vocab_size
-    total = shape.num_layers * mixer("A")[0] + sum(ffns)
-    if placements is None:
-        return total + shape.num_layers * sum(3 * forward - projections for forward, projections in map(mixer, trained))
-    for placement in placements:
-        total += 3 * head
-        first = next((i for i, name in enumerate(placement) if not is_of(name, "A")), len(placement))
-        for name, ffn in zip(placement[first:], ffns[first:], strict=True):
-            forward, projections = mixer(name)
-            total += 2 * (forward + ffn) + (projections if name in trained else 0)
-    return total
 
 
 def measure(distiller: Distiller, stage: str, steps: int, top: int) -> dict[str, Any]:

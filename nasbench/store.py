@@ -22,10 +22,10 @@ from nasbench.core.tables import columns, read_table, read_text, write_table
 from nasbench.model.shapes import ModelSpec
 from nasbench.model.spec import FFNS, BlockSpec, ffn_spec
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the columns below. Older files are read, and written as this version by the next change or by
 `nasbench db migrate`; newer ones are refused, never guessed at."""
-ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",), 5: ("kernels",)}
+ADDED = {2: ("noisy", "throttle_reasons"), 3: ("host_us",), 5: ("kernels",), 6: ("numa_node",)}
 """Columns that a version brought, by version."""
 RENAMED = {4: {"conv_state_bytes": "history_bytes"}}
 """New and old names of the columns that a version renamed."""
@@ -89,6 +89,7 @@ class Row:
     energy_j: float | None = None
     sm_clock_mhz: float | None = None
     mem_clock_mhz: float | None = None
+    numa_node: int | None = None
     temperature_c: float | None = None
     throttled: bool | None = None
     throttle_reasons: str = ""

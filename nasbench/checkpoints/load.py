@@ -57,12 +57,15 @@ def load_model(name: str, *, dtype: torch.dtype = torch.float32, device: torch.d
 def load_decoder(
     folder: Path, shape: ModelSpec, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32."""
+    """The decoder of a model folder in evaluation mode. Parameters that a block keeps in fp32 stay fp32. On the meta
+    device it has no values, and nothing is read."""
     files = hf_folder.weight_files(folder)
     shapes = {name: sizes for path in files for name, sizes in hf_folder.tensor_shapes(path).items()}
     decoder = _empty_decoder(shape, dtype, len(shapes), str(folder))
     slots = decoder.state_dict()
     places = find_places(shapes, shape, slots, str(folder))
+    if torch.device(device).type == "meta":
+        return decoder.eval()
     values: dict[str, Tensor] = {}
     with _out_of_memory(device):
         for path in files:

@@ -162,7 +162,8 @@ class _Lines:
 
 
 def torch_device(name: str) -> str:
-    """`auto` -> `cuda` where there is one, else `cpu`. Raises for names that are no device and devices not there."""
+    """`auto` -> `cuda` where there is one, else `cpu`; a GPU with a number becomes the current one. Raises for names
+    that are no device and devices not there."""
     import torch
 
     if name == "auto":
@@ -172,6 +173,9 @@ def torch_device(name: str) -> str:
         raise unknown("torch device", name, ("auto", "cpu", "cuda"))
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise MachineError(f"device {name!r} is not there: torch finds {torch.cuda.device_count()} CUDA GPUs")
+    if index:
+        # Triton launches on the current device, whatever device the tensors are on.
+        torch.cuda.set_device(name)
     return name
 
 

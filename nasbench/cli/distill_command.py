@@ -41,6 +41,10 @@ def command(
     shard: Shard = None,
     tensorboard: TensorBoard = None,
     dry_run: DryRun = False,
+    cards: Annotated[
+        str, typer.Option(help="With --dry-run: on paper for so many cards, as 1,8,64; the step is each card's.")
+    ] = "",
+    card: Annotated[str, typer.Option(help="Of --cards: a device of `nasbench devices`; default: the one here.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Train every layer's alternatives against the frozen model. Run again, it continues where it stopped.
@@ -48,7 +52,7 @@ def command(
     Options that are not given are the run's own, in a new run the defaults (--model default --blocks "W J"). Asked for
     more tokens or seconds, a finished run goes on; for fewer tokens, a stopped one ends earlier. Seconds become tokens
     by a few timed steps. Under torchrun, every process takes its rows of each batch. --dry-run times a few steps and
-    says tokens, memory and time.
+    says tokens, memory and time; with --cards it computes them, for built-in shapes too.
     """
     from nasbench.cli.common import log, print_json, progress_bar, torch_device, torch_dtype
     from nasbench.core.files import sole_writer
@@ -65,14 +69,20 @@ def command(
             raise UserError(f"bad --{stage}-seconds {value}: at least 0")
     sizes = {"align_tokens": align_tokens, "supernet_tokens": supernet_tokens}
     sizes |= {"align_batch_tokens": align_batch, "supernet_batch_tokens": supernet_batch}
-    chosen = torch_device(device)
+    if (cards or card) and not (dry_run and cards):
+        raise UserError("--cards and --card are for a training on paper: write --dry-run --cards 1,8")
+    chosen = "cpu" if cards else torch_device(device)
+    dtype = dtype or "bf16" if cards else dtype
     settings, dtype = training_settings(
         out, chosen, config, changes, dtype, sizes, shard=shard, tensorboard=tensorboard
     )
     spec, kind = _specification(out, model, blocks, data, sequence, seed), torch_dtype(dtype)
+    if cards:
+        _on_paper(spec, settings, card, cards, seconds, dtype, as_json)
+        return
     data_files(spec.data)
     with dist_context(chosen) as (workers, own):
-        check(settings.shard, workers)
+        check(settings.shard)
         if dry_run:
             _dry_run(out, spec, settings, own, kind, as_json, workers)
             return
@@ -82,7 +92,7 @@ def command(
             sole_writer(out, "distills") if workers.is_main else nullcontext(),
             progress_bar("distill: reads model and text") as progress,
         ):
-            read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own), kind)
+            read: dict[str, Any] = read_inputs(Run(out, spec), place_of(settings.shard, own, workers), kind)
             run = Run.create(out, spec)
             if any(seconds.values()):
                 given = {"align": align_tokens, "supernet": supernet_tokens}
@@ -136,7 +146,7 @@ def _dry_run(  # type: ignore[no-untyped-def]
     from nasbench.supernet.train import Distiller
 
     run = Run.create(out, spec) if (out / "run.json").exists() else Run(out, spec)
-    loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device))
+    loaded = load_model(spec.model, dtype=dtype, device=place_of(settings.shard, device, workers))
     found = estimate(Distiller(run, loaded, settings, threading.Event(), workers=workers))
     if not workers.is_main:
         return
@@ -152,3 +162,39 @@ def _dry_run(  # type: ignore[no-untyped-def]
         f"state, {found.peak_bytes >> 20:,} MiB at the peak of the timed steps"
         + (f", in each of {found.processes} processes" if found.processes > 1 else "")
     )
+
+
+def _on_paper(
+    spec: RunSpec, settings: Any, card: str, cards: str, seconds: dict[str, float], dtype: str, as_json: bool
+) -> None:
+    """Memory, speed and time of a training on cards that need not be here."""
+    from dataclasses import asdict
+
+    from nasbench.checkpoints.resolve import resolve_shape
+    from nasbench.cli.common import log, print_json, print_table
+    from nasbench.core.dtypes import dtype_bytes
+    from nasbench.core.sizes import is_count
+    from nasbench.devices import detect
+    from nasbench.supernet.on_paper import on_paper
+
+    counts = [part.strip() for part in cards.split(",")]
+    if not all(is_count(part) and int(part) > 0 for part in counts):
+        raise UserError(f"bad --cards {cards!r}: write numbers from 1, as 1,8,64")
+    shape = resolve_shape(spec.model)
+    paper = on_paper(
+        shape, spec.space, settings, spec.sequence, card or detect("auto").slug, list(map(int, counts)), seconds,
+        dtype_bytes(dtype),
+    )  # fmt: skip
+    if as_json:
+        stages = [asdict(stage) | {"hours": stage.hours} for stage in paper.stages]
+        print_json({"model": shape.name, **asdict(paper), "stages": stages})
+        return
+    rows = [
+        (s.cards, s.stage, s.tokens, s.step_tokens, round(s.memory_bytes / 2**30, 1),
+         "yes" if s.memory_bytes < paper.card_bytes else "no", round(s.tok_s), round(s.hours, 2))
+        for s in paper.stages
+    ]  # fmt: skip
+    columns = ("cards", "stage", "tokens", "tokens/step", "GiB/card", "fits", "tokens/s", "hours")
+    print_table(columns, rows, f"{shape.name} on {paper.device}, {'sharded' if settings.shard else 'whole'}: on paper")
+    for note in paper.notes:
+        log(note)

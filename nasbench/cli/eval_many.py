@@ -60,11 +60,6 @@ def evaluate_many(path: Path, options: ManyOptions, device: str, dry_run: bool, 
     ends = time.time() + (options.seconds or float("inf"))
     tokens = parse_size(options.test_tokens) if options.test_tokens else None
     leave_with_parent()
-    if device.startswith("cuda:"):
-        import torch
-
-        # Triton launches on the current device, whatever device the tensors are on.
-        torch.cuda.set_device(device)
     measurer = Measurer(run, device=device, dtype=torch_dtype(options.dtype), test_tokens=tokens)
     if options.share:
         measure_share(measurer, share_of(pairs, number, of), ends, log)

@@ -79,10 +79,10 @@ def command(
         sole_writer(folder, "finalises") if workers.is_main else nullcontext(),
         progress_bar("finalize: reads model and text") as progress,
     ):
-        check(settings.shard, workers)
+        check(settings.shard)
         if seconds and workers.size > 1:
             raise UserError("--seconds is measured by one process: under torchrun write --tokens")
-        read = read_inputs(opened, place_of(settings.shard, own), kind, data, rows)
+        read = read_inputs(opened, place_of(settings.shard, own, workers), kind, data, rows)
         known = _budget(opened, settings, folder, read, own) if seconds else None
         if known is not None:
             settings, budget = known[0], known[1].tokens(seconds)

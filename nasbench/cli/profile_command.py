@@ -41,7 +41,9 @@ def command(
     ] = "",
     modes: Annotated[str, typer.Option(help="decode, prefill or both.")] = "decode,prefill",
     db: Annotated[Path | None, typer.Option(help="Folder of the database DEVICE.csv.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; equal cards with commas share the rows, as cuda:0,cuda:1.")
+    ] = "auto",
     dtype: Dtype = "",
     chunk: Annotated[str, typer.Option(help=chunk_help())] = "",
     budget: Annotated[float, typer.Option(help="Seconds of timing for a row; 0: by the device.")] = 0.0,
@@ -85,14 +87,15 @@ def command(
     from nasbench.profiling.sweep import prepare
 
     shape, names = resolve_shape(model), _names(blocks)
-    name = torch_device(device)
+    names_of_devices = [torch_device(part.strip()) for part in device.split(",")]
+    name, all_devices = names_of_devices[0], ",".join(names_of_devices)
     on_gpu = name.startswith("cuda")
     context_list = asked_contexts or default_contexts(shape.max_context, on_gpu)
     batch_list = asked_batches or (["auto"] if on_gpu else [1, 4])
     limit_s = LIMIT_S.of(name) if limit is None else limit
     whole = calibrate or holdout > 0
     todo = prepare(
-        shape, names, context_list, batch_list, mode_list, device=name, db=db,
+        shape, names, context_list, batch_list, mode_list, device=all_devices, db=db,
         dtype=choose_dtype(dtype, name), chunk=tokens, force=force, seconds_per_row=budget or None,
         isolate=not in_process, timeout_s=timeout or None, limit_s=(SWEEP if whole else 1.0) * limit_s or None,
     )  # fmt: skip

@@ -26,6 +26,10 @@ def command(
     ] = None,
     device: Device = "auto",
     dry_run: DryRun = False,
+    cards: Annotated[
+        str, typer.Option(help="With --dry-run: the training on paper for so many cards, as 1,8,64.")
+    ] = "",
+    card: Annotated[str, typer.Option(help="Of --cards: a device of `nasbench devices`; default: the one here.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe. Stopped at any moment, the same command continues; finished stages are skipped."""
@@ -35,7 +39,27 @@ def command(
         if not equals:
             raise UserError(f"bad --set {text!r}: write NAME=VALUE, as scale=0.1")
         found[name.strip()] = value.strip()
+    if cards or card:
+        _on_paper(recipe, found, ["--cards", cards, "--card", card, *["--dry-run"] * dry_run, *["--json"] * as_json])
+        return
     run_recipe(recipe, out, device, found, dry_run=dry_run, as_json=as_json)
+
+
+def _on_paper(name: str, changes: dict[str, str], words: list[str]) -> None:
+    """What the recipe's training takes on GPUs that need not be here: its command, with these words."""
+    from tempfile import TemporaryDirectory
+
+    from nasbench.cli.main import run
+    from nasbench.pipeline import prepare, read_recipe
+
+    with TemporaryDirectory() as folder:
+        steps, _ = prepare(read_recipe(name), Path(folder) / "run", "cuda", {"dtype": "bf16", **changes})
+        training = [step.words for step in steps if step.words[0] == "distill"]
+        if not training:
+            raise UserError(f"recipe {name} has no stage `distill`: --cards says what training takes")
+        for each in training:
+            if code := run([*each, *words]):
+                raise typer.Exit(code)
 
 
 def run_recipe(

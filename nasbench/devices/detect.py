@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from nasbench.core.errors import MachineError, unknown
+from nasbench.core.errors import MachineError, UserError, unknown
 from nasbench.devices.base import DEVICES, DeviceInfo, slugify
 from nasbench.devices.jetson import Jetson
 
@@ -35,6 +36,17 @@ def detect(torch_device: str = "auto") -> DeviceInfo:
     if kind == "auto":
         return _nvml() or _cpu()
     raise unknown("torch device", torch_device, ("auto", "cpu", "cuda"))
+
+
+def detect_equal(devices: Sequence[str]) -> DeviceInfo:
+    """What several devices are that measure into one database. Raises UserError where they are not equal."""
+    info = detect(devices[0])
+    for other in devices[1:]:
+        if (its := detect(other)) != info:
+            raise UserError(f"{other} is {its.title}, {devices[0]} {info.title}: rows of unequal cards do not mix")
+        if info.kind == "cuda" and devices.count(other) > 1:
+            raise UserError(f"{other} is named twice: a card measures one row at a time")
+    return info
 
 
 def memory_bytes_of(slug: str) -> int | None:

@@ -151,6 +151,10 @@ for _shape in (
     ModelSpec("qwen2.5-1.5b", "qwen2", 28, 1536, 8960, 12, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
     ModelSpec("qwen2.5-3b", "qwen2", 36, 2048, 11008, 16, 2, 128, 151936, 262144, 1e6, 1e-6, qkv_bias=True),
     ModelSpec(
+        "qwen2.5-7b", "qwen2", 28, 3584, 18944, 28, 4, 128, 152064, 262144, 1e6, 1e-6, qkv_bias=True,
+        tie_embeddings=False,
+    ),
+    ModelSpec(
         "llama3.2-3b", "llama", 28, 3072, 8192, 24, 8, 128, 128256, 262144, 500_000.0, 1e-5,
         rope_scaling=("llama3", 32.0, 1.0, 4.0, 8192.0),
     ),

@@ -90,6 +90,11 @@ class BlockSpec(ABC):
 
     @property
     @abstractmethod
+    def hidden(self) -> int:
+        """Hidden size of the layer."""
+
+    @property
+    @abstractmethod
     def args(self) -> str:
         """Canonical arguments, complete: `1152`, `12x96x256`, or "" for a kind without any."""
 
@@ -125,6 +130,18 @@ class BlockSpec(ABC):
         """Bytes of cache that one decode step reads and writes. Default: the whole cache is read once."""
         return self.cache_bytes(batch, context, dtype_bytes)
 
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        """Bytes that a training step keeps of the block from its forward to its backward pass, by a GPU's kernels, its
+        norm and the residual stream left out.
+
+        Args:
+            trained: its weights have gradients, and so keep their inputs; else only what stands before it learns.
+
+        Default, an estimate: every product's output twice.
+        """
+        outputs = 2 * self.product_parameters() // self.hidden
+        return tokens * dtype_bytes * (self.hidden * trained + outputs)
+
     def decode_bytes(self, batch: int, context: int, dtype_bytes: int = 2) -> int:
         """Least bytes that one decode step moves: the weights once, the cache as it is read and written."""
         return self.weight_bytes(batch, dtype_bytes) + self.traffic_bytes(batch, context, dtype_bytes)
@@ -153,6 +170,10 @@ class MixerSpec(BlockSpec):
     """A token mixer: what stands in the place of a layer's attention."""
 
     shape: LayerShape
+
+    @property
+    def hidden(self) -> int:
+        return self.shape.hidden_size
 
     is_attention: ClassVar[bool] = False
     """Whether other kinds can start from its weights."""
@@ -190,6 +211,10 @@ class FFNSpec(BlockSpec):
     """A feed-forward block, which looks at one token at a time, or at the one before, too."""
 
     hidden_size: int
+
+    @property
+    def hidden(self) -> int:
+        return self.hidden_size
 
     @classmethod
     @abstractmethod

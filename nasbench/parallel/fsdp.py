@@ -13,13 +13,14 @@ What is trained is kept in fp32, its own master: FSDP2 rounds each shard to the 
 adds gradients in fp32. With gradient and moments a trained weight takes 16 bytes in the process that has its shard.
 FSDP2 takes the mean over processes: steps weight their loss by this process's part of the whole times N.
 
-A process begins with the whole model in the host's memory; a card never holds more than its shards and one unit.
+The first process has read the whole model into its host's memory and gives the others one unit after another: they
+begin with tensors on the meta device. A card never holds more than its shards and one unit.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
@@ -27,11 +28,10 @@ from torch import Tensor, distributed, nn
 
 from nasbench.core.errors import UserError
 from nasbench.model.block import UNIT, Block
+from nasbench.parallel.context import SINGLE, DistContext, own_device
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-    from nasbench.parallel.context import DistContext
 
 
 class Unit(nn.Module):
@@ -56,32 +56,59 @@ class _Root(nn.Module):
         """Nothing: the first call ends FSDP2's construction."""
 
 
-def check(shard: bool, workers: DistContext) -> None:
-    """Raises UserError where there is nobody to share the weights with."""
-    if shard and workers.size == 1:
-        raise UserError("shard needs several processes: start with `torchrun --nproc-per-node N`, or say --no-shard")
+def check(shard: bool) -> None:
+    """Raises UserError where nobody started processes that share the weights."""
+    if shard and not distributed.is_initialized():
+        raise UserError("shard needs torchrun: start with `torchrun --nproc-per-node N -m nasbench`, or say --no-shard")
 
 
-def place_of(shard: bool, device: str) -> str:
-    """Where a model is read to: weights that will be sharded are never whole on the device."""
+def place_of(shard: bool, device: str, workers: DistContext = SINGLE) -> str:
+    """Where a process reads a model to: weights that will be sharded are never whole on the device, and only the first
+    process reads them at all."""
+    if not workers.is_main:
+        return "meta"
     return "cpu" if shard else device
 
 
-def shard(net: Any, workers: DistContext) -> None:
-    """Shards all weights of a supernet that lies on the CPU, and moves the shards to this process's device.
+def receive(modules: Iterable[nn.Module], device: torch.device, workers: DistContext) -> None:
+    """Moves what is not sharded of modules to this process's device, with the first process's values."""
+    tensors = []
+    for owner in dict.fromkeys(part for module in modules for part in module.modules()):
+        for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
+            if is_sharded(tensor):
+                continue
+            if tensor.is_meta:
+                empty = torch.empty_like(tensor, device=device, requires_grad=False)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                tensor = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                setattr(owner, name, tensor)
+            else:
+                tensor.data = tensor.data.to(device)
+            tensors.append(tensor.detach())
+    workers.broadcast(tensors)
+
+
+def spread(net: Any, sharded: bool, workers: DistContext) -> None:
+    """Gives a supernet that the first process has read to all: whole, or to each its shards.
 
     Which parameters are trained must be known by now.
     """
+    if sharded:
+        _shard(net, workers)
+    elif workers.size > 1:
+        receive((net.teacher, *net.mixers(), *net.own.values()), own_device(), workers)
+
+
+def _shard(net: Any, workers: DistContext) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = torch.device("cpu")
-    if distributed.get_backend() == "nccl":
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = own_device()
     mesh = init_device_mesh(device.type, (workers.size,))
     dtype = net.teacher.dtype
     units = []
     for module in _modules(net):
+        receive((module,), device, workers)
         trained = any(parameter.requires_grad for parameter in module.parameters())
         whole = {p for p in module.parameters() if p.dtype != dtype or not _even(p, workers.size)}
         for part in module.modules():
@@ -100,10 +127,7 @@ def shard(net: Any, workers: DistContext) -> None:
         units.append(unit)
     root = _Root(units)
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
-    for module in (net.teacher, *net.mixers(), *net.own.values()):
-        for parameter in module.parameters():
-            if not is_sharded(parameter):
-                parameter.data = parameter.data.to(device)
+    receive((net.teacher, *net.mixers(), *net.own.values()), device, workers)
     root(torch.empty(0, device=device))  # FSDP2 takes no call without arguments on GPUs
     net.shards = root
 

@@ -161,6 +161,6 @@ def _row(row: Row, target: DeviceSpec, us: float, sd: float, reason: str) -> Row
     return replace(
         row, device=target.slug, p20_us=us / factor, p50_us=us, p80_us=us * factor, repeats=None, noisy=None,
         **rates, bandwidth_fraction=None, compute_fraction=None, power_w=None, energy_j=None, sm_clock_mhz=None,
-        mem_clock_mhz=None, temperature_c=None, throttled=None, throttle_reasons="", reason=reason, source="estimated",
-        driver="", kernels="", **provenance().cells("torch", "project", "measured_utc"),
+        numa_node=None, mem_clock_mhz=None, temperature_c=None, throttled=None, throttle_reasons="", reason=reason,
+        source="estimated", driver="", kernels="", **provenance().cells("torch", "project", "measured_utc"),
     )  # fmt: skip

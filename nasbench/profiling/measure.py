@@ -82,7 +82,7 @@ def time_calls(
     seconds = time.perf_counter() - began
     timing = together.scaled(1 / len(calls))
     load = loads[0] if loads else Load(machine.telemetry.read())
-    cells = _telemetry_cells(before, load, seconds, timing)
+    cells = _telemetry_cells(before, load, seconds, timing) | {"numa_node": machine.telemetry.numa_node}
     # Other programs lengthen all runs alike: the percentiles alone do not show it.
     cells["noisy"] = is_noisy(timing.p20_us, timing.p50_us, timing.p80_us) or SHARED_REASON in cells["throttle_reasons"]
     return timing, asdict(timing) | cells

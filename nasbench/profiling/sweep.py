@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
 from nasbench.core.by_device import PREFILL_CHUNK, ByDevice
 from nasbench.core.dtypes import dtype_name, torch_dtype
-from nasbench.core.files import sweep
+from nasbench.core.errors import UserError
+from nasbench.core.files import sweep as remove_leftovers
 from nasbench.core.noise import SPREAD
-from nasbench.devices import DEVICES, detect
+from nasbench.devices import DEVICES, detect_equal
 from nasbench.devices.jetson import Jetson
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
 from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
 from nasbench.profiling.measure import Machine, measure, point_cells
 from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
-from nasbench.profiling.telemetry import Telemetry
+from nasbench.profiling.telemetry import Telemetry, unequal_clocks
+from nasbench.profiling.time_budget import ROW_S, TimeBudget
 from nasbench.profiling.worker import START_S, Worker
 from nasbench.profiling.workload import Bench, most_instances
 from nasbench.runtime.timing import Budget
@@ -37,22 +41,19 @@ measured once more at the end."""
 RETRIES = 0.1
 """At most this share of the rows is, each with RETRY_SCALE times its budget on a GPU."""
 RETRY_SCALE = 4
+PIECES = 4
+"""Of several cards each gets at least so many parts of the sweep, of the most different lengths."""
 KEEP_S = 2.0
 """Rows are merged into the database this often: what a kill -9 can lose."""
 TIMEOUT_S = 180.0
 """Seconds that a row may take besides its timing, compilation of kernels included, before its process counts as
 hung."""
-ROW_S = 0.25
-"""About what a row takes besides its timing: weights, caches, capture, the watch on power."""
 SETTLED = ByDevice(cpu=1.0, cuda=0.4)
 """Share of its budget that a row takes: a GPU's percentiles are close together long before its end."""
 GUESSED_TFLOP_S = ByDevice(cpu=0.1, cuda=100.0)
 """Matrix-product rate of a device without a data sheet, before it is measured, 10^12 operations per second."""
 REACHED = 0.45
 """Share of the rate that a chunk of a prompt reaches."""
-LEAST_SECONDS, WATCHED = 0.02, 0.3
-"""A sweep with a limit gives a row less time where it must, at least the first; a GPU's power is watched only while a
-row has the second."""
 FEWEST_RUNS = 9
 """Runs of a workload that even the slowest row takes: warm-up, three that count, the watch, and the launches."""
 
@@ -97,6 +98,8 @@ class SweepPlan:
     isolate: bool = True
     timeout_s: float = TIMEOUT_S
     limit_s: float | None = None
+    others: tuple[Machine, ...] = ()
+    """Cards like `machine`, which measure beside it."""
 
     @property
     def points(self) -> list[Point]:
@@ -107,8 +110,29 @@ class SweepPlan:
         """Rough time: what every row takes, and what stands around them."""
         kind, budget_s = self.machine.info.kind, self.machine.budget.seconds
         total = self.rounds * sum(map(self.group_seconds, self.groups))
-        total += self.ceilings * (4 * (budget_s + ROW_S) + self.isolate * START_S.of(kind))
-        return total + (0.0 if kind == "cpu" else RETRIES / 2 * len(self.points) * RETRY_SCALE * budget_s)
+        total += 0.0 if kind == "cpu" else RETRIES / 2 * len(self.points) * RETRY_SCALE * budget_s
+        total /= 1 + len(self.others)
+        return total + self.ceilings * (4 * (budget_s + ROW_S) + self.isolate * START_S.of(kind))
+
+    def parts(self) -> list[SweepPlan]:
+        """A plan for each card, of about the same length."""
+        machines = (self.machine, *self.others)
+        longest = sum(map(self.group_seconds, self.groups)) / PIECES / len(machines)
+        pieces = []
+        for group in self.groups:
+            count = min(len(group), ceil(self.group_seconds(group) / longest)) if self.others else 1
+            pieces += [group[number::count] for number in range(count)]
+        shares: list[list[int]] = [[] for _ in machines]
+        seconds = [self.group_seconds(piece) for piece in pieces]
+        for index in sorted(range(len(pieces)), key=lambda index: -seconds[index]):
+            min(shares, key=lambda share: sum(seconds[i] for i in share)).append(index)
+        return [
+            replace(
+                self, machine=machine, bench=replace(self.bench, device=machine.device, pool={}), others=(),
+                groups=[pieces[index] for index in sorted(share)], ceilings=self.ceilings and machine is self.machine,
+            )
+            for machine, share in zip(machines, shares, strict=True)
+        ]  # fmt: skip
 
     def group_seconds(self, points: Sequence[Point]) -> float:
         """Rough time of points that one child measures once."""
@@ -147,7 +171,7 @@ def prepare(
     Args:
         blocks: names of mixers, as in placements.
         batches: numbers, or "max" for the largest that fits at each context.
-        device: torch device.
+        device: torch device; several with commas, as cuda:0,cuda:1, measure at the same time, each a part.
         db: folder of the database; None for the default one.
         chunk: tokens of a prefill chunk; None for the device's.
         force: measure again what is there.
@@ -160,16 +184,20 @@ def prepare(
             longest. On a busy machine rows take longer than planned, and more is left.
 
     Raises:
-        UserError: unknown kind, mode, dtype, or a context beyond the model's. MachineError: no such device.
+        UserError: unknown kind, mode, dtype, a context beyond the model's, or unequal cards. MachineError: no such
+            device.
     """
-    info, kind = detect(device), torch_dtype(dtype)
+    devices = [name.strip() for name in device.split(",")]
+    info, kind = detect_equal(devices), torch_dtype(dtype)
+    if len(devices) > 1 and not isolate:
+        raise UserError(f"{len(devices)} devices take a process each: leave out --in-process")
     rounds = ROUNDS.of(info.kind)
     budget = Budget((seconds_per_row or ROW_BUDGET_S.of(info.kind)) / rounds)
-    machine = Machine(info, device, Telemetry(device), budget)
+    machine, *others = [Machine(info, name, Telemetry(name), budget) for name in devices]
     # On a Jetson the programs on the CPU have a part of the GPU's memory.
     free = Jetson().available_bytes() if info.unified_memory else None
     usable = int(USABLE_MEMORY * min(info.memory_bytes, free or info.memory_bytes))
-    bench = Bench(shape, device, kind, info.llc_bytes or 32 << 20, usable)
+    bench = Bench(shape, devices[0], kind, info.llc_bytes or 32 << 20, usable)
     chunk = chunk or PREFILL_CHUNK.of(info.kind)
     groups = plan(shape, blocks, contexts, batches, modes, chunk, info.memory_bytes, kind.itemsize)
     path = db_path(info.slug, db)
@@ -187,7 +215,11 @@ def prepare(
     left = [group for group in left if group]
     ceilings = bool(left) and (force or len(known) < len(CEILINGS))
     timeout_s = timeout_s or TIMEOUT_S + 20 * budget.seconds
-    todo = SweepPlan(path, machine, bench, left, skipped, ceilings, rounds, isolate, timeout_s, limit_s)
+    todo = SweepPlan(
+        path, machine, bench, left, skipped, ceilings, rounds, isolate, timeout_s, limit_s, tuple(others)
+    )  # fmt: skip
+    if problem := unequal_clocks([each.telemetry for each in (machine, *others)]):
+        raise UserError(f"{problem}: rows of unequal cards do not mix")
     if limit_s and todo.seconds > limit_s:
         todo = replace(todo, rounds=max(1, int(rounds * limit_s / todo.seconds)))
     return todo
@@ -217,79 +249,72 @@ class InProcess:
         """Nothing to start."""
 
 
-class TimeBudget:
-    """How much time the next row may take, so that as many as possible fit into a limit.
-
-    Attributes:
-        planned_s, taken_s: of the rows so far. Where others use the machine, the second is larger.
-    """
-
-    def __init__(self, limit_s: float | None) -> None:
-        self.end = None if limit_s is None else time.monotonic() + limit_s
-        self.group_end = self.end
-        self.planned_s = self.taken_s = 0.0
-
-    def allows(self, seconds: float) -> bool:
-        """Whether a row that is planned to take so long ends before the limit."""
-        pace = max(1.0, self.taken_s / self.planned_s) if self.planned_s else 1.0
-        return self.end is None or time.monotonic() + pace * seconds <= self.end
-
-    def new_group(self, share: float) -> None:
-        """The next rows may take this share of what is left: the slowest rows of one kind leave time for the next."""
-        if self.end is not None:
-            now = time.monotonic()
-            self.group_end = now + share * (self.end - now)
-
-    def of_row(self, wanted: Budget, rows: int) -> Budget | None:
-        """Of the next of so many rows; None when the time is up."""
-        if self.end is None or self.group_end is None:
-            return wanted
-        now = time.monotonic()
-        if now >= self.group_end:
-            return None
-        each_s = (self.end - now) / rows
-        if each_s - ROW_S >= wanted.seconds:
-            return wanted
-        return replace(
-            wanted, seconds=max(LEAST_SECONDS, each_s - ROW_S), watch=wanted.watch if each_s > WATCHED else 0.0
-        )
-
-
 def run(todo: SweepPlan, progress: Progress | None = None) -> SweepResult:
     """Measures what is left, ceilings first. Rows are merged every KEEP_S seconds, after each group, and when the sweep
     is stopped: a kill loses no more than that.
 
     Raises MachineError when the database cannot be written.
     """
-    sweep(todo.path.parent)
-    machine, bench = todo.machine, todo.bench
-    measurer = Worker(machine, bench, todo.timeout_s) if todo.isolate else InProcess(machine, bench)
+    remove_leftovers(todo.path.parent)
+    sweeps: list[_Sweep] = []
+    lock, stop = threading.Lock(), threading.Event()
+
+    def report(row: Row) -> None:
+        with lock:
+            if progress:
+                progress(sum(sweep.done for sweep in sweeps), sum(sweep.total for sweep in sweeps), row)
+
+    sweeps += [_Sweep(part, report, stop) for part in todo.parts()]
     try:
-        return _Sweep(todo, measurer, progress or (lambda done, total, row: None)).run()
+        ceilings = sweeps[0].ceilings()
+        for sweep in sweeps:
+            use_ceilings(sweep.todo.machine, ceilings)
+        if len(sweeps) == 1:
+            results = [sweeps[0].run()]
+        else:
+            with ThreadPoolExecutor(len(sweeps)) as threads:
+                running = [threads.submit(sweep.run) for sweep in sweeps]
+                try:
+                    wait(running, return_when=FIRST_EXCEPTION)
+                finally:
+                    # After an error, or Ctrl-C, the others end with the row in hand.
+                    if not all(future.done() for future in running):
+                        stop.set()
+                results = [future.result() for future in running]
     finally:
-        measurer.close()
+        for sweep in sweeps:
+            sweep.measurer.close()
+    return SweepResult(
+        todo.path, [*ceilings, *(row for result in results for row in result.rows)], todo.skipped,
+        [point for result in results for point in result.left], [point for result in results for point in result.noisy],
+    )  # fmt: skip
 
 
 class _Sweep:
-    """A running sweep. `best` has the fastest row of every point so far."""
+    """A running sweep of one card. `best` has the fastest row of every point so far."""
 
-    def __init__(self, todo: SweepPlan, measurer: Worker | InProcess, progress: Progress) -> None:
-        self.todo, self.measurer, self.progress = todo, measurer, progress
+    def __init__(self, todo: SweepPlan, told: Callable[[Row], None], stop: threading.Event) -> None:
+        machine, bench = todo.machine, todo.bench
+        self.measurer = Worker(machine, bench, todo.timeout_s) if todo.isolate else InProcess(machine, bench)
+        self.todo, self.told, self.stop = todo, told, stop
         self.database = Database(todo.path)
         self.time = TimeBudget(todo.limit_s)
         self.best: dict[Point, Row] = {}
         self.done, self.total = 0, todo.rounds * len(todo.points) + len(CEILINGS) * todo.ceilings
 
+    def ceilings(self) -> list[Row]:
+        """The device's own limits, where the plan has them."""
+        rows = self.measurer.ceilings() if self.todo.ceilings else []
+        if rows:
+            self.measurer.new_group()
+            for row in rows:
+                self.report(row)
+            self.database.merge(rows)
+        return rows
+
     def run(self) -> SweepResult:
         todo, budget = self.todo, self.todo.machine.budget
-        result = SweepResult(todo.path, skipped=todo.skipped)
-        if todo.ceilings:
-            result.rows = self.measurer.ceilings()
-            self.measurer.new_group()
-            for row in result.rows:
-                self.report(row)
-            use_ceilings(todo.machine, result.rows)
-            self.database.merge(result.rows)
+        result = SweepResult(todo.path)
         for turn in range(todo.rounds):
             for index, group in enumerate(todo.groups):
                 # What does not fit or does not run will not do so the next time either.
@@ -331,6 +356,8 @@ class _Sweep:
         kept = time.monotonic()
         try:
             for point in points:
+                if self.stop.is_set():
+                    break
                 some = self.time.of_row(budget, max(1, self.total - self.done))
                 if some is None:
                     break
@@ -356,7 +383,7 @@ class _Sweep:
 
     def report(self, row: Row) -> None:
         self.done += 1
-        self.progress(self.done, self.total, row)
+        self.told(row)
 
 
 def _decodes(group: Sequence[Point]) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ SHARED = 0.05
 """A CPU row counts as throttled when other programs took more than this share of the cores."""
 SHARED_REASON = "shared"
 _STAT = Path("/proc/stat")
+_NODES, _PCI = Path("/sys/devices/system/node"), Path("/sys/bus/pci/devices")
 _REASONS = {
     "power cap": "nvmlClocksThrottleReasonSwPowerCap",
     "slowdown": "nvmlClocksThrottleReasonHwSlowdown",
@@ -99,6 +101,20 @@ class Telemetry:
         except pynvml.NVMLError as error:
             self.missing = f"no power, clocks or throttling: NVML says {error}"
 
+    @cached_property
+    def numa_node(self) -> int | None:
+        """The host memory next to the GPU, or to all cores of this process; None where the system does not tell."""
+        if self._cpu:
+            return _node_of_cores()
+        if self._nvml is None:
+            return None
+        try:
+            address = str(self._nvml.nvmlDeviceGetPciInfo(self._handle).busId).lower()
+            node = int((_PCI / address[-12:] / "numa_node").read_text(encoding="ascii"))
+        except (self._nvml.NVMLError, OSError, ValueError):
+            return None
+        return node if node >= 0 else None
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Telemetry, (self.device, self._jetson)
 
@@ -168,6 +184,15 @@ def _jetson_reading(board: Jetson) -> Reading:
     )
 
 
+def _node_of_cores() -> int | None:
+    try:
+        cores = os.sched_getaffinity(0)
+        nodes = {int(path.parent.name[4:]) for core in cores for path in _NODES.glob(f"node*/cpu{core}")}
+    except (AttributeError, OSError, ValueError):
+        return None
+    return nodes.pop() if len(nodes) == 1 else None
+
+
 def _others_s() -> float | None:
     """CPU seconds of everything but this process, since the system started; None where /proc does not tell."""
     try:
@@ -188,6 +213,17 @@ def shared(before: Reading, after: Reading, seconds: float) -> bool | None:
     # The system counts in hundredths of a second: two of them may be rounding.
     others_s = after.others_s - before.others_s - 0.02
     return others_s > SHARED * seconds * len(os.sched_getaffinity(0))
+
+
+def unequal_clocks(cards: Sequence[Telemetry]) -> str:
+    """In which highest clock or power limit cards of one kind differ, "" where they do not."""
+    for what, question, *which in (
+        ("highest clock", "nvmlDeviceGetMaxClockInfo", 1), ("power limit", "nvmlDeviceGetEnforcedPowerLimit")
+    ):  # fmt: skip
+        figures = {card.device: card._ask(getattr(card._nvml, question), *which) for card in cards if card._nvml}
+        if len(set(figures.values())) > 1:
+            return f"{what} of {', '.join(f'{name}: {figure}' for name, figure in figures.items())}"
+    return ""
 
 
 def _uuid(device: str) -> str:

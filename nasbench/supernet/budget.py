@@ -132,6 +132,7 @@ def time_steps(distiller: Distiller, name: str) -> tuple[int, float]:
 
     steps(0, 1)  # warms up, captures a graph
     seconds = stopwatch(distiller.device)(lambda: steps(1, 1 + TIMED_STEPS))
+    distiller.weights |= stage.optimizer.weights()
     return stage.step_tokens, seconds / TIMED_STEPS
 
 

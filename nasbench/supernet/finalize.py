@@ -79,8 +79,8 @@ def finalize(
 
     Raises as `nasbench.supernet.train.distill`.
     """
-    fsdp.check(config.shard, workers)
-    net = Supernet.load(run, dtype=dtype, device=fsdp.place_of(config.shard, device), loaded=loaded)
+    fsdp.check(config.shard)
+    net = Supernet.load(run, dtype=dtype, device=fsdp.place_of(config.shard, device, workers), loaded=loaded)
     placement = net.space.check(placement)
     folder = final_folder(run, placement, name)
     corpus = training_corpus(run, net, config, sequence, corpus)
@@ -107,8 +107,7 @@ def finalize(
     for parameters in trained_parts(net, placement).values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-    if config.shard:
-        fsdp.shard(net, workers)
+    fsdp.spread(net, config.shard, workers)
     groups = trained_parts(net, placement)
     weights: dict[str, Tensor] = {}
     if groups:

@@ -150,7 +150,8 @@ class Supernet:
         loaded = loaded or load_model(run.spec.model, dtype=dtype, device=device)
         frozen, solved = (tuple(saved.state.get(key, ())) for key in ("frozen", "solved"))
         net = cls(loaded, run.spec.space, frozen, run.spec.seed, solved=solved)
-        net.load_weights(saved.weights(str(loaded.decoder.device)))
+        if loaded.decoder.device.type != "meta":  # where another process has the weights
+            net.load_weights(saved.weights(str(loaded.decoder.device)))
         for mixer in net.trained().values():
             mixer.requires_grad_(False)
         net.version = saved.version

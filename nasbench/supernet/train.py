@@ -65,7 +65,8 @@ def training_corpus(
 
 
 class Distiller:
-    """Trains the supernet of a run, from its newest checkpoint on. With `config.shard` the model comes on the CPU.
+    """Trains the supernet of a run, from its newest checkpoint on. With `config.shard` the model comes on the CPU; the
+    first of several processes has it alone, the others have it on the meta device.
 
     Raises UserError when the run was begun with other settings.
     """
@@ -87,9 +88,8 @@ class Distiller:
             loaded, run.spec.space, config.frozen, run.spec.seed, transfer=config.transfer, solved=config.solved
         )
         self.corpus = training_corpus(run, self.net, config, corpus=corpus)
-        fsdp.check(config.shard, workers)
-        if config.shard:
-            fsdp.shard(self.net, workers)
+        fsdp.check(config.shard)
+        fsdp.spread(self.net, config.shard, workers)
         self.device = loaded.decoder.device
         lists = {"frozen": list(config.frozen), "solved": list(config.solved)}
         settings = {key: value for key, value in asdict(config).items() if key not in _FREE_TO_CHANGE} | lists
@@ -231,8 +231,10 @@ class Distiller:
             for i in range(net.space.num_layers)
         ]
         if stage == "ridge":
-            calibrate(net.teacher, mixers, batch(0))
-        solve_output_projections(net.teacher, mixers, map(batch, range(batches)), self.config.ridge, progress)
+            calibrate(net.teacher, mixers, batch(0), self.workers)
+        solve_output_projections(
+            net.teacher, mixers, map(batch, range(batches)), self.config.ridge, progress, self.workers
+        )
 
     def _between(self, stage: str) -> checkpoint.Checkpoint:
         """A checkpoint at the start of a stage: weights alone."""
@@ -250,12 +252,14 @@ class Distiller:
         return list(dict.fromkeys((smallest, sampled)))
 
     def stage(self, name: str) -> Stage:
-        """A stage of the trained mixers, from the present master weights on."""
+        """A stage of the trained mixers, from the present master weights on. It takes them over: `weights` keeps what
+        it does not train."""
         config, space = self.config, self.net.space
         groups = {group: dict(mixer.named_parameters()) for group, mixer in self.net.trained().items()}
         lr = getattr(config, f"{name}_lr")
         optimizer = MasterAdamW(groups, lr=lr, weight_decay=config.weight_decay, clip=config.clip)
         optimizer.set_masters(self.weights)
+        self.weights = {key: tensor for key, tensor in self.weights.items() if key not in optimizer.masters}
         given = (name, self.net, optimizer, self.corpus, self.step_rows(name), self._seed(name), config, self.workers)
         if name == "align":
             return AlignStage(*given)
@@ -263,7 +267,6 @@ class Distiller:
 
     def _train_stage(self, name: str, start: int, resumed: checkpoint.Checkpoint | None) -> None:
         stage = self.stage(name)
-        masters = stage.optimizer.masters
         loop = Loop(
             self.run.supernet,
             stage,
@@ -273,7 +276,7 @@ class Distiller:
             self.progress,
             self.notice,
             start,
-            kept={key: tensor for key, tensor in self.weights.items() if key not in masters},
+            kept=self.weights,
         )
         loop.run(resumed, earlier=STAGES[: STAGES.index(name)])
         self.weights |= stage.optimizer.weights()
@@ -301,7 +304,7 @@ def distill(
         MachineError: a loss that is not finite, a disk that refuses.
         KeyboardInterrupt: stopped by Ctrl-C, after a checkpoint.
     """
-    fsdp.check(config.shard, workers)
-    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=fsdp.place_of(config.shard, device))
+    fsdp.check(config.shard)
+    loaded = loaded or load_model(run.spec.model, dtype=dtype, device=fsdp.place_of(config.shard, device, workers))
     with stop_on_signal() as stop:
         return Distiller(run, loaded, config, stop, progress, notice, workers, corpus).train()

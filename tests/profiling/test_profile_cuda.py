@@ -1,5 +1,8 @@
 """The same sweep on a GPU: graphs, peak memory, telemetry."""
 
+import statistics
+import time
+
 import pytest
 import torch
 
@@ -27,3 +30,19 @@ def test_a_small_sweep_on_cuda(tmp_path):
     # Cold instances: no decode row may beat the memory by more than its measurement's spread.
     assert read.gb_s is not None
     assert all(row.gb_s <= 1.1 * read.gb_s for row in rows if row.block in "AWJG" and row.mode == "decode")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_a_sweep(tmp_path):
+    """Rows of two cards are those of one within noise, and take about half of its time."""
+    shape, seconds, rows = MODELS["smollm2-135m"], [], []
+    for name, device in (("one", "cuda:0"), ("two", "cuda:0,cuda:1")):
+        asked = {"device": device, "dtype": "bf16", "db": tmp_path / name}
+        todo = prepare(shape, "AWJ", [1024, 4096, 8192], [1, 8, 64], ["decode"], **asked)
+        began = time.monotonic()
+        rows.append({row.key: row for row in run(todo).rows if row.block != "ceiling"})
+        seconds.append(time.monotonic() - began)
+    assert rows[0].keys() == rows[1].keys()
+    ratios = [row.p50_us / rows[0][key].p50_us for key, row in rows[1].items() if row.p50_us]
+    assert abs(statistics.median(ratios) - 1) < 0.02
+    assert seconds[1] < 0.7 * seconds[0]

@@ -2,6 +2,8 @@
 
 import os
 import statistics
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +14,15 @@ import torch
 from nasbench.core.by_device import ByDevice
 from nasbench.core.errors import MachineError, UserError
 from nasbench.cost import CostModel
+from nasbench.devices import detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import MODELS, ModelSpec
 from nasbench.profiling import sweep as sweep_module
 from nasbench.profiling.measure import measure, point_cells, stamp
 from nasbench.profiling.plan import Point
 from nasbench.profiling.sweep import noise, prepare, run
-from nasbench.profiling.telemetry import Reading, Telemetry, shared
+from nasbench.profiling.telemetry import Reading, Telemetry, shared, unequal_clocks
+from nasbench.profiling.time_budget import LEAST_SECONDS
 from nasbench.profiling.workload import Workload, build
 from nasbench.store import CEILINGS, Database, Row, read_db
 
@@ -210,6 +214,53 @@ def test_bad_input():
         prepare(TINY, device="cuda:99", **ASKED)
 
 
+def test_two_devices_share_a_sweep(tmp_path, monkeypatch):
+    """As on two cards, with two processes of one CPU: the same rows as one measures, each once."""
+    monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1, cuda=1))
+    monkeypatch.setattr(sweep_module, "PIECES", 2)
+    asked = {**ASKED, "blocks": "A", "modes": ["decode"], "isolate": True}
+    alone, todo = prepare(TINY, db=tmp_path, **asked), prepare(TINY, db=tmp_path, **asked, device="cpu,cpu")
+    parts = todo.parts()
+    assert sorted((point for part in parts for point in part.points), key=repr) == sorted(alone.points, key=repr)
+    seconds = [sum(map(part.group_seconds, part.groups)) for part in parts]
+    assert max(seconds) < 1.6 * min(seconds)
+    assert [part.ceilings for part in parts] == [True, False]
+    counts, threads = [], set()
+
+    def progress(done, total, row):
+        counts.append((done, total))
+        threads.add(threading.current_thread().name)
+
+    result = run(todo, progress)
+    assert len(result.rows) == result.count("ok") == len(alone.points) + len(CEILINGS)
+    assert [done for done, _ in counts] == list(range(1, len(counts) + 1))
+    assert len(threads) == 3  # the ceilings are the main thread's
+    assert not prepare(TINY, db=tmp_path, **asked).points
+
+
+def test_unequal_cards_do_not_mix(tmp_path, monkeypatch):
+    cpu = detect("cpu")
+    kinds = {"cuda:0": replace(cpu, kind="cuda"), "cuda:1": replace(cpu, kind="cuda", memory_bytes=1)}
+    monkeypatch.setattr(sys.modules["nasbench.devices.detect"], "detect", lambda name: kinds.get(name, cpu))
+    for devices, said in (("cuda:0,cuda:1", "unequal"), ("cpu,cuda:0", "unequal"), ("cuda:0,cuda:0", "twice")):
+        with pytest.raises(UserError, match=said):
+            prepare(TINY, db=tmp_path, **ASKED, device=devices)
+    with pytest.raises(UserError, match="in-process"):
+        prepare(TINY, db=tmp_path, **ASKED, device="cpu,cpu")
+
+    class Card:
+        def __init__(self, name, watts):
+            self.device, self.watts, self._nvml = name, watts, self
+
+        nvmlDeviceGetMaxClockInfo = nvmlDeviceGetEnforcedPowerLimit = None
+
+        def _ask(self, question, *which):
+            return 1980 if which else self.watts
+
+    assert unequal_clocks([Card("cuda:0", 700), Card("cuda:1", 700)]) == ""
+    assert unequal_clocks([Card("cuda:0", 700), Card("cuda:1", 500)]).startswith("power limit of cuda:0: 700, cuda:1")
+
+
 def test_noisy_rows_get_a_second_look_and_keep_the_shorter_time(tmp_path, monkeypatch):
     taken: dict[Point, int] = {}
 
@@ -248,7 +299,7 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
     asked = many | {"seconds_per_row": 9.0}
     result = run(prepare(TINY, db=tmp_path, limit_s=20.0, **asked))
     assert (len(result.left), len(budgets)) == (len(planned.points) - 20, 20)
-    assert all(sweep_module.LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
+    assert all(LEAST_SECONDS <= seconds < 1.0 for seconds in budgets)
     left = [point for group in prepare(TINY, db=tmp_path, **many).groups for point in group]
     for group in planned.groups:
         after = [point for point in group if point in left]

@@ -158,7 +158,7 @@ def test_broken_files_are_refused(path):
         read_db(path.with_name("absent.csv"))
 
 
-NEW_SINCE_1 = ("noisy", "throttle_reasons", "host_us", "kernels")
+NEW_SINCE_1 = ("noisy", "throttle_reasons", "host_us", "kernels", "numa_node")
 
 
 def older(path: Path) -> str:

@@ -39,6 +39,11 @@ class GatedFFNSpec(FFNSpec):
     def parameters(self) -> int:
         return 3 * self.hidden_size * self.intermediate_size
 
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        """Gate and up; trained also the input, their product, and the weights that were joined."""
+        joined = self.hidden_size * (tokens + 2 * self.intermediate_size) + tokens * self.intermediate_size
+        return dtype_bytes * (2 * tokens * self.intermediate_size + trained * joined)
+
     @classmethod
     def block_class(cls) -> type[Block]:
         from nasbench.model.ffn.gated import GatedFFN
@@ -91,6 +96,13 @@ class MixtureSpec(FFNSpec):
 
     def product_parameters(self) -> int:
         return self.hidden_size * self.experts + (self.chosen + self.shared) * self.expert_parameters()
+
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        """Of every chosen expert gate and up, SiLU of the gate, and the output that the router weighs; the router's
+        softmax in fp32, and where each token goes."""
+        chosen = self.chosen * (3 * self.width + self.hidden_size) + 2 * self.shared * self.width
+        joined = self.hidden_size + self.chosen * (self.hidden_size + self.width)
+        return tokens * (dtype_bytes * (chosen + trained * joined) + 4 * self.experts + 24 * self.chosen)
 
     def weight_bytes(self, tokens: int, dtype_bytes: int = 2) -> int:
         """The experts that `tokens` tokens are expected to hit when each chooses evenly at random."""

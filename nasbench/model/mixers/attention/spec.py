@@ -31,6 +31,15 @@ def attention_flops(shape: LayerShape, tokens: int, scored: int) -> int:
     return 2 * tokens * attention_parameters(shape) + 4 * scored * shape.num_heads * shape.head_dim
 
 
+def attention_kept_bytes(shape: LayerShape, tokens: int, dtype_bytes: int, trained: bool) -> int:
+    """The rows, rotated queries and keys, the output, its log-sums in fp32; trained also the input and the weights that
+    were joined for one product."""
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    kept = tokens * (dtype_bytes * (queries + 2 * keys + queries + keys + queries) + 4 * shape.num_heads)
+    joined = shape.hidden_size * (tokens + queries + 2 * keys) * dtype_bytes
+    return kept + trained * joined
+
+
 @dataclass(frozen=True)
 class FullAttentionSpec(MixerSpec):
     """Full attention has no hyper-parameters of its own: its shape is the layer's."""
@@ -61,6 +70,9 @@ class FullAttentionSpec(MixerSpec):
 
     def flops(self, tokens: int, context: int) -> int:
         return attention_flops(self.shape, tokens, tokens * context + tokens * (tokens + 1) // 2)
+
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        return attention_kept_bytes(self.shape, tokens, dtype_bytes, trained)
 
     @classmethod
     def block_class(cls) -> type[Block]:

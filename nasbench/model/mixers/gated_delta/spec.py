@@ -26,6 +26,8 @@ from nasbench.model.spec import STATE_BITS, Dims, LayerShape, MixerSpec, check_s
 if TYPE_CHECKING:
     from nasbench.model.block import Block
 
+CHUNK = 64
+"""Tokens of a chunk of the recurrence in training: each keeps a state and two squares (nasbench_kernels)."""
 LOW_RANK = 16
 """Middle channels of GLA's decay."""
 CONV_SIZES = range(2, 9)
@@ -119,6 +121,26 @@ class LinearSpec(MixerSpec):
         and token."""
         return tokens * (2 * self.parameters() + (8 if self.delta else 6) * self.state_size)
 
+    @property
+    def row_size(self) -> int:
+        """Outputs of all projections of the input."""
+        return (self.parameters() - self.shape.hidden_size * self.values) // self.shape.hidden_size
+
+    @property
+    def convolved_size(self) -> int:
+        """Numbers that convolutions keep of a token beside their inputs."""
+        return 2 * self.keys
+
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        """The rows, what convolutions keep, the recurrence's inputs and what its chunks leave for the backward pass,
+        its output before and after the gated norm; two gates in fp32."""
+        vectors = 3 * self.keys + self.values  # queries, keys, values, and keys as the state is read by them
+        chunks = 2 * CHUNK * self.num_heads + self.state_size // CHUNK + self.values
+        outputs = (1 + trained) * self.values
+        kept = self.row_size + self.convolved_size + vectors + chunks + outputs
+        joined = self.shape.hidden_size * (tokens + self.row_size) * dtype_bytes
+        return tokens * (dtype_bytes * kept + 12 * self.num_heads) + trained * joined
+
     @classmethod
     def block_class(cls) -> type[Block]:
         module, _, name = cls.block.partition(":")
@@ -156,6 +178,15 @@ class JetBlockSpec(GatedDeltaNetSpec):
     def generator_size(self) -> int:
         """Width of the kernel generator's middle layer."""
         return max(1, self.values // self.generator_reduction)
+
+    @property
+    def row_size(self) -> int:
+        return 2 * (self.keys + self.values + self.num_heads) + self.generator_size
+
+    @property
+    def convolved_size(self) -> int:
+        """The kernel of every token and channel, and the layer before it."""
+        return self.values * self.conv_size + self.generator_size
 
     def parameters(self) -> int:
         taps = self.values * self.conv_size

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from nasbench.model.mixers.attention.spec import attention_flops, attention_parameters, key_value_bytes
+from nasbench.model.mixers.attention.spec import (
+    attention_flops,
+    attention_kept_bytes,
+    attention_parameters,
+    key_value_bytes,
+)
 from nasbench.model.spec import LayerShape, MixerSpec, parse_ints
 
 if TYPE_CHECKING:
@@ -48,6 +53,9 @@ class SlidingWindowSpec(MixerSpec):
         growing = max(0, min(tokens, self.window - context))
         scored = growing * context + growing * (growing + 1) // 2 + (tokens - growing) * self.window
         return attention_flops(self.shape, tokens, scored)
+
+    def kept_bytes(self, tokens: int, dtype_bytes: int = 2, trained: bool = True) -> int:
+        return attention_kept_bytes(self.shape, tokens, dtype_bytes, trained)
 
     @classmethod
     def block_class(cls) -> type[Block]:
