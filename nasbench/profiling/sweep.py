@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +19,9 @@ from nasbench.devices import DEVICES, detect_equal
 from nasbench.devices.jetson import Jetson
 from nasbench.model.shapes import ModelSpec
 from nasbench.profiling.amounts import amounts
-from nasbench.profiling.ceilings import known_ceilings, measure_ceilings, use_ceilings
-from nasbench.profiling.measure import Machine, measure, point_cells
+from nasbench.profiling.ceilings import known_ceilings, use_ceilings
+from nasbench.profiling.in_process import InProcess
+from nasbench.profiling.measure import Machine, point_cells
 from nasbench.profiling.plan import USABLE_MEMORY, Point, plan
 from nasbench.profiling.telemetry import Telemetry, unequal_clocks
 from nasbench.profiling.time_budget import ROW_S, TimeBudget
@@ -223,30 +223,6 @@ def prepare(
     if limit_s and todo.seconds > limit_s:
         todo = replace(todo, rounds=max(1, int(rounds * limit_s / todo.seconds)))
     return todo
-
-
-class InProcess:
-    """Measures in this process: nothing to start, nothing survived. The other way is worker.Worker."""
-
-    def __init__(self, machine: Machine, bench: Bench) -> None:
-        self.machine = machine
-        self.bench = bench
-        gc.collect()
-        gc.freeze()  # every collection before a row would go through what is loaded by now
-
-    def ceilings(self) -> list[Row]:
-        return measure_ceilings(self.machine, self.bench.dtype)
-
-    def measure(self, point: Point, budget: Budget) -> Row:
-        return measure(replace(self.machine, budget=budget), self.bench, point)
-
-    def new_group(self) -> None:
-        self.bench.pool.clear()
-
-    close = new_group
-
-    def start_ahead(self) -> None:
-        """Nothing to start."""
 
 
 def run(todo: SweepPlan, progress: Progress | None = None) -> SweepResult:
