@@ -17,6 +17,7 @@ from nasbench.cost import CostModel
 from nasbench.devices import detect
 from nasbench.model.decoder import Decoder
 from nasbench.model.shapes import MODELS, ModelSpec
+from nasbench.profiling import in_process
 from nasbench.profiling import sweep as sweep_module
 from nasbench.profiling.measure import measure, point_cells, stamp
 from nasbench.profiling.plan import Point
@@ -100,7 +101,7 @@ def test_the_cost_model_reads_what_the_sweep_writes(rows):
 def test_a_resumed_sweep_measures_nothing_again(rows, folder, monkeypatch):
     path = prepare(TINY, db=folder, **ASKED).path
     before = path.read_bytes()
-    monkeypatch.setattr(sweep_module, "measure", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(in_process, "measure", lambda *args: pytest.fail("measured again"))
     result = run(prepare(TINY, db=folder, **ASKED))
     assert (result.rows, result.skipped) == ([], len(rows) - 4)
     assert path.read_bytes() == before
@@ -123,7 +124,7 @@ def test_progress_counts_every_row(tmp_path):
 
 
 def test_the_fastest_of_all_rounds_is_kept(tmp_path, monkeypatch):
-    real, calls = sweep_module.measure, {}
+    real, calls = in_process.measure, {}
 
     def drifting(machine, bench, point):
         calls[point] = calls.get(point, 0) + 1
@@ -132,7 +133,7 @@ def test_the_fastest_of_all_rounds_is_kept(tmp_path, monkeypatch):
             row, p20_us=90.0 + calls[point] % 3, p50_us=90.0 + calls[point] % 3, p80_us=93.0, throttled=False
         )
 
-    monkeypatch.setattr(sweep_module, "measure", drifting)
+    monkeypatch.setattr(in_process, "measure", drifting)
     asked = ASKED | {"blocks": "A", "contexts": [64], "batches": [1], "modes": ("decode",)}
     result = run(prepare(TINY, db=tmp_path, **asked))
     assert set(calls.values()) == {3}
@@ -177,14 +178,14 @@ def test_a_layer_larger_than_the_memory_is_oom_without_trying(tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_measured(tmp_path, monkeypatch):
-    real = sweep_module.measure
+    real = in_process.measure
 
     def stop(machine, bench, point):
         if point == Point("W", "decode", 2, 64):
             raise KeyboardInterrupt
         return real(machine, bench, point)
 
-    monkeypatch.setattr(sweep_module, "measure", stop)
+    monkeypatch.setattr(in_process, "measure", stop)
     todo = prepare(TINY, db=tmp_path, **ASKED)
     with pytest.raises(KeyboardInterrupt):
         run(todo)
@@ -271,7 +272,7 @@ def test_noisy_rows_get_a_second_look_and_keep_the_shorter_time(tmp_path, monkey
         times = {"p20_us": middle / (2 if wide else 1), "p50_us": middle, "p80_us": middle}
         return Row(**point_cells(bench, machine.info, point), **times, **stamp(machine))
 
-    monkeypatch.setattr(sweep_module, "measure", fake)
+    monkeypatch.setattr(in_process, "measure", fake)
     asked = ASKED | {"blocks": "AJ", "contexts": [64], "batches": [1], "modes": ("decode",)}
     result = run(prepare(TINY, db=tmp_path, **asked))
     turns = {point.block: count for point, count in taken.items()}
@@ -292,7 +293,7 @@ def test_a_limit_gives_every_group_its_part_and_leaves_the_rest_to_the_same_comm
         budgets.append(machine.budget.seconds)
         return Row(**point_cells(bench, machine.info, point), p20_us=1.0, p50_us=1.0, p80_us=1.0)
 
-    monkeypatch.setattr(sweep_module, "measure", fake)
+    monkeypatch.setattr(in_process, "measure", fake)
     monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1))
     many = ASKED | {"blocks": ("A", "W512"), "contexts": [64, 128, 192, 256]}
     planned = prepare(TINY, db=tmp_path, **many)
