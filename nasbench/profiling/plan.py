@@ -21,6 +21,8 @@ PREFILL_BATCHES = (1, 2, 8, 64)
 LATER, LONG = 8, 2
 """... and the most at chunks with tokens before them, and beyond LONG_CONTEXT: more would take seconds a row."""
 LONG_CONTEXT = 32768
+THIRD_TILES = (384, 385, 768, 769)
+"""Batches around the end of a product's third tile, of 128 or 256 sequences: shared products are measured there too."""
 FIRST_STEP = 32
 """Skinny products run in tiles of 2^n sequences: from here on the next one beyond a power of two is measured too."""
 LARGEST_BATCH = 1024
@@ -153,11 +155,14 @@ def plan(
         largest = min(most, largest_batch(shape, names, end, memory_bytes, dtype_bytes))
         return [size for size in PREFILL_BATCHES if size <= largest] if "auto" in batches else everywhere[:1]
 
-    few = sorted(_few_powers(everywhere[-1])) if "auto" in batches else everywhere
+    few = products = everywhere
+    if "auto" in batches:
+        few = sorted(_few_powers(everywhere[-1]))
+        products = sorted({*everywhere, *(batch for batch in THIRD_TILES if batch < everywhere[-1])})
     first: list[Point] = []
     for block in shared_blocks(shape):
         if "decode" in modes or block == "head":  # prefill ends with one head
-            shared = few if block in ("embedding", "norm") else everywhere  # those two take microseconds
+            shared = few if block in ("embedding", "norm") else products  # those two take microseconds
             first += [Point(block, "decode", batch) for batch in shared]
         if "prefill" in modes and block != "head":
             sizes = sorted({size for _, size in chunks})

@@ -111,7 +111,7 @@ def test_auto_batches_are_powers_of_two_up_to_the_largest():
     assert {p.batch for p in found if (p.block, p.mode) == ("J", "decode")} >= powers | {129}
     products = {p.batch for p in found if (p.block, p.mode) == ("mlp", "decode")}
     assert {p.batch for p in found if (p.block, p.mode) == ("norm", "decode")} == {1, 2, 8, 32, 128, 512, 1024}
-    assert products >= powers | {33, 65, 129, 257, 513}
+    assert products >= powers | {33, 65, 129, 257, 513, 384, 769}
     prefill = {(p.context, p.batch) for p in found if (p.block, p.mode) == ("A", "prefill")}
     assert prefill >= {(2048, 64), (4096, 2), (4096, 8), (262144, 2)}
     assert not prefill & {(4096, 64), (262144, 8)}
