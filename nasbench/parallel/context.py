@@ -120,9 +120,10 @@ def dist_context(device: str) -> Iterator[tuple[DistContext, str]]:
         "nccl" if cuda else "gloo", store=store, rank=rank, world_size=size,
         device_id=torch.device(device) if cuda else None,
     )  # fmt: skip
-    watch = _Watch(store, rank, size)
+    watch, context = _Watch(store, rank, size), DistContext(rank, size)
     try:
-        yield DistContext(rank, size), device
+        yield context, device
+        context.wait(torch.device(device))  # the first to leave may take the store along
     except Exception as error:
         watch.fail(error)
     finally:

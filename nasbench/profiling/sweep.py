@@ -41,8 +41,6 @@ measured once more at the end."""
 RETRIES = 0.1
 """At most this share of the rows is, each with RETRY_SCALE times its budget on a GPU."""
 RETRY_SCALE = 4
-PIECES = 4
-"""Of several cards each gets at least so many parts of the sweep, of the most different lengths."""
 KEEP_S = 2.0
 """Rows are merged into the database this often: what a kill -9 can lose."""
 TIMEOUT_S = 180.0
@@ -115,24 +113,27 @@ class SweepPlan:
         return total + self.ceilings * (4 * (budget_s + ROW_S) + self.isolate * START_S.of(kind))
 
     def parts(self) -> list[SweepPlan]:
-        """A plan for each card, of about the same length."""
-        machines = (self.machine, *self.others)
-        longest = sum(map(self.group_seconds, self.groups)) / PIECES / len(machines)
-        pieces = []
+        """A plan for each card: the points in their order, cut where a card has its share of the time."""
+        start_s = self.isolate * START_S.of(self.machine.info.kind)
+        share_s = (sum(map(self.group_seconds, self.groups)) + start_s * len(self.others)) / (1 + len(self.others))
+        shares: list[list[list[Point]]] = [[]]
+        used_s = 0.0
         for group in self.groups:
-            count = min(len(group), ceil(self.group_seconds(group) / longest)) if self.others else 1
-            pieces += [group[number::count] for number in range(count)]
-        shares: list[list[int]] = [[] for _ in machines]
-        seconds = [self.group_seconds(piece) for piece in pieces]
-        for index in sorted(range(len(pieces)), key=lambda index: -seconds[index]):
-            min(shares, key=lambda share: sum(seconds[i] for i in share)).append(index)
-        return [
-            replace(
-                self, machine=machine, bench=replace(self.bench, device=machine.device, pool={}), others=(),
-                groups=[pieces[index] for index in sorted(share)], ceilings=self.ceilings and machine is self.machine,
-            )
-            for machine, share in zip(machines, shares, strict=True)
-        ]  # fmt: skip
+            shares[-1].append([])
+            used_s += start_s
+            for point in group:
+                row_s = self.group_seconds([point]) - start_s
+                if used_s + row_s / 2 > share_s and len(shares) <= len(self.others):
+                    shares.append([[]])
+                    used_s = start_s
+                shares[-1][-1].append(point)
+                used_s += row_s
+        found = []
+        for machine, share in zip((self.machine, *self.others), shares, strict=False):
+            groups, ceilings = [piece for piece in share if piece], self.ceilings and machine is self.machine
+            bench = replace(self.bench, device=machine.device, pool={})
+            found.append(replace(self, machine=machine, bench=bench, others=(), groups=groups, ceilings=ceilings))
+        return found
 
     def group_seconds(self, points: Sequence[Point]) -> float:
         """Rough time of points that one child measures once."""
@@ -184,8 +185,7 @@ def prepare(
             longest. On a busy machine rows take longer than planned, and more is left.
 
     Raises:
-        UserError: unknown kind, mode, dtype, a context beyond the model's, or unequal cards. MachineError: no such
-            device.
+        UserError: unknown kind, mode or dtype, a context beyond the model's, unequal cards. MachineError: no device.
     """
     devices = [name.strip() for name in device.split(",")]
     info, kind = detect_equal(devices), torch_dtype(dtype)

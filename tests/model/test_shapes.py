@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nasbench.model import MIXERS
 from nasbench.model.shapes import MODELS
 from nasbench.runtime.roofline import Ceilings
 from nasbench.runtime.throughput import measure
 
 PARAMETERS = {
+    "qwen2.5-7b": 7_615_616_512,
     "llama3.2-3b": 3_212_749_824,
     "gemma3-1b": 999_885_952,
     "qwen3-30b-a3b": 30_532_122_624,
@@ -77,3 +79,13 @@ def test_a_small_version_decodes_and_reads_prompts(name):
     assert result.decode_tok_s > 0
     assert result.prefill_tok_s > 0
     assert result.cache_bytes == shape.cache_bytes(shape.placement, 2, 24)
+
+
+@pytest.mark.parametrize("letter", list(MIXERS))
+def test_what_training_keeps_grows_with_the_text(letter):
+    """The formulas against an H200 are in tests/supernet/test_on_paper.py."""
+    spec = MODELS["qwen2.5-1.5b"].mixer(letter)
+    one, two, four = (spec.kept_bytes(tokens) for tokens in (1024, 2048, 4096))
+    assert four - two == 2 * (two - one)
+    assert one >= spec.kept_bytes(1024, trained=False) >= 0
+    assert spec.kept_bytes(1024, 4, trained=False) <= 2 * spec.kept_bytes(1024, 2, trained=False)

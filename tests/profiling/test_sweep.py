@@ -218,7 +218,6 @@ def test_bad_input():
 def test_two_devices_share_a_sweep(tmp_path, monkeypatch):
     """As on two cards, with two processes of one CPU: the same rows as one measures, each once."""
     monkeypatch.setattr(sweep_module, "ROUNDS", ByDevice(cpu=1, cuda=1))
-    monkeypatch.setattr(sweep_module, "PIECES", 2)
     asked = {**ASKED, "blocks": "A", "modes": ["decode"], "isolate": True}
     alone, todo = prepare(TINY, db=tmp_path, **asked), prepare(TINY, db=tmp_path, **asked, device="cpu,cpu")
     parts = todo.parts()
