@@ -145,12 +145,12 @@ def losses(path):
 
 
 def scores(run):
-    """The newest score of every key on test texts, but times and versions."""
+    """The newest score of every key that nothing but `eval` measures, without times and versions."""
     lines = [json.loads(line) for line in (run / "scores" / "samples.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("about")
     names = ("weights", "placement", "task", "settings", "dtype")
-    return {tuple(line[name] for name in names): line for line in lines if "test" in line["settings"]}
+    return {tuple(line[name] for name in names): line for line in lines if line["task"].startswith("retrieval")}
 
 
 def trials(path):
