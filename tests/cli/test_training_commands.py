@@ -14,6 +14,7 @@ from supernet_tiny import one_thread, text_file, tiny_model
 from nasbench.cli import corpus_command, distill_command, eval_command, finalize_command
 from nasbench.core.errors import NasbenchError, UserError
 from nasbench.core.files import sole_writer
+from nasbench.data.self_corpus import writing_alone
 from nasbench.supernet import checkpoint
 
 __all__ = ["one_thread", "text_file", "tiny_model"]
@@ -224,6 +225,8 @@ def test_the_model_writes_what_it_is_distilled_on(nas, distill_args, tiny_model,
     args = ("--model", tiny_model, "--tokens", "4k", "--length", "64", "--batch", "16", "--device", "cpu", "--json")
     out = json.loads(nas("corpus", "generate", *args, "--dtype", "fp32", "--out", corpus).out)
     assert out["tokens"] >= 4096
+    with writing_alone(corpus), pytest.raises(UserError, match=r"another process writes .*self\.jsonl: choose another"):
+        nas("corpus", "generate", *args, "--dtype", "fp32", "--out", corpus)
     assert json.loads(nas(*distill_args, "--data", corpus, "--json").out)["names"] == ["A", "W8", "J"]
     with pytest.raises(UserError, match="bad temperature 0"):
         nas("corpus", "generate", *args, "--out", corpus, "--temperature", "0")

@@ -31,10 +31,10 @@ def start(context, *arguments):
     return child
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, folder):
+@pytest.mark.parametrize("option", ["folder=False", "folder=True", "scratch=True"])
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path, option):
     path = tmp_path / "x.json"
-    child = start(f"atomic_path(Path(sys.argv[1]), folder={folder})", path)
+    child = start(f"atomic_path(Path(sys.argv[1]), {option})", path)
     sweep(tmp_path)
     (left,) = tmp_path.iterdir()  # its writer lives
     child.kill()
@@ -54,6 +54,14 @@ def test_a_folder_appears_whole(tmp_path):
         raise KeyError
     assert (tmp_path / "made" / "a").read_text() == "second"
     assert [each.name for each in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_library_may_write_beside_its_file(tmp_path):
+    with atomic_path(tmp_path / "x", scratch=True) as temporary:
+        temporary.with_name(".tmpAbCdEf").write_text("its own")
+        temporary.write_text("whole")
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "whole"
 
 
 def test_one_process_writes_a_folder(tmp_path):

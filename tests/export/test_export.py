@@ -55,6 +55,8 @@ def test_an_exported_folder_computes_the_same(run, tmp_path, format, placement, 
         "README.md", "config.json", "generation_config.json", "model.safetensors", "nasbench.json", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
+    # A temporary file is its owner's alone; what is exported is not.
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     loaded = load_model(str(out), dtype=dtype)
     assert [config.kind for config in loaded.shape.mixers(loaded.decoder.placement)] == [name[0] for name in layers]
     with torch.no_grad():

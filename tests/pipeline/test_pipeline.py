@@ -152,10 +152,13 @@ def test_a_stopped_run_continues_and_finished_stages_are_skipped(recipe, tmp_pat
 
 def test_two_processes_do_not_share_a_folder(recipe, tmp_path):
     _, state = prepare(recipe, tmp_path, "cpu", {})
+    _, other = prepare(recipe, tmp_path, "cuda", {"dtype": "bf16"})
 
     def second(words):
+        before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         with pytest.raises(UserError, match="another process runs a recipe"):
-            run_steps(steps_in(tmp_path), state, lambda words: 0, print)
+            run_steps(steps_in(tmp_path), other, lambda words: 0, print)
+        assert {path: path.read_bytes() for path in before} == before
         return 0
 
     assert run_steps(steps_in(tmp_path)[:1], state, second, print) == 0
