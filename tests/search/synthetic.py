@@ -106,6 +106,9 @@ class SyntheticObjective:
     def task_changes(self, limit: Limit, names: Sequence[str]) -> tuple[float, dict[tuple[int, str], float]]:
         return self.kl(self.space.original), dict(self.importance(names))
 
+    def race(self, placements, keep):
+        return {}
+
     def gates(self, base, start, counts, steps, seed):
         """Learnt on the loss, linear between the placements' corners."""
         costs = torch.tensor([self.cost.get(key, 0.0) for key in enumerate(base)], dtype=torch.float32)
