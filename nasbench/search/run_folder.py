@@ -120,10 +120,10 @@ def search_run(
     run_search(search, strategy)
     if stale:
         search.notes.append(stale_warning(stale, cost.device, cost.shape.name))
-    raced, stopped, whole, read = map(int, world.raced)
+    raced, stopped, full_rows, read = map(int, world.raced)
     if stopped:
         search.notes.append(
-            f"{stopped} of {raced} placements stopped early: {whole / read:.1f}x fewer rows of text; the chance that "
+            f"{stopped} of {raced} placements stopped early: {full_rows / read:.1f}x fewer rows of text; the chance that "
             f"one of them was among the best of its round is at most {ERROR:.1%}"
         )
     layers = evaluator.layers
