@@ -123,8 +123,8 @@ def search_run(
     raced, stopped, full_rows, read = map(int, world.raced)
     if stopped:
         search.notes.append(
-            f"{stopped} of {raced} placements stopped early: {full_rows / read:.1f}x fewer rows of text; the chance that "
-            f"one of them was among the best of its round is at most {ERROR:.1%}"
+            f"{stopped} of {raced} placements stopped early: {full_rows / read:.1f}x fewer rows of text; the chance "
+            f"that one of them was among the best of its round is at most {ERROR:.1%}"
         )
     layers = evaluator.layers
     if layers.computed:
