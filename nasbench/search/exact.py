@@ -41,7 +41,7 @@ def budgets(limited: LimitedProgram, scores: Floats, extra: list[Row], points: i
     start = None
     for bound in np.linspace(low, high, points)[:-1]:
         cut = replace(row, bound=float(bound) + 1e-9 * abs(bound))
-        if solution := limited.solve(scores, extra=[*extra, cut], start=start):  # what fits a budget fits a larger one
+        if solution := limited.solve(scores, extra=[*extra, cut], begin=start):  # what fits a budget fits a larger one
             found.setdefault(solution.placement, solution)
             start = solution.placement
     found.setdefault(most.placement, most)

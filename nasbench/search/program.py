@@ -103,7 +103,7 @@ class Program:
         limits: Sequence[Sequence[Sequence[Row]]] = (),
         count: int | None = None,
         elastic: bool = False,
-        start: Placement | None = None,
+        begin: Placement | None = None,
     ) -> Solution | None:
         """The placement with the least sum of scores, or None where none is within the limits.
 
@@ -112,7 +112,7 @@ class Program:
             limits: each is met where all rows of one of its alternatives are met.
             count: full-attention layers.
             elastic: limits may be missed, at a high price for each share of the bound.
-            start: a placement from which to begin, of use where it is within the limits.
+            begin: a placement from which to begin, of use where it is within the limits.
         """
         parts: list[tuple[Row, int]] = []  # the alternative's own variable, -1 for none
         switches: list[range] = []
@@ -170,11 +170,10 @@ class Program:
         integer = np.arange(total) < slack
         integer[:names] = not counted
         known = None
-        if start is not None:
-            chosen = np.array([float(start[layer] == name) for layer, name in self.keys])
-            known = np.concatenate(
-                [chosen, np.bincount(group.ravel(), chosen, counts)[:counts], np.zeros(total - first)]
-            )
+        if begin is not None:
+            chosen = np.array([float(begin[layer] == name) for layer, name in self.keys])
+            of_kinds = np.bincount(group.ravel(), chosen, counts)[:counts]
+            known = np.concatenate([chosen, of_kinds, np.zeros(total - first)])
         found = _run(np.array(lines), np.array(lower), np.array(upper), goal, integer, known)
         if found is None:
             return None
