@@ -272,8 +272,8 @@ Scored in {arena.judge.dtype}. The speed is decode tokens/s of {arena.target}.
 
 - Equal evaluations: {options.evaluations} placements, K = {", ".join(map(str, arena.counts))}.
 - Equal seconds: those of the median strategy at equal evaluations, at most {MOST_MORE} times the placements.
-- A placement is scored by its KL on {format_size(arena.tokens)} tokens, all of them (no early stopping). Each search pays for all that it asks; the
-  layers' importance and the baselines are common to all and not counted.
+- A placement is scored by its KL on {format_size(arena.tokens)} tokens, without early stopping. Each search pays for
+  all that it asks; the layers' importance and the baselines are common to all and not counted.
 - What a search found is judged on other text, the test split.
 
 The hypervolume is of KL (less is better) and decode tokens/s (more is better): a share of the box between the model
