@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 JOBS ?= 2
 
-.PHONY: help quickstart reproduce-smollm2 test test-slow test-gpu lint format install install-dev docs wheel clean
+.PHONY: help quickstart reproduce-smollm2 test test-slow test-gpu lint audit format install install-dev docs wheel clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed ## known vulnerabilities of what nasbench needs (asks the package index)
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable
 
 format: $(VENV)/.installed-dev ## ruff, with fixes
 	$(BIN)/ruff check --fix .

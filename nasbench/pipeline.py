@@ -218,6 +218,10 @@ class State:
     def write(self) -> None:
         write_json(self.path, self.data)
 
+    def write_training(self) -> None:
+        if self.training is not None:
+            write_text(self.path.with_name("training.toml"), self.training)
+
     def done(self, step: Step) -> bool:
         known = self.data["stages"].get(step.command, {})
         return bool(known.get("done")) and (step.makes is None or step.makes.exists())
@@ -292,8 +296,7 @@ def run_steps(steps: Sequence[Step], state: State, execute: Execute, log: Log) -
         state.read()  # another process may have gone on since
         state.data |= state.about
         state.write()
-        if state.training is not None:
-            write_text(state.path.with_name("training.toml"), state.training)
+        state.write_training()
         for number, step in enumerate(steps):
             log(f"\n[{number + 1}/{len(steps)}] {step.title}\n      {step.command}")
             if state.done(step):

@@ -53,6 +53,15 @@ def test_pages_have_commands():
     assert sum(len(commands(page.read_text(encoding="utf-8"))) for page in PAGES) > 50
 
 
+def test_reports_say_which_commit_has_a_command_that_is_gone():
+    """What made a page stays in it, as it was typed."""
+    gone = re.compile(r"\b(nasbench reproduce|benchmarks/\w+\.py|--names)\b")
+    for page in (*ROOT.glob("reports/**/*.md"), *ROOT.glob("reports/**/*.html")):
+        text = page.read_text(encoding="utf-8")
+        absent = [name for name in gone.findall(text) if not (ROOT / name).is_file()]
+        assert not absent or re.search(r"Commit [0-9a-f]{7} has", text), (page, absent)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_legal(page):
     for words in commands(page.read_text(encoding="utf-8")):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nasbench.cli.common import AsJson
 from nasbench.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ def _files(path: Path) -> list[Path]:
 
 
 @command.command("check")
-def check(path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")]) -> None:
+def check(
+    path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")], as_json: AsJson = False
+) -> None:
     """Validate databases: header, every cell, keys, and that a file has only rows of the device it is named after."""
+    from nasbench.cli.common import print_json
     from nasbench.store import SCHEMA, read_db, schema_of
 
+    found = []
     for file in _files(path):
         rows = read_db(file)
         strangers = sorted({row.device for row in rows} - {file.stem})
@@ -43,25 +48,37 @@ def check(path: Annotated[Path, typer.Argument(help="A database, or a folder of 
         states = ", ".join(f"{counts[status]} {status}" for status in sorted(counts))
         version = schema_of(file)
         old = "" if version == SCHEMA else f"; schema {version}: `nasbench db migrate {file}` brings it to {SCHEMA}"
-        print(f"{file}: {len(rows)} rows ({states}), {estimated} estimated{old}")
+        found.append({"path": str(file), "rows": len(rows), **counts, "estimated": estimated, "schema": version})
+        if not as_json:
+            print(f"{file}: {len(rows)} rows ({states}), {estimated} estimated{old}")
+    if as_json:
+        print_json({"files": found})
 
 
 @command.command("migrate")
-def migrate(path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")]) -> None:
+def migrate(
+    path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")], as_json: AsJson = False
+) -> None:
     """Rewrite databases of an older schema in the present one. Any change to a file does the same."""
+    from nasbench.cli.common import print_json
     from nasbench.store import SCHEMA, Database, read_db, schema_of
 
+    found = []
     for file in _files(path):
         before = schema_of(file)
         read_db(file)
         done = Database(file).migrate()
-        print(f"{file}: " + (f"schema {before} became {SCHEMA}" if done else f"schema {SCHEMA} already"))
+        found.append({"path": str(file), "before": before, "schema": SCHEMA})
+        if not as_json:
+            print(f"{file}: " + (f"schema {before} became {SCHEMA}" if done else f"schema {SCHEMA} already"))
+    if as_json:
+        print_json({"files": found})
 
 
 @command.command("show")
 def show(
     path: Annotated[Path, typer.Argument(help="A database, or a folder of them.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the rows of databases."""
     from dataclasses import asdict
@@ -94,17 +111,24 @@ def show(
 def merge(
     paths: Annotated[list[Path], typer.Argument(help="Databases, or folders of them, to add.")],
     db: Annotated[Path | None, typer.Option(help="Folder to merge into; default: the user's own.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Add the rows of databases to a folder, each to its device's file. The later measurement of a key wins."""
+    from nasbench.cli.common import print_json
     from nasbench.store import Database, db_path, read_db
 
+    found = []
     by_device: dict[str, list[Row]] = {}
     for row in (row for path in paths for file in _files(path) for row in read_db(file)):
         by_device.setdefault(row.device, []).append(row)
     for device, rows in sorted(by_device.items()):
         target = db_path(device, db)
         changed = Database(target).merge(rows)
-        print(f"{target}: {changed} of {len(rows)} rows added or replaced")
+        found.append({"path": str(target), "rows": len(rows), "changed": changed})
+        if not as_json:
+            print(f"{target}: {changed} of {len(rows)} rows added or replaced")
+    if as_json:
+        print_json({"files": found})
 
 
 @command.command("estimate")
@@ -115,7 +139,7 @@ def estimate(
     check: Annotated[
         Path | None, typer.Option(help="Write no rows: compare with those measured on --to, tables into this folder.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate the rows of a GPU from those of another one, by data sheet. They are marked estimated everywhere."""
     from nasbench.cli.common import log, print_json
@@ -193,7 +217,7 @@ def judge(
     files: Annotated[list[Path], typer.Argument(help="CSV files of measured whole steps and prompts.")],
     db: Annotated[Path | None, typer.Option(help="Folder or file of profile databases.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write every comparison into this CSV file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate the cost model on whole steps and prompts that it was not fitted to. `nasbench profile --holdout N`
     measures some."""
@@ -237,7 +261,7 @@ def compare(
     speed_up: Annotated[float, typer.Option(help="Least decode speed, as a multiple of the whole model's.")] = 1.5,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     db: Annotated[Path | None, typer.Option(help="Folder of profile databases.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Which placement of a run each device would choose, and what it loses by another device's choice."""
     from nasbench.checkpoints.resolve import resolve_shape

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nasbench.cli.common import Device, Dtype
+from nasbench.cli.common import AsJson, Device, Dtype
 from nasbench.core.errors import UserError
 
 
@@ -22,11 +22,12 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "",
+    as_json: AsJson = False,
 ) -> None:
     """Continue a text; the continuation goes to standard output."""
     from nasbench.checkpoints.chat import chat_text
     from nasbench.checkpoints.load import load_model
-    from nasbench.cli.common import choose_dtype, torch_device, torch_dtype
+    from nasbench.cli.common import choose_dtype, print_json, torch_device, torch_dtype
 
     stop = stop or []
     if "" in stop:
@@ -46,7 +47,8 @@ def command(
     if not ids:
         raise UserError("empty prompt: write some text to continue")
     new: list[int] = []
-    text, shown, stopped = "", 0, False
+    write = (lambda part: None) if as_json else sys.stdout.write
+    text, certain, shown, stopped = "", "", 0, False
     for token in stream(
         loaded.decoder,
         torch.tensor([ids]),
@@ -61,9 +63,11 @@ def command(
         text = tokenizer.decode(new)
         # A character of several tokens decodes to the replacement sign until its last one is there.
         certain, stopped = until_stop(text.rstrip("\ufffd"), stop)
-        sys.stdout.write(certain[shown:])
+        write(certain[shown:])
         sys.stdout.flush()
         shown = max(shown, len(certain))
         if stopped:
             break
-    sys.stdout.write(("" if stopped else text[shown:]) + "\n")
+    write(("" if stopped else text[shown:]) + "\n")
+    if as_json:
+        print_json({"prompt": prompt, "text": certain if stopped else text, "tokens": len(new), "stopped": stopped})

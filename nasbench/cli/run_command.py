@@ -53,7 +53,8 @@ def _on_paper(name: str, changes: dict[str, str], words: list[str]) -> None:
     from nasbench.pipeline import prepare, read_recipe
 
     with TemporaryDirectory() as folder:
-        steps, _ = prepare(read_recipe(name), Path(folder) / "run", "cuda", {"dtype": "bf16", **changes})
+        steps, state = prepare(read_recipe(name), Path(folder) / "run", "cuda", {"dtype": "bf16", **changes})
+        state.write_training()
         training = [step.words for step in steps if step.words[0] == "distill"]
         if not training:
             raise UserError(f"recipe {name} has no stage `distill`: --cards says what training takes")

@@ -233,7 +233,7 @@ def training(facts: Facts, narrow: bool) -> Drawing:
         axes.set_xlabel("tokens")
         axes.set_ylabel(unit)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,g}k" if value else "0")
-        axes.legend(loc="upper right")
+        axes.legend(loc="best")
     return drawing
 
 

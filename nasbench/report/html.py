@@ -135,7 +135,8 @@ def introduction(facts: Facts) -> str:
     kept = [title for name, title in facts.kinds if not is_full(name) and name not in learned]
     if trained:
         text += f" {listed(trained)} learned by distillation to do the work of each layer's attention."
-        text += f" {listed(kept)} keeps the attention's weights." if kept else ""
+        names = listed(kept)
+        text += f" {names[:1].upper()}{names[1:]} keeps the attention's weights." if kept else ""
     if facts.main:
         times = "estimated" if facts.main.estimated else "measured"
         text += (

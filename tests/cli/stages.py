@@ -19,13 +19,12 @@ from nasbench.store import Database
 from nasbench.supernet import checkpoint
 
 SERVER = """
-import ctypes, json, os, resource, signal, sys, time
+import ctypes, importlib, json, os, resource, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from nasbench.cli.main import run
 import nasbench.core.files as files
-import nasbench.export, nasbench.report.html, nasbench.search.run_folder, nasbench.supernet.budget
-import nasbench.evaluation.evaluator, nasbench.data.self_corpus, optuna, nasbench.profiling.sweep
+import matplotlib.backends.backend_agg, matplotlib.backends.backend_svg, matplotlib.figure, optuna, pandas
 libc = ctypes.CDLL(None, use_errno=True)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 flush = files.flush
@@ -53,6 +52,8 @@ def child(asked, told):
         import traceback
         traceback.print_exc()
         code = 99
+    if asked["learn"]:
+        print("modules", *(name for name in sys.modules if name.startswith("nasbench.")), file=sys.stderr)
     sys.stderr.flush()
     os._exit(code)
 for line in sys.stdin:
@@ -78,6 +79,9 @@ for line in sys.stdin:
         with open(read, errors="replace") as text:
             said = text.read()
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        if asked["learn"]:  # later children need not import them
+            for name in said.rpartition("modules ")[2].split():
+                importlib.import_module(name)
         found.append([code, [part for part in said.splitlines() if part.startswith(("nasbench:", "Traceback"))], said])
     print(json.dumps([found, time.monotonic() - began]), flush=True)
 """
@@ -106,7 +110,7 @@ def server():
     write. powerless: without the superuser's powers.
     """
     child = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    usual = {"delay": None, "bytes": None, "torn": False, "powerless": False, "copies": 1}
+    usual = {"delay": None, "bytes": None, "torn": False, "powerless": False, "copies": 1, "learn": False}
 
     def call(words, **harm):
         child.stdin.write(json.dumps({**usual, "words": [str(word) for word in words], **harm}) + "\n")
@@ -141,12 +145,12 @@ def losses(path):
 
 
 def scores(run):
-    """The newest score of every key on test texts, but times and versions."""
+    """The newest score of every key that nothing but `eval` measures, without times and versions."""
     lines = [json.loads(line) for line in (run / "scores" / "samples.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("about")
     names = ("weights", "placement", "task", "settings", "dtype")
-    return {tuple(line[name] for name in names): line for line in lines if "test" in line["settings"]}
+    return {tuple(line[name] for name in names): line for line in lines if line["task"].startswith("retrieval")}
 
 
 def trials(path):
@@ -293,7 +297,7 @@ def whole(given, server, run):
                 shutil.copytree(previous, run) if previous else run.mkdir(parents=True)
                 before, after = (given["folder"] / f"{when}-{name}" for when in ("before", "after"))
                 shutil.copytree(run, before)
-                end = server(each.words(run, given))
+                end = server(each.words(run, given), learn=True)
                 assert end.code == 0, (name, end.said)
                 shutil.copytree(run, after)
                 found[name] = (before, after, end.seconds)

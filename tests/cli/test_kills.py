@@ -53,7 +53,7 @@ def test_kills_change_nothing(stage, given, whole, run, server):
                 break
             killed[end.code] += 1
         again(server, words, run, after, result)
-    print(f"{stage}: {killed[-9]} kills at a random time, {killed[-25]} in a write")
+    print(f"{stage}, {seconds:.1f} s undisturbed: {killed[-9]} kills at a random time, {killed[-25]} in a write")
     assert sum(killed.values()) >= KILLS
 
 

@@ -78,11 +78,16 @@ def test_throughput_without_a_gpu(capsys, monkeypatch):
 def test_generate(capsys):
     assert run(["generate", "default", "--prompt", "The capital of France is", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith(" Paris")
+    words = ["generate", "default", "--prompt", "The capital of France is", "--stop", ".", "--json"]
+    assert run([*words, "--max-new-tokens", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"].startswith(" Paris")
 
 
 def test_generate_bad_input(capsys):
     assert run(["generate", "qwen3-1.7b", "--prompt", "x"]) == 2
     assert "without weights" in capsys.readouterr().err
+    assert run(["generate", "./absent", "--prompt", "x"]) == 2
+    assert "no such model folder: ./absent" in capsys.readouterr().err
     assert run(["generate", "default", "--prompt", ""]) == 2
     assert "empty prompt" in capsys.readouterr().err
     assert run(["generate", "default", "--prompt", "x", "--max-new-tokens", "9000"]) == 2

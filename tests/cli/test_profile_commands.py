@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -279,6 +280,9 @@ def test_db_commands(tmp_path, capsys):
     assert read_db(tmp_path / "sorted" / "two.csv") == [two]
     assert run(["db", "check", str(tmp_path / "sorted")]) == 0
     assert "1 rows (1 ok), 0 estimated" in capsys.readouterr().out
+    for command in ("check", "migrate", "merge"):
+        assert run(["db", command, str(tmp_path / "sorted" / "one.csv"), "--json"]) == 0
+        assert len(stdout_json(capsys)["files"]) == 1
     assert run(["db", "show", str(tmp_path / "sorted"), "--json"]) == 0
     assert [row["device"] for row in stdout_json(capsys)["rows"]] == ["one", "two"]
 
@@ -286,6 +290,14 @@ def test_db_commands(tmp_path, capsys):
     broken.write_text(broken.read_text().replace("2.0000", "soon"))
     assert run(["db", "check", str(broken)]) == 2
     assert "line 2 column p50_us: bad value 'soon'" in capsys.readouterr().err
+
+
+def test_rows_fit_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["db", "show", str(Path(__file__).parents[2] / "profiles" / "nvidia-h200.csv")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.split() == ["block", "mode", "batch", "context", "chunk", "p50_us"] for line in lines)
 
 
 def test_merge_writes_only_into_its_folder(tmp_path, capsys):
