@@ -56,8 +56,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has nothing before it."""
-        return self.eot_token_id if self.words.bos_id is None else self.words.bos_id
+        return self.words.prefix_id
 
     @property
     def tokenizer_name(self) -> str:

@@ -25,7 +25,7 @@ def asked(*arguments):
     return SimpleNamespace(args=arguments)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no BOS", "BOS"])
+@pytest.fixture(scope="module", params=["no BOS", "BOS", "BOS by name"])
 def pair(request, tmp_path_factory):
     """(our class, the harness's hf class) over one random llama with a context of 256 tokens."""
     pytest.importorskip("lm_eval")
@@ -43,10 +43,10 @@ def pair(request, tmp_path_factory):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer(request.param)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>" if request.param else None, eos_token="<e>", pad_token="<e>"
-    )
+    tokenizer = tiny_tokenizer(request.param == "BOS")
+    # A begin-of-text token stands before an empty context even where the tokenizer adds none to a text.
+    named = {"bos_token": "<s>"} if request.param != "no BOS" else {}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<e>", **named)
     fast.save_pretrained(folder)
     loaded = load_model(str(folder))
     theirs = HFLM(model.eval(), tokenizer=fast, batch_size=4, device="cpu", dtype="float32", max_length=256)
