@@ -323,10 +323,8 @@ def test_smollm2_scores_as_the_hf_backend_does():
 
     folder, loaded = model_folder(classify("default"))[0], load_model("default")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ends = loaded.tokenizer.backend.id_to_token(loaded.tokenizer.eos_id)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), eos_token=ends, pad_token=ends
-    )
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    fast.pad_token = fast.eos_token
     theirs = HFLM(model, tokenizer=fast, batch_size=8, device="cpu", max_length=8192)
     ours = HarnessModel(loaded.decoder, loaded.tokenizer, batch_size=8)
     texts = default_documents()[:4]
@@ -334,7 +332,9 @@ def test_smollm2_scores_as_the_hf_backend_does():
         asked(text[:size], end)
         for text, size in zip(texts, (30, 120, 400, 900), strict=True)
         for end in (text[size : size + 20], " yes", " the object", " 42")
-    ]
+    ] + [asked("", text[:50]) for text in texts]
+    rolling = [asked(text[:200]) for text in texts]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
     expected, found = theirs.loglikelihood(requests), ours.loglikelihood(requests)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
