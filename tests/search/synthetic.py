@@ -5,9 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
-import torch
 
-from nasbench.evaluation.gates import learn_gates
 from nasbench.evaluation.scores import ScoreKey, Scores, ScoreStore
 from nasbench.search.limits import Costs, Limit, Workload
 from nasbench.search.objective import Measured, Speed
@@ -111,6 +109,10 @@ class SyntheticObjective:
 
     def gates(self, base, start, counts, steps, seed):
         """Learnt on the loss, linear between the placements' corners."""
+        import torch  # workers, which have no gates, start faster without
+
+        from nasbench.evaluation.gates import learn_gates
+
         costs = torch.tensor([self.cost.get(key, 0.0) for key in enumerate(base)], dtype=torch.float32)
         pairs = torch.tensor(self.pair[:-1], dtype=torch.float32)
 
