@@ -44,6 +44,19 @@ class Tokenizer:
         return self.eos_ids[0] if self.eos_ids else None
 
     @property
+    def prefix_id(self) -> int:
+        """Stands before a text that has nothing before it, as in lm-evaluation-harness: the begin-of-text token, also
+        where texts do not begin with it, else that of the end."""
+        named = [self.special_tokens.get(name) for name in ("bos_token", "eos_token")]
+        found = [
+            self.bos_id,
+            *(None if text is None else self.backend.token_to_id(text) for text in named),
+            self.eos_id,
+        ]
+        rows = self.embedding_rows or self.vocab_size
+        return next((index for index in found if index is not None and index < rows), 0)
+
+    @property
     def vocab_size(self) -> int:
         """Ids that the tokenizer knows; a model's embedding may be padded beyond."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))

@@ -11,7 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -118,6 +120,12 @@ class Evaluator:
         parsed = [parse_task(task) if isinstance(task, str) else task for task in tasks]
         columns = {task.label: self._measure_task(task, placements, context, progress) for task in parsed}
         return [{label: found[placement] for label, found in columns.items()} for placement in placements]
+
+    def first_rows(self, placements: Sequence[Placement], task: str, rows: int) -> NDArray[np.float64]:
+        """[placements, rows] scores of a task over text on the first rows of the search split."""
+        context = replace(self.context("search"), tokens=rows * self.corpus.sequence)
+        found = self._measure_task(parse_task(task), placements, context, lambda done, total: None)
+        return np.array([found[placement].samples for placement in placements])
 
     def known(self, placement: Placement, task: Task, context: Context) -> Scores | None:
         """A score that is in the store, also as a part of a larger task's samples."""

@@ -17,7 +17,6 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from nasbench.checkpoints.tokenizer import Tokenizer
@@ -25,11 +24,13 @@ from nasbench.core.by_device import ByDevice
 from nasbench.evaluation.prefixes import BLOCK, Group, shared_prefixes
 from nasbench.evaluation.reading import ANY_SHAPE, padded, score_tokens
 from nasbench.evaluation.suite import encode_prompts, tokenised
-from nasbench.model.decoder import Decoder
+from nasbench.model.decoder import Decoder, DecoderCache
 from nasbench.runtime.generate import cache_rows, prefill, stream
 
 BATCH = ByDevice(cpu=16, cuda=64)
 """Requests of one forward."""
+MOST_ROWS = 2
+"""Rows behind a prefix, in batches: each has a copy of the prefix's cache."""
 NEW_TOKENS = 256
 """Longest answer of a task that sets no length, as in the harness."""
 LOOK_EVERY = 16
@@ -55,8 +56,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Stands before a text that has nothing before it."""
-        return self.eot_token_id if self.words.bos_id is None else self.words.bos_id
+        return self.words.prefix_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -86,9 +86,11 @@ class HarnessModel(TemplateLM):
         rows, answers = list(inputs), [(0.0, False)] * len(requests)
         # Hidden states are read where a token is scored: that is behind every prefix.
         most = [len(row) - max(len(ends[request]) for request in asked[place]) for place, row in enumerate(rows)]
-        for batch, prefix in self._batches(rows, most):
+        for batch, prefix, cache in self._batches(rows, most):
             known = [request for row in batch for request in asked[row]]
-            hidden = self._hidden([rows[row] for row in batch], prefix)
+            tails = padded([rows[row][prefix:] for row in batch]).to(self.decoder.device)
+            with sdpa_kernel(ANY_SHAPE):
+                hidden = self.decoder.hidden(tails, cache)
             line = [index for index, row in enumerate(batch) for request in asked[row] for _ in ends[request]]
             place = [
                 position - prefix
@@ -104,8 +106,14 @@ class HarnessModel(TemplateLM):
                     self.cache_hook.add_partial("loglikelihood", requests[request][0], answers[request])
         return answers
 
-    def _batches(self, rows: Sequence[tuple[int, ...]], most: Sequence[int]) -> Iterator[tuple[list[int], int]]:
-        """(places of rows, length of the prefix that they read from a cache), rows of like length together."""
+    def _batches(
+        self, rows: Sequence[tuple[int, ...]], most: Sequence[int]
+    ) -> Iterator[tuple[list[int], int, DecoderCache | None]]:
+        """(places of rows, length of the prefix that they have read, the cache behind it), rows of like length at once.
+
+        Prefixes are read ahead, and rows behind them share a pass, as many as have the tokens of `batch_size` whole
+        requests: small passes take as long as large ones where the host launches more slowly than the GPU computes.
+        """
 
         def tail(group: Group) -> int:
             return max(len(rows[row]) for row in group.rows) - group.prefix
@@ -113,21 +121,25 @@ class HarnessModel(TemplateLM):
         found = shared_prefixes(rows, most, BLOCK.of(self.decoder.device))
         groups = sorted(found, key=lambda group: (group.prefix, tail(group)))
         for prefix, members in groupby(groups, lambda group: group.prefix):
-            order = [row for group in members for row in group.rows]
-            for start in range(0, len(order), self.batch_size):
-                yield order[start : start + self.batch_size], prefix
-
-    def _hidden(self, rows: Sequence[tuple[int, ...]], prefix: int) -> Tensor:
-        """Final hidden states [rows, T, C] behind the first `prefix` tokens of each row; zeros pad the rows' ends."""
-        tails = padded([row[prefix:] for row in rows]).to(self.decoder.device)
-        with sdpa_kernel(ANY_SHAPE):
-            if not prefix:
-                return self.decoder.hidden(tails)
-            known = {row: index for index, row in enumerate(dict.fromkeys(row[:prefix] for row in rows))}
-            cache = self.decoder.new_cache(len(known), prefix + tails.shape[1])
-            prefill(self.decoder, torch.tensor(list(known), device=self.decoder.device), cache)
-            index = torch.tensor([known[row[:prefix]] for row in rows], device=self.decoder.device)
-            return self.decoder.hidden(tails, cache_rows(cache, index))
+            alike = list(members)
+            count = self.batch_size * (prefix + tail(alike[-1])) // prefix if prefix else len(alike)
+            for start in range(0, len(alike), count):
+                part = alike[start : start + count]
+                order = [row for group in part for row in group.rows]
+                if not prefix:
+                    for first in range(0, len(order), self.batch_size):
+                        yield order[first : first + self.batch_size], 0, None
+                    continue
+                longest = tail(part[-1])
+                cache = self.decoder.new_cache(len(part), prefix + longest)
+                heads = [rows[group.rows[0]][:prefix] for group in part]
+                with sdpa_kernel(ANY_SHAPE):
+                    prefill(self.decoder, torch.tensor(heads, device=self.decoder.device), cache)
+                place = [index for index, group in enumerate(part) for _ in group.rows]
+                size = min(MOST_ROWS * self.batch_size, self.batch_size * (prefix + longest) // longest)
+                for first in range(0, len(order), size):
+                    index = torch.tensor(place[first : first + size], device=self.decoder.device)
+                    yield order[first : first + size], prefix, cache_rows(cache, index)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood in nats of whole texts, in windows of the model's context that do not overlap."""

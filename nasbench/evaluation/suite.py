@@ -120,7 +120,7 @@ def tokenised(tokenizer: Tokenizer, texts: Sequence[tuple[str, str]]) -> list[tu
     pairs = []
     for (first, second), whole in zip(moved, encode_prompts(tokenizer, [a + b for a, b in moved]), strict=True):
         tail = whole[len(prefixes[first]) :] or tokenizer.encode(second)
-        before = prefixes[first] or [tokenizer.eos_id or 0]
+        before = prefixes[first] or [tokenizer.prefix_id]
         # A continuation that begins with the token that stands for an empty context does not get it twice.
         pairs.append((before, tail[1:] if not first and tail[:1] == before and tail[1:] else tail))
     return pairs
@@ -253,7 +253,7 @@ class Suite(Task):
         tokenizer, longest = context.tokenizer, decoder.shape.max_context - ANSWER_TOKENS
         ends = context.once("line ends", lambda: line_ends(tokenizer))
         queries = context.once((self, "queries"), lambda: encode_prompts(tokenizer, [item.query for item in items]))
-        prompts = [ids[-longest:] or [tokenizer.eos_id or 0] for ids in queries]
+        prompts = [ids[-longest:] or [tokenizer.prefix_id] for ids in queries]
         # Prompts of one length are read at once.
         order, size = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), PROMPTS.of(decoder.device)
         hits = torch.zeros(len(items))

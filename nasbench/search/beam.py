@@ -50,7 +50,7 @@ class Growth(FullSets):
             self.surrogate.fit(self.scores)
             spent = evaluations - search.remaining(name)
             allowance = max(1, (budget - spent) // (depth - level + 1))
-            self.evaluate(self.children(sets, candidates)[:allowance])
+            self.evaluate(self.children(sets, candidates)[:allowance], keep=width)
             sets = self.reached(level)[:width]
             if not sets:
                 break
@@ -113,7 +113,7 @@ def kl_remove(search: Session) -> None:
         run.surrogate.fit(run.scores)
         children = sorted((larger[0] - {layer} for layer in larger[0]), key=lambda left: run.missed(full - left))
         allowance = search.remaining(REMOVAL) // (count - least + 1)
-        run.evaluate(children[: max(1, allowance)])
+        run.evaluate(children[: max(1, allowance)], keep=1)
 
 
 def one_swap(search: Session) -> None:

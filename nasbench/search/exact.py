@@ -38,10 +38,13 @@ def budgets(limited: LimitedProgram, scores: Floats, extra: list[Row], points: i
     least = limited.solve(row.coefficients, extra=extra) or most
     low, high = (float(row.coefficients @ _chosen(limited, one.placement)) for one in (least, most))
     found: dict[Placement, Solution] = {}
-    for bound in np.linspace(low, high, points):
+    start = None
+    for bound in np.linspace(low, high, points)[:-1]:
         cut = replace(row, bound=float(bound) + 1e-9 * abs(bound))
-        if solution := limited.solve(scores, extra=[*extra, cut]):
+        if solution := limited.solve(scores, extra=[*extra, cut], begin=start):  # what fits a budget fits a larger one
             found.setdefault(solution.placement, solution)
+            start = solution.placement
+    found.setdefault(most.placement, most)
     return list(found.values())
 
 

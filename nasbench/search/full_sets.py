@@ -29,12 +29,12 @@ class FullSets:
         wanted = self.search.options.full_attention
         return wanted or tuple(len(best) for best in self.best(self.scores)[:1])
 
-    def evaluate(self, sets: Iterable[Layers]) -> None:
+    def evaluate(self, sets: Iterable[Layers], keep: int = 0) -> None:
         """Evaluates sets of full layers as far as the budget goes: those within the limits, or all as steps on the way
-        where none is."""
+        where none is. `keep`: see Session.evaluate."""
         by_placement = {self.search.with_full(layers): layers for layers in sets}
         within = [placement for placement in by_placement if self.search.keeps(placement)]
-        answers = self.search.evaluate(within or by_placement, self.strategy, stepping=True)
+        answers = self.search.evaluate(within or by_placement, self.strategy, stepping=True, keep=keep)
         self.scores.update((by_placement[placement], score) for placement, score in answers.items())
 
     def best(self, sets: Iterable[Layers]) -> list[Layers]:
@@ -73,7 +73,7 @@ class FullSets:
             untried = [layers for layers in self.moves(current) if layers not in self.scores]
             if not untried:
                 return
-            self.evaluate(untried[: min(BATCH, search.remaining(name) - floor)])
+            self.evaluate(untried[: min(BATCH, search.remaining(name) - floor)], keep=1)
             current = self.reached(count)[0]
 
     def moves(self, layers: Layers) -> list[Layers]:

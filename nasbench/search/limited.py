@@ -45,7 +45,12 @@ class LimitedProgram:
             self.rows.append(whole)
 
     def solve(
-        self, scores: Floats, count: int | None = None, extra: Sequence[Row] = (), elastic: bool = False
+        self,
+        scores: Floats,
+        count: int | None = None,
+        extra: Sequence[Row] = (),
+        elastic: bool = False,
+        begin: Placement | None = None,
     ) -> Solution | None:
         """The placement with the least sum of scores within the limits; None where there is none.
 
@@ -54,7 +59,7 @@ class LimitedProgram:
         """
         cuts = list(extra)
         for _ in range(CUTS):
-            found = self.program.solve(scores, [*self.rows, *([[row]] for row in cuts)], count, elastic)
+            found = self.program.solve(scores, [*self.rows, *([[row]] for row in cuts)], count, elastic, begin)
             if found is None or elastic:
                 return found
             missed = [i for i, limit in enumerate(self.limits) if self.excess(limit, found.placement)]

@@ -16,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from nasbench.core.errors import UserError
 from nasbench.core.sizes import format_size
 from nasbench.search.limits import METRICS, Costs, Limit, Workload, parse_workload
+from nasbench.search.racing import first_look, race
 from nasbench.search.trials import Target
 from nasbench.spaces.placement import Placement
 from nasbench.spaces.space import Space
@@ -136,6 +139,7 @@ class RunObjective:
         version, settings, dtype: of the weights, the text of loss and KL, and the evaluation. Scores of other ones are
             never compared.
         store: where the scores are kept.
+        raced: placements of all races, those that were stopped, rows of text of all placements, rows that were read.
         reference: of the hypervolume: a score worse than those of interest.
 
     Raises:
@@ -173,6 +177,7 @@ class RunObjective:
         self._evaluator, self._speed, self._progress = evaluator, speed, progress
         self._speeds: dict[Placement, Speed] = {}
         self._scales: list[tuple[float, float]] = []
+        self.raced = np.zeros(4, dtype=np.int64)
 
     @property
     def mixed(self) -> bool:
@@ -245,6 +250,21 @@ class RunObjective:
             return {(row.layer, row.name): row.kl for row in rows}
         keys = [(row.layer, row.name) for row in rows]
         return self._singles(keys, lambda found: [one.score for one in self.measure(found)])[1]
+
+    def race(self, placements: Sequence[Placement], keep: int) -> dict[Placement, tuple[Placement, float]]:
+        """Those that are clearly not among the best `keep` by the first rows of the text, each with the last of these
+        and the gap to it. None where the text is short, or the objective is more than a task over it."""
+        corpus, tokens = self._evaluator.corpus, self._evaluator.tokens["search"]
+        total = len(corpus.held_out("search", tokens).tokens)
+        look = first_look(total) if self.text in TEXT else 0
+        if not look:
+            return {}
+        rows = self._evaluator.first_rows(placements, self.text, look)
+        rival, gaps = race(rows, total, keep)
+        found = {p: (placements[rival], float(gap)) for p, gap in zip(placements, gaps, strict=True) if gap > 0}
+        self.raced += np.array([len(placements), len(found), len(placements) * total, look * len(placements)])
+        self.raced[3] += (len(placements) - len(found)) * total
+        return found
 
     def gates(
         self, base: Placement, start: Sequence[float], counts: Sequence[int], steps: int, seed: int

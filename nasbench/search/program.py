@@ -103,6 +103,7 @@ class Program:
         limits: Sequence[Sequence[Sequence[Row]]] = (),
         count: int | None = None,
         elastic: bool = False,
+        begin: Placement | None = None,
     ) -> Solution | None:
         """The placement with the least sum of scores, or None where none is within the limits.
 
@@ -111,6 +112,7 @@ class Program:
             limits: each is met where all rows of one of its alternatives are met.
             count: full-attention layers.
             elastic: limits may be missed, at a high price for each share of the bound.
+            begin: a placement from which to begin, of use where it is within the limits.
         """
         parts: list[tuple[Row, int]] = []  # the alternative's own variable, -1 for none
         switches: list[range] = []
@@ -167,7 +169,12 @@ class Program:
         goal = np.concatenate([scores, np.zeros(slack - names), np.full(total - slack, SLACK_WEIGHT)])
         integer = np.arange(total) < slack
         integer[:names] = not counted
-        found = _run(np.array(lines), np.array(lower), np.array(upper), goal, integer)
+        known = None
+        if begin is not None:
+            chosen = np.array([float(begin[layer] == name) for layer, name in self.keys])
+            of_kinds = np.bincount(group.ravel(), chosen, counts)[:counts]
+            known = np.concatenate([chosen, of_kinds, np.zeros(total - first)])
+        found = _run(np.array(lines), np.array(lower), np.array(upper), goal, integer, known)
         if found is None:
             return None
         chosen, least = found
@@ -183,7 +190,12 @@ class Program:
 
 
 def _run(
-    matrix: Floats, lower: Floats, upper: Floats, goal: Floats, integer: NDArray[np.bool_]
+    matrix: Floats,
+    lower: Floats,
+    upper: Floats,
+    goal: Floats,
+    integer: NDArray[np.bool_],
+    start: Floats | None = None,
 ) -> tuple[Floats, float] | None:
     """(values [N], proved bound of the goal) of variables from 0 on."""
     import highspy
@@ -200,6 +212,10 @@ def _run(
     lp.a_matrix_.index_, lp.a_matrix_.value_ = columns, matrix[rows, columns]
     with _stdout_to_stderr():
         solver.passModel(lp)
+        if start is not None and (matrix @ start <= upper + 1e-9).all() and (matrix @ start >= lower - 1e-9).all():
+            known = highspy.HighsSolution()
+            known.col_value = start
+            solver.setSolution(known)
         solver.run()
     status = solver.getModelStatus()
     if status == highspy.HighsModelStatus.kInfeasible:
@@ -214,7 +230,7 @@ OPTIONS = {
     "mip_detect_symmetry": False, "mip_heuristic_effort": 0.0, "mip_heuristic_run_rins": False,
     "mip_heuristic_run_rens": False, "mip_heuristic_run_root_reduced_cost": False,
     "mip_heuristic_run_feasibility_jump": False, "mip_allow_cut_separation_at_nodes": False,
-    "mip_pscost_minreliable": 1,
+    "mip_pscost_minreliable": 0,
 }  # fmt: skip
 """One thread, for the same answer again; exact; and without heuristics, which take longer than these programs."""
 

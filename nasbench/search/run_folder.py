@@ -15,6 +15,7 @@ from nasbench.runs import Run
 from nasbench.search import strategies
 from nasbench.search.limits import Costs
 from nasbench.search.objective import RunObjective, model_speed
+from nasbench.search.racing import ERROR
 from nasbench.search.session import Comparison, Options, Progress, Session, compare, run_search
 from nasbench.search.trials import FrontRow, Target, Trial, best_of, front_rows, read_trials, write_front
 from nasbench.search.trust import Trust, trust
@@ -119,6 +120,12 @@ def search_run(
     run_search(search, strategy)
     if stale:
         search.notes.append(stale_warning(stale, cost.device, cost.shape.name))
+    raced, stopped, full_rows, read = map(int, world.raced)
+    if stopped:
+        search.notes.append(
+            f"{stopped} of {raced} placements stopped early: {full_rows / read:.1f}x fewer rows of text; the chance "
+            f"that one of them was among the best of its round is at most {ERROR:.1%}"
+        )
     layers = evaluator.layers
     if layers.computed:
         search.notes.append(

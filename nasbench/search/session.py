@@ -237,7 +237,7 @@ class Session:
         self.charged[strategy] = self.charged.get(strategy, 0) + evaluations
 
     def evaluate(
-        self, placements: Iterable[Placement], strategy: str, free: bool = False, stepping: bool = False
+        self, placements: Iterable[Placement], strategy: str, free: bool = False, stepping: bool = False, keep: int = 0
     ) -> dict[Placement, float]:
         """Scores of the placements, as far as the strategy's budget goes; trials are written as they come.
 
@@ -247,6 +247,8 @@ class Session:
         Args:
             free: charge no budget (baselines).
             stepping: score also what misses a limit on a cost, in the same way: a step on the way to what keeps to it.
+            keep: only the best so many matter. The others may be stopped early (nasbench.search.racing): they leave no
+                trial, and their score is that of the last that matters and the gap to it.
         """
         visited = self.visited.setdefault(strategy, set())
         allowed: list[Placement] = []
@@ -258,11 +260,14 @@ class Session:
                     continue
                 visited.add(placement)
             allowed.append(placement)
-        answers = {}
+        fresh = [placement for placement in allowed if placement not in self.known]
+        stopped = self.objective.race(fresh, keep) if 0 < keep < len(fresh) and not self.options.limits else {}
+        allowed = [placement for placement in allowed if placement not in stopped]
+        answers: dict[Placement, float] = {}
         for start in range(0, len(allowed), BATCH):
             answers.update(self._evaluate_batch(allowed[start : start + BATCH], strategy))
             self.progress(strategy, len(visited), len(visited) if free else self.options.evaluations)
-        return answers
+        return answers | {placement: answers[rival] + gap for placement, (rival, gap) in stopped.items()}
 
     def _evaluate_batch(self, placements: Sequence[Placement], strategy: str) -> dict[Placement, float]:
         fresh = [self.space.check(placement) for placement in placements if placement not in self.known]

@@ -25,7 +25,7 @@ def asked(*arguments):
     return SimpleNamespace(args=arguments)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["no BOS", "BOS"])
+@pytest.fixture(scope="module", params=["no BOS", "BOS", "BOS by name"])
 def pair(request, tmp_path_factory):
     """(our class, the harness's hf class) over one random llama with a context of 256 tokens."""
     pytest.importorskip("lm_eval")
@@ -43,10 +43,10 @@ def pair(request, tmp_path_factory):
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    tokenizer = tiny_tokenizer(request.param)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>" if request.param else None, eos_token="<e>", pad_token="<e>"
-    )
+    tokenizer = tiny_tokenizer(request.param == "BOS")
+    # A begin-of-text token stands before an empty context even where the tokenizer adds none to a text.
+    named = {"bos_token": "<s>"} if request.param != "no BOS" else {}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<e>", **named)
     fast.save_pretrained(folder)
     loaded = load_model(str(folder))
     theirs = HFLM(model.eval(), tokenizer=fast, batch_size=4, device="cpu", dtype="float32", max_length=256)
@@ -323,10 +323,8 @@ def test_smollm2_scores_as_the_hf_backend_does():
 
     folder, loaded = model_folder(classify("default"))[0], load_model("default")
     model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ends = loaded.tokenizer.backend.id_to_token(loaded.tokenizer.eos_id)
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), eos_token=ends, pad_token=ends
-    )
+    fast = transformers.AutoTokenizer.from_pretrained(folder)
+    fast.pad_token = fast.eos_token
     theirs = HFLM(model, tokenizer=fast, batch_size=8, device="cpu", max_length=8192)
     ours = HarnessModel(loaded.decoder, loaded.tokenizer, batch_size=8)
     texts = default_documents()[:4]
@@ -334,7 +332,9 @@ def test_smollm2_scores_as_the_hf_backend_does():
         asked(text[:size], end)
         for text, size in zip(texts, (30, 120, 400, 900), strict=True)
         for end in (text[size : size + 20], " yes", " the object", " 42")
-    ]
+    ] + [asked("", text[:50]) for text in texts]
+    rolling = [asked(text[:200]) for text in texts]
+    assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-3)
     expected, found = theirs.loglikelihood(requests), ours.loglikelihood(requests)
     assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
