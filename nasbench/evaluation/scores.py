@@ -89,7 +89,8 @@ class Scores:
         cls, samples: ArrayLike, metric: str, higher_is_better: bool, about: Mapping[str, Any] | None = None
     ) -> Self:
         """Samples are rounded to fp32, which a file keeps exactly. They may be non-finite: `ScoreStore.put` refuses."""
-        values = np.asarray(samples, np.float32).astype(np.float64)
+        with np.errstate(over="ignore"):
+            values = np.asarray(samples, np.float32).astype(np.float64)
         return cls(metric, higher_is_better, *mean_and_stderr(values), len(values), values, about or {})
 
     @property

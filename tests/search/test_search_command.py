@@ -97,6 +97,24 @@ def test_dry_runs_say_what_would_be_done_and_write_nothing(prepared, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 
+def test_what_validate_would_measure(prepared, tmp_path, capsys):
+    from nasbench.cli.main import run
+
+    slug = detect("cpu").slug
+    Database(tmp_path / f"{slug}.csv").merge(profile_rows(device=slug))
+    here = (prepared[0], tmp_path)
+    assert search(here, "-k", "1", "--evaluations", "4", profile=slug) == 0
+    capsys.readouterr()
+    words = ["validate", str(here[0].path), "--placements", "3", "--device", "cpu", "--dry-run"]
+    assert run([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["target"], told["left"]) == (f"{slug}, context 128, batch 2, bf16", 3)
+    assert told["placements"][0] == "4A"
+    assert run(words) == 0
+    assert f"seconds: {told['seconds']:.0f}" in capsys.readouterr().out
+    assert not here[0].validation.exists()
+
+
 def test_json_is_all_that_stands_on_standard_output(prepared, capfd):
     """Also of the process's own standard output, where solvers print."""
     for strategy in ("exact", "optuna"):
