@@ -32,7 +32,7 @@ class ManyOptions:
         return ("eval", str(path), *(f"--{name.replace('_', '-')}={value}" for name, value in own.items()))
 
 
-def evaluate_many(path: Path, options: ManyOptions, device: str, dry_run: bool, as_json: bool) -> None:
+def evaluate_many(path: Path, options: ManyOptions, device: str, dry_run: bool = False, as_json: bool = False) -> None:
     """Measures loss and KL of every placement, then the tasks. Raises UserError before any work for wrong options."""
     from nasbench.checkpoints.resolve import resolve_shape
     from nasbench.cli.common import log, print_json, print_plan, progress_bar

@@ -232,9 +232,10 @@ def _serve(connection: Connection, machine: Machine, bench: Bench, threads: int)
         # Where memory runs out, the system is to take this process and not the one that keeps the rows.
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     torch.set_num_threads(threads)
-    if machine.info.kind == "cuda":
+    place = torch.device(machine.device)
+    if place.type == "cuda" and place.index is not None:
         # Triton launches on the current device, and the allocator tells of that one.
-        torch.cuda.set_device(machine.device)
+        torch.cuda.set_device(place)
     if machine.info.kind == "cuda" and find_spec("triton"):
         with contextlib.suppress(ImportError):
             fused.ops()

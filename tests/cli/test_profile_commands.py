@@ -280,8 +280,8 @@ def test_db_commands(tmp_path, capsys):
     assert read_db(tmp_path / "sorted" / "two.csv") == [two]
     assert run(["db", "check", str(tmp_path / "sorted")]) == 0
     assert "1 rows (1 ok), 0 estimated" in capsys.readouterr().out
-    for command in ("check", "migrate", "merge"):
-        assert run(["db", command, str(tmp_path / "sorted" / "one.csv"), "--json"]) == 0
+    for command in (["check"], ["migrate"], ["merge", "--db", str(tmp_path / "again")]):
+        assert run(["db", *command, str(tmp_path / "sorted" / "one.csv"), "--json"]) == 0
         assert len(stdout_json(capsys)["files"]) == 1
     assert run(["db", "show", str(tmp_path / "sorted"), "--json"]) == 0
     assert [row["device"] for row in stdout_json(capsys)["rows"]] == ["one", "two"]
