@@ -23,7 +23,7 @@ def command(
     batch: Annotated[str, typer.Option(help="Batch; default: as searched.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default: as searched.")] = "",
     device: Annotated[str, typer.Option(help="Where to measure: auto, cpu or cuda.")] = "auto",
-    placements: Annotated[int, typer.Option(help="How many placements to measure at most.")] = 12,
+    placements: Annotated[int, typer.Option(help="How many placements to measure at most.")] = 16,
     compared: Annotated[
         bool, typer.Option("--compared", help="Instead: one placement of every composition that a report compares.")
     ] = False,

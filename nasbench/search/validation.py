@@ -21,7 +21,7 @@ from nasbench.search.session import compare
 from nasbench.search.trials import Target, latest, read_front, read_trials
 from nasbench.spaces.placement import Placement, format_placement, parse_placement
 
-MOST = 12
+MOST = 16
 """Placements that are measured if not told otherwise."""
 SECONDS = 2.0
 """Decoding time of one placement, caches filled, all rounds together."""
@@ -80,13 +80,14 @@ class ValidationRow:
 
 
 def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
-    """Full attention, the best of every K that was searched for, the front of the target thinned evenly, and uniform
-    placements, `most` in all.
+    """Full attention; of every K that was searched for the front's placement, which a report may recommend, and the
+    best by the search's objective; the front of the target thinned evenly, and uniform placements; `most` in all.
 
     Raises UserError where no search has looked at this target.
     """
     trials = latest(read_trials(run.trials), target)
-    front = [row.layers for row in read_front(run.front) if row.target == target]
+    rows = [row for row in read_front(run.front) if row.target == target]
+    front = [row.layers for row in rows]
     if not trials or not front:
         known = sorted({str(trial.target) for trial in read_trials(run.trials)})
         raise UserError(
@@ -95,7 +96,9 @@ def choose(run: Run, target: Target, most: int = MOST) -> list[Placement]:
         )
     baselines = [trial.layers for trial in trials if trial.strategy in ("teacher", "uniform")]
     share = max(1, most - min(len(baselines), most // 3))
-    named = [pair.searched.layers for pair in compare(trials, sorted({trial.k for trial in trials}))]
+    pairs = compare(trials, sorted({trial.k for trial in trials}))
+    at = {row.k: row.layers for row in reversed(rows)}
+    named = [*(at[pair.k] for pair in pairs if pair.k in at), *(pair.searched.layers for pair in pairs)]
     spread = [front[round(i * (len(front) - 1) / (share - 1 or 1))] for i in range(share)]
     thinned = list(dict.fromkeys([*named, *spread]))[: share - 1]
     return list(dict.fromkeys([run.spec.space.original, *thinned, *baselines, *front]))[:most]

@@ -12,7 +12,7 @@ from nasbench.checkpoints.load import load_model
 from nasbench.devices import detect
 from nasbench.report.facts import collect
 from nasbench.runs import Run, RunSpec
-from nasbench.search.trials import read_front, read_trials
+from nasbench.search.trials import best_of, read_front, read_trials
 from nasbench.search.validation import read_validation, validate
 from nasbench.store import Database, Row
 from nasbench.supernet.supernet import Supernet
@@ -113,6 +113,12 @@ def test_what_validate_would_measure(prepared, tmp_path, capsys):
     assert run(words) == 0
     assert f"seconds: {told['seconds']:.0f}" in capsys.readouterr().out
     assert not here[0].validation.exists()
+    # What the report may recommend at a K is measured, and so is the best by the search's objective.
+    front = {row.placement for row in read_front(here[0].front) if row.device == slug}
+    assert front
+    assert run(["validate", str(here[0].path), "--device", "cpu", "--dry-run", "--json"]) == 0
+    best = best_of([trial for trial in read_trials(here[0].trials) if trial.k == 1 and trial.target.device == slug])
+    assert {*front, best.placement} <= set(json.loads(capsys.readouterr().out)["placements"])
 
 
 def test_json_is_all_that_stands_on_standard_output(prepared, capfd):
