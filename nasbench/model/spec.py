@@ -191,8 +191,8 @@ class MixerSpec(BlockSpec):
         return None
 
     def resized(self, dims: Dims) -> Self:
-        """The kind with other dimensions, where it has some. Raises UserError for those that it cannot have."""
-        raise NotImplementedError
+        """The kind with other dimensions. Raises UserError for those that it cannot have, or where it has none."""
+        raise UserError(f"kind {self.kind} has no heads, key, value and convolution sizes to choose")
 
     @property
     def exact_until(self) -> float:
